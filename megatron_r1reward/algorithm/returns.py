@@ -1,0 +1,106 @@
+"""From one reward per response to one return per response token."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_r1reward.algorithm.segments import response_lengths, sequence_index
+
+Baseline = Literal["none", "group_mean", "leave_one_out"]
+
+GROUP_STD_FLOOR = 1e-6
+
+
+def group_rewards(rewards_N: Tensor, group_N: Tensor, *, baseline: Baseline, normalize: bool = False) -> Tensor:
+    """Compare each response with the other samples of its prompt.
+
+    Args:
+        rewards_N: float [N], one reward per response.
+        group_N: int64 [N], equal for the samples of one prompt. Any integers; all samples of a prompt must be present.
+        baseline: what is subtracted: nothing, the group's mean (GRPO), or the mean of the *other* samples (RLOO).
+        normalize: divide by the group's sample standard deviation (GRPO), floored at `GROUP_STD_FLOOR`.
+
+    Returns:
+        Rewards in the dtype of `rewards_N`, float [N]. A group of one has nothing to compare with: 0 under a baseline.
+
+    Raises:
+        ValueError: `normalize` without a baseline.
+    """
+    if baseline == "none":
+        if normalize:
+            raise ValueError(
+                "algorithm.group_normalize needs a group baseline, and algorithm.baseline is 'none': set 'group_mean'"
+            )
+        return rewards_N
+    _, member_N = torch.unique(group_N, return_inverse=True)
+    size_N = _group_sum(torch.ones_like(rewards_N, dtype=torch.float64), member_N)
+    others_N = (size_N - 1).clamp(min=1)
+    rewards_f64 = rewards_N.double()
+    centred_N = rewards_f64 - _group_sum(rewards_f64, member_N) / size_N
+    # r - mean(others) = (r - mean(all)) * n / (n - 1)
+    compared_N = centred_N * size_N / others_N if baseline == "leave_one_out" else centred_N
+    if normalize:
+        std_N = (_group_sum(centred_N.square(), member_N) / others_N).sqrt()
+        compared_N = compared_N / std_N.clamp(min=GROUP_STD_FLOOR)
+    return compared_N.to(rewards_N.dtype)
+
+
+def task_returns(
+    rewards_N: Tensor,
+    cu_response: Tensor,
+    *,
+    kl_tokens_R: Tensor | None = None,
+    kl_coefficient: float = 0.0,
+    gamma: float = 1.0,
+) -> Tensor:
+    """Return of every response token: G_t = r_t + gamma * G_{t+1}, r_t = -beta * k1_t + [t is the last token] * R.
+
+    This is Reinforce++ without a critic, as in the paper and the released code. With beta = 0 and gamma = 1 every token
+    of a response carries exactly its reward.
+
+    Args:
+        rewards_N: float [N], R of each response (after `group_rewards` where a baseline is used).
+        cu_response: int64 [N + 1], offsets into the flat response axis.
+        kl_tokens_R: float [R], k1 = log pi_old - log pi_ref per token, in nats; needed when `kl_coefficient` > 0.
+        kl_coefficient: beta.
+        gamma: discount per token.
+
+    Returns:
+        float32 [R]; accumulated in float64.
+
+    Raises:
+        ValueError: beta > 0 without `kl_tokens_R`; malformed `cu_response`.
+    """
+    lengths_N = response_lengths(cu_response)
+    assert rewards_N.shape == lengths_N.shape, f"{len(rewards_N)} rewards for {len(lengths_N)} responses"
+    token_rewards_R = torch.zeros(int(cu_response[-1]), dtype=torch.float64, device=rewards_N.device)
+    if kl_coefficient > 0.0:
+        if kl_tokens_R is None:
+            raise ValueError(f"algorithm.kl_coefficient is {kl_coefficient}: pass kl_tokens_R, or set it to 0")
+        token_rewards_R -= kl_coefficient * kl_tokens_R.double()
+    token_rewards_R[cu_response[1:] - 1] += rewards_N.double()
+    return _discounted_suffix_sum(token_rewards_R, cu_response, gamma).float()
+
+
+def _discounted_suffix_sum(values_R: Tensor, cu_response: Tensor, gamma: float) -> Tensor:
+    """sum_{k >= t} gamma^(k - t) * values[k] within each sequence, in log2(longest) vectorised doubling steps.
+
+    Sums never cross a boundary, so a non-finite value stays inside its own sequence.
+    """
+    sequence_R = sequence_index(cu_response)
+    longest = int(cu_response.diff().max()) if len(cu_response) > 1 else 0
+    total_R = values_R.clone()
+    span = 1  # total[t] covers the tokens [t, t + span)
+    while span < longest:
+        same_sequence = sequence_R[span:] == sequence_R[:-span]
+        total_R[:-span] += gamma**span * torch.where(same_sequence, total_R[span:], 0.0)
+        span *= 2
+    return total_R
+
+
+def _group_sum(values_N: Tensor, member_N: Tensor) -> Tensor:
+    """For each element the sum over its group, [N]."""
+    return torch.zeros_like(values_N).index_add(0, member_N, values_N)[member_N]

@@ -1,0 +1,111 @@
+"""How hard a preference is: the attempts an annotator model needed to judge it as humans did."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptRecord:
+    """The attempts on one preference in order, True where the annotator chose as the label; it stops at a success."""
+
+    preference_id: str
+    attempts: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        if not self.attempts:
+            raise ValueError(f"record of {self.preference_id!r} has no attempts: record at least one")
+
+    @property
+    def succeeded(self) -> bool:
+        return any(self.attempts)
+
+    @property
+    def difficulty(self) -> int:
+        """Attempts needed, from 1; one more than were made when none succeeded (4 for the published limit of 3)."""
+        return self.attempts.index(True) + 1 if self.succeeded else len(self.attempts) + 1
+
+
+def select_hard(records: Iterable[AttemptRecord]) -> list[str]:
+    """Ids of the preferences that needed a second attempt or were never solved: the RL set (R1-Reward, section 3).
+
+    The order is the order of the records; of two records of one preference the later one counts.
+    """
+    latest = {record.preference_id: record for record in records}
+    return [identifier for identifier, record in latest.items() if record.difficulty >= 2]
+
+
+def summary(records: Iterable[AttemptRecord]) -> dict[str, int]:
+    """Number of preferences by attempts needed, e.g. {"1": 70, "2": 10, "never": 20}; "never" is always there."""
+    latest = {record.preference_id: record for record in records}.values()
+    solved = Counter(record.difficulty for record in latest if record.succeeded)
+    never = sum(not record.succeeded for record in latest)
+    return {**{str(needed): solved[needed] for needed in sorted(solved)}, "never": never}
+
+
+def append_record(path: Path, record: AttemptRecord) -> None:
+    """Append one JSONL row and wait until it is on disk; a torn row that a crash left at the end is cut off first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        _repair_tail(file, path)
+        file.write(json.dumps(asdict(record)).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_records(path: Path) -> list[AttemptRecord]:
+    """Records of a JSONL file in its order; a torn last row is left out with a warning.
+
+    Raises:
+        ValueError: a row other than a torn last one is not a record; the message names file and line.
+    """
+    records = []
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(_parse(line))
+        except ValueError as error:
+            if number == len(lines) and not line.endswith(b"\n"):
+                logger.warning("%s: left out the torn last line %d", path, number)
+                break
+            raise ValueError(f"{path}, line {number}: not an attempt record ({error}): repair or remove it") from error
+    return records
+
+
+def _parse(line: bytes) -> AttemptRecord:
+    row = json.loads(line)
+    if not isinstance(row, dict) or not isinstance(row.get("preference_id"), str):
+        raise ValueError("no text under 'preference_id'")
+    attempts = row.get("attempts")
+    if not isinstance(attempts, list) or not all(isinstance(attempt, bool) for attempt in attempts):
+        raise ValueError("no list of true and false under 'attempts'")
+    return AttemptRecord(preference_id=row["preference_id"], attempts=tuple(attempts))
+
+
+def _repair_tail(file: BinaryIO, path: Path) -> None:
+    """Make an append-mode file end with a line break: complete its last row, or cut that off when it is torn."""
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return
+    file.seek(size - 1)
+    if file.read(1) == b"\n":
+        return
+    file.seek(0)
+    content = file.read()
+    start = content.rfind(b"\n") + 1
+    try:
+        _parse(content[start:])
+    except ValueError:
+        logger.warning("%s: cut off a torn last line of %d bytes", path, size - start)
+        file.truncate(start)
+    else:
+        file.write(b"\n")

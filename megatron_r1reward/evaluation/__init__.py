@@ -1,0 +1,1 @@
+"""Judging a reward model: both answer orders, exact voting, intervals, difficulty annotation, the report page."""

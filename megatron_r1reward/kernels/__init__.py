@@ -1,0 +1,1 @@
+"""Numerical kernels: the LM head fused with log-probabilities."""

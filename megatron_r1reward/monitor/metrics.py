@@ -1,0 +1,99 @@
+"""The one table of metric names. A name that is not listed here cannot be logged."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+Better = Literal["higher", "lower", "neither"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One metric: its unit, what it says, and which direction is good news."""
+
+    name: str
+    unit: str
+    description: str
+    better: Better
+
+
+def _metric(name: str, unit: str, better: Better, description: str) -> Metric:
+    return Metric(name=name, unit=unit, description=description, better=better)
+
+
+_TABLE = (
+    # Optimizer step
+    _metric("loss", "nats", "neither", "policy loss of the step, after aggregation over the global batch"),
+    _metric("grad_norm", "1", "lower", "global gradient norm before clipping"),
+    _metric("lr", "1", "neither", "learning rate of the step"),
+    _metric("entropy", "nats", "neither", "mean entropy of the policy over response tokens"),
+    _metric("tokens_per_second", "1/s", "higher", "prompt and response tokens trained on, per second of step time"),
+    # Reward R = 0.5 F + A (1 + 0.5 C)
+    _metric("reward/mean", "1", "higher", "mean reward R of the rollouts"),
+    _metric("reward/format", "1", "higher", "mean format reward F: share of well-formed responses"),
+    _metric("reward/result", "1", "higher", "mean result reward A: share of right answers"),
+    _metric("reward/consistency", "1", "higher", "mean consistency reward C over the rollouts"),
+    # Responses
+    _metric("response/mean_tokens", "tokens", "neither", "mean response length"),
+    _metric("response/max_tokens", "tokens", "neither", "longest response"),
+    _metric("response/truncated_fraction", "1", "lower", "share of responses cut off by the token limit"),
+    _metric("rollout/failed", "prompts", "lower", "prompts that no rollout server could answer"),
+    _metric("rollout/quarantined", "rollouts", "lower", "rollouts refused because they hold a banned token id"),
+    _metric("rollout/answer_1_fraction", "1", "neither", "share of parsed answers that are 1: far from 0.5 is a bias"),
+    _metric("rollout/unparsable_fraction", "1", "lower", "share of responses whose answer is neither 1 nor 2"),
+    _metric("judge/asked", "calls", "neither", "rollouts shown to the consistency judge (right answers only)"),
+    _metric("judge/consistent", "calls", "higher", "verdicts: the reasoning supports the answer"),
+    _metric("judge/inconsistent", "calls", "lower", "verdicts: the reasoning contradicts the answer"),
+    _metric("judge/unknown", "calls", "lower", "judge calls without a usable verdict after all retries"),
+    # Advantages
+    _metric("advantage/mean", "1", "neither", "mean of the returns before normalisation, over action tokens"),
+    _metric("advantage/std", "1", "neither", "standard deviation of the returns before normalisation"),
+    _metric("advantage/filtered_fraction", "1", "neither", "share of action tokens the advantage filter zeroed"),
+    _metric("advantage/filtered_positive", "1", "neither", "share of action tokens zeroed with a positive advantage"),
+    _metric("advantage/filtered_negative", "1", "neither", "share of action tokens zeroed with a negative advantage"),
+    # Policy ratio and sampler mismatch
+    _metric("ratio/mean", "1", "neither", "mean probability ratio new / old over action tokens"),
+    _metric("ratio/max_abs_log", "nats", "lower", "largest |log ratio| new / old"),
+    _metric("ratio/preclipped_fraction", "1", "lower", "share of tokens whose log ratio Pre-CLIP clamped"),
+    _metric("ratio/clipped_fraction", "1", "neither", "share of tokens where the PPO clip is active"),
+    _metric("mismatch/mean_abs", "nats", "lower", "mean |log-prob difference| between rollout server and trainer"),
+    _metric("mismatch/max_abs", "nats", "lower", "largest |log-prob difference| between rollout server and trainer"),
+    _metric("mismatch/kl", "nats", "lower", "k3 estimate of KL(rollout server || trainer)"),
+    # Wall time of the phases of one step
+    _metric("time/generate", "s", "lower", "sampling the rollouts"),
+    _metric("time/score", "s", "lower", "rewards, judge calls included"),
+    _metric("time/log_probs", "s", "lower", "old (and reference) log-probabilities"),
+    _metric("time/update", "s", "lower", "forward, backward and optimizer"),
+    _metric("time/push", "s", "lower", "weight push to the rollout servers"),
+    _metric("time/save", "s", "lower", "checkpointing, as far as it blocks the step"),
+    _metric("time/step", "s", "lower", "the whole step"),
+    # Quality
+    _metric("heldout/accuracy", "1", "higher", "accuracy on held-out pairs, mean of both answer orders"),
+    _metric("sft/loss", "nats", "lower", "mean cross-entropy over response tokens"),
+    _metric("sft/token_accuracy", "1", "higher", "share of response tokens that greedy decoding would get right"),
+)
+
+METRICS: Mapping[str, Metric] = MappingProxyType({metric.name: metric for metric in _TABLE})
+
+
+def check_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The same metrics as plain floats.
+
+    Raises:
+        ValueError: a name is not in `METRICS`, or a value is not a number.
+    """
+    checked = {}
+    for name, value in metrics.items():
+        if name not in METRICS:
+            close = difflib.get_close_matches(name, METRICS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "add it to the table in monitor/metrics.py"
+            raise ValueError(f"metric {name!r} is not in the table of metrics: {hint}")
+        try:
+            checked[name] = float(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"metric {name!r} has the value {value!r}: log one number") from error
+    return checked

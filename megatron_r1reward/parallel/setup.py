@@ -1,0 +1,129 @@
+"""Process groups of one trainer rank, from torchrun, Slurm or a single process."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_r1reward.config.schema import ParallelSection
+from megatron_r1reward.parallel import cpu
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Where this rank stands. `solo` is a process group of this rank alone: the vision tower uses it as its pipeline
+    and context group."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    tensor_parallel_rank: int
+    tensor_parallel_size: int
+    pipeline_parallel_rank: int
+    pipeline_parallel_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+    solo: dist.ProcessGroup
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_parallel_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_parallel_rank == self.pipeline_parallel_size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """The rank that talks to servers, files of the run and the console."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Launch:
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def _launch_from_environment() -> _Launch:
+    """torchrun's variables win over Slurm's; neither means a single process."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        return _Launch(rank=rank, world_size=world, local_rank=int(os.environ.get("LOCAL_RANK", rank)))
+    if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        return _Launch(
+            rank=int(os.environ["SLURM_PROCID"]),
+            world_size=int(os.environ["SLURM_NTASKS"]),
+            local_rank=int(os.environ["SLURM_LOCALID"]),
+        )
+    return _Launch(rank=0, world_size=1, local_rank=0)
+
+
+def _init_process_group(launch: _Launch, timeout: timedelta) -> None:
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if launch.world_size > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise ValueError(f"{launch.world_size} ranks but {name} is not set: start with torchrun or set it")
+        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+        return
+    store = Path(tempfile.mkdtemp(prefix="r1reward-")) / "store"
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=0, world_size=1, timeout=timeout)
+
+
+def check_world_size(section: ParallelSection, world_size: int) -> None:
+    """ValueError when the world does not hold a whole number of model replicas."""
+    model_ranks = section.tensor_model_parallel_size * section.pipeline_model_parallel_size
+    if world_size % model_ranks:
+        raise ValueError(
+            f"{world_size} ranks cannot hold replicas of tensor_model_parallel_size "
+            f"{section.tensor_model_parallel_size} x pipeline_model_parallel_size "
+            f"{section.pipeline_model_parallel_size}: start a multiple of {model_ranks} ranks"
+        )
+
+
+def initialize(section: ParallelSection, *, seed: int, timeout: timedelta = timedelta(minutes=10)) -> Topology:
+    """Create megatron-core's process groups. Call once per process, before any model is built."""
+    cpu.install()
+    from megatron.core import parallel_state, tensor_parallel
+
+    launch = _launch_from_environment()
+    check_world_size(section, launch.world_size)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(launch.local_rank)
+    if not dist.is_initialized():
+        _init_process_group(launch, timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=section.tensor_model_parallel_size,
+        pipeline_model_parallel_size=section.pipeline_model_parallel_size,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    rank = dist.get_rank()
+    return Topology(
+        rank=rank,
+        world_size=dist.get_world_size(),
+        device=torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu"),
+        tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_parallel_size=section.tensor_model_parallel_size,
+        pipeline_parallel_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_parallel_size=section.pipeline_model_parallel_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        solo=dist.new_group([rank], use_local_synchronization=True),
+    )
+
+
+def shutdown() -> None:
+    """Destroy the process groups; safe to call when there are none."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,134 @@
+"""Layer specs: which modules a megatron-core transformer layer is made of.
+
+`local` uses megatron-core's own layers and works on any device. Two leaves have no such implementation in 0.16.1 and
+come from here: the norm (`WrappedTorchNorm` refuses sequence parallelism) and the core attention
+(`DotProductAttention` refuses packed sequences). Parameter and checkpoint names are those of the Transformer Engine
+spec, so checkpoints move between the two.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+
+class TorchNorm:
+    """RMSNorm or LayerNorm whose parameters take part in the sequence-parallel gradient all-reduce.
+
+    Called like `TENorm`; returns a plain torch module.
+    """
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> torch.nn.Module:  # type: ignore[misc]
+        kind = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}[config.normalization]
+        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm
+
+
+class PackedAttention(MegatronModule):
+    """Scaled dot-product attention over packed sequences (THD), causal or bidirectional, with grouped queries.
+
+    One fused call per sequence: no [T, T] mask is ever formed and no token is padded.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.attn_mask_type = attn_mask_type
+        self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """query [T, heads, dim]; key, value [T, groups, dim] -> [T, heads, dim]."""
+        assert packed_seq_params is not None, "sequences are always packed"
+        causal = (attn_mask_type or self.attn_mask_type) in (AttnMaskType.causal, AttnMaskType.padding_causal)
+        bounds = packed_seq_params.cu_seqlens_q.tolist()
+        q_HTD, k_GTD, v_GTD = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+        outputs = [
+            F.scaled_dot_product_attention(
+                q_HTD[:, :, start:end],
+                k_GTD[:, :, start:end],
+                v_GTD[:, :, start:end],
+                is_causal=causal,
+                scale=self.scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+            for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+        ]
+        return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1).reshape(query.shape)
+
+
+def packed(cu_seqlens: torch.Tensor) -> PackedSeqParams:
+    """THD parameters for self-attention; cu_seqlens int32 [S + 1]."""
+    longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def layer_spec(
+    attn_mask_type: AttnMaskType, *, self_attention: type[SelfAttention] = SelfAttention
+) -> ModuleSpec:
+    """One transformer layer: pre-norm attention and a gated MLP."""
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=TorchNorm,
+            self_attention=ModuleSpec(
+                module=self_attention,
+                params={"attn_mask_type": attn_mask_type},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=PackedAttention,
+                    linear_proj=RowParallelLinear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=TorchNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+            # The names under which Transformer Engine's fused layers store the norms.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )

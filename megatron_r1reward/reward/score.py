@@ -1,0 +1,81 @@
+"""Rollouts in, scored rollouts out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+
+from megatron_r1reward.config.schema import RewardSection
+from megatron_r1reward.reward.combine import combine, consistency_value
+from megatron_r1reward.reward.consistency import ConsistencyJudge
+from megatron_r1reward.reward.parse import ParsedResponse, parse_response
+from megatron_r1reward.reward.rules import format_reward, result_reward
+from megatron_r1reward.types import JudgeVerdict, Label, Rollout, ScoredRollout
+
+
+class RewardScorer:
+    """Scores rollouts with R = 0.5 F + A (1 + 0.5 C): the rules at once, the judge only where the result is right.
+
+    With `section.use_judge = false` no judge is asked: every verdict is "not_asked" and C = 0.
+
+    Raises:
+        ValueError: `use_judge` is set and `judge` is None.
+    """
+
+    def __init__(self, section: RewardSection, judge: ConsistencyJudge | None) -> None:
+        if section.use_judge and judge is None:
+            raise ValueError("reward.use_judge is true, but there is no judge: configure [judge], or set it to false")
+        self._section = section
+        self._judge = judge if section.use_judge else None
+
+    def score(self, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], dict[str, int]]:
+        """`score_async` for callers without an event loop."""
+        return asyncio.run(self.score_async(rollouts))
+
+    async def score_async(self, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], dict[str, int]]:
+        """Scored rollouts in the given order, and counts over them.
+
+        Counts: `judge_asked`, `judge_consistent`, `judge_inconsistent`, `judge_unknown`, `unparsable` (no answer that
+        is exactly 1 or 2) and `answer_1` (a drift away from half of the rollouts means position bias).
+        """
+        parsed = [parse_response(rollout.text) for rollout in rollouts]
+        right = [result_reward(p, rollout.prompt.label) == 1.0 for p, rollout in zip(parsed, rollouts, strict=True)]
+        cases = [(p.reasoning, p.answer) for p, is_right in zip(parsed, right, strict=True) if is_right and p.answer]
+        verdicts = iter(await self._verdicts(cases))
+        scored = [
+            self._scored(rollout, p, next(verdicts) if is_right else "not_asked")
+            for rollout, p, is_right in zip(rollouts, parsed, right, strict=True)
+        ]
+        return scored, _count(scored)
+
+    async def _verdicts(self, cases: Sequence[tuple[str, Label]]) -> Sequence[JudgeVerdict]:
+        if self._judge is None:
+            return ["not_asked"] * len(cases)
+        return await self._judge.judge_many(cases)
+
+    def _scored(self, rollout: Rollout, parsed: ParsedResponse, verdict: JudgeVerdict) -> ScoredRollout:
+        formatted = format_reward(parsed)
+        result = result_reward(parsed, rollout.prompt.label)
+        consistency = consistency_value(verdict, self._section.consistency_levels)
+        return ScoredRollout(
+            rollout=rollout,
+            format_reward=formatted,
+            result_reward=result,
+            consistency_reward=consistency,
+            reward=combine(formatted, result, consistency, self._section),
+            predicted=parsed.answer,
+            verdict=verdict,
+        )
+
+
+def _count(scored: Sequence[ScoredRollout]) -> dict[str, int]:
+    verdicts = Counter(s.verdict for s in scored)
+    return {
+        "judge_asked": len(scored) - verdicts["not_asked"],
+        "judge_consistent": verdicts["consistent"],
+        "judge_inconsistent": verdicts["inconsistent"],
+        "judge_unknown": verdicts["unknown"],
+        "unparsable": sum(s.predicted is None for s in scored),
+        "answer_1": sum(s.predicted == 1 for s in scored),
+    }

@@ -1,0 +1,124 @@
+"""The values that cross module boundaries: frozen, keyword-only, with shapes in the docstrings.
+
+Paths, token ids and numbers travel; decoded images never do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+Label = Literal[1, 2]
+JudgeVerdict = Literal["consistent", "inconsistent", "unknown", "not_asked"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preference:
+    """One human (or programmatic) preference: which of two responses to a question about images is better."""
+
+    id: str
+    question: str
+    responses: tuple[str, str]
+    label: Label
+    image_paths: tuple[str, ...]  # absolute paths; order is the order of the images in the prompt
+    metadata: Mapping[str, str] = field(default_factory=dict)  # e.g. category, source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A preference rendered as the reward model's input, in one of the two answer orders.
+
+    `token_ids` are unexpanded: every image is ONE `<|image_pad|>` (vLLM expands it itself; the trainer expands it
+    from the image grid). `label` is the right answer in the order shown, i.e. already swapped when `swapped`.
+    """
+
+    id: str  # unique within a run: preference id, order and occurrence
+    preference_id: str
+    token_ids: tuple[int, ...]
+    image_paths: tuple[str, ...]
+    label: Label
+    swapped: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSpan:
+    """Tokens [start, end) of a rollout were sampled under weight version `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One sampled response. `log_probs[t]` is the natural-log probability of `token_ids[t]` under the untempered
+    softmax of the model that sampled it (docs/numerics.md)."""
+
+    prompt: Prompt
+    sample_index: int
+    token_ids: tuple[int, ...]  # response tokens including the final end-of-turn token when there is one
+    log_probs: tuple[float, ...]  # [T], same length as token_ids
+    text: str  # decoded without special tokens
+    finish_reason: str  # "stop" | "length" | "abort"
+    weight_spans: tuple[WeightSpan, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredRollout:
+    """A rollout and the parts of its reward R = 0.5 F + A (1 + 0.5 C)."""
+
+    rollout: Rollout
+    format_reward: float  # F in {0, 1}
+    result_reward: float  # A in {0, 1}
+    consistency_reward: float  # C in {0, 1} (paper) or {-1, 0, 1} (released code)
+    reward: float
+    predicted: Label | None  # strict parse of <answer>; None when it is not exactly 1 or 2
+    verdict: JudgeVerdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequence:
+    """A prompt and a response as the trainer sees them: image placeholders expanded to one id per merged patch."""
+
+    token_ids: tuple[int, ...]
+    prompt_length: int  # tokens [prompt_length, len(token_ids)) are the response
+    image_paths: tuple[str, ...]
+
+    @property
+    def response_length(self) -> int:
+        return len(self.token_ids) - self.prompt_length
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """One micro-batch: S sequences back to back in one row of T tokens, no padding between them.
+
+    R response tokens carry a loss. Row r of the flat response axis is predicted from the hidden state at position
+    `response_positions[r]` and belongs to sequence `response_sequence[r]` (index into the global batch).
+    """
+
+    input_ids: torch.Tensor  # int64 [1, T]
+    position_ids: torch.Tensor  # int64 [3, 1, T]: temporal, height, width (M-RoPE), computed per sequence
+    cu_seqlens: torch.Tensor  # int32 [S + 1]
+    max_seqlen: int
+    response_positions: torch.Tensor  # int64 [R]
+    targets: torch.Tensor  # int64 [R]
+    response_sequence: torch.Tensor  # int64 [R]
+    sequence_indices: tuple[int, ...]  # S indices into the global list of sequences
+    pixel_values: torch.Tensor | None  # float32 [P, patch_dim], patches of all images in order; None without images
+    image_grid_thw: torch.Tensor | None  # int64 [I, 3]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.input_ids.shape[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepStats:
+    """What one optimizer step reports. `metrics` names are listed in monitor/metrics.py."""
+
+    step: int
+    metrics: Mapping[str, float]

@@ -1,0 +1,45 @@
+"""Shared fixtures. Ranks and kernels are small: one thread each keeps two cores from fighting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import megatron_r1reward.parallel  # noqa: F401  (adapts megatron-core to the CPU before anything imports it)
+
+torch.set_num_threads(1)
+
+CORPUS = [
+    "You are a highly skilled and impartial evaluator tasked with comparing two responses.",
+    "<think>The image shows 7.\nResponse 1 says 7, which is right.\nResponse 2 says 3, which is wrong.\n"
+    "Response 1 is better.</think><answer>1</answer>",
+    "Which digit is shown? 0 1 2 3 4 5 6 7 8 9 system user assistant You are a helpful assistant.",
+] * 4
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random tiny Qwen2.5-VL whose distributions are far from uniform."""
+    from megatron_r1reward.models.tiny import write_tiny_checkpoint
+
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    write_tiny_checkpoint(folder, corpus=CORPUS, init_std=0.15)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Images of three shapes, with windows that are full and ragged."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    paths = []
+    for index, (width, height) in enumerate([(56, 56), (168, 84), (140, 196)]):
+        path = folder / f"{index}.png"
+        small = generator.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(path)
+        paths.append(str(path))
+    return tuple(paths)
