@@ -40,6 +40,7 @@ class ParallelSection(Section):
 
 class DataSection(Section):
     train: Path
+    select: Path | None = None  # JSON list of ids to train on, e.g. the hard set that `r1reward annotate` writes
     image_root: Path | None = None  # relative image paths are resolved against it; None: the JSONL's folder
     max_pixels: PositiveInt = 501_760  # 640 * 28 * 28, the published training setting
     min_pixels: PositiveInt = 3_136  # 4 * 28 * 28
@@ -95,6 +96,8 @@ class AlgorithmSection(Section):
             raise ValueError(f"preclip_min {self.preclip_min} and preclip_max {self.preclip_max} must enclose 1")
         if self.baseline != "none" and self.samples_per_prompt == 1:
             raise ValueError(f"baseline {self.baseline!r} compares samples of one prompt: set samples_per_prompt > 1")
+        if self.group_normalize and self.baseline == "none":
+            raise ValueError("group_normalize divides by a group's deviation: set baseline to 'group_mean' with it")
         return self
 
 
@@ -108,7 +111,9 @@ class RewardSection(Section):
 class RlSection(Section):
     steps: PositiveInt = 100  # rollout batches
     rollout_batch_size: PositiveInt = 256  # prompts per step
-    train_batch_size: PositiveInt = 128  # rollouts per optimizer step
+    train_batch_size: PositiveInt = 128  # prompts (times samples_per_prompt rollouts) per optimizer step
+    heldout_every: PositiveInt | None = None  # steps between accuracy probes on evaluation.data; None: no probes
+    heldout_pairs: PositiveInt = 128  # pairs of one probe, each asked once in both orders
 
     @model_validator(mode="after")
     def _divides(self) -> RlSection:
@@ -151,12 +156,17 @@ class JudgeSection(ServerSection):
     api_key: str = "none"
     temperature: Annotated[float, Field(ge=0)] = 0.0
     max_tokens: PositiveInt = 16
+    request_timeout_s: Annotated[float, Field(gt=0)] = 60.0  # one short reply
     reasoning_lines: PositiveInt = 3  # the last lines of the reasoning that the judge sees (released code: 3)
 
 
 class AnnotateSection(Section):
     attempts: PositiveInt = 3
-    output: Path | None = None  # annotated rows; None: <output_dir>/annotated.jsonl
+    max_rows: PositiveInt | None = None  # annotate only the first rows of data.train; None: all
+    url: str | None = None  # OpenAI-compatible endpoint, e.g. "https://host/v1"; None: serve model.path here
+    model: str = "policy"  # its name at the endpoint
+    api_key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key of a remote endpoint
+    concurrency: PositiveInt = 64
 
 
 class EvaluationSection(Section):

@@ -38,5 +38,6 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    # An unpaired surrogate, e.g. in a quarantined row, becomes `\\udXXX`, which is its JSON escape.
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -55,6 +55,8 @@ class MediaResolver:
     def _resolve_one(self, value: Any) -> str:
         if isinstance(value, Mapping):
             value = value.get("bytes") or value.get("path")
+        if value is None:
+            raise RowError("image is empty")
         if isinstance(value, bytes):
             return self._store(value)
         if not isinstance(value, str):
@@ -75,7 +77,7 @@ class MediaResolver:
             path = (self._root / name.removeprefix("file://")).resolve()
             exists = path.is_file()
         except (OSError, ValueError, RuntimeError) as error:  # a name too long, a null character, a loop of links
-            raise RowError(f"image path {name[:100]!r} is unusable: {error}") from error
+            raise RowError(f"image path {name[:100]!r} is not usable as a path") from error
         if not path.is_relative_to(self._root):
             raise RowError(f"image {name!r} leaves the image root {self._root}")
         if not exists:
@@ -90,8 +92,8 @@ class MediaResolver:
         try:
             with Image.open(io.BytesIO(content)) as image:
                 suffix = (image.format or "image").lower()
-        except OSError as error:
-            raise RowError(f"embedded image of {len(content)} bytes is in no known format") from error
+        except (OSError, Image.DecompressionBombError) as error:
+            raise RowError(f"embedded image of {len(content)} bytes is in no known format or too large") from error
         path = self._media_dir / f"{hashlib.sha256(content).hexdigest()[:32]}.{suffix}"
         if not path.exists():
             write_bytes(path, content)

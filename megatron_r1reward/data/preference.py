@@ -184,13 +184,16 @@ def _sft_example(identifier: str, fields: Mapping[str, Any], media: MediaResolve
     chat = parse_chat(fields.get("message"))
     if chat.messages[-1]["role"] != "user":
         raise RowError(f"message ends with a turn of the {chat.messages[-1]['role']}, not of the user")
-    texts = (part["text"] for turn in chat.messages for part in turn["content"] if part["type"] == "text")
-    for text in texts:
-        _check_control_tokens("message", text)
+    for turn in chat.messages:
+        for part in turn["content"]:
+            _check_encodable("message", part.get("text", ""))
+    image_paths = _image_paths(fields, chat, media)
+    if len(image_paths) != len(chat.images):
+        raise RowError(f"message shows {len(chat.images)} images, the row has {len(image_paths)}")
     return SftExample(
         id=identifier,
         messages=chat.messages,
-        image_paths=_image_paths(fields, chat, media),
+        image_paths=image_paths,
         response=_required_text("response", fields.get("response")),
     )
 
@@ -214,9 +217,7 @@ def _question_and_responses(fields: Mapping[str, Any], chat: Chat | None) -> tup
 def _image_paths(fields: Mapping[str, Any], chat: Chat | None, media: MediaResolver) -> tuple[str, ...]:
     """Paths from `images`, else `image`, else the chat's own image entries."""
     shown = chat.images if chat is not None else ()
-    value = fields.get("images") or fields.get("image")
-    if value is None and "" in (fields.get("images"), fields.get("image")):
-        raise RowError("image path is empty")
+    value = next((fields[key] for key in ("images", "image") if fields.get(key) is not None), None)
     paths = media.resolve(list(shown) if value is None else value)
     if shown and len(shown) != len(paths):
         raise RowError(f"message shows {len(shown)} images, the row has {len(paths)}")
@@ -235,13 +236,22 @@ def _label(answer: Any) -> Label:
 
 
 def _required_text(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise RowError(f"{name} is {'empty' if value in (None, '') or isinstance(value, str) else 'not text'}")
-    _check_control_tokens(name, value)
+    if value is None:
+        raise RowError(f"{name} is missing")
+    if not isinstance(value, str):
+        raise RowError(f"{name} is {type(value).__name__}, not text")
+    if not value.strip():
+        raise RowError(f"{name} is empty")
+    _check_encodable(name, value)
     return value
 
 
-def _check_control_tokens(name: str, text: str) -> None:
+def _check_encodable(name: str, text: str) -> None:
+    """Refuse what a tokenizer would read as something other than text, or not read at all."""
     token = _CONTROL_TOKEN.search(text)
     if token is not None:
         raise RowError(f"{name} holds the control token {token[0]}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(f"{name} holds an unpaired surrogate at character {error.start}") from error

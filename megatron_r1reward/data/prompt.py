@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from megatron_r1reward.types import Label, Preference, Prompt
@@ -77,12 +79,16 @@ def split_message_text(text: str) -> tuple[str, str, str]:
             problem = "no heading" if not found else f"{len(found)} headings"
             raise ValueError(f"prompt text has {problem} matching {heading.pattern!r}: give the responses as columns")
         matches.append(found[0])
-    if any(before.end() > after.start() for before, after in zip(matches, matches[1:], strict=False)):
+    if any(before.end() > after.start() for before, after in pairwise(matches)):
         raise ValueError("prompt text has its headings out of order: give the responses as columns")
-    question, first, second = (
-        text[before.end() : after.start()].strip() for before, after in zip(matches, matches[1:], strict=False)
-    )
+    question, first, second = (text[before.end() : after.start()].strip() for before, after in pairwise(matches))
     return question, first, second
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    """Token ids of a chat up to and including the assistant's header, one placeholder per image."""
+    encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=True)
+    return tuple(encoded["input_ids"])
 
 
 class PromptBuilder:
@@ -109,7 +115,7 @@ class PromptBuilder:
         first, second = preference.responses
         responses = (second, first) if swapped else (first, second)
         messages = preference_messages(preference.question, responses, len(preference.image_paths))
-        token_ids = self._token_ids(messages)
+        token_ids = render_chat(self._tokenizer, messages)
         if len(token_ids) > self._max_prompt_tokens:
             raise ValueError(
                 f"preference {preference.id!r}: the prompt has {len(token_ids)} tokens, data.max_prompt_tokens is "
@@ -129,12 +135,6 @@ class PromptBuilder:
             label=_other(preference.label) if swapped else preference.label,
             swapped=swapped,
         )
-
-    def _token_ids(self, messages: list[dict[str, Any]]) -> tuple[int, ...]:
-        encoded = self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        return tuple(encoded["input_ids"])
 
 
 def _other(label: Label) -> Label:

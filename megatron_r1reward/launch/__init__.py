@@ -1,0 +1,1 @@
+"""Starting things: local servers beside a stage, and the demo pipeline."""

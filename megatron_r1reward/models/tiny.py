@@ -8,7 +8,7 @@ this package read the same folder.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,8 +70,14 @@ class TinySpec:
     max_pixels: int = 28 * 28 * 64
 
 
-def train_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer in Qwen2's manner, trained on `corpus`; any text stays representable."""
+def train_tokenizer(
+    corpus: Iterable[str], vocab_size: int, phrases: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer in Qwen2's manner, trained on `corpus`; any text stays representable.
+
+    Each of `phrases`, e.g. the fixed parts of a prompt template, becomes one token of its own: a model with a small
+    vocabulary then reads a long template in a few tokens.
+    """
     tokenizer = Tokenizer(models.BPE(byte_fallback=False, fuse_unk=False))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -89,6 +95,7 @@ def train_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokeniz
     )
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False, special=False) for phrase in phrases])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
@@ -170,6 +177,7 @@ def write_tiny_checkpoint(
     out: Path,
     *,
     corpus: Iterable[str],
+    phrases: Sequence[str] = (),
     seed: int = 0,
     spec: TinySpec | None = None,
     tie_word_embeddings: bool | None = None,
@@ -180,6 +188,7 @@ def write_tiny_checkpoint(
     Args:
         out: folder to create.
         corpus: texts the tokenizer is trained on.
+        phrases: texts that become one token each.
         init_std: 0 initializes for training (1/sqrt(fan-in)); a positive value, e.g. 0.15, gives a random model whose
             distributions are far from uniform, for tests.
     """
@@ -187,7 +196,7 @@ def write_tiny_checkpoint(
     if tie_word_embeddings is not None:
         spec = TinySpec(**{**spec.__dict__, "tie_word_embeddings": tie_word_embeddings})
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(corpus, spec.vocab_size)
+    tokenizer = train_tokenizer(corpus, spec.vocab_size, phrases)
     model = Qwen2_5_VLForConditionalGeneration(tiny_config(spec, tokenizer))
     _initialize(model, seed, init_std)
     if spec.tie_word_embeddings:

@@ -30,6 +30,7 @@ _TABLE = (
     _metric("loss", "nats", "neither", "policy loss of the step, after aggregation over the global batch"),
     _metric("grad_norm", "1", "lower", "global gradient norm before clipping"),
     _metric("lr", "1", "neither", "learning rate of the step"),
+    _metric("update/skipped", "steps", "lower", "optimizer steps skipped because the gradient norm was not finite"),
     _metric("entropy", "nats", "neither", "mean entropy of the policy over response tokens"),
     _metric("tokens_per_second", "1/s", "higher", "prompt and response tokens trained on, per second of step time"),
     # Reward R = 0.5 F + A (1 + 0.5 C)
@@ -74,7 +75,6 @@ _TABLE = (
     # Quality
     _metric("heldout/accuracy", "1", "higher", "accuracy on held-out pairs, mean of both answer orders"),
     _metric("sft/loss", "nats", "lower", "mean cross-entropy over response tokens"),
-    _metric("sft/token_accuracy", "1", "higher", "share of response tokens that greedy decoding would get right"),
 )
 
 METRICS: Mapping[str, Metric] = MappingProxyType({metric.name: metric for metric in _TABLE})

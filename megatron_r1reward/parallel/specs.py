@@ -42,7 +42,7 @@ class TorchNorm:
 class PackedAttention(MegatronModule):
     """Scaled dot-product attention over packed sequences (THD), causal or bidirectional, with grouped queries.
 
-    One fused call per sequence: no [T, T] mask is ever formed and no token is padded.
+    One fused call per sequence (one for all where they are equally long): no [T, T] mask is ever formed and no token is padded.
     """
 
     def __init__(
@@ -73,20 +73,19 @@ class PackedAttention(MegatronModule):
         """query [T, heads, dim]; key, value [T, groups, dim] -> [T, heads, dim]."""
         assert packed_seq_params is not None, "sequences are always packed"
         causal = (attn_mask_type or self.attn_mask_type) in (AttnMaskType.causal, AttnMaskType.padding_causal)
-        bounds = packed_seq_params.cu_seqlens_q.tolist()
-        q_HTD, k_GTD, v_GTD = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-        outputs = [
-            F.scaled_dot_product_attention(
-                q_HTD[:, :, start:end],
-                k_GTD[:, :, start:end],
-                v_GTD[:, :, start:end],
-                is_causal=causal,
-                scale=self.scale,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-            for start, end in zip(bounds[:-1], bounds[1:], strict=True)
-        ]
-        return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1).reshape(query.shape)
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+
+        def attend(q_SLHD: torch.Tensor, k_SLGD: torch.Tensor, v_SLGD: torch.Tensor) -> torch.Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (q_SLHD, k_SLGD, v_SLGD))
+            gqa = q.shape[1] != k.shape[1]
+            output = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=self.scale, enable_gqa=gqa)
+            return output.transpose(1, 2).flatten(0, 1)
+
+        if len(set(lengths)) == 1:  # e.g. full attention windows: one batched call
+            return attend(*(x.unflatten(0, (len(lengths), lengths[0])) for x in (query, key, value)))
+        # split, not slices: its backward is one concatenation instead of a zero-filled tensor per sequence
+        sequences = zip(*(x.unsqueeze(0).split(lengths, dim=1) for x in (query, key, value)), strict=True)
+        return torch.cat([attend(*sequence) for sequence in sequences])
 
 
 def packed(cu_seqlens: torch.Tensor) -> PackedSeqParams:

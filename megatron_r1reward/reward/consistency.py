@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from itertools import cycle
@@ -37,8 +37,8 @@ class ConsistencyJudge:
     """A pool of OpenAI-compatible servers that judge consistency from text alone: no image, no question.
 
     A call is never fatal. It is tried `section.retries + 1` times, each time on the next server; when none of them gave
-    a usable reply the verdict is "unknown", and the last reason is logged. Usable verdicts are remembered by (last
-    lines, answer); "unknown" is not.
+    a usable reply the verdict is "unknown", and one log line per batch names a reason. Usable verdicts are remembered
+    by (last lines, answer); "unknown" is not.
 
     Raises:
         ValueError: no urls.
@@ -76,24 +76,46 @@ class ConsistencyJudge:
         # Connections belong to an event loop, and each call may run in a new one.
         async with AsyncExitStack() as stack:
             servers = [await stack.enter_async_context(JudgeEndpoint(self._section, url)) for url in self._urls]
-            turns = cycle(servers)
             slots = asyncio.Semaphore(self._section.max_concurrency * len(servers))
-            verdicts = await asyncio.gather(*(self._ask(question, turns, slots) for question in questions))
-        return dict(zip(questions, verdicts, strict=True))
+            answers = await asyncio.gather(
+                *(self._ask(question, _rotated(servers, i), slots) for i, question in enumerate(questions))
+            )
+        failures = [answer for answer in answers if isinstance(answer, Exception)]
+        if failures:
+            logger.warning(
+                "judge: no verdict on %d of %d questions after %d attempts each; the last reason: %r",
+                len(failures),
+                len(questions),
+                self._section.retries + 1,
+                failures[-1],
+            )
+        return {
+            question: "unknown" if isinstance(answer, Exception) else answer
+            for question, answer in zip(questions, answers, strict=True)
+        }
 
-    async def _ask(self, question: _Question, turns: Iterator[JudgeEndpoint], slots: asyncio.Semaphore) -> JudgeVerdict:
+    async def _ask(
+        self, question: _Question, servers: Sequence[JudgeEndpoint], slots: asyncio.Semaphore
+    ) -> JudgeVerdict | Exception:
+        """The verdict, or why there is none."""
         messages = judge_messages(question.tail, f"Response {question.answer} is better.")
         reason: Exception | None = None
-        for attempt in range(self._section.retries + 1):
+        for attempt, server in zip(range(self._section.retries + 1), cycle(servers)):
             if attempt:
                 await asyncio.sleep(_pause_s(attempt))
             try:
                 async with slots:
-                    return _read_verdict(await next(turns).reply(messages))
+                    return _read_verdict(await server.reply(messages))
             except _FAILURES as failure:
                 reason = failure
-        logger.warning("judge gave no verdict after %d attempts: %r", self._section.retries + 1, reason)
-        return "unknown"
+        assert reason is not None, "retries >= 0: at least one attempt was made"
+        return reason
+
+
+def _rotated(servers: Sequence[JudgeEndpoint], start: int) -> Sequence[JudgeEndpoint]:
+    """All servers, beginning with number `start`, round robin."""
+    start %= len(servers)
+    return [*servers[start:], *servers[:start]]
 
 
 def _last_lines(reasoning: str, count: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,7 +29,6 @@ class JudgeEndpoint:
             max_retries=0,  # the caller retries, on another server where there is one
         )
         self._model = section.model
-        self._discovery = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         return self
@@ -61,12 +59,12 @@ class JudgeEndpoint:
                 raise UnusableReplyError(f"not a chat completion: {str(completion)[:200]!r}")
 
     async def _model_name(self) -> str:
-        """`judge.model`, or the first model that the server lists; asked for once."""
-        async with self._discovery:
-            if self._model is None:
-                match await self._client.get("/models", cast_to=object):
-                    case {"data": [{"id": str(name)}, *_]}:
-                        self._model = name
-                    case listing:
-                        raise UnusableReplyError(f"not a list of models: {str(listing)[:200]!r}")
-            return self._model
+        """`judge.model`, or the first model that the server lists."""
+        # No lock: callers that start together may all ask, which is cheaper than queueing behind a server that hangs.
+        if self._model is None:
+            match await self._client.get("/models", cast_to=object):
+                case {"data": [{"id": str(name)}, *_]}:
+                    self._model = name
+                case listing:
+                    raise UnusableReplyError(f"not a list of models: {str(listing)[:200]!r}")
+        return self._model

@@ -10,7 +10,6 @@ from typing import Final
 from megatron_r1reward.types import Label
 
 _WELL_FORMED = re.compile(r"<think>.*?</think><answer>.*?</answer>", re.DOTALL)
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _THINK_TAG = re.compile(r"</?think>")
 _LABELS: Final[Mapping[str, Label]] = {"1": 1, "2": 2}
 
@@ -32,10 +31,12 @@ def parse_response(text: str) -> ParsedResponse:
     exactly once. It does not look at the answer's content. `answer` is read independently of the format.
     """
     text = text.strip()
+    before, _, after = text.partition("<answer>")
+    content, closing_tag, _ = after.partition("</answer>")
+    # Counting first also spares the pattern the texts on which it would backtrack.
     single_tags = text.count("<think>") == 1 and text.count("<answer>") == 1
-    found = _ANSWER.search(text)
     return ParsedResponse(
-        answer=_LABELS.get(found.group(1).strip()) if found else None,
+        answer=_LABELS.get(content.strip()) if closing_tag else None,
         well_formed=single_tags and _WELL_FORMED.fullmatch(text) is not None,
-        reasoning=_THINK_TAG.sub("", text.partition("<answer>")[0]).strip(),
+        reasoning=_THINK_TAG.sub("", before).strip(),
     )

@@ -40,13 +40,10 @@ class RewardScorer:
         is exactly 1 or 2) and `answer_1` (a drift away from half of the rollouts means position bias).
         """
         parsed = [parse_response(rollout.text) for rollout in rollouts]
-        right = [result_reward(p, rollout.prompt.label) == 1.0 for p, rollout in zip(parsed, rollouts, strict=True)]
-        cases = [(p.reasoning, p.answer) for p, is_right in zip(parsed, right, strict=True) if is_right and p.answer]
-        verdicts = iter(await self._verdicts(cases))
-        scored = [
-            self._scored(rollout, p, next(verdicts) if is_right else "not_asked")
-            for rollout, p, is_right in zip(rollouts, parsed, right, strict=True)
-        ]
+        right = [i for i, rollout in enumerate(rollouts) if parsed[i].answer == rollout.prompt.label]
+        cases = [(parsed[i].reasoning, rollouts[i].prompt.label) for i in right]
+        verdicts = dict(zip(right, await self._verdicts(cases), strict=True))
+        scored = [self._scored(rollouts[i], parsed[i], verdicts.get(i, "not_asked")) for i in range(len(rollouts))]
         return scored, _count(scored)
 
     async def _verdicts(self, cases: Sequence[tuple[str, Label]]) -> Sequence[JudgeVerdict]:

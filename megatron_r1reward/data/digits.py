@@ -1,0 +1,144 @@
+"""The embedded data set: preferences about images of real handwritten digits, small enough for a laptop.
+
+Everything a stage of the pipeline needs comes from one seed: supervised reasonings, a pool for difficulty annotation
+and RL, held-out pairs on pictures that training never shows, and data for a consistency judge.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_r1reward.data.digits_card import data_card
+from megatron_r1reward.data.digits_judge import judge_rows as make_judge_rows
+from megatron_r1reward.data.digits_pictures import DigitSources, PictureStore, choose_pictures, split_sources
+from megatron_r1reward.data.digits_text import CATEGORIES, DigitQuestion, draw_question, target
+from megatron_r1reward.data.files import write_jsonl, write_text
+from megatron_r1reward.data.prompt import preference_messages
+
+IMAGE_FOLDER = "images"
+_TRIES = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsSummary:
+    """What was written; the content of `meta.json`."""
+
+    seed: int
+    rows: Mapping[str, int]  # by file name without suffix
+    categories: Mapping[str, Mapping[str, int]]  # rows by file name and category
+    images: int
+    train_pictures: int  # source pictures available to training, disjoint from the held-out ones
+    heldout_pictures: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Example:
+    """A question, the response that is shown as the right one, and the source pictures of its image."""
+
+    question: DigitQuestion
+    label: int
+    pictures: tuple[int, ...]
+
+
+def build_digits(
+    out: Path,
+    *,
+    seed: int = 0,
+    sft_rows: int = 8000,
+    pool_rows: int = 4000,
+    heldout_pairs: int = 480,
+    judge_rows: int = 4000,
+) -> DigitsSummary:
+    """Write the data set to `out`; the same arguments give the same bytes.
+
+    Files: `sft.jsonl` (preferences with a target `response`), `pool.jsonl` and `heldout.jsonl` (preferences),
+    `judge_sft.jsonl` and, a tenth of it, `judge_heldout.jsonl` (text only), `images/*.png`, `README.md` (data card)
+    and, last, `meta.json`. Labels are exactly 1:1 in every file and category.
+
+    Raises:
+        ValueError: a count is not a positive even number, or exceeds the number of different rows there are.
+    """
+    counts = {"sft": sft_rows, "pool": pool_rows, "heldout": heldout_pairs, "judge_sft": judge_rows}
+    for name, count in counts.items():
+        if count <= 0 or count % 2:
+            raise ValueError(f"{name}: {count} rows cannot be labelled 1:1: give a positive even number")
+    train, heldout = split_sources(seed)
+    assert not train.indices & heldout.indices, "a source picture is in both splits"
+
+    store = PictureStore(out / IMAGE_FOLDER)
+    seen: set[tuple[object, ...]] = set()  # shared, so that the pool repeats nothing of the supervised rows
+    files: dict[str, list[dict[str, Any]]] = {}
+    for name, sources in (("sft", train), ("pool", train), ("heldout", heldout)):
+        examples = _examples(name, counts[name], sources, random.Random(f"{name}/{seed}"), seen)
+        files[name] = [
+            _row(f"{name}-{number:05d}", example, store, with_target=name == "sft")
+            for number, example in enumerate(examples)
+        ]
+    messages: set[str] = set()
+    for name, count in (("judge_sft", judge_rows), ("judge_heldout", max(2, judge_rows // 20 * 2))):
+        files[name] = make_judge_rows(name, count, random.Random(f"{name}/{seed}"), messages)
+
+    summary = DigitsSummary(
+        seed=seed,
+        rows={name: len(rows) for name, rows in files.items()},
+        categories={
+            name: dict(sorted(Counter(row["category"] for row in rows).items())) for name, rows in files.items()
+        },
+        images=len(store),
+        train_pictures=len(train.indices),
+        heldout_pictures=len(heldout.indices),
+    )
+    for name, rows in files.items():
+        write_jsonl(out / f"{name}.jsonl", rows)
+    write_text(out / "README.md", data_card(asdict(summary)))
+    write_text(out / "meta.json", json.dumps(asdict(summary), indent=2) + "\n")
+    return summary
+
+
+def _examples(
+    name: str, count: int, sources: DigitSources, rng: random.Random, seen: set[tuple[object, ...]]
+) -> list[_Example]:
+    """`count` different examples in random order, categories evenly spread, labels 1:1 within each."""
+    slots = [(CATEGORIES[place // 2 % len(CATEGORIES)], 1 + place % 2) for place in range(count)]
+    rng.shuffle(slots)
+    examples = []
+    for category, label in slots:
+        for _ in range(_TRIES):
+            question = draw_question(category, rng)
+            pictures = choose_pictures(sources, question.digits, rng)
+            key = (pictures, question.question, frozenset(question.claims))
+            if key not in seen:
+                break
+        else:
+            raise ValueError(f"{name}: no further different row of category {category!r}: ask for fewer rows")
+        seen.add(key)
+        examples.append(_Example(question=question, label=label, pictures=pictures))
+    return examples
+
+
+def _row(identifier: str, example: _Example, store: PictureStore, *, with_target: bool) -> dict[str, Any]:
+    """A row in the schema of R1-Reward-RL with the explicit columns."""
+    question, label = example.question, example.label
+    right, wrong = question.responses
+    responses = (right, wrong) if label == 1 else (wrong, right)
+    image = f"{IMAGE_FOLDER}/{store.store(example.pictures)}"
+    messages = preference_messages(question.question, responses, num_images=1)
+    messages[0]["content"][0]["image"] = image
+    row = {
+        "id": identifier,
+        "message": json.dumps(messages),
+        "question": question.question,
+        "response_1": responses[0],
+        "response_2": responses[1],
+        "answer": [f"<answer>{label}</answer>"],
+        "image": image,
+        "category": question.category,
+        "source": "digits",
+    }
+    return {**row, "response": target(question, label)} if with_target else row

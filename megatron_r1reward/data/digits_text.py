@@ -1,0 +1,225 @@
+"""Questions about handwritten digits, a right and a wrong response to each, and the reasoning that tells them apart.
+
+The texts come first and the picture is chosen to fit: a pair of answers is drawn, then a fair coin says which of them
+the image will make right. So P(right | text) = 1/2 holds by construction, and only pixels can give the answer away.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+AnswerT = TypeVar("AnswerT")
+
+POSITIONS = {2: ("left", "right"), 3: ("left", "middle", "right")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitQuestion:
+    """A question with its two answers, the right one first, and the digits (left to right) that make it right."""
+
+    category: str
+    question: str
+    digits: tuple[int, ...]
+    claims: tuple[str, str]  # what the answers say, in a word, e.g. ("7", "3") or ("yes", "no")
+    responses: tuple[str, str]  # the claims as sentences
+    finding: str | None = None  # what follows from the digits, where the answer is not simply what is seen
+
+
+def assessment(claims: tuple[str, str], is_right: tuple[bool, bool], better: int) -> list[str]:
+    """The last three lines of a reasoning; `claims` and `is_right` are in the order shown."""
+    lines = [
+        f"Response {number} says {claim}, which is {'right' if right else 'wrong'}."
+        for number, (claim, right) in enumerate(zip(claims, is_right, strict=True), start=1)
+    ]
+    return [*lines, f"Response {better} is better."]
+
+
+def reasoning(question: DigitQuestion, label: int) -> list[str]:
+    """Lines of the reasoning for the order in which response `label` is the right one; what is seen comes first."""
+    right, wrong = question.claims
+    claims = (right, wrong) if label == 1 else (wrong, right)
+    lines = [_sighting(question.digits)]
+    if question.finding is not None:
+        lines.append(question.finding)
+    return lines + assessment(claims, (label == 1, label == 2), better=label)
+
+
+def target(question: DigitQuestion, label: int) -> str:
+    """The response to learn, in the strict format of the published model."""
+    return "<think>" + "\n".join(reasoning(question, label)) + f"</think><answer>{label}</answer>"
+
+
+def draw_question(category: str, rng: random.Random) -> DigitQuestion:
+    """A random question of one of `CATEGORIES`."""
+    return _DRAWERS[category](rng)
+
+
+def _sighting(digits: tuple[int, ...]) -> str:
+    if len(digits) == 1:
+        return f"The image shows the digit {digits[0]}."
+    *first, last = digits
+    return f"From left to right, the image shows {', '.join(map(str, first))} and {last}."
+
+
+def _two(rng: random.Random, low: int, high: int) -> tuple[int, int]:
+    """Two different integers in [low, high] in random order; the first will be right."""
+    first, second = rng.sample(range(low, high + 1), 2)
+    return first, second
+
+
+def _shuffled(rng: random.Random, pair: tuple[AnswerT, AnswerT]) -> tuple[AnswerT, AnswerT]:
+    first, second = pair
+    return (first, second) if rng.random() < 0.5 else (second, first)
+
+
+def _phrase(rng: random.Random, claims: tuple[str, str], *templates: str) -> tuple[str, str]:
+    """Each claim as a sentence, independently worded, so that the wording tells nothing."""
+    return rng.choice(templates).format(claims[0]), rng.choice(templates).format(claims[1])
+
+
+def _yes_no(rng: random.Random, yes_is_right: bool, yes: str, no: str) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Claims and responses of a yes/no question, the right ones first."""
+    answers = [("yes", rng.choice(("Yes, {}.", "Yes. I see that {}.")).format(yes))]
+    answers.append(("no", rng.choice(("No, {}.", "No. I see that {}.")).format(no)))
+    right, wrong = answers if yes_is_right else reversed(answers)
+    return (right[0], wrong[0]), (right[1], wrong[1])
+
+
+def _digit(rng: random.Random) -> DigitQuestion:
+    right, wrong = _two(rng, 0, 9)
+    claims = (str(right), str(wrong))
+    return DigitQuestion(
+        category="digit",
+        question=rng.choice(("Which digit does the image show?", "What is the digit in the image?")),
+        digits=(right,),
+        claims=claims,
+        responses=_phrase(rng, claims, "The digit is {}.", "The image shows {}."),
+    )
+
+
+def _parity(rng: random.Random) -> DigitQuestion:
+    digit = rng.randrange(10)
+    claims = ("odd", "even") if digit % 2 else ("even", "odd")
+    questions = ("Is the digit even or odd?", "Is the digit odd or even?", "Is this digit an even or an odd number?")
+    return DigitQuestion(
+        category="parity",
+        question=rng.choice(questions),
+        digits=(digit,),
+        claims=claims,
+        responses=_phrase(rng, claims, "The digit is {}.", "It is an {} number."),
+        finding=f"{digit} is {claims[0]}.",
+    )
+
+
+def _position(rng: random.Random) -> DigitQuestion:
+    right, wrong = _two(rng, 0, 9)
+    names = POSITIONS[rng.choice((2, 3))]
+    asked = rng.randrange(len(names))
+    digits = [rng.randrange(10) for _ in names]
+    if rng.random() < 0.5:  # the wrong answer stands elsewhere in the image, so that the place matters
+        digits[rng.choice([place for place in range(len(names)) if place != asked])] = wrong
+    digits[asked] = right
+    place = "in the middle" if names[asked] == "middle" else f"on the {names[asked]}"
+    claims = (str(right), str(wrong))
+    return DigitQuestion(
+        category="position",
+        question=rng.choice((f"Which digit is {place}?", f"What is the digit {place} of the image?")),
+        digits=tuple(digits),
+        claims=claims,
+        responses=_phrase(rng, claims, f"The digit {place} is {{}}.", "It is {}."),
+        finding=f"The digit {place} is {right}.",
+    )
+
+
+def _larger(rng: random.Random) -> DigitQuestion:
+    right, wrong = _two(rng, 1, 9)
+    # The wrong answer is the smaller digit of the image where it can be, half of the time.
+    other = wrong if wrong < right and rng.random() < 0.5 else rng.randrange(right)
+    claims = (str(right), str(wrong))
+    return DigitQuestion(
+        category="larger",
+        question=rng.choice(("Which of the two digits is larger?", "What is the larger of the two digits?")),
+        digits=_shuffled(rng, (right, other)),
+        claims=claims,
+        responses=_phrase(rng, claims, "The larger digit is {}.", "It is {}."),
+        finding=f"The larger digit is {right}.",
+    )
+
+
+def _same(rng: random.Random) -> DigitQuestion:
+    same = rng.random() < 0.5
+    first, second = _two(rng, 0, 9)
+    claims, responses = _yes_no(rng, same, "the two digits are the same", "the two digits are different")
+    return DigitQuestion(
+        category="same",
+        question=rng.choice(("Are the two digits the same?", "Does the image show the same digit twice?")),
+        digits=(first, first if same else second),
+        claims=claims,
+        responses=responses,
+        finding="The two digits are the same." if same else "The two digits are different.",
+    )
+
+
+def _sum(rng: random.Random) -> DigitQuestion:
+    base = rng.randrange(10) + rng.randrange(10)
+    near = rng.choice([total for total in range(max(0, base - 3), min(18, base + 3) + 1) if total != base])
+    right, wrong = _shuffled(rng, (base, near))
+    first = rng.randint(max(0, right - 9), min(9, right))
+    claims = (str(right), str(wrong))
+    return DigitQuestion(
+        category="sum",
+        question=rng.choice(("What is the sum of the two digits?", "What do the two digits add up to?")),
+        digits=(first, right - first),
+        claims=claims,
+        responses=_phrase(rng, claims, "The sum is {}.", "They add up to {}."),
+        finding=f"The sum is {first} + {right - first} = {right}.",
+    )
+
+
+def _threshold(rng: random.Random) -> DigitQuestion:
+    limit, relation, holds = rng.randint(1, 8), rng.choice(("larger", "smaller")), rng.random() < 0.5
+    fits = {"larger": range(limit + 1, 10), "smaller": range(limit)}[relation]
+    digit = rng.choice([candidate for candidate in range(10) if (candidate in fits) == holds])
+    statement = f"{relation} than {limit}"
+    claims, responses = _yes_no(rng, holds, f"it is {statement}", f"it is not {statement}")
+    return DigitQuestion(
+        category="threshold",
+        question=rng.choice((f"Is the digit {statement}?", f"Does the image show a digit {statement}?")),
+        digits=(digit,),
+        claims=claims,
+        responses=responses,
+        finding=f"{digit} is {statement}." if holds else f"{digit} is not {statement}.",
+    )
+
+
+def _number(rng: random.Random) -> DigitQuestion:
+    digits = [rng.randrange(10) for _ in range(rng.choice((2, 3)))]
+    place = rng.randrange(len(digits))
+    changed = list(digits)
+    changed[place] = (digits[place] + rng.randint(1, 9)) % 10
+    right, wrong = _shuffled(rng, (tuple(digits), tuple(changed)))
+    claims = ("".join(map(str, right)), "".join(map(str, wrong)))
+    return DigitQuestion(
+        category="number",
+        question=rng.choice(("Which number do the digits form?", "Read the number in the image.")),
+        digits=right,
+        claims=claims,
+        responses=_phrase(rng, claims, "The number is {}.", "It reads {}."),
+        finding=f"The number is {claims[0]}.",
+    )
+
+
+_DRAWERS: dict[str, Callable[[random.Random], DigitQuestion]] = {
+    "digit": _digit,
+    "parity": _parity,
+    "threshold": _threshold,
+    "position": _position,
+    "larger": _larger,
+    "same": _same,
+    "sum": _sum,
+    "number": _number,
+}
+CATEGORIES = tuple(_DRAWERS)

@@ -1,0 +1,68 @@
+"""Which examples a step sees: a pure function of (seed, step), so that a resumed run needs only its step number."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from megatron_r1reward.config.schema import DataSection
+from megatron_r1reward.data.prompt import PromptBuilder
+from megatron_r1reward.types import Preference, Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """Example `index` in pass `epoch` over the data."""
+
+    index: int
+    epoch: int
+
+
+class EpochSampler:
+    """Every example once per epoch, in an order drawn anew for each epoch; batches run across epoch ends."""
+
+    def __init__(self, size: int, *, seed: int) -> None:
+        if size < 1:
+            raise ValueError("there is nothing to sample from: the data set has no rows")
+        self.size, self.seed = size, seed
+        self._order = lru_cache(maxsize=2)(self._draw_order)
+
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(self.size)
+
+    def batch(self, step: int, batch_size: int) -> list[Draw]:
+        """The draws of step `step` (counted from 0) at a constant batch size."""
+        draws = []
+        for position in range(step * batch_size, (step + 1) * batch_size):
+            epoch, offset = divmod(position, self.size)
+            draws.append(Draw(index=int(self._order(epoch)[offset]), epoch=epoch))
+        return draws
+
+
+def is_swapped(mode: str, *, seed: int, epoch: int, preference_id: str) -> bool:
+    """Whether the two responses change places: a fair coin per (seed, epoch, preference) when `mode` is "random"."""
+    if mode != "random":
+        return mode == "always"
+    return bool(hashlib.sha256(f"{seed}/{epoch}/{preference_id}".encode()).digest()[0] & 1)
+
+
+class PromptLoader:
+    """Prompts for rollout batches."""
+
+    def __init__(
+        self, preferences: Sequence[Preference], builder: PromptBuilder, section: DataSection, *, seed: int
+    ) -> None:
+        self.preferences, self.builder, self.section, self.seed = preferences, builder, section, seed
+        self.sampler = EpochSampler(len(preferences), seed=seed)
+
+    def batch(self, step: int, batch_size: int) -> list[Prompt]:
+        prompts = []
+        for draw in self.sampler.batch(step, batch_size):
+            preference = self.preferences[draw.index]
+            swapped = is_swapped(self.section.swap, seed=self.seed, epoch=draw.epoch, preference_id=preference.id)
+            prompts.append(self.builder.build(preference, swapped=swapped, occurrence=draw.epoch))
+        return prompts

@@ -1,0 +1,132 @@
+"""The files of a finished run that the report is made of, read and checked once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from megatron_r1reward.evaluation.result import Order
+from megatron_r1reward.monitor.sinks import read_rows
+from megatron_r1reward.types import Label
+
+Interval = tuple[float, float]
+T = TypeVar("T")
+
+
+class _FileModel(BaseModel):
+    model_config = ConfigDict(frozen=True)  # unknown keys are left alone: a newer run may hold more
+
+
+class CategoryEntry(_FileModel):
+    accuracy: float
+    interval: Interval
+    pairs: int
+
+
+class CountsEntry(_FileModel):
+    pairs: int
+    samples: int
+    failed: int
+
+
+class TranscriptEntry(_FileModel):
+    preference_id: str
+    category: str
+    order: Order
+    question: str
+    responses: tuple[str, str]
+    label: Label
+    image_paths: tuple[str, ...]
+    text: str
+    answer: Label | None
+    correct: bool
+
+
+class EvaluationFile(_FileModel):
+    """`evaluation.json`: `EvaluationResult.to_json()`, with the control's beside it under `control`."""
+
+    accuracy: float
+    interval: Interval
+    accuracy_by_order: dict[Order, float]
+    accuracy_by_order_intervals: dict[Order, Interval]
+    order_consistency: float
+    order_consistency_interval: Interval
+    voting: dict[str, float]
+    voting_intervals: dict[str, Interval]
+    any_correct: dict[str, float]
+    any_correct_intervals: dict[str, Interval]
+    unparsable_rate: float
+    format_rate: float
+    answer_1_rate: float | None
+    mean_response_tokens: float
+    mean_response_tokens_interval: Interval
+    by_category: dict[str, CategoryEntry]
+    counts: CountsEntry
+    transcripts: tuple[TranscriptEntry, ...]
+    control: EvaluationFile | None = None
+
+
+class TimingFile(_FileModel):
+    """`timing.json`: seconds of the pipeline's phases, and from its start to its end."""
+
+    phases: dict[str, float]
+    wall_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFiles:
+    """Everything the report shows. Metric rows are `{"step": int, "time": float, <name>: float | None}`."""
+
+    name: str
+    sft: EvaluationFile
+    rl: EvaluationFile
+    sft_rows: tuple[dict[str, Any], ...]
+    rl_rows: tuple[dict[str, Any], ...]
+    timing: TimingFile
+    difficulty: dict[str, int]  # attempts needed ("1", "2", ..., "never") -> number of preferences
+
+
+def read_run(run_dir: Path) -> RunFiles:
+    """Read a run directory.
+
+    Raises:
+        ValueError: files are missing (all are named), a file is not what it should be, or it has no rows.
+    """
+    names = (
+        "sft/metrics.jsonl",
+        "rl/metrics.jsonl",
+        "eval_sft/evaluation.json",
+        "eval_rl/evaluation.json",
+        "timing.json",
+        "difficulty.json",
+    )
+    missing = [name for name in names if not (run_dir / name).is_file()]
+    if missing:
+        raise ValueError(f"{run_dir} lacks {', '.join(missing)}: finish the run before making its report")
+    return RunFiles(
+        name=run_dir.resolve().name,
+        sft=_read(run_dir / "eval_sft/evaluation.json", EvaluationFile),
+        rl=_read(run_dir / "eval_rl/evaluation.json", EvaluationFile),
+        sft_rows=_rows(run_dir / "sft/metrics.jsonl"),
+        rl_rows=_rows(run_dir / "rl/metrics.jsonl"),
+        timing=_read(run_dir / "timing.json", TimingFile),
+        difficulty=_read(run_dir / "difficulty.json", dict[str, int]),
+    )
+
+
+def _read(path: Path, kind: type[T]) -> T:
+    try:
+        return TypeAdapter(kind).validate_python(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, ValidationError) as error:
+        raise ValueError(f"{path} is not what the report expects, write it anew: {error}") from error
+
+
+def _rows(path: Path) -> tuple[dict[str, Any], ...]:
+    rows = read_rows(path)
+    if not rows:
+        raise ValueError(f"{path} has no rows: the stage did not log a step")
+    return tuple(rows)

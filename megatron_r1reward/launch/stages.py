@@ -1,0 +1,165 @@
+"""What each subcommand does: open what the stage needs, run it, close everything."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.data.difficulty import select_hard, summary
+from megatron_r1reward.data.files import write_text
+from megatron_r1reward.data.preference import read_preferences
+from megatron_r1reward.data.prompt import PromptBuilder
+from megatron_r1reward.evaluation.annotate import annotate as annotate_preferences
+from megatron_r1reward.evaluation.evaluate import evaluate as evaluate_pairs
+from megatron_r1reward.evaluation.result import EvaluationResult
+from megatron_r1reward.launch.services import open_annotator, open_rl_services, open_rollout_pool
+from megatron_r1reward.parallel import setup
+from megatron_r1reward.parallel.setup import Topology
+from megatron_r1reward.reward.score import RewardScorer
+from megatron_r1reward.rollout.pool import RolloutPool
+from megatron_r1reward.training import rl as rl_stage
+from megatron_r1reward.training import sft as sft_stage
+from megatron_r1reward.types import Preference
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def _ranks(config: RunConfig) -> Iterator[Topology]:
+    topology = setup.initialize(config.parallel, seed=config.run.seed)
+    try:
+        yield topology
+    finally:
+        setup.shutdown()
+
+
+def sft(config: RunConfig) -> None:
+    """Stage 1, on every rank."""
+    with _ranks(config) as topology:
+        folder = sft_stage.run(config, topology)
+    log.info("SFT finished: %s", folder)
+
+
+def rl(config: RunConfig) -> None:
+    """Stage 2, on every rank; the main rank also runs the servers and the reward."""
+    with _ranks(config) as topology, ExitStack() as stack:
+        services = None
+        if topology.is_main:
+            opened = stack.enter_context(open_rl_services(config))
+            services = rl_stage.Services(
+                pool=opened.pool,
+                scorer=RewardScorer(config.reward, opened.judge),
+                probe=_heldout_probe(config, opened.pool),
+            )
+        folder = rl_stage.run(config, topology, services)
+    log.info("RL finished: %s", folder)
+
+
+def _heldout_probe(config: RunConfig, pool: RolloutPool) -> Callable[[], float] | None:
+    if config.rl.heldout_every is None:
+        return None
+    pairs = _heldout(config)[: config.rl.heldout_pairs]
+
+    def probe() -> float:
+        return _evaluate(config, pool, pairs, samples=1, voting=(1,), transcripts=0).accuracy.mean
+
+    return probe
+
+
+def annotate(config: RunConfig) -> None:
+    """Difficulty of every training preference, and the hard set that RL trains on."""
+    output = config.run.output_dir
+    output.mkdir(parents=True, exist_ok=True)
+    section = config.annotate
+    preferences = read_preferences(
+        config.data.train,
+        image_root=config.data.image_root,
+        media_dir=output / "media",
+        quarantine=output / "quarantine.jsonl",
+    ).preferences[: section.max_rows]
+    with open_annotator(config) as url, tqdm(total=len(preferences), desc="annotate", unit="sample") as progress:
+        records = annotate_preferences(
+            preferences,
+            base_url=url,
+            model=section.model,
+            api_key=os.environ.get(section.api_key_variable, "none"),
+            attempts=section.attempts,
+            temperature=config.sampling.temperature,
+            max_tokens=config.sampling.max_tokens,
+            concurrency=section.concurrency,
+            output=output / "attempts.jsonl",
+            seed=config.run.seed,
+            progress=progress.update,
+        )
+    hard = select_hard(records)
+    counts = summary(records)
+    write_text(output / "hard.json", json.dumps(hard) + "\n")
+    write_text(output / "difficulty.json", json.dumps({**counts, "hard": len(hard)}) + "\n")
+    log.info("attempts needed: %s; hard set: %d of %d", counts, len(hard), len(records))
+
+
+def evaluate(config: RunConfig) -> None:
+    """Held-out accuracy of `model.path`, and with shuffled images where the run file asks for that control."""
+    output = config.run.output_dir
+    output.mkdir(parents=True, exist_ok=True)
+    section = config.evaluation
+    pairs = _heldout(config)
+    with open_rollout_pool(config) as pool:
+        result = _evaluate(
+            config, pool, pairs, samples=section.samples, voting=section.voting, transcripts=section.transcripts
+        ).to_json()
+        if section.shuffled_images_control:
+            control = _evaluate(config, pool, pairs, samples=1, voting=(1,), transcripts=0, shuffle_images=True)
+            result["control"] = control.to_json()
+    write_text(output / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    low, high = result["interval"]
+    log.info(
+        "%d pairs: accuracy %.1f %% [%.1f, %.1f], voting %s, format %.1f %%",
+        result["counts"]["pairs"],
+        100 * result["accuracy"],
+        100 * low,
+        100 * high,
+        {k: round(100 * v, 1) for k, v in result["voting"].items()},
+        100 * result["format_rate"],
+    )
+
+
+def _heldout(config: RunConfig) -> tuple[Preference, ...]:
+    if config.evaluation.data is None:
+        raise ValueError("evaluation.data is not set: name the JSONL with held-out preferences")
+    output = config.run.output_dir
+    data = read_preferences(
+        config.evaluation.data, media_dir=output / "media", quarantine=output / "heldout-quarantine.jsonl"
+    )
+    return data.preferences[: config.evaluation.max_pairs]
+
+
+def _evaluate(
+    config: RunConfig,
+    pool: RolloutPool,
+    pairs: tuple[Preference, ...],
+    *,
+    samples: int,
+    voting: tuple[int, ...],
+    transcripts: int,
+    shuffle_images: bool = False,
+) -> EvaluationResult:
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path, local_files_only=True)
+    return evaluate_pairs(
+        pairs,
+        pool,
+        PromptBuilder(tokenizer, config.data.max_prompt_tokens),
+        config.sampling,
+        samples=samples,
+        voting=voting,
+        seed=config.run.seed,
+        shuffle_images=shuffle_images,
+        transcripts=transcripts,
+    )

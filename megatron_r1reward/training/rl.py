@@ -1,0 +1,180 @@
+"""Stage 2: StableReinforce. `train_step` is the page to read first.
+
+The main rank owns the servers and the reward; all ranks own the policy. Everything random is drawn from
+(run.seed, step), so a resumed run repeats what the uninterrupted one would have done.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_r1reward.checkpoint.hf import export_hf_tensors, tensor_infos
+from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.data.importing import keep_selected
+from megatron_r1reward.data.loader import PromptLoader
+from megatron_r1reward.data.preference import read_preferences
+from megatron_r1reward.data.prompt import PromptBuilder
+from megatron_r1reward.monitor.sinks import Monitor, build_monitor
+from megatron_r1reward.monitor.timers import PhaseTimer
+from megatron_r1reward.parallel.setup import Topology
+from megatron_r1reward.reward.score import RewardScorer
+from megatron_r1reward.rollout.pool import RolloutPool
+from megatron_r1reward.rollout.weights import TensorMeta
+from megatron_r1reward.training import rundir
+from megatron_r1reward.training.policy_update import update_policy
+from megatron_r1reward.training.rl_metrics import advantage_metrics, mismatch, rollout_metrics
+from megatron_r1reward.training.rollout_batch import add_advantages, add_log_probs, pack
+from megatron_r1reward.training.state import DTYPES, TrainState, build_state
+from megatron_r1reward.types import Preference, ScoredRollout
+
+log = logging.getLogger(__name__)
+Probe = Callable[[], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Services:
+    """What only the main rank has: rollout servers, the reward, and a held-out accuracy probe."""
+
+    pool: RolloutPool
+    scorer: RewardScorer
+    probe: Probe | None = None
+
+
+def train_step(
+    state: TrainState, loader: PromptLoader, services: Services | None, timer: PhaseTimer
+) -> dict[str, float]:
+    """One step: generate, score, log-probs, advantages, update, push. Returns its metrics (the same on every rank)."""
+    scored, metrics = generate_and_score(state, loader, services, timer)
+    batch = pack(state, scored)
+    with timer.phase("log_probs"):
+        batch = add_log_probs(state, batch)
+        batch = add_advantages(state, batch)
+    metrics |= mismatch(state, batch) | advantage_metrics(state, batch)
+    with timer.phase("update"):
+        metrics |= update_policy(state, batch)
+    state.step += 1
+    with timer.phase("push"):
+        push_weights(state, services)
+    return metrics
+
+
+def generate_and_score(
+    state: TrainState, loader: PromptLoader, services: Services | None, timer: PhaseTimer
+) -> tuple[list[ScoredRollout], dict[str, float]]:
+    """Sample and score this step's prompts on the main rank; every rank gets the result."""
+    message: list[Any] = [None]
+    if services is not None:
+        config = state.config
+        prompts = loader.batch(state.step, config.rl.rollout_batch_size)
+        with timer.phase("generate"):
+            generated = services.pool.generate(
+                prompts, config.sampling, n=config.algorithm.samples_per_prompt, seed=config.run.seed
+            )
+        for failure in generated.failed:
+            log.warning("no rollout for prompt %s: %s", failure.prompt.id, failure.reason)
+        with timer.phase("score"):
+            scored, counts = services.scorer.score(generated.rollouts)
+        metrics = rollout_metrics(scored, counts)
+        metrics |= {"rollout/failed": len(generated.failed), "rollout/quarantined": generated.quarantined}
+        message = [(scored, metrics)]
+    if state.topology.world_size > 1:
+        dist.broadcast_object_list(message, src=0)
+    return message[0]
+
+
+def push_weights(state: TrainState, services: Services | None) -> None:
+    """Make the current weights, under version `state.step`, current on every rollout server; collective."""
+    tensors = export_hf_tensors(state.module, state.table, state.topology)
+    if services is None:
+        for _ in tensors:  # take part in the gathering
+            pass
+        return
+    infos = tensor_infos(state.config.model.path, state.table, DTYPES[state.config.model.precision])
+    metas = [TensorMeta(name=i.name, dtype=str(i.dtype).removeprefix("torch."), shape=i.shape) for i in infos]
+    services.pool.push_weights(metas, tensors, version=state.step)
+
+
+def prepare(config: RunConfig, topology: Topology, preferences: Sequence[Preference]) -> tuple[TrainState, PromptLoader]:
+    """Build the state, resumed when there is something to resume, and the prompt loader.
+
+    Raises:
+        ValueError: the batch does not fit the layout, or the model or data cannot be used.
+    """
+    rollouts = config.rl.train_batch_size * config.algorithm.samples_per_prompt
+    if rollouts < topology.data_parallel_size:
+        raise ValueError(
+            f"rl.train_batch_size {config.rl.train_batch_size} gives {rollouts} rollouts per optimizer step for "
+            f"{topology.data_parallel_size} data-parallel ranks: every rank needs one"
+        )
+    updates = config.rl.steps * config.rl.rollout_batch_size // config.rl.train_batch_size
+    with_reference = config.algorithm.kl_coefficient > 0
+    state = build_state(config, topology, optimizer_steps=updates, with_reference=with_reference)
+    builder = PromptBuilder(state.tokenizer, config.data.max_prompt_tokens)
+    return state, PromptLoader(preferences, builder, config.data, seed=config.run.seed)
+
+
+def run(config: RunConfig, topology: Topology, services: Services | None) -> Path:
+    """Train to the last step and return the exported Hugging Face folder. `services` is None on all but the main rank.
+
+    Raises:
+        ValueError: the configuration or the data cannot be used.
+    """
+    if config.run.num_threads:
+        torch.set_num_threads(config.run.num_threads)
+    output = config.run.output_dir
+    data = read_preferences(
+        config.data.train,
+        image_root=config.data.image_root,
+        media_dir=output / "media",
+        quarantine=output / "quarantine.jsonl",
+    )
+    preferences = keep_selected(data.preferences, config.data.select)
+    log.info("%d of %d preferences are trained on", len(preferences), len(data.preferences))
+    state, loader = prepare(config, topology, preferences)
+    rundir.prepare(state)
+    resumed = rundir.resume(state)
+    monitor = None
+    if topology.is_main:
+        monitor = build_monitor(config.monitor, output, "rl", resumed_step=state.step if resumed else None)
+    push_weights(state, services)  # the servers' weights are the trainer's from the first token on
+    _train(state, loader, services, monitor)
+    folder = output / "hf"
+    rundir.export(state, folder)
+    rundir.mark_done(state, hf=folder)
+    if monitor is not None:
+        monitor.close()
+    return folder
+
+
+def _train(state: TrainState, loader: PromptLoader, services: Services | None, monitor: Monitor | None) -> None:
+    config = state.config
+    progress = tqdm(
+        total=config.rl.steps, initial=state.step, desc="RL", unit="step", disable=monitor is None, dynamic_ncols=True
+    )
+    timer = PhaseTimer()
+    while state.step < config.rl.steps:
+        timer.reset()
+        with timer.phase("step"):
+            metrics = train_step(state, loader, services, timer)
+            if state.step % config.checkpoint.save_every == 0 or state.step == config.rl.steps:
+                with timer.phase("save"):
+                    rundir.save(state)
+        if services is not None and services.probe is not None and _probe_is_due(config, state.step):
+            metrics["heldout/accuracy"] = services.probe()
+        if monitor is not None:
+            monitor.log(state.step, metrics | timer.metrics())
+        progress.set_postfix(reward=f"{metrics['reward/mean']:.2f}", right=f"{metrics['reward/result']:.2f}")
+        progress.update()
+    progress.close()
+
+
+def _probe_is_due(config: RunConfig, step: int) -> bool:
+    return config.rl.heldout_every is not None and step % config.rl.heldout_every == 0

@@ -1,0 +1,139 @@
+"""One rollout batch on its way from text to tensors: packed tokens, log-probs, advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_r1reward.algorithm.advantages import normalize_and_filter
+from megatron_r1reward.algorithm.policy_loss import Aggregation, aggregation_weights
+from megatron_r1reward.algorithm.returns import group_rewards, task_returns
+from megatron_r1reward.training.schedule import LossOutput, run_micro_batches
+from megatron_r1reward.training.state import TrainState
+from megatron_r1reward.types import PackedBatch, ScoredRollout
+from megatron_r1reward.types import Sequence as TokenSequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutBatch:
+    """This data-parallel rank's N sequences and their R response tokens, back to back on a flat axis cut by
+    `cu_response`. `mini_batches` partition the sequences into optimizer steps. Log-probs and advantages exist on the
+    last pipeline stage."""
+
+    sequences: tuple[TokenSequence, ...]
+    mini_batches: tuple[tuple[int, ...], ...]
+    rewards: torch.Tensor  # float32 [N], after group baselines
+    cu_response: torch.Tensor  # int64 [N + 1]
+    aggregation: Aggregation
+    sampler_log_probs: torch.Tensor  # float32 [R]
+    old_log_probs: torch.Tensor | None = None  # float32 [R]
+    reference_log_probs: torch.Tensor | None = None  # float32 [R]
+    entropy: torch.Tensor | None = None  # float32 [R]
+    advantages: torch.Tensor | None = None  # float32 [R]
+    filtered: torch.Tensor | None = None  # bool [R]
+    returns_mean: float = 0.0
+    returns_std: float = 0.0
+
+    def rows(self, sequence_indices: Sequence[int]) -> torch.Tensor:
+        """Flat response rows of the given sequences, in their order: int64."""
+        bounds = self.cu_response.tolist()
+        return torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in sequence_indices])
+
+
+def shard_by_mini_batch(total: int, steps: int, rank: int, size: int) -> list[list[int]]:
+    """Global rollout indices of data-parallel rank `rank`, per optimizer step.
+
+    The global content of each step does not depend on the number of ranks.
+
+    Raises:
+        ValueError: a rank would have nothing to do in some step.
+    """
+    if total < steps * size:
+        raise ValueError(f"{total} rollouts are too few for {steps} optimizer steps on {size} data-parallel ranks")
+    return [part[rank::size].tolist() for part in np.array_split(np.arange(total), steps)]
+
+
+def pack(state: TrainState, scored: Sequence[ScoredRollout]) -> RolloutBatch:
+    """This rank's share of the scored rollouts."""
+    config, topology = state.config, state.topology
+    numbers: dict[str, int] = {}
+    group = torch.tensor([numbers.setdefault(item.rollout.prompt.id, len(numbers)) for item in scored])
+    rewards = torch.tensor([item.reward for item in scored], dtype=torch.float32)
+    rewards = group_rewards(
+        rewards, group, baseline=config.algorithm.baseline, normalize=config.algorithm.group_normalize
+    )
+    steps = config.rl.rollout_batch_size // config.rl.train_batch_size
+    shards = shard_by_mini_batch(len(scored), steps, topology.data_parallel_rank, topology.data_parallel_size)
+    mine = [scored[index].rollout for shard in shards for index in shard]
+    sequences = tuple(state.packer.sequence(rollout.prompt, rollout.token_ids) for rollout in mine)
+    lengths = torch.tensor([0, *(sequence.response_length for sequence in sequences)])
+    cu_response = lengths.cumsum(0)
+    starts = np.cumsum([0, *(len(shard) for shard in shards)])
+    return RolloutBatch(
+        sequences=sequences,
+        mini_batches=tuple(tuple(range(a, b)) for a, b in zip(starts[:-1], starts[1:], strict=True)),
+        rewards=rewards[[index for shard in shards for index in shard]],
+        cu_response=cu_response,
+        aggregation=aggregation_weights(cu_response, config.algorithm),
+        sampler_log_probs=torch.tensor([lp for rollout in mine for lp in rollout.log_probs], dtype=torch.float32),
+    )
+
+
+def _collect(output_2R: torch.Tensor, batch: PackedBatch) -> LossOutput:
+    values = {"output": output_2R.detach().cpu(), "indices": batch.sequence_indices}
+    return output_2R.sum(), torch.tensor(1, dtype=torch.int, device=output_2R.device), values
+
+
+def forward_log_probs(state: TrainState, batch: RolloutBatch, model: torch.nn.Module) -> torch.Tensor:
+    """Log-probs and entropies of all response tokens under `model`: float32 [2, R]; empty before the last stage."""
+    model.eval()
+    micro_batches = state.packer.plan(batch.sequences, range(len(batch.sequences)))
+    parts = run_micro_batches(state, batch.sequences, micro_batches, _collect, forward_only=True, model=model)
+    output_2R = torch.empty(2, int(batch.cu_response[-1]))
+    for part in parts:
+        output_2R[:, batch.rows(part["indices"])] = part["output"]
+    return output_2R
+
+
+def add_log_probs(state: TrainState, batch: RolloutBatch) -> RolloutBatch:
+    """Old log-probs, the trainer's own before the first update on this batch, and the reference's where there is one."""
+    old_2R = forward_log_probs(state, batch, state.model)
+    batch = replace(batch, old_log_probs=old_2R[0], entropy=old_2R[1])
+    if state.reference is None:
+        return batch
+    return replace(batch, reference_log_probs=forward_log_probs(state, batch, state.reference)[0])
+
+
+def add_advantages(state: TrainState, batch: RolloutBatch) -> RolloutBatch:
+    """Returns, global normalization and filter."""
+    if not state.topology.is_last_stage:
+        return batch
+    algorithm = state.config.algorithm
+    kl_tokens_R = None
+    if algorithm.kl_coefficient > 0:
+        assert batch.old_log_probs is not None and batch.reference_log_probs is not None
+        kl_tokens_R = batch.old_log_probs - batch.reference_log_probs
+    returns_R = task_returns(
+        batch.rewards,
+        batch.cu_response,
+        kl_tokens_R=kl_tokens_R,
+        kl_coefficient=algorithm.kl_coefficient,
+        gamma=algorithm.gamma,
+    )
+    result = normalize_and_filter(returns_R, algorithm, group=_data_parallel_group(state))
+    return replace(
+        batch,
+        advantages=result.advantages,
+        filtered=result.filtered_mask,
+        returns_mean=result.mean,
+        returns_std=result.std,
+    )
+
+
+def _data_parallel_group(state: TrainState) -> dist.ProcessGroup | None:
+    return parallel_state.get_data_parallel_group() if state.topology.data_parallel_size > 1 else None

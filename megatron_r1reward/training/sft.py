@@ -1,0 +1,120 @@
+"""Stage 1: long chain-of-thought cold start. Loss on the response only, packed sequences."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.data.loader import EpochSampler
+from megatron_r1reward.data.preference import SftExample, read_sft_examples
+from megatron_r1reward.data.prompt import render_chat
+from megatron_r1reward.monitor.sinks import build_monitor
+from megatron_r1reward.parallel.setup import Topology
+from megatron_r1reward.training import rundir
+from megatron_r1reward.training.schedule import LossOutput, reduce_statistics, train_micro_batches
+from megatron_r1reward.training.state import TrainState, build_state
+from megatron_r1reward.types import PackedBatch, Prompt, Sequence
+
+log = logging.getLogger(__name__)
+
+
+def cross_entropy(output_2R: torch.Tensor, batch: PackedBatch) -> LossOutput:
+    """Negative log-likelihood summed over response tokens; the denominator is their global number."""
+    loss = -output_2R[0].sum()
+    tokens = torch.tensor(batch.targets.numel(), dtype=torch.int, device=loss.device)
+    statistics = {
+        "loss": float(loss.detach()),
+        "entropy": float(output_2R[1].detach().sum()),
+        "tokens": batch.targets.numel(),
+        "all_tokens": batch.num_tokens,
+    }
+    return loss, tokens, statistics
+
+
+def to_sequence(state: TrainState, example: SftExample) -> Sequence:
+    """Prompt tokens, the response, and the end-of-turn token."""
+    prompt = Prompt(
+        id=example.id,
+        preference_id=example.id,
+        token_ids=render_chat(state.tokenizer, example.messages),
+        image_paths=example.image_paths,
+        label=1,
+        swapped=False,
+    )
+    response = state.tokenizer.encode(example.response, add_special_tokens=False)
+    return state.packer.sequence(prompt, [*response, state.tokenizer.eos_token_id])
+
+
+def train_step(state: TrainState, examples: tuple[SftExample, ...], sampler: EpochSampler) -> dict[str, float]:
+    """One optimizer step on the batch that belongs to `state.step`."""
+    started = time.monotonic()
+    topology, section = state.topology, state.config.sft
+    draws = sampler.batch(state.step, section.global_batch_size)
+    mine = draws[topology.data_parallel_rank :: topology.data_parallel_size]
+    sequences = [to_sequence(state, examples[draw.index]) for draw in mine]
+    micro_batches = state.packer.plan(sequences, range(len(sequences)))
+    statistics, outcome = train_micro_batches(state, sequences, micro_batches, cross_entropy)
+    total = reduce_statistics(state, statistics)
+    state.step += 1
+    if outcome.skipped:
+        log.warning("step %d: gradient norm is %s; the update was skipped", state.step, outcome.grad_norm)
+    seconds = time.monotonic() - started
+    return {
+        "sft/loss": total["loss"] / total["tokens"],
+        "entropy": total["entropy"] / total["tokens"],
+        "grad_norm": outcome.grad_norm,
+        "lr": outcome.lr,
+        "tokens_per_second": total["all_tokens"] / seconds,
+        "time/step": seconds,
+    }
+
+
+def run(config: RunConfig, topology: Topology) -> Path:
+    """Run the stage to its end and return the exported Hugging Face folder.
+
+    Raises:
+        ValueError: the configuration or the data cannot be used.
+    """
+    if config.run.num_threads:
+        torch.set_num_threads(config.run.num_threads)
+    if config.sft.global_batch_size < topology.data_parallel_size:
+        raise ValueError(
+            f"sft.global_batch_size {config.sft.global_batch_size} is smaller than the {topology.data_parallel_size} "
+            "data-parallel ranks: every rank needs a sequence"
+        )
+    output = config.run.output_dir
+    data = read_sft_examples(
+        config.data.train, image_root=config.data.image_root, quarantine=output / "quarantine.jsonl"
+    )
+    examples = data.examples
+    epoch_steps = math.ceil(len(examples) / config.sft.global_batch_size)
+    steps = config.sft.steps or config.sft.epochs * epoch_steps
+    state = build_state(config, topology, optimizer_steps=steps)
+    rundir.prepare(state)
+    resumed = rundir.resume(state)
+    sampler = EpochSampler(len(examples), seed=config.run.seed)
+    monitor = build_monitor(config.monitor, output, "sft", resumed_step=state.step if resumed else None) if topology.is_main else None
+    progress = tqdm(
+        total=steps, initial=state.step, desc="SFT", unit="step", disable=not topology.is_main, dynamic_ncols=True
+    )
+    while state.step < steps:
+        metrics = train_step(state, examples, sampler)
+        if monitor is not None:
+            monitor.log(state.step, metrics)
+        progress.set_postfix(loss=f"{metrics['sft/loss']:.3f}")
+        progress.update()
+        if state.step % config.checkpoint.save_every == 0 or state.step == steps:
+            rundir.save(state)
+    progress.close()
+    folder = output / "hf"
+    rundir.export(state, folder)
+    rundir.mark_done(state, hf=folder)
+    if monitor is not None:
+        monitor.close()
+    return folder

@@ -1,0 +1,153 @@
+"""Everything a trainer rank owns, built once: model, optimizer, schedule, packer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLConfig
+
+from megatron_r1reward.checkpoint.hf import load_hf_weights
+from megatron_r1reward.config.schema import OptimizerSection, RunConfig
+from megatron_r1reward.data.images import ImageProcessor
+from megatron_r1reward.data.packing import Packer
+from megatron_r1reward.models.mapping import Entry
+from megatron_r1reward.models.qwen2_5_vl.config import build_configs
+from megatron_r1reward.models.qwen2_5_vl.mapping import weight_table
+from megatron_r1reward.models.qwen2_5_vl.model import Qwen25VL
+from megatron_r1reward.parallel.setup import Topology
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """One rank's training state. `step` counts finished steps of the stage (SFT batches or RL rollout batches)."""
+
+    config: RunConfig
+    topology: Topology
+    hf_config: Qwen2_5_VLConfig
+    tokenizer: PreTrainedTokenizerFast
+    packer: Packer
+    table: list[Entry]
+    module: Qwen25VL  # the bare model of this stage
+    model: DistributedDataParallel  # what the schedule runs
+    optimizer: Any
+    scheduler: OptimizerParamScheduler
+    reference: torch.nn.Module | None = None  # the frozen initial policy, only when the reward holds a KL term
+    step: int = 0
+
+
+def build_state(
+    config: RunConfig, topology: Topology, *, optimizer_steps: int, with_reference: bool = False
+) -> TrainState:
+    """Build the model from `config.model.path` with an optimizer whose schedule spans `optimizer_steps`.
+
+    `with_reference` keeps a frozen second copy of these initial weights.
+
+    Raises:
+        ValueError: the folder is no Qwen2.5-VL checkpoint, or the layout does not divide the model.
+    """
+    hf_config = load_hf_config(config)
+    dtype = DTYPES[config.model.precision]
+    configs = build_configs(hf_config, config.parallel, dtype)
+    table = weight_table(hf_config)
+
+    def load_policy() -> tuple[Qwen25VL, torch.nn.Module]:
+        module = Qwen25VL(configs, topology)
+        load_hf_weights(module, config.model.path, table, topology)
+        return module, Float16Module(configs.language, module) if dtype == torch.bfloat16 else module
+
+    module, wrapped = load_policy()
+    if config.model.freeze_vision and module.vision is not None:
+        module.vision.requires_grad_(False)
+    model = DistributedDataParallel(
+        configs.language,
+        DistributedDataParallelConfig(
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer, grad_reduce_in_fp32=True
+        ),
+        wrapped,
+    )
+    optimizer = get_megatron_optimizer(_optimizer_config(config, dtype), [model])
+    configs.language.finalize_model_grads_func = finalize_model_grads
+    configs.language.grad_scale_func = optimizer.scale_loss
+    reference = load_policy()[1].requires_grad_(False) if with_reference else None
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path, local_files_only=True)
+    return TrainState(
+        config=config,
+        topology=topology,
+        hf_config=hf_config,
+        tokenizer=tokenizer,
+        packer=build_packer(config, hf_config, tokenizer, topology),
+        table=table,
+        module=module,
+        model=model,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, config.optimizer, optimizer_steps),
+        reference=reference,
+    )
+
+
+def load_hf_config(config: RunConfig) -> Qwen2_5_VLConfig:
+    """ValueError when model.path is not a local Qwen2.5-VL folder."""
+    path = config.model.path
+    if not (path / "config.json").is_file():
+        raise ValueError(f"model.path {path} holds no config.json: give a Hugging Face checkpoint folder")
+    hf_config = Qwen2_5_VLConfig.from_pretrained(path, local_files_only=True)
+    if hf_config.model_type != "qwen2_5_vl":
+        raise ValueError(f"model.path {path} is a {hf_config.model_type!r} model; supported: qwen2_5_vl")
+    return hf_config
+
+
+def build_packer(
+    config: RunConfig, hf_config: Qwen2_5_VLConfig, tokenizer: PreTrainedTokenizerFast, topology: Topology
+) -> Packer:
+    return Packer(
+        image_processor=ImageProcessor(
+            config.model.path, min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels
+        ),
+        image_token_id=hf_config.image_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        token_budget=config.data.token_budget,
+        device=topology.device,
+        pad_multiple=config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1,
+    )
+
+
+def _optimizer_config(config: RunConfig, dtype: torch.dtype) -> OptimizerConfig:
+    section = config.optimizer
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=section.lr,
+        min_lr=section.lr * section.min_lr_ratio,
+        weight_decay=section.weight_decay,
+        adam_beta1=section.beta1,
+        adam_beta2=section.beta2,
+        adam_eps=section.eps,
+        clip_grad=section.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+    )
+
+
+def build_scheduler(optimizer: Any, section: OptimizerSection, optimizer_steps: int) -> OptimizerParamScheduler:
+    """Linear warm-up, then cosine to `min_lr_ratio` (or constant), counted in optimizer steps."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=section.lr,
+        min_lr=section.lr * section.min_lr_ratio,
+        lr_warmup_steps=min(int(section.warmup_fraction * optimizer_steps), optimizer_steps - 1),
+        lr_decay_steps=optimizer_steps,
+        lr_decay_style=section.schedule,
+        start_wd=section.weight_decay,
+        end_wd=section.weight_decay,
+        wd_incr_steps=optimizer_steps,
+        wd_incr_style="constant",
+    )

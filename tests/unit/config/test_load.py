@@ -1,0 +1,65 @@
+"""Run files: overrides, unknown keys, impossible values, and the round trip through the run directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_r1reward.config.load import dump_config, load_config
+
+MINIMAL = """
+[run]
+output_dir = "runs/x"
+[model]
+path = "model"
+[data]
+train = "train.jsonl"
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_overrides_apply_left_to_right(run_file):
+    config = load_config(run_file, ["optimizer.lr=1e-4", "optimizer.lr=3e-4", "run.name=abc", "evaluation.voting=[1,3]"])
+    assert config.optimizer.lr == 3e-4
+    assert config.run.name == "abc"
+    assert config.evaluation.voting == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.learning_rate=1", "optimizer.learning_rate: unknown key"),
+        ("optimizer.warmup_fractoin=0.1", "did you mean 'warmup_fraction'?"),
+        ("optimiser.lr=1", "did you mean 'optimizer'?"),
+        ("optimizer.lr=-1", "optimizer.lr"),
+        ("algorithm.filter=median", "algorithm.filter"),
+        ("algorithm.baseline=group_mean", "samples_per_prompt > 1"),
+        ("rl.train_batch_size=100", "not a multiple"),
+        ("nonsense", "section.key=value"),
+    ],
+)
+def test_bad_values_name_the_key_and_the_fix(run_file, override, message):
+    with pytest.raises(ValueError) as error:
+        load_config(run_file, [override])
+    assert message in str(error.value)
+
+
+def test_missing_file_and_bad_toml(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        load_config(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("[run\n")
+    with pytest.raises(ValueError, match="not valid TOML"):
+        load_config(tmp_path / "bad.toml")
+
+
+def test_the_resolved_file_reads_back_equal(run_file, tmp_path):
+    config = load_config(run_file, ["optimizer.lr=3e-7", 'judge.urls=["http://a:1"]', "run.name=it's \\\"quoted\\\""])
+    dump_config(config, tmp_path / "resolved.toml")
+    assert load_config(tmp_path / "resolved.toml") == config

@@ -1,0 +1,90 @@
+"""A local HTTP server that speaks just enough of the OpenAI protocol to fail in chosen ways."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+Action = str | int | float  # a reply's text; an HTTP status to fail with; seconds to hang
+HTML, BAD_JSON, WRONG_SHAPE = "<html>gateway</html>", "{broken json", '{"choices": []}'
+
+
+class ScriptedServer:
+    """Answers the n-th chat call with the n-th action, the last one for ever; counts what happens."""
+
+    def __init__(self, actions: Sequence[Action]) -> None:
+        self.actions = list(actions)
+        self.requests: list[dict] = []
+        self.in_flight = self.most_in_flight = 0
+        self.delay_s = self.models_delay_s = 0.0
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._http.daemon_threads = True
+        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
+        self._thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._http.server_address[1]}"
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join()
+
+    def _take(self, body: dict) -> Action:
+        with self._lock:
+            self.requests.append(body)
+            self.in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self.in_flight)
+            return self.actions[min(len(self.requests), len(self.actions)) - 1]
+
+    def _reply(self, body: dict) -> tuple[int, str, str]:
+        """Status, content type and body of one chat call."""
+        action = self._take(body)
+        time.sleep(self.delay_s)
+        with self._lock:
+            self.in_flight -= 1
+        if isinstance(action, int):
+            return action, "application/json", json.dumps({"error": {"message": "scripted failure"}})
+        if isinstance(action, float):
+            self._stopping.wait(action)
+            return 200, "application/json", completion("1")
+        if action == HTML:
+            return 200, "text/html", action
+        return 200, "application/json", action if action in (BAD_JSON, WRONG_SHAPE) else completion(action)
+
+    def _handler(server: ScriptedServer) -> type[BaseHTTPRequestHandler]:  # noqa: N805
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                server._stopping.wait(server.models_delay_s)
+                self._send(200, "application/json", json.dumps({"data": [{"id": "judge-model"}]}))
+
+            def do_POST(self) -> None:
+                self._send(*server._reply(json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+
+            def _send(self, status: int, content_type: str, text: str) -> None:
+                try:
+                    self.send_response(status)
+                    self.send_header("Content-Type", content_type)
+                    self.send_header("Content-Length", str(len(text)))
+                    self.end_headers()
+                    self.wfile.write(text.encode())
+                except BrokenPipeError:
+                    pass  # the client gave up, as a test of timeouts wants it to
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        return Handler
+
+
+def completion(text: str) -> str:
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
+    return json.dumps({"id": "c", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})

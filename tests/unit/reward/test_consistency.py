@@ -1,0 +1,128 @@
+"""The judge against servers that fail in every way they can: a verdict or "unknown", never an exception."""
+
+import asyncio
+import socket
+import time
+
+import pytest
+from scripted_server import BAD_JSON, HTML, WRONG_SHAPE
+
+from megatron_r1reward.config.schema import JudgeSection
+from megatron_r1reward.reward.consistency import ConsistencyJudge
+
+REASONING = "The image shows 7.\n\nResponse 1 says 7, right.\nResponse 2 says 3, wrong.\n\nResponse 1 is better.\n"
+
+
+def judge(*servers, **settings) -> ConsistencyJudge:
+    section = JudgeSection(**{"retries": 2, "request_timeout_s": 5.0} | settings)
+    return ConsistencyJudge(section, [server if isinstance(server, str) else server.url for server in servers])
+
+
+def dead_url() -> str:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{closed.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(("reply", "verdict"), [("1", "consistent"), ("0", "inconsistent"), (" 1\n", "consistent")])
+def test_verdicts(serve, reply: str, verdict: str) -> None:
+    assert asyncio.run(judge(serve(reply)).judge(REASONING, 1)) == verdict
+
+
+def test_what_the_judge_is_shown(serve) -> None:
+    server = serve("1")
+    asyncio.run(judge(server, temperature=0.1, max_tokens=7).judge(REASONING, 2))
+    (request,) = server.requests
+    text = str(request["messages"])
+    assert "Response 1 says 7, right." in text  # the last three lines that are not empty
+    assert "The image shows 7." not in text
+    assert "Response 2 is better." in text
+    assert (request["model"], request["temperature"], request["max_tokens"]) == ("judge-model", 0.1, 7)
+
+
+def test_a_named_model_is_not_looked_up(serve) -> None:
+    server = serve("1")
+    asyncio.run(judge(f"{server.url}/v1", model="my-judge").judge(REASONING, 1))
+    assert server.requests[0]["model"] == "my-judge"
+
+
+@pytest.mark.parametrize("failure", [500, 503, 429, 404, "10", "yes", "Output: 1", "", HTML, BAD_JSON, WRONG_SHAPE])
+class TestFailures:
+    def test_one_failure_is_retried(self, serve, failure) -> None:
+        server = serve(failure, "1")
+        assert asyncio.run(judge(server).judge(REASONING, 1)) == "consistent"
+        assert len(server.requests) == 2
+
+    def test_lasting_failure_is_unknown(self, serve, failure, caplog) -> None:
+        server = serve(failure)
+        assert asyncio.run(judge(server, retries=1).judge(REASONING, 1)) == "unknown"
+        assert len(server.requests) == 2
+        assert "no verdict on 1 of 1 questions after 2 attempts" in caplog.text
+
+
+def test_a_hanging_server_times_out(serve) -> None:
+    assert asyncio.run(judge(serve(30.0), retries=0, request_timeout_s=0.2).judge(REASONING, 1)) == "unknown"
+
+
+def test_a_dead_server_is_unknown() -> None:
+    assert asyncio.run(judge(dead_url(), retries=1).judge(REASONING, 1)) == "unknown"
+
+
+def test_another_server_takes_over(serve) -> None:
+    server = serve("1")
+    cases = [(f"{REASONING} {i}", 1) for i in range(6)]
+    assert asyncio.run(judge(dead_url(), server).judge_many(cases)) == ["consistent"] * 6
+    assert len(server.requests) == 6
+
+
+def test_one_bad_call_does_not_spoil_the_others(serve) -> None:
+    server = serve("1", "nonsense", "0")
+    verdicts = asyncio.run(judge(server, retries=0, max_concurrency=1).judge_many([(f"case {i}", 1) for i in range(3)]))
+    assert verdicts == ["consistent", "unknown", "inconsistent"]
+
+
+def test_equal_questions_are_asked_once(serve) -> None:
+    server = serve("1")
+    asked = judge(server)
+    cases = [(REASONING, 1), ("Other first line.\n" + REASONING, 1), (REASONING, 1)]  # the same last three lines
+    assert asyncio.run(asked.judge_many(cases)) == ["consistent"] * 3
+    assert asyncio.run(asked.judge_many(cases)) == ["consistent"] * 3  # in a second event loop
+    assert len(server.requests) == 1
+    asyncio.run(asked.judge(REASONING, 2))
+    assert len(server.requests) == 2
+
+
+def test_a_hanging_model_list_costs_one_timeout_in_all(serve) -> None:
+    server = serve("1")
+    server.models_delay_s = 30.0
+    started = time.monotonic()
+    verdicts = asyncio.run(
+        judge(server, retries=0, request_timeout_s=0.3).judge_many([(f"case {i}", 1) for i in range(8)])
+    )
+    assert verdicts == ["unknown"] * 8
+    assert time.monotonic() - started < 8 * 0.3
+
+
+def test_unknown_is_not_remembered(serve) -> None:
+    asked = judge(serve(500, "1"), retries=0)
+    assert asyncio.run(asked.judge(REASONING, 1)) == "unknown"
+    assert asyncio.run(asked.judge(REASONING, 1)) == "consistent"
+
+
+@pytest.mark.parametrize("limit", [1, 4])
+def test_calls_run_together_up_to_the_limit(serve, limit: int) -> None:
+    server = serve("1")
+    server.delay_s = 0.05
+    asyncio.run(judge(server, max_concurrency=limit).judge_many([(f"case {i}", 1) for i in range(8)]))
+    assert server.most_in_flight == limit
+
+
+def test_empty_reasoning_supports_nothing(serve) -> None:
+    server = serve("1")
+    assert asyncio.run(judge(server).judge(" \n", 1)) == "inconsistent"
+    assert server.requests == []
+
+
+def test_no_server_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"set judge\.urls"):
+        ConsistencyJudge(JudgeSection(), [])
