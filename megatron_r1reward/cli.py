@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +22,9 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=val
 @contextmanager
 def _user_errors() -> Iterator[None]:
     """ValueError is the user's to fix: one message without a traceback, exit code 2."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
+    )
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # Notices of torch, transformers and megatron-core about their own future, none of them for users of this program.
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -35,24 +37,39 @@ def _user_errors() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
-def _stage(name: str) -> Callable[[Path, list[str] | None], None]:
-    def command(run_file: RunFile, overrides: Overrides = None) -> None:
-        with _user_errors():
-            from megatron_r1reward.config.load import load_config
-            from megatron_r1reward.launch import stages
+def _run_stage(stage: str, run_file: Path, overrides: list[str] | None) -> None:
+    """Load the run file and run one of the functions of `launch.stages`, imported only now: it takes seconds."""
+    with _user_errors():
+        from megatron_r1reward.config.load import load_config
 
-            getattr(stages, name)(load_config(run_file, overrides or []))
+        config = load_config(run_file, overrides or [])
+        from megatron_r1reward.launch import stages
 
-    return command
+        {"sft": stages.sft, "annotate": stages.annotate, "rl": stages.rl, "eval": stages.evaluate}[stage](config)
 
 
-for _name, _help in {
-    "sft": "Stage 1: long chain-of-thought cold start.",
-    "annotate": "Difficulty: up to 3 attempts per sample at an OpenAI-compatible endpoint; selects the hard set.",
-    "rl": "Stage 2: StableReinforce.",
-    "eval": "Held-out accuracy in both answer orders, voting@K, any-correct@K.",
-}.items():
-    app.command(_name, help=_help)(_stage(_name if _name != "eval" else "evaluate"))
+@app.command()
+def sft(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Stage 1: long chain-of-thought cold start."""
+    _run_stage("sft", run_file, overrides)
+
+
+@app.command()
+def annotate(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Difficulty: up to 3 attempts per sample at an OpenAI-compatible endpoint; writes the hard set for RL."""
+    _run_stage("annotate", run_file, overrides)
+
+
+@app.command()
+def rl(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Stage 2: StableReinforce on the hard set."""
+    _run_stage("rl", run_file, overrides)
+
+
+@app.command("eval")
+def evaluate(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Held-out accuracy in both answer orders, voting@K, any-correct@K."""
+    _run_stage("eval", run_file, overrides)
 
 
 @data_app.command("digits")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ def build_digits(
     pool_rows: int = 4000,
     heldout_pairs: int = 480,
     judge_rows: int = 4000,
+    categories: Sequence[str] = CATEGORIES,
 ) -> DigitsSummary:
     """Write the data set to `out`; the same arguments give the same bytes.
 
@@ -61,9 +62,15 @@ def build_digits(
     `judge_sft.jsonl` and, a tenth of it, `judge_heldout.jsonl` (text only), `images/*.png`, `README.md` (data card)
     and, last, `meta.json`. Labels are exactly 1:1 in every file and category.
 
+    `categories` are the kinds of question, evenly spread.
+
     Raises:
-        ValueError: a count is not a positive even number, or exceeds the number of different rows there are.
+        ValueError: a count is not a positive even number or exceeds the number of different rows there are, or a
+            category is unknown.
     """
+    unknown = set(categories) - set(CATEGORIES)
+    if unknown or not categories:
+        raise ValueError(f"categories {sorted(unknown)} are unknown: choose among {', '.join(CATEGORIES)}")
     counts = {"sft": sft_rows, "pool": pool_rows, "heldout": heldout_pairs, "judge_sft": judge_rows}
     for name, count in counts.items():
         if count <= 0 or count % 2:
@@ -75,14 +82,14 @@ def build_digits(
     seen: set[tuple[object, ...]] = set()  # shared, so that the pool repeats nothing of the supervised rows
     files: dict[str, list[dict[str, Any]]] = {}
     for name, sources in (("sft", train), ("pool", train), ("heldout", heldout)):
-        examples = _examples(name, counts[name], sources, random.Random(f"{name}/{seed}"), seen)
+        examples = _examples(name, counts[name], categories, sources, random.Random(f"{name}/{seed}"), seen)
         files[name] = [
             _row(f"{name}-{number:05d}", example, store, with_target=name == "sft")
             for number, example in enumerate(examples)
         ]
     messages: set[str] = set()
     for name, count in (("judge_sft", judge_rows), ("judge_heldout", max(2, judge_rows // 20 * 2))):
-        files[name] = make_judge_rows(name, count, random.Random(f"{name}/{seed}"), messages)
+        files[name] = make_judge_rows(name, count, categories, random.Random(f"{name}/{seed}"), messages)
 
     summary = DigitsSummary(
         seed=seed,
@@ -102,10 +109,15 @@ def build_digits(
 
 
 def _examples(
-    name: str, count: int, sources: DigitSources, rng: random.Random, seen: set[tuple[object, ...]]
+    name: str,
+    count: int,
+    categories: Sequence[str],
+    sources: DigitSources,
+    rng: random.Random,
+    seen: set[tuple[object, ...]],
 ) -> list[_Example]:
     """`count` different examples in random order, categories evenly spread, labels 1:1 within each."""
-    slots = [(CATEGORIES[place // 2 % len(CATEGORIES)], 1 + place % 2) for place in range(count)]
+    slots = [(categories[place // 2 % len(categories)], 1 + place % 2) for place in range(count)]
     rng.shuffle(slots)
     examples = []
     for category, label in slots:

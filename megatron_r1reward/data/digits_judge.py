@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_r1reward.data.digits_text import CATEGORIES, DigitQuestion, assessment, draw_question, reasoning
+from megatron_r1reward.data.digits_text import DigitQuestion, assessment, draw_question, reasoning
 from megatron_r1reward.data.prompt import judge_messages
 
 SUPPORTED = "supported"
@@ -26,7 +26,9 @@ KINDS = (SUPPORTED, *_CONTRADICTIONS)
 _TRIES = 1000
 
 
-def judge_rows(name: str, count: int, rng: random.Random, seen: set[str]) -> list[dict[str, Any]]:
+def judge_rows(
+    name: str, count: int, categories: Sequence[str], rng: random.Random, seen: set[str]
+) -> list[dict[str, Any]]:
     """Supervised rows, half of them "1" and half "0" (`count` even), in random order.
 
     Args:
@@ -40,7 +42,7 @@ def judge_rows(name: str, count: int, rng: random.Random, seen: set[str]) -> lis
     rng.shuffle(kinds)
     rows = []
     for number, kind in enumerate(kinds):
-        message = next((drawn for drawn in (_message(kind, rng) for _ in range(_TRIES)) if drawn not in seen), None)
+        message = next((drawn for drawn in (_message(kind, categories, rng) for _ in range(_TRIES)) if drawn not in seen), None)
         if message is None:
             raise ValueError(f"{name}: no further judge row of kind {kind!r} after {len(seen)}: ask for fewer rows")
         seen.add(message)
@@ -49,8 +51,8 @@ def judge_rows(name: str, count: int, rng: random.Random, seen: set[str]) -> lis
     return rows
 
 
-def _message(kind: str, rng: random.Random) -> str:
-    question = draw_question(rng.choice(CATEGORIES), rng)
+def _message(kind: str, categories: Sequence[str], rng: random.Random) -> str:
+    question = draw_question(rng.choice(categories), rng)
     right = rng.choice((1, 2))
     if kind == SUPPORTED:
         is_right, conclusion, verdict = (right == 1, right == 2), right, right

@@ -31,7 +31,7 @@ class DigitQuestion:
 def assessment(claims: tuple[str, str], is_right: tuple[bool, bool], better: int) -> list[str]:
     """The last three lines of a reasoning; `claims` and `is_right` are in the order shown."""
     lines = [
-        f"Response {number} says {claim}, which is {'right' if right else 'wrong'}."
+        f"Response {number} says {claim}: {'right' if right else 'wrong'}."
         for number, (claim, right) in enumerate(zip(claims, is_right, strict=True), start=1)
     ]
     return [*lines, f"Response {better} is better."]
@@ -59,9 +59,9 @@ def draw_question(category: str, rng: random.Random) -> DigitQuestion:
 
 def _sighting(digits: tuple[int, ...]) -> str:
     if len(digits) == 1:
-        return f"The image shows the digit {digits[0]}."
+        return f"I see {digits[0]}."
     *first, last = digits
-    return f"From left to right, the image shows {', '.join(map(str, first))} and {last}."
+    return f"I see {', '.join(map(str, first))} and {last}."
 
 
 def _two(rng: random.Random, low: int, high: int) -> tuple[int, int]:

@@ -49,7 +49,7 @@ class Generated(Protocol):
     @property
     def rollouts(self) -> tuple[Rollout, ...]: ...
     @property
-    def quarantined(self) -> int: ...
+    def quarantined(self) -> tuple[Rollout, ...]: ...
 
 
 class Generator(Protocol):
@@ -124,7 +124,7 @@ def evaluate(
         pairs=len(pairs),
         samples=sum(len(part) for pair in pairs for part in pair.samples.values()),
         failed=len(shown) - len(pairs),
-        quarantined=generated.quarantined,
+        quarantined=len(generated.quarantined),
         without_partner=len(preferences) - len(shown),
     )
     return _summarise(

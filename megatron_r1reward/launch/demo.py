@@ -19,6 +19,9 @@ from megatron_r1reward.data.digits import build_digits
 from megatron_r1reward.data.files import write_text
 from megatron_r1reward.data.prompt import JUDGE_TEMPLATE, TEMPLATE
 
+# The kinds of question a model of this size learns to read within minutes; sums and numbers take longer.
+CATEGORIES = ("digit", "parity", "threshold", "position", "larger", "same")
+FIXED_TEXTS = ("system\nYou are a helpful assistant.", "<think>", "</think><answer>", "</answer>")
 MARKER = ".r1reward-demo"
 
 
@@ -78,10 +81,11 @@ def _corpus(files: Sequence[Path]) -> Iterator[str]:
 
 
 def write_demo_model(out: Path, corpus: Sequence[Path], *, seed: int) -> None:
-    """A tiny Qwen2.5-VL whose tokenizer knows the fixed parts of the reward and judge prompts as single tokens."""
+    """A tiny Qwen2.5-VL whose tokenizer knows the fixed parts of all prompts and responses as single tokens."""
     from megatron_r1reward.models.tiny import write_tiny_checkpoint
 
     phrases = [part for template in (TEMPLATE, JUDGE_TEMPLATE) for part in re.split(r"\{\w+\}", template) if part]
+    phrases += FIXED_TEXTS
     write_tiny_checkpoint(out, corpus=_corpus(corpus), phrases=phrases, seed=seed)
 
 
@@ -117,7 +121,7 @@ def run_demo(out: Path, run_files: Path, *, seed: int = 0) -> None:
         console.rule(f"[bold]\\[{number}/{total}] {title}[/bold] (about {minutes:g} min)", align="left")
 
     announce(1, "preference data from handwritten digits, and a tiny model", 0.5)
-    build_digits(out / "data", seed=seed)
+    build_digits(out / "data", seed=seed, sft_rows=12_000, categories=CATEGORIES)
     write_demo_model(out / "model", [out / "data" / name for name in ("sft.jsonl", "judge_sft.jsonl")], seed=seed)
     phases["data"] = time.monotonic() - started
     for number, stage in enumerate(stages, start=2):

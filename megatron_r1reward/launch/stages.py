@@ -19,7 +19,7 @@ from megatron_r1reward.data.prompt import PromptBuilder
 from megatron_r1reward.evaluation.annotate import annotate as annotate_preferences
 from megatron_r1reward.evaluation.evaluate import evaluate as evaluate_pairs
 from megatron_r1reward.evaluation.result import EvaluationResult
-from megatron_r1reward.launch.services import open_annotator, open_rl_services, open_rollout_pool
+from megatron_r1reward.launch.services import open_annotator, open_evaluation_pool, open_rl_services
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.reward.score import RewardScorer
@@ -111,7 +111,7 @@ def evaluate(config: RunConfig) -> None:
     output.mkdir(parents=True, exist_ok=True)
     section = config.evaluation
     pairs = _heldout(config)
-    with open_rollout_pool(config) as pool:
+    with open_evaluation_pool(config) as pool:
         result = _evaluate(
             config, pool, pairs, samples=section.samples, voting=section.voting, transcripts=section.transcripts
         ).to_json()

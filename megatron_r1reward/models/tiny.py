@@ -23,9 +23,10 @@ SPECIAL_TOKENS = (
     "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
 
-# Qwen2's pre-tokenizer: digits one by one, words with their leading space, punctuation runs, line breaks.
+# Qwen2's pre-tokenizer, except that a digit takes its leading space along as words do: digits one by one, words,
+# punctuation runs, line breaks.
 SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 CHAT_TEMPLATE = (
@@ -43,6 +44,7 @@ CHAT_TEMPLATE = (
 )
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+EMBEDDING_STD = 0.05
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -70,9 +72,7 @@ class TinySpec:
     max_pixels: int = 28 * 28 * 64
 
 
-def train_tokenizer(
-    corpus: Iterable[str], vocab_size: int, phrases: Sequence[str] = ()
-) -> PreTrainedTokenizerFast:
+def train_tokenizer(corpus: Iterable[str], vocab_size: int, phrases: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer in Qwen2's manner, trained on `corpus`; any text stays representable.
 
     Each of `phrases`, e.g. the fixed parts of a prompt template, becomes one token of its own: a model with a small
@@ -156,21 +156,23 @@ def tiny_config(spec: TinySpec, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_V
 
 @torch.no_grad()
 def _initialize(model: Qwen2_5_VLForConditionalGeneration, seed: int, std: float) -> None:
-    """Gaussian weights with the residual branches scaled down by depth; a wide `std` gives peaked distributions
-    that make parity tests sensitive."""
+    """std = 0: Gaussian weights of 1/sqrt(fan-in), the last linear of each residual branch scaled down by the number of
+    branches. A positive std sets every weight's deviation: the distributions get peaked, which makes parity tests
+    sensitive."""
     generator = torch.Generator().manual_seed(seed)
+    branches = 2 * model.config.text_config.num_hidden_layers
     for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2:
-            fan_in = parameter[0].numel()
-            scale = std if std > 0 else fan_in**-0.5
-            if "embed_tokens" in name or "lm_head" in name:
-                scale = std if std > 0 else 0.02
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-        elif "norm" in name or "ln_q" in name:
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1.0 + (0.1 if std > 0 else 0.0) * noise)
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim == 1:
+            is_norm = "norm" in name or "ln_q" in name
+            parameter.copy_(noise * (0.1 if is_norm else 0.05) * (std > 0) + (1.0 if is_norm else 0.0))
+        elif std > 0:
+            parameter.copy_(noise * std)
+        elif "embed_tokens" in name or "lm_head" in name:
+            parameter.copy_(noise * EMBEDDING_STD)
         else:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (0.05 if std > 0 else 0.0))
+            ends_branch = name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight"))
+            parameter.copy_(noise * parameter[0].numel() ** -0.5 * (branches**-0.5 if ends_branch else 1.0))
 
 
 def write_tiny_checkpoint(

@@ -100,9 +100,7 @@ def packed(cu_seqlens: torch.Tensor) -> PackedSeqParams:
     )
 
 
-def layer_spec(
-    attn_mask_type: AttnMaskType, *, self_attention: type[SelfAttention] = SelfAttention
-) -> ModuleSpec:
+def layer_spec(attn_mask_type: AttnMaskType, *, self_attention: type[SelfAttention] = SelfAttention) -> ModuleSpec:
     """One transformer layer: pre-norm attention and a gated MLP."""
     return ModuleSpec(
         module=TransformerLayer,

@@ -30,5 +30,5 @@ def banned_token_ids(model_path: Path) -> frozenset[int]:
             f"{model_path}: the tokenizer has token id {max(owned)}, but config.json says vocab_size {vocab_size}: "
             "the two files are from different models"
         )
-    vision = {tokenizer.token_to_id(token) for token in VISION_TOKENS} - {None}
+    vision = {token_id for token in VISION_TOKENS if (token_id := tokenizer.token_to_id(token)) is not None}
     return frozenset(vision | (set(range(vocab_size)) - owned))

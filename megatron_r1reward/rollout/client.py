@@ -22,11 +22,11 @@ _BAN = -100.0
 _NO_LOG_PROB = -9999.0  # vLLM's stand-in for NaN and -inf
 
 
-class RequestRefused(RuntimeError):
+class RequestRefusedError(RuntimeError):
     """The server cannot serve this prompt (4xx); asking again would not help."""
 
 
-class ServerUnavailable(RuntimeError):
+class ServerUnavailableError(RuntimeError):
     """No usable answer (connection lost, time-out, 5xx, not a rollout); another server may have one."""
 
 
@@ -112,8 +112,8 @@ class RolloutClient:
         Same `seed`, prompt and weights: same tokens. `log_probs` are untempered and without the ban (the raw softmax).
 
         Raises:
-            RequestRefused: e.g. an image that cannot be read, or a prompt that is too long.
-            ServerUnavailable: worth another try.
+            RequestRefusedError: e.g. an image that cannot be read, or a prompt that is too long.
+            ServerUnavailableError: worth another try.
         """
         self._check_images(prompt)
         body = self._request(prompt, sampling, n, seed)
@@ -121,11 +121,11 @@ class RolloutClient:
             async with self._connections.take() as http:
                 response = await http.post(f"{self.url}/inference/v1/generate", json=body)
         except httpx.TransportError as error:
-            raise ServerUnavailable(f"{self.url}: {type(error).__name__} {error}") from error
+            raise ServerUnavailableError(f"{self.url}: {type(error).__name__} {error}") from error
         if response.is_client_error and response.status_code not in (408, 429):
-            raise RequestRefused(f"{self.url} answered {response.status_code}: {_error_message(response)}")
+            raise RequestRefusedError(f"{self.url} answered {response.status_code}: {_error_message(response)}")
         if not response.is_success:
-            raise ServerUnavailable(f"{self.url} answered {response.status_code}: {_error_message(response)}")
+            raise ServerUnavailableError(f"{self.url} answered {response.status_code}: {_error_message(response)}")
         try:
             choices = _GenerateResponse.model_validate_json(response.content).choices
             choices.sort(key=lambda choice: choice.index)
@@ -133,7 +133,7 @@ class RolloutClient:
                 raise ValueError(f"asked for {n} samples, got the indices {[choice.index for choice in choices]}")
             return [self._rollout(prompt, choice) for choice in choices]
         except (ValidationError, ValueError) as error:
-            raise ServerUnavailable(f"{self.url} did not answer with rollouts: {error}") from error
+            raise ServerUnavailableError(f"{self.url} did not answer with rollouts: {error}") from error
 
     async def aclose(self) -> None:
         await self._connections.aclose()
@@ -142,10 +142,14 @@ class RolloutClient:
         """Refuse what vLLM would accept without a word (too few images) or answer with a 500 (missing files)."""
         placeholders = prompt.token_ids.count(self._image_id)
         if placeholders != len(prompt.image_paths):
-            raise RequestRefused(f"{placeholders} {IMAGE_TOKEN} in the prompt, but {len(prompt.image_paths)} images")
-        for path in prompt.image_paths:
-            if not Path(path).is_file():
-                raise RequestRefused(f"image {path} does not exist")
+            raise RequestRefusedError(
+                f"{placeholders} {IMAGE_TOKEN} in the prompt, but {len(prompt.image_paths)} images"
+            )
+        for path in map(Path, prompt.image_paths):
+            if not path.is_absolute():
+                raise RequestRefusedError(f"image {path} is a relative path, which means nothing to a server")
+            if not path.is_file():
+                raise RequestRefusedError(f"image {path} does not exist")
 
     def _request(self, prompt: Prompt, sampling: SamplingSection, n: int, seed: int) -> dict[str, Any]:
         return {

@@ -47,7 +47,7 @@ class GlooGroup:
     """A gloo process group of its own, apart from torch.distributed's default group."""
 
     def __init__(self, store: dist.TCPStore, meeting: GlooRendezvous, rank: int) -> None:
-        options = dist.ProcessGroupGloo._Options()
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # absent from torch's stubs
         options._timeout = timedelta(seconds=meeting.timeout_s)
         # When everybody meets on the loopback address, nobody listens on any other.
         device = dist.ProcessGroupGloo.create_device(hostname=meeting.host if is_loopback(meeting.host) else "")
@@ -67,7 +67,7 @@ class GlooGroup:
         options = dist.BroadcastOptions()
         options.rootRank = SENDER_RANK
         options.rootTensor = 0
-        self._group.broadcast([tensor], options).wait()
+        self._group.broadcast([tensor], options).wait()  # type: ignore[attr-defined]  # absent from torch's stubs
 
     def close(self) -> None:
         """Close the connections; a peer that waits for data gets an error."""

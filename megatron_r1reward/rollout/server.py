@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -22,18 +22,17 @@ import httpx
 import torch
 
 from megatron_r1reward.config.schema import ServerSection
+from megatron_r1reward.rollout.server_log import explain
 from megatron_r1reward.rollout.vllm_main import FORK_FLAG
 
-Progress = Callable[[str], None]
+Report = Callable[[str], None]  # takes a line for the user
 
 # The trainer's own distributed set-up, which vLLM's workers would take for theirs.
 _TRAINER_VARIABLES = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE",
     "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
 )  # fmt: skip
-_ERROR_LINE = re.compile(r"\w+(?:Error|Exception|Interrupt): .*")
 _MIN_BATCHED_TOKENS = 8192
-_LOG_TAIL_LINES = 25
 _SIGTERM_GRACE_S = 15.0
 _POLL_INTERVAL_S = 0.2
 
@@ -71,6 +70,7 @@ def server_command(
     command += ["--max-model-len", str(section.max_model_len), "--max-num-seqs", str(section.max_num_seqs)]
     # Sampling parameters come from requests only; "auto" would add the checkpoint's generation_config.json.
     command += ["--generation-config", "vllm"]
+    command += ["--enable-scale-out"]  # /inference/v1/generate: token ids in, token ids out
     command += ["--limit-mm-per-prompt", json.dumps({"video": 0})]
     command += ["--disable-uvicorn-access-log"]
     if on_cpu:
@@ -83,7 +83,6 @@ def server_command(
     else:
         command += ["--gpu-memory-utilization", str(section.gpu_memory_utilization)]
     if weight_transfer is not None:
-        command += ["--enable-scale-out"]  # /inference/v1/generate: token ids in, token ids out
         command += ["--weight-transfer-config", json.dumps({"backend": weight_transfer})]
     if media_root is not None:
         command += ["--allowed-local-media-path", str(media_root.resolve())]
@@ -192,7 +191,7 @@ class VllmServer:
                 start_new_session=True,
             )
 
-    def wait_ready(self, progress: Progress | None = None) -> None:
+    def wait_ready(self, progress: Report | None = None) -> None:
         """Block until the server is healthy and has completed a request.
 
         Raises:
@@ -203,7 +202,7 @@ class VllmServer:
             while not self._answers_health(http):
                 self.check_alive()
                 if time.monotonic() - started > self._startup_timeout_s:
-                    raise ServerError(self._describe(f"was not ready after {self._startup_timeout_s:.0f} s"))
+                    raise ServerError(self._describe(f"was not ready after {self._startup_timeout_s:g} s"))
                 time.sleep(_POLL_INTERVAL_S)
             self._complete_one_request(http)
         if progress is not None:
@@ -222,14 +221,11 @@ class VllmServer:
             return
         process.terminate()
         try:
-            process.wait(_SIGTERM_GRACE_S)
-        except subprocess.TimeoutExpired:
-            pass
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_SIGTERM_GRACE_S)
         finally:
-            try:
+            with suppress(ProcessLookupError):  # usually the whole group is gone by now
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass  # the whole group is gone, as it should be
             process.wait()
             assert process.stdin is not None
             process.stdin.close()
@@ -259,19 +255,10 @@ class VllmServer:
             raise ServerError(self._describe(f"failed its first request: {response.status_code} {response.text[:500]}"))
 
     def _describe(self, what: str) -> str:
-        with self.log_path.open("rb") as log:
-            log.seek(self._log_start)
-            lines = log.read().decode(errors="replace").splitlines()
-        # vLLM reports an error once per layer it passes through: the first one is the cause.
-        cause = next((match[0] for line in lines if (match := _ERROR_LINE.search(line))), "no error line")
-        tail = "\n".join(f"  | {line}" for line in lines[-_LOG_TAIL_LINES:])
-        return (
-            f"server {self.served_name!r} ({self.url}) {what}: {cause}\n"
-            f"the end of its log {self.log_path}:\n{tail}"
-        )
+        return f"server {self.served_name!r} ({self.url}) {what}: {explain(self.log_path, self._log_start)}"
 
 
-def start_servers(servers: Iterable[VllmServer], progress: Progress | None = None) -> None:
+def start_servers(servers: Iterable[VllmServer], progress: Report | None = None) -> None:
     """Start all servers side by side and wait until each is ready; if one fails, all are stopped again."""
     servers = list(servers)
     try:

@@ -115,7 +115,7 @@ class WeightPusher(ABC):
     def __init__(self, urls: Sequence[str], *, timeout_s: float = 600.0) -> None:
         self.servers = ControlPlane(urls, timeout_s=timeout_s)
         self._connected = False
-        self._broken: str | None = None
+        self.broken: str | None = None  # why the servers hold unknown weights and are paused
 
     def push(self, metas: Sequence[TensorMeta], tensors: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
         """Send all tensors and make `version` current on every server.
@@ -130,9 +130,9 @@ class WeightPusher(ABC):
         Raises:
             WeightPushError: the push failed; the servers stay paused.
         """
-        if self._broken is not None:
-            raise WeightPushError(f"an earlier push failed ({self._broken}): restart the servers before pushing again")
-        self._broken = "interrupted"
+        if self.broken is not None:
+            raise WeightPushError(f"an earlier push failed ({self.broken}): restart the servers before pushing again")
+        self.broken = "interrupted"
         try:
             if not self._connected:
                 self._connect()
@@ -144,12 +144,12 @@ class WeightPusher(ABC):
             self._check_version(version)
             self.servers.post("/resume")
         except Exception as error:
-            self._broken = f"{type(error).__name__}: {error}"
+            self.broken = f"{type(error).__name__}: {error}"
             self._disconnect()
             raise WeightPushError(
-                f"pushing weight version {version} failed, the servers stay paused: {self._broken}"
+                f"pushing weight version {version} failed, the servers stay paused: {self.broken}"
             ) from error
-        self._broken = None
+        self.broken = None
 
     def close(self) -> None:
         """Release the transport; the servers keep serving what they have."""
@@ -159,7 +159,9 @@ class WeightPusher(ABC):
     def _check_version(self, version: int) -> None:
         for url, info in zip(self.servers.urls, self.servers.get("/weight_info"), strict=True):
             if info["weight_version"] != str(version):
-                raise WeightPushError(f"{url} reports weight version {info['weight_version']!r} after pushing {version}")
+                raise WeightPushError(
+                    f"{url} reports weight version {info['weight_version']!r} after pushing {version}"
+                )
 
     @abstractmethod
     def _connect(self) -> None:

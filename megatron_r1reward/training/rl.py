@@ -83,7 +83,7 @@ def generate_and_score(
         with timer.phase("score"):
             scored, counts = services.scorer.score(generated.rollouts)
         metrics = rollout_metrics(scored, counts)
-        metrics |= {"rollout/failed": len(generated.failed), "rollout/quarantined": generated.quarantined}
+        metrics |= {"rollout/failed": len(generated.failed), "rollout/quarantined": len(generated.quarantined)}
         message = [(scored, metrics)]
     if state.topology.world_size > 1:
         dist.broadcast_object_list(message, src=0)
@@ -102,7 +102,9 @@ def push_weights(state: TrainState, services: Services | None) -> None:
     services.pool.push_weights(metas, tensors, version=state.step)
 
 
-def prepare(config: RunConfig, topology: Topology, preferences: Sequence[Preference]) -> tuple[TrainState, PromptLoader]:
+def prepare(
+    config: RunConfig, topology: Topology, preferences: Sequence[Preference]
+) -> tuple[TrainState, PromptLoader]:
     """Build the state, resumed when there is something to resume, and the prompt loader.
 
     Raises:

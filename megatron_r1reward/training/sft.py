@@ -99,7 +99,11 @@ def run(config: RunConfig, topology: Topology) -> Path:
     rundir.prepare(state)
     resumed = rundir.resume(state)
     sampler = EpochSampler(len(examples), seed=config.run.seed)
-    monitor = build_monitor(config.monitor, output, "sft", resumed_step=state.step if resumed else None) if topology.is_main else None
+    monitor = (
+        build_monitor(config.monitor, output, "sft", resumed_step=state.step if resumed else None)
+        if topology.is_main
+        else None
+    )
     progress = tqdm(
         total=steps, initial=state.step, desc="SFT", unit="step", disable=not topology.is_main, dynamic_ncols=True
     )

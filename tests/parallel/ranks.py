@@ -40,9 +40,7 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout_s: fl
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     port = _free_port()
-    processes = [
-        context.Process(target=_entry, args=(function, rank, size, port, args, queue)) for rank in range(size)
-    ]
+    processes = [context.Process(target=_entry, args=(function, rank, size, port, args, queue)) for rank in range(size)]
     for process in processes:
         process.start()
     try:

@@ -46,7 +46,9 @@ def two_steps(folder: Path, images: tuple[str, ...], parallel: dict[str, object]
     sequences = []
     for number in range(8):
         paths = images[: number % 3] if number % 4 else ()
-        text = "<|im_start|>user\n" + "<|vision_start|><|image_pad|><|vision_end|>" * len(paths) + "Which digit?" * number
+        text = (
+            "<|im_start|>user\n" + "<|vision_start|><|image_pad|><|vision_end|>" * len(paths) + "Which digit?" * number
+        )
         prompt = Prompt(
             id=str(number),
             preference_id=str(number),
@@ -55,7 +57,9 @@ def two_steps(folder: Path, images: tuple[str, ...], parallel: dict[str, object]
             label=1,
             swapped=False,
         )
-        sequences.append(state.packer.sequence(prompt, state.tokenizer.encode("The image shows 7. " * (1 + number % 5))))
+        sequences.append(
+            state.packer.sequence(prompt, state.tokenizer.encode("The image shows 7. " * (1 + number % 5)))
+        )
     mine = shard_by_mini_batch(8, 1, topology.data_parallel_rank, topology.data_parallel_size)[0]
     records = []
     for _ in range(2):

@@ -1,0 +1,28 @@
+"""One real vLLM server for the whole session, and the transformers model that says what it should answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from reference import SERVER, Reference
+
+from megatron_r1reward.rollout.pool import RolloutPool, open_rollout_pool
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_folder: Path) -> Reference:
+    return Reference(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def shared_pool(
+    tiny_folder: Path, reference: Reference, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RolloutPool]:
+    """A pool with one server of `tiny_folder`. A test that pushes weights pushes the original ones afterwards."""
+    logs = tmp_path_factory.mktemp("server-logs")
+    with open_rollout_pool(
+        SERVER, model_path=tiny_folder, tokenizer=reference.tokenizer, log_dir=logs, media_root=Path("/")
+    ) as pool:
+        yield pool

@@ -1,0 +1,121 @@
+"""A local HTTP server that answers like vLLM's generate and administration routes, or fails in a chosen way."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Fault = str | int  # "ok" or the name of a fault; an HTTP status
+
+
+class _QuietServer(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that hang up are part of the plan."""
+
+
+class FakeVllm:
+    """Answers every generate request according to `fault`; routes in `refused` answer 500."""
+
+    def __init__(self, fault: Fault = "ok", *, delay_s: float = 0.0) -> None:
+        self.fault = fault
+        self.delay_s = delay_s
+        self.refused: set[str] = set()
+        self.version = "default"
+        self.calls: list[str] = []  # "METHOD /path?query", in order of arrival
+        self.in_flight = self.most_in_flight = 0
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._http = _QuietServer(("127.0.0.1", 0), self._handler())
+        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
+        self._thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._http.server_address[1]}"
+
+    @property
+    def generate_calls(self) -> int:
+        return sum("/inference/v1/generate" in call for call in self.calls)
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join()
+
+    def _generate(self, body: dict[str, Any]) -> tuple[int, str]:
+        time.sleep(self.delay_s)
+        params = body["sampling_params"]
+        answer = {"choices": [_choice(index, params["seed"] + index, self.version) for index in range(params["n"])]}
+        if isinstance(self.fault, int):
+            return self.fault, json.dumps({"error": {"message": f"fault {self.fault}"}})
+        if self.fault == "hang":
+            self._stopping.wait(30)
+        elif self.fault == "garbage":
+            return 200, "<html>gateway</html>"
+        elif self.fault == "one sample short":
+            answer["choices"].pop()
+        elif self.fault == "log-probs of other tokens":
+            answer["choices"][0]["logprobs"]["content"][0]["token_id"] += 1
+        elif self.fault == "no log-prob":
+            answer["choices"][0]["logprobs"]["content"][0]["logprob"] = -9999.0
+        return 200, json.dumps(answer)
+
+    def _administer(self, method: str, path: str, body: dict[str, Any]) -> tuple[int, str]:
+        if path in self.refused:
+            return 500, json.dumps({"error": {"message": f"{path} refused"}})
+        if path == "/finish_weight_update":
+            self.version = body["weight_version"]
+        answers = {"/weight_info": {"weight_version": self.version}, "/get_world_size": {"world_size": 1}}
+        return 200, json.dumps(answers.get(path, {}))
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                self._serve("GET")
+
+            def do_POST(self) -> None:
+                self._serve("POST")
+
+            def _serve(self, method: str) -> None:
+                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "null") or {}
+                path = self.path.split("?")[0]
+                with fake._lock:
+                    fake.calls.append(f"{method} {self.path}")
+                    fake.in_flight += 1
+                    fake.most_in_flight = max(fake.most_in_flight, fake.in_flight)
+                generate = path == "/inference/v1/generate"
+                if generate and fake.fault == "drop":
+                    self.close_connection = True
+                else:
+                    status, text = fake._generate(body) if generate else fake._administer(method, path, body)
+                    self.send_response(status)
+                    self.send_header("Content-Length", str(len(text)))
+                    self.end_headers()
+                    self.wfile.write(text.encode())
+                with fake._lock:
+                    fake.in_flight -= 1
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        return Handler
+
+
+def _choice(index: int, seed: int, version: str) -> dict[str, Any]:
+    """Three tokens that depend on the seed only, as a server's would."""
+    ids = [seed % 97, seed % 89, 2]
+    return {
+        "index": index,
+        "finish_reason": "stop",
+        "token_ids": ids,
+        "logprobs": {"content": [{"token_id": token_id, "logprob": -0.5} for token_id in ids]},
+        "weight_versions": [{"version": version, "start": 0, "end": len(ids)}],
+    }

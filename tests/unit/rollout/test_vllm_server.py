@@ -1,0 +1,161 @@
+"""Command lines, environments, and the life of a server process (with other programs in vLLM's place)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_r1reward.config.schema import ServerSection
+from megatron_r1reward.rollout.banned import banned_token_ids
+from megatron_r1reward.rollout.server import ServerError, VllmServer, server_command, server_environment, start_servers
+from megatron_r1reward.rollout.server_log import explain
+
+
+def command(section: ServerSection, **options: object) -> list[str]:
+    return server_command(section, model_path=Path("/models/m"), port=8123, served_name="policy", **options)  # type: ignore[arg-type]
+
+
+def value(words: list[str], option: str) -> str:
+    return words[words.index(option) + 1]
+
+
+def test_command_of_a_rollout_server_on_a_cpu() -> None:
+    section = ServerSection(kv_cache_bytes=1 << 27, max_model_len=2048, extra_args=("--seed", "3"))
+    words = command(section, on_cpu=True, weight_transfer="gloo", media_root=Path("/data"), pixels=(3136, 50176))
+    assert value(words, "--weight-transfer-config") == '{"backend": "gloo"}'
+    assert value(words, "--host") == "127.0.0.1", "never on the network unless asked"
+    assert value(words, "--allowed-local-media-path") == "/data"
+    assert value(words, "--mm-processor-kwargs") == '{"min_pixels": 3136, "max_pixels": 50176}'
+    assert value(words, "--kv-cache-memory-bytes") == str(1 << 27)
+    assert value(words, "--generation-config") == "vllm", "no sampling defaults from the checkpoint"
+    assert {"--enforce-eager", "--enable-scale-out", "--no-enable-chunked-prefill", "--fork-engine-core"} <= set(words)
+    assert words[-2:] == ["--seed", "3"], "the user has the last word"
+
+
+def test_command_of_a_judge_on_gpus() -> None:
+    words = command(ServerSection(tensor_parallel_size=4, gpu_memory_utilization=0.5))
+    assert value(words, "--tensor-parallel-size") == "4"
+    assert value(words, "--gpu-memory-utilization") == "0.5"
+    absent = {"--weight-transfer-config", "--allowed-local-media-path", "--enforce-eager", "--fork-engine-core"}
+    assert absent.isdisjoint(words)
+
+
+@pytest.mark.parametrize("section", [ServerSection(num_threads=2), ServerSection(tensor_parallel_size=2)])
+def test_the_engine_is_forked_only_without_openmp_threads(section: ServerSection) -> None:
+    assert "--fork-engine-core" not in command(section, on_cpu=True)
+
+
+def test_environment_hides_the_trainer_from_vllm() -> None:
+    base = {"PATH": "/bin", "RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "node0", "OMP_NUM_THREADS": "8"}
+    environment = server_environment(ServerSection(num_threads=2), on_cpu=True, base=base)
+    assert environment["PATH"] == "/bin"
+    assert environment["OMP_NUM_THREADS"] == "2"
+    assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} & set(environment)
+    assert environment["VLLM_SERVER_DEV_MODE"] == "1"
+    assert server_environment(ServerSection(), gpu_ids=(2, 3), base=base)["CUDA_VISIBLE_DEVICES"] == "2,3"
+
+
+def server_running(program: str, tmp_path: Path, **limits: float) -> VllmServer:
+    """A server whose process runs `program` instead of vLLM."""
+    (tmp_path / "config.json").write_text("{}")
+    section = ServerSection.model_validate(limits)
+    server = VllmServer(section, model_path=tmp_path, log_path=tmp_path / "logs" / "server.log", on_cpu=True)
+    server._command = [sys.executable, "-c", program]
+    return server
+
+
+def test_a_server_that_dies_shows_the_cause_and_the_log(tmp_path: Path) -> None:
+    program = "import sys; print('ValueError: no such model'); print('RuntimeError: engine failed'); sys.exit(3)"
+    server = server_running(program, tmp_path)
+    with pytest.raises(ServerError) as error:
+        start_servers([server])
+    message = str(error.value)
+    assert "exit code 3): ValueError: no such model" in message, "the first error is the cause"
+    assert "logs/server.log" in message
+    assert "| RuntimeError: engine failed" in message
+    assert server.pid is None, "stopped"
+
+
+def test_the_cause_of_death_is_the_engines_last_error(tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    log.write_text(
+        "(APIServer pid=1) ERROR FileNotFoundError: an image of long ago\n"
+        "(EngineCore pid=2) WARNING this can cause errors like OSError: too many files\n"
+        "(EngineCore pid=2) ERROR RuntimeError: CPU Generator does not use offset\n"
+        "(APIServer pid=1) ERROR EngineDeadError: see above\n"
+        'nanobind: leaked 4 instances!\n - leaked instance of type "x"\n'
+    )
+    first, *tail = explain(log).splitlines()
+    assert first == "RuntimeError: CPU Generator does not use offset"
+    assert "EngineDeadError" in tail[-1]
+    assert explain(log, start=log.stat().st_size).startswith("the log shows no error")
+
+
+def test_a_server_that_never_listens_times_out(tmp_path: Path) -> None:
+    server = server_running(
+        "import time; print('loading', flush=True); time.sleep(60)", tmp_path, startup_timeout_s=0.5
+    )
+    with pytest.raises(ServerError, match=r"not ready after 0\.5 s"):
+        start_servers([server])
+    assert not server.alive
+
+
+def test_stop_ends_the_whole_process_group(tmp_path: Path) -> None:
+    program = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import signal, time; "
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)'])\n"
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    server = server_running(program, tmp_path)
+    server.start()
+    child = psutil.Process(int(first_line(server.log_path)))
+    server.stop()
+    server.stop()  # harmless
+    child.wait(10)
+
+
+def test_a_server_ends_with_the_process_that_started_it() -> None:
+    program = (
+        "import threading, time; from megatron_r1reward.rollout.vllm_main import _end_with_stdin\n"
+        "threading.Thread(target=_end_with_stdin, daemon=True).start(); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.close()  # what the kernel does when the starter dies
+    assert process.wait(30) == -15
+
+
+def test_two_servers_never_get_one_port(tmp_path: Path) -> None:
+    servers = [server_running("", tmp_path) for _ in range(20)]
+    assert len({server.url for server in servers}) == 20
+
+
+def test_a_folder_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no config\.json: give a Hugging Face checkpoint folder"):
+        VllmServer(ServerSection(), model_path=tmp_path, log_path=tmp_path / "log")
+
+
+def test_banned_ids_are_vision_specials_and_padding(tiny_folder: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_folder)
+    banned = banned_token_ids(tiny_folder)
+    assert banned >= set(tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|vision_start|>", "<|video_pad|>"]))
+    assert tokenizer.eos_token_id not in banned
+    assert all(token_id in banned for token_id in range(len(tokenizer), max(banned) + 1))
+
+
+def first_line(path: Path) -> str:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        if lines := path.read_text().splitlines():
+            return lines[0]
+        time.sleep(0.02)
+    raise AssertionError(f"nothing was written to {os.fspath(path)}")
