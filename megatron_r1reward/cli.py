@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,10 +23,11 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=val
 @contextmanager
 def _user_errors() -> Iterator[None]:
     """ValueError is the user's to fix: one message without a traceback, exit code 2."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    # One voice: the other ranks speak up only when something is wrong.
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    for chatty in ("httpx", "httpx2", "megatron"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     # Notices of torch, transformers and megatron-core about their own future, none of them for users of this program.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|megatron|transformers)\b.*")
@@ -41,8 +43,11 @@ def _run_stage(stage: str, run_file: Path, overrides: list[str] | None) -> None:
     """Load the run file and run one of the functions of `launch.stages`, imported only now: it takes seconds."""
     with _user_errors():
         from megatron_r1reward.config.load import load_config
+        from megatron_r1reward.launch.local import run_local_ranks, under_a_launcher
 
         config = load_config(run_file, overrides or [])
+        if stage in ("sft", "rl") and config.run.local_ranks > 1 and not under_a_launcher():
+            raise typer.Exit(run_local_ranks([stage, str(run_file), *(overrides or [])], config.run.local_ranks))
         from megatron_r1reward.launch import stages
 
         {"sft": stages.sft, "annotate": stages.annotate, "rl": stages.rl, "eval": stages.evaluate}[stage](config)
@@ -80,10 +85,12 @@ def data_digits(
     pool_rows: int = 4000,
     heldout_pairs: int = 480,
     judge_rows: int = 4000,
+    categories: Annotated[str | None, typer.Option(help="kinds of question, comma-separated; default: all")] = None,
 ) -> None:
     """Preferences over real handwritten digits (ships with scikit-learn)."""
     with _user_errors():
         from megatron_r1reward.data.digits import build_digits
+        from megatron_r1reward.data.digits_text import CATEGORIES
 
         summary = build_digits(
             out,
@@ -92,6 +99,7 @@ def data_digits(
             pool_rows=pool_rows,
             heldout_pairs=heldout_pairs,
             judge_rows=judge_rows,
+            categories=categories.split(",") if categories else CATEGORIES,
         )
         typer.echo(f"{out}: {summary.rows}, {summary.images} images; see {out / 'README.md'}")
 

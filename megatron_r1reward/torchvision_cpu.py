@@ -39,7 +39,7 @@ class _DeclareBeforeImport(MetaPathFinder):
 
 
 def declare_operators() -> object:
-    """Declare `torchvision::nms` and `torchvision::qnms` if torch is CPU-only and nobody has; returns what must stay alive."""
+    """Declare `torchvision::nms` and `torchvision::qnms` where nobody has; returns what must stay alive."""
     import torch
 
     if torch.version.cuda is not None or torch.version.hip is not None:

@@ -1,6 +1,6 @@
 """The run file: one section per concern, frozen, unknown keys refused.
 
-Every default is a choice that a user can see with `r1reward plan RUN.toml`; the reasons stand beside the fields.
+Every default is written into the run directory's `config.toml`; the reasons stand beside the fields.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    name: str = "run"
     output_dir: Path
     seed: int = 0
+    local_ranks: PositiveInt = 1  # trainer ranks started on this machine where neither torchrun nor Slurm did
     num_threads: PositiveInt | None = None  # intra-op threads of one trainer rank; None: leave torch's default
 
 
@@ -65,7 +65,6 @@ class SftSection(Section):
     steps: PositiveInt | None = None  # None: one pass per epoch
     epochs: PositiveInt = 1
     global_batch_size: PositiveInt = 256
-    export: bool = True  # write an HF folder at the end
 
 
 class AlgorithmSection(Section):
@@ -86,6 +85,7 @@ class AlgorithmSection(Section):
     clip_high: Annotated[float, Field(gt=0)] = 0.2
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     entropy_coefficient: float = 0.0
+    mismatch_alarm: Annotated[float, Field(gt=0)] = 0.1  # mean |log-prob gap| to the sampler above which a step warns
     truncated_importance_sampling: Annotated[float, Field(gt=0)] | None = None
     aggregation: Literal["sequence_mean", "token_mean", "constant_length"] = "sequence_mean"
     constant_length: PositiveInt = 1024
@@ -137,6 +137,7 @@ class ServerSection(Section):
     urls: tuple[str, ...] = ()
     model_path: Path | None = None  # judge: its HF folder; rollout: None means model.path
     count: PositiveInt = 1
+    sender_host: str = "127.0.0.1"  # address of the trainer's main rank as the servers see it, for weight pushes
     tensor_parallel_size: PositiveInt = 1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     max_model_len: PositiveInt = 32_768
@@ -153,7 +154,7 @@ class ServerSection(Section):
 
 class JudgeSection(ServerSection):
     model: str | None = None  # name at the endpoint; None: the first that /v1/models lists
-    api_key: str = "none"
+    api_key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key of a remote endpoint
     temperature: Annotated[float, Field(ge=0)] = 0.0
     max_tokens: PositiveInt = 16
     request_timeout_s: Annotated[float, Field(gt=0)] = 60.0  # one short reply
@@ -171,6 +172,7 @@ class AnnotateSection(Section):
 
 class EvaluationSection(Section):
     data: Path | None = None
+    image_root: Path | None = None  # as in [data]
     max_pairs: PositiveInt | None = None
     samples: PositiveInt = 15  # K of voting@K
     voting: tuple[PositiveInt, ...] = (1, 5, 15)

@@ -42,7 +42,9 @@ def judge_rows(
     rng.shuffle(kinds)
     rows = []
     for number, kind in enumerate(kinds):
-        message = next((drawn for drawn in (_message(kind, categories, rng) for _ in range(_TRIES)) if drawn not in seen), None)
+        message = next(
+            (drawn for drawn in (_message(kind, categories, rng) for _ in range(_TRIES)) if drawn not in seen), None
+        )
         if message is None:
             raise ValueError(f"{name}: no further judge row of kind {kind!r} after {len(seen)}: ask for fewer rows")
         seen.add(message)

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 AnswerT = TypeVar("AnswerT")
 
-POSITIONS = {2: ("left", "right"), 3: ("left", "middle", "right")}
+PLACES = {"position": ("left", "right"), "position_of_three": ("left", "middle", "right")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +114,9 @@ def _parity(rng: random.Random) -> DigitQuestion:
     )
 
 
-def _position(rng: random.Random) -> DigitQuestion:
+def _position(rng: random.Random, category: str = "position") -> DigitQuestion:
     right, wrong = _two(rng, 0, 9)
-    names = POSITIONS[rng.choice((2, 3))]
+    names = PLACES[category]
     asked = rng.randrange(len(names))
     digits = [rng.randrange(10) for _ in names]
     if rng.random() < 0.5:  # the wrong answer stands elsewhere in the image, so that the place matters
@@ -125,7 +125,7 @@ def _position(rng: random.Random) -> DigitQuestion:
     place = "in the middle" if names[asked] == "middle" else f"on the {names[asked]}"
     claims = (str(right), str(wrong))
     return DigitQuestion(
-        category="position",
+        category=category,
         question=rng.choice((f"Which digit is {place}?", f"What is the digit {place} of the image?")),
         digits=tuple(digits),
         claims=claims,
@@ -217,6 +217,7 @@ _DRAWERS: dict[str, Callable[[random.Random], DigitQuestion]] = {
     "parity": _parity,
     "threshold": _threshold,
     "position": _position,
+    "position_of_three": lambda rng: _position(rng, "position_of_three"),
     "larger": _larger,
     "same": _same,
     "sum": _sum,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -92,7 +93,7 @@ class Packer:
             input_ids=torch.tensor([token_ids], device=self.device),
             position_ids=torch.cat(positions, dim=1)[:, None].to(self.device),
             cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=self.device),
-            max_seqlen=max(end - start for start, end in zip(bounds, bounds[1:], strict=False)),
+            max_seqlen=max(end - start for start, end in itertools.pairwise(bounds)),
             response_positions=torch.cat(rows).to(self.device),
             targets=torch.tensor(targets, device=self.device),
             response_sequence=torch.tensor(owners, device=self.device),

@@ -66,7 +66,7 @@ class _LinearLogProbs(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_log_probs_R, grad_entropy_R = gradients
         hidden_RH, weight_VH, targets_R, normalizer_R, entropy_R = ctx.saved_tensors
-        shard, rows, width = ctx.shard, hidden_RH.shape[0], weight_VH.shape[0]
+        shard, width = ctx.shard, weight_VH.shape[0]
         grad_hidden_RH = torch.zeros_like(hidden_RH)
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
         # Rows without gradient (filtered, clipped or masked tokens) are not multiplied again.

@@ -102,6 +102,7 @@ def _open_pool(config: RunConfig, *, takes_weights: bool) -> RolloutPool:
         media_root=_media_root(config),
         pixels=(config.data.min_pixels, config.data.max_pixels),
         weight_transfer="gloo" if takes_weights else None,
+        sender_host=config.rollout.sender_host,
         progress=log.info,
     )
 
@@ -114,5 +115,5 @@ def _media_root(config: RunConfig) -> Path:
     """The deepest folder that holds every image a request may name."""
     roots = [config.data.image_root or config.data.train.parent, config.run.output_dir]
     if config.evaluation.data is not None:
-        roots.append(config.evaluation.data.parent)
+        roots.append(config.evaluation.image_root or config.evaluation.data.parent)
     return Path(os.path.commonpath([root.resolve() for root in roots]))

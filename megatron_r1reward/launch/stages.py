@@ -101,7 +101,7 @@ def annotate(config: RunConfig) -> None:
     hard = select_hard(records)
     counts = summary(records)
     write_text(output / "hard.json", json.dumps(hard) + "\n")
-    write_text(output / "difficulty.json", json.dumps({**counts, "hard": len(hard)}) + "\n")
+    write_text(output / "difficulty.json", json.dumps(counts) + "\n")
     log.info("attempts needed: %s; hard set: %d of %d", counts, len(hard), len(records))
 
 
@@ -136,7 +136,10 @@ def _heldout(config: RunConfig) -> tuple[Preference, ...]:
         raise ValueError("evaluation.data is not set: name the JSONL with held-out preferences")
     output = config.run.output_dir
     data = read_preferences(
-        config.evaluation.data, media_dir=output / "media", quarantine=output / "heldout-quarantine.jsonl"
+        config.evaluation.data,
+        image_root=config.evaluation.image_root,
+        media_dir=output / "media",
+        quarantine=output / "heldout-quarantine.jsonl",
     )
     return data.preferences[: config.evaluation.max_pairs]
 

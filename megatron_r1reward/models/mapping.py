@@ -120,5 +120,5 @@ def global_name(model: torch.nn.Module, name: str) -> str:
     block = model
     for attribute in parts[:at]:
         block = getattr(block, attribute)
-    parts[at + 1] = str(block.layers[int(parts[at + 1])].layer_number - 1)  # type: ignore[union-attr,index,operator]
+    parts[at + 1] = str(block.layers[int(parts[at + 1])].layer_number - 1)  # type: ignore[union-attr,index]
     return ".".join(parts)

@@ -119,7 +119,7 @@ def _import_megatron_without_compile() -> None:
         import megatron.core.jit
         import megatron.core.models.gpt.gpt_model
         import megatron.core.optimizer
-        import megatron.core.pipeline_parallel  # noqa: F401
+        import megatron.core.pipeline_parallel
 
         megatron.core.jit.disable_jit_fuser()
     finally:

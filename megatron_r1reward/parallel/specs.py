@@ -35,14 +35,15 @@ class TorchNorm:
         kind = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}[config.normalization]
         norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            parameter.sequence_parallel = config.sequence_parallel
         return norm
 
 
 class PackedAttention(MegatronModule):
     """Scaled dot-product attention over packed sequences (THD), causal or bidirectional, with grouped queries.
 
-    One fused call per sequence (one for all where they are equally long): no [T, T] mask is ever formed and no token is padded.
+    One fused call per sequence, or one for all where they are equally long: no [T, T] mask is formed, nothing is
+    padded.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,7 +25,7 @@ class JudgeEndpoint:
         self._section = section
         self._client = AsyncOpenAI(
             base_url=root if root.endswith("/v1") else f"{root}/v1",
-            api_key=section.api_key,
+            api_key=os.environ.get(section.api_key_variable, "none"),
             timeout=section.request_timeout_s,
             max_retries=0,  # the caller retries, on another server where there is one
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter
 
@@ -14,8 +13,6 @@ from megatron_r1reward.training.rollout_batch import RolloutBatch
 from megatron_r1reward.training.schedule import Loss, LossOutput, reduce_statistics, train_micro_batches
 from megatron_r1reward.training.state import TrainState
 from megatron_r1reward.types import PackedBatch
-
-log = logging.getLogger(__name__)
 
 
 def _loss(state: TrainState, rollouts: RolloutBatch) -> Loss:
@@ -68,9 +65,7 @@ def update_policy(state: TrainState, rollouts: RolloutBatch) -> dict[str, float]
         statistics, outcome = train_micro_batches(state, rollouts.sequences, micro_batches, loss)
         totals += statistics
         norms.append(outcome.grad_norm)
-        if outcome.skipped:
-            skipped += 1
-            log.warning("gradient norm is %s; the update was skipped", outcome.grad_norm)
+        skipped += outcome.skipped
     total = Counter(reduce_statistics(state, totals))
     return {
         "loss": total["loss"] / total["count"],

@@ -28,7 +28,7 @@ from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.rollout.weights import TensorMeta
-from megatron_r1reward.training import rundir
+from megatron_r1reward.training import health, rundir
 from megatron_r1reward.training.policy_update import update_policy
 from megatron_r1reward.training.rl_metrics import advantage_metrics, mismatch, rollout_metrics
 from megatron_r1reward.training.rollout_batch import add_advantages, add_log_probs, pack
@@ -166,6 +166,7 @@ def _train(state: TrainState, loader: PromptLoader, services: Services | None, m
         timer.reset()
         with timer.phase("step"):
             metrics = train_step(state, loader, services, timer)
+            health.check(metrics, config.algorithm, state.step)
             if state.step % config.checkpoint.save_every == 0 or state.step == config.rl.steps:
                 with timer.phase("save"):
                     rundir.save(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -76,7 +77,7 @@ def pack(state: TrainState, scored: Sequence[ScoredRollout]) -> RolloutBatch:
     starts = np.cumsum([0, *(len(shard) for shard in shards)])
     return RolloutBatch(
         sequences=sequences,
-        mini_batches=tuple(tuple(range(a, b)) for a, b in zip(starts[:-1], starts[1:], strict=True)),
+        mini_batches=tuple(tuple(range(a, b)) for a, b in itertools.pairwise(starts)),
         rewards=rewards[[index for shard in shards for index in shard]],
         cu_response=cu_response,
         aggregation=aggregation_weights(cu_response, config.algorithm),
@@ -101,7 +102,7 @@ def forward_log_probs(state: TrainState, batch: RolloutBatch, model: torch.nn.Mo
 
 
 def add_log_probs(state: TrainState, batch: RolloutBatch) -> RolloutBatch:
-    """Old log-probs, the trainer's own before the first update on this batch, and the reference's where there is one."""
+    """Old log-probs (the trainer's own, before the first update on this batch) and the reference's, if there is one."""
     old_2R = forward_log_probs(state, batch, state.model)
     batch = replace(batch, old_log_probs=old_2R[0], entropy=old_2R[1])
     if state.reference is None:

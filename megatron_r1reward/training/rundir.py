@@ -25,10 +25,17 @@ def prepare(state: TrainState) -> Path:
 
 
 def resume(state: TrainState) -> bool:
-    """Continue from the newest intact checkpoint when there is one and `checkpoint.resume` allows it."""
+    """Continue from the newest intact checkpoint, when there is one.
+
+    Raises:
+        ValueError: there are checkpoints, but `checkpoint.resume` is false: a new run would mix with the old one.
+    """
+    root = state.config.run.output_dir / "checkpoints"
     if not state.config.checkpoint.resume:
+        if any(root.glob("step-*")):
+            raise ValueError(f"{root} holds checkpoints and checkpoint.resume is false: choose another run.output_dir")
         return False
-    folder = find_checkpoint(state.config.run.output_dir / "checkpoints")
+    folder = find_checkpoint(root)
     if folder is None:
         return False
     saved = load_checkpoint(folder, model=state.module, optimizer=state.optimizer, scheduler=state.scheduler)

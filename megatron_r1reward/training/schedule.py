@@ -77,7 +77,8 @@ def _optimizer_step(state: TrainState) -> StepOutcome:
     # The norm is all-reduced, so every rank comes to the same decision.
     skipped = bool(found_inf) or not torch.isfinite(torch.tensor(grad_norm))
     if not skipped:
-        state.optimizer.clip_grad_norm(state.config.optimizer.clip_grad)
+        if state.config.optimizer.clip_grad > 0:
+            state.optimizer.clip_grad_norm(state.config.optimizer.clip_grad)
         state.optimizer.step_with_ready_grads()
     state.scheduler.step(increment=1)
     return StepOutcome(grad_norm=grad_norm, skipped=skipped, lr=lr)

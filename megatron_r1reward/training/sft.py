@@ -90,7 +90,10 @@ def run(config: RunConfig, topology: Topology) -> Path:
         )
     output = config.run.output_dir
     data = read_sft_examples(
-        config.data.train, image_root=config.data.image_root, quarantine=output / "quarantine.jsonl"
+        config.data.train,
+        image_root=config.data.image_root,
+        media_dir=output / "media",
+        quarantine=output / "quarantine.jsonl",
     )
     examples = data.examples
     epoch_steps = math.ceil(len(examples) / config.sft.global_batch_size)

@@ -60,7 +60,7 @@ def check_layout(hf: Qwen2_5_VLConfig, parallel: ParallelSection) -> None:
         if size % tp:
             legal = [n for n in range(tp, 0, -1) if all(s % n == 0 for s in divisible.values())]
             raise ValueError(
-                f"tensor_model_parallel_size {tp} does not divide {name} {size}: use {legal[0]} (the nearest legal size)"
+                f"tensor_model_parallel_size {tp} does not divide {name} {size}: the nearest legal size is {legal[0]}"
             )
     groups = text.num_key_value_heads
     if groups % tp and tp % groups:

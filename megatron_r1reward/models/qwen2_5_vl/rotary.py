@@ -15,7 +15,7 @@ class PackedMultimodalRotary(MultimodalRotaryEmbedding):
     def forward(
         self, position_ids: torch.Tensor, mrope_section: list[int], cp_group: object | None = None
     ) -> torch.Tensor:
-        context_group, self.cp_group = self.cp_group, None
+        context_group, self.cp_group = self.cp_group, None  # type: ignore[has-type]
         try:
             return super().forward(position_ids, mrope_section, cp_group=None)
         finally:

@@ -27,10 +27,10 @@ def run_file(tmp_path: Path) -> Path:
 
 def test_overrides_apply_left_to_right(run_file):
     config = load_config(
-        run_file, ["optimizer.lr=1e-4", "optimizer.lr=3e-4", "run.name=abc", "evaluation.voting=[1,3]"]
+        run_file, ["optimizer.lr=1e-4", "optimizer.lr=3e-4", "judge.model=abc", "evaluation.voting=[1,3]"]
     )
     assert config.optimizer.lr == 3e-4
-    assert config.run.name == "abc"
+    assert config.judge.model == "abc"
     assert config.evaluation.voting == (1, 3)
 
 
@@ -62,6 +62,6 @@ def test_missing_file_and_bad_toml(tmp_path):
 
 
 def test_the_resolved_file_reads_back_equal(run_file, tmp_path):
-    config = load_config(run_file, ["optimizer.lr=3e-7", 'judge.urls=["http://a:1"]', 'run.name=it\'s \\"quoted\\"'])
+    config = load_config(run_file, ["optimizer.lr=3e-7", 'judge.urls=["http://a:1"]', 'judge.model=it\'s \\"quoted\\"'])
     dump_config(config, tmp_path / "resolved.toml")
     assert load_config(tmp_path / "resolved.toml") == config

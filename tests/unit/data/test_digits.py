@@ -182,7 +182,7 @@ def test_judge_rows_are_right_balanced_and_not_shared(built):
         assert Counter(row["response"] for row in rows) == {"0": len(rows) // 2, "1": len(rows) // 2}
         texts[name] = [json.loads(row["message"])[0]["content"] for row in rows]
         for text, row in zip(texts[name], rows, strict=True):
-            flags = re.findall(r"which is (right|wrong)\.", text)
+            flags = re.findall(r": (right|wrong)\.", text)
             conclusion, verdict = re.findall(r"Response ([12]) is better\.", text)
             supported = (
                 flags == (["right", "wrong"] if verdict == "1" else ["wrong", "right"]) and conclusion == verdict
@@ -212,7 +212,8 @@ def test_card_and_meta_tell_what_was_written(built):
     assert "CC BY 4.0" in card
     assert "Optical Recognition of Handwritten Digits" in card
     assert f"Seed {summary.seed}." in card
-    assert "`heldout.jsonl`: digit 20, larger 20" in card
+    counts = summary.categories["heldout"]
+    assert f"`heldout.jsonl`: digit {counts['digit']}, larger {counts['larger']}" in card
     meta = json.loads((out / "meta.json").read_text())
     assert meta["rows"] == summary.rows
     assert meta["categories"] == summary.categories

@@ -1,0 +1,162 @@
+"""The demo in small: every stage through the command line, with real servers; then a run that is killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_r1reward.config.schema import ServerSection
+from megatron_r1reward.launch.demo import run_demo
+from megatron_r1reward.rollout.server import VllmServer
+
+pytestmark = pytest.mark.e2e
+RECIPES = Path(__file__).parents[2] / "recipes" / "demo"
+# Small enough for a test; the shape of the pipeline is the demo's.
+SMALLER = {
+    "sft.toml": {"sft": {"steps": 60}},
+    "judge.toml": {"sft": {"steps": 20}},
+    "eval.toml": {"annotate": {"max_rows": 60}, "evaluation": {"max_pairs": 12, "samples": 5, "voting": [1, 5]}},
+    "rl.toml": {"rl": {"steps": 2, "rollout_batch_size": 16, "train_batch_size": 8, "heldout_every": 2}},
+}
+
+
+def write_toml(path: Path, tree: dict[str, dict[str, object]]) -> None:
+    lines = []
+    for section, values in tree.items():
+        lines.append(f"[{section}]")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    path.write_text("\n".join(lines))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a finished small demo."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    run_files = folder / "run-files"
+    run_files.mkdir()
+    for name, changes in SMALLER.items():
+        tree = tomllib.loads((RECIPES / name).read_text())
+        for section, values in changes.items():
+            tree.setdefault(section, {}).update(values)
+        write_toml(run_files / name, tree)
+    out = folder / "demo"
+    run_demo(out, run_files)
+    return out
+
+
+def rows(run: Path) -> dict[int, dict[str, float]]:
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {row["step"]: row for row in map(json.loads, lines)}
+
+
+def test_report_holds_what_it_promises(finished: Path) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    for stage in ("sft", "rl"):
+        assert {"accuracy", "interval", "voting", "any_correct", "format_rate"} <= report[stage].keys()
+        assert {"consistency_rate", "mean_response_tokens"} <= report[stage].keys()
+        assert set(report[stage]["voting"]) == {"1", "5"}
+    assert 0 <= report["control"]["shuffled_images"]["accuracy"] <= 1
+    assert report["heldout_pairs"] == 12
+    assert report["versions"].keys() >= {"torch", "megatron-core", "vllm", "transformers"}
+    assert report["wall_seconds"] > 0
+    page = (finished / "report.html").read_text()
+    assert page.count("data:image/png;base64") >= 2
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_sampler_and_trainer_agree_from_the_first_step_to_the_last(finished: Path) -> None:
+    """float32 on both sides: the gap is rounding, also after weights were pushed."""
+    metrics = rows(finished / "rl")
+    assert set(metrics) == {1, 2}
+    for row in metrics.values():
+        assert row["mismatch/max_abs"] < 1e-3
+
+
+def test_the_judge_is_asked_only_about_right_answers(finished: Path) -> None:
+    for row in rows(finished / "rl").values():
+        right = round(row["reward/result"] * 16)
+        assert row["judge/asked"] == right
+        assert row["judge/consistent"] + row["judge/inconsistent"] + row["judge/unknown"] == right
+
+
+@pytest.fixture(scope="module")
+def server(finished: Path) -> Iterator[VllmServer]:
+    """One server for the runs below: it takes weights, and its chat route stands in for a judge that talks nonsense."""
+    section = ServerSection(dtype="float32", max_model_len=512, max_num_seqs=64, kv_cache_bytes=1 << 27)
+    with VllmServer(
+        section,
+        model_path=finished / "sft" / "hf",
+        log_path=finished / "shared-server.log",
+        weight_transfer="gloo",
+        media_root=finished,
+        pixels=(3136, 501_760),
+    ) as running:
+        yield running
+
+
+def rl_command(finished: Path, server: VllmServer, output: Path) -> list[str]:
+    overrides = {
+        "run.output_dir": output,
+        "model.path": finished / "sft" / "hf",
+        "data.train": finished / "data" / "pool.jsonl",
+        "data.select": finished / "annotate" / "hard.json",
+        "rollout.urls": json.dumps([server.url]),
+        "judge.urls": json.dumps([server.url]),
+        "judge.retries": 0,
+        "rl.steps": 5,
+        "rl.rollout_batch_size": 16,
+        "rl.train_batch_size": 8,
+        "checkpoint.save_every": 2,
+    }
+    command = [sys.executable, "-m", "megatron_r1reward.cli", "rl", str(RECIPES / "rl.toml")]
+    return (
+        command
+        + [f"{key}={value}" for key, value in overrides.items()]
+        + ["evaluation.data=" + str(finished / "data" / "heldout.jsonl")]
+    )
+
+
+def test_a_killed_run_continues_as_if_nothing_had_happened(finished: Path, server: VllmServer, tmp_path: Path) -> None:
+    """SIGKILL between two checkpoints; the losses after the resume are those of the run that was left alone."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(rl_command(finished, server, whole), check=True, timeout=300)
+
+    process = subprocess.Popen(rl_command(finished, server, killed), start_new_session=True)
+    deadline = time.monotonic() + 300
+    while max(rows(killed), default=0) < 3:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "DONE").exists()
+
+    subprocess.run(rl_command(finished, server, killed), check=True, timeout=300)
+    expected, got = rows(whole), rows(killed)
+    assert set(got) == set(expected) == {1, 2, 3, 4, 5}
+    assert any(row["grad_norm"] > 1e-3 for row in expected.values()), "without a gradient the comparison is empty"
+    for step, row in expected.items():
+        for name in ("loss", "grad_norm", "reward/mean", "response/mean_tokens", "entropy", "lr"):
+            assert got[step][name] == pytest.approx(row[name], rel=2e-3, abs=2e-5), (step, name)
+    assert {row["judge/consistent"] for row in expected.values()} == {0}, "nonsense is no verdict"
+
+
+def test_weights_that_were_trained_are_the_weights_that_are_exported(finished: Path) -> None:
+    from safetensors.torch import load_file
+
+    before = load_file(finished / "sft" / "hf" / "model.safetensors")
+    after = load_file(finished / "rl" / "hf" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert any((before[name] != after[name]).any() for name in before)
+    config = (finished / "sft" / "hf" / "config.json").read_text()
+    assert (finished / "rl" / "hf" / "config.json").read_text() == config
