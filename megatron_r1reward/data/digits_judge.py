@@ -1,28 +1,22 @@
 """Training data for a small consistency judge: the end of a reasoning, a verdict, and whether it is supported.
 
-A reasoning supports a verdict when it calls exactly that response right and concludes the same. Every way to break this
-is drawn: the verdict, the concluding line, or the assessment of the responses.
+A reasoning supports a verdict when it finds one answer, names the response that gives this answer, and the verdict is
+that response. Every link is broken in some row: the finding, the response named for it, or the verdict.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from megatron_r1reward.data.digits_text import DigitQuestion, assessment, draw_question, reasoning
+from megatron_r1reward.data.digits_text import draw_question, reasoning
 from megatron_r1reward.data.prompt import judge_messages
 
 SUPPORTED = "supported"
-# A drawer gets the response that is right and returns: (is 1 right, is 2 right), the conclusion, the verdict.
-_Outcome = tuple[tuple[bool, bool], int, int]
-_CONTRADICTIONS: dict[str, Callable[[int, random.Random], _Outcome]] = {
-    "verdict_flipped": lambda right, rng: ((right == 1, right == 2), right, 3 - right),
-    "conclusion_flipped": lambda right, rng: ((right == 1, right == 2), 3 - right, rng.choice((1, 2))),
-    "undecided": lambda right, rng: (rng.choice(((True, True), (False, False))), right, rng.choice((1, 2))),
-}
-KINDS = (SUPPORTED, *_CONTRADICTIONS)
+CONTRADICTIONS = ("verdict_flipped", "response_flipped", "finding_flipped")
+KINDS = (SUPPORTED, *CONTRADICTIONS)
 _TRIES = 1000
 
 
@@ -38,7 +32,7 @@ def judge_rows(
     Raises:
         ValueError: there are not `count` further rows.
     """
-    kinds = [SUPPORTED if place % 2 else rng.choice(list(_CONTRADICTIONS)) for place in range(count)]
+    kinds = [SUPPORTED if place % 2 else rng.choice(CONTRADICTIONS) for place in range(count)]
     rng.shuffle(kinds)
     rows = []
     for number, kind in enumerate(kinds):
@@ -56,16 +50,15 @@ def judge_rows(
 def _message(kind: str, categories: Sequence[str], rng: random.Random) -> str:
     question = draw_question(rng.choice(categories), rng)
     right = rng.choice((1, 2))
-    if kind == SUPPORTED:
-        is_right, conclusion, verdict = (right == 1, right == 2), right, right
-    else:
-        is_right, conclusion, verdict = _CONTRADICTIONS[kind](right, rng)
-    lines = assessment(_claims(question, right), is_right, conclusion)
-    if rng.random() < 0.25:  # a short reasoning, or a judge set to read more lines, shows what precedes them
-        lines = reasoning(question, right)[: -len(lines)] + lines
+    claims = question.claims if right == 1 else (question.claims[1], question.claims[0])
+    lines = reasoning(claims, question.digits, question.claims[0], right)
+    verdict = right
+    if kind == "verdict_flipped":
+        verdict = 3 - right
+    elif kind == "response_flipped":
+        lines[2] = f"{question.claims[0]} says Response {3 - right}."
+        verdict = rng.choice((1, 2))
+    elif kind == "finding_flipped":
+        lines[2] = f"{question.claims[1]} says Response {3 - right}."
+        verdict = rng.choice((1, 2))
     return json.dumps(judge_messages("\n".join(lines), f"Response {verdict} is better."))
-
-
-def _claims(question: DigitQuestion, right: int) -> tuple[str, str]:
-    first, second = question.claims
-    return (first, second) if right == 1 else (second, first)

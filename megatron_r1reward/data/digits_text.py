@@ -25,43 +25,32 @@ class DigitQuestion:
     digits: tuple[int, ...]
     claims: tuple[str, str]  # what the answers say, in a word, e.g. ("7", "3") or ("yes", "no")
     responses: tuple[str, str]  # the claims as sentences
-    finding: str | None = None  # what follows from the digits, where the answer is not simply what is seen
 
 
-def assessment(claims: tuple[str, str], is_right: tuple[bool, bool], better: int) -> list[str]:
-    """The last three lines of a reasoning; `claims` and `is_right` are in the order shown."""
-    lines = [
-        f"Response {number} says {claim}: {'right' if right else 'wrong'}."
-        for number, (claim, right) in enumerate(zip(claims, is_right, strict=True), start=1)
+def reasoning(claims: tuple[str, str], digits: tuple[int, ...], finding: str, better: int) -> list[str]:
+    """Three lines: what each response says, what is seen and what follows from it, and which response says that.
+
+    `claims` are in the order shown. A sound reasoning has `claims[better - 1] == finding`.
+    """
+    follows = "" if finding == str(digits[0]) and len(digits) == 1 else f", so {finding}"
+    return [
+        f"{claims[0]} says Response 1, {claims[1]} says Response 2.",
+        f"I see {' and '.join(map(str, digits))}{follows}.",
+        f"{finding} says Response {better}.",
     ]
-    return [*lines, f"Response {better} is better."]
-
-
-def reasoning(question: DigitQuestion, label: int) -> list[str]:
-    """Lines of the reasoning for the order in which response `label` is the right one; what is seen comes first."""
-    right, wrong = question.claims
-    claims = (right, wrong) if label == 1 else (wrong, right)
-    lines = [_sighting(question.digits)]
-    if question.finding is not None:
-        lines.append(question.finding)
-    return lines + assessment(claims, (label == 1, label == 2), better=label)
 
 
 def target(question: DigitQuestion, label: int) -> str:
-    """The response to learn, in the strict format of the published model."""
-    return "<think>" + "\n".join(reasoning(question, label)) + f"</think><answer>{label}</answer>"
+    """The response to learn where response `label` is the right one, in the strict format of the published model."""
+    right, wrong = question.claims
+    claims = (right, wrong) if label == 1 else (wrong, right)
+    lines = reasoning(claims, question.digits, right, label)
+    return "<think>" + "\n".join(lines) + f"</think><answer>{label}</answer>"
 
 
 def draw_question(category: str, rng: random.Random) -> DigitQuestion:
     """A random question of one of `CATEGORIES`."""
     return _DRAWERS[category](rng)
-
-
-def _sighting(digits: tuple[int, ...]) -> str:
-    if len(digits) == 1:
-        return f"I see {digits[0]}."
-    *first, last = digits
-    return f"I see {', '.join(map(str, first))} and {last}."
 
 
 def _two(rng: random.Random, low: int, high: int) -> tuple[int, int]:
@@ -110,7 +99,6 @@ def _parity(rng: random.Random) -> DigitQuestion:
         digits=(digit,),
         claims=claims,
         responses=_phrase(rng, claims, "The digit is {}.", "It is an {} number."),
-        finding=f"{digit} is {claims[0]}.",
     )
 
 
@@ -130,7 +118,6 @@ def _position(rng: random.Random, category: str = "position") -> DigitQuestion:
         digits=tuple(digits),
         claims=claims,
         responses=_phrase(rng, claims, f"The digit {place} is {{}}.", "It is {}."),
-        finding=f"The digit {place} is {right}.",
     )
 
 
@@ -145,7 +132,6 @@ def _larger(rng: random.Random) -> DigitQuestion:
         digits=_shuffled(rng, (right, other)),
         claims=claims,
         responses=_phrase(rng, claims, "The larger digit is {}.", "It is {}."),
-        finding=f"The larger digit is {right}.",
     )
 
 
@@ -159,7 +145,6 @@ def _same(rng: random.Random) -> DigitQuestion:
         digits=(first, first if same else second),
         claims=claims,
         responses=responses,
-        finding="The two digits are the same." if same else "The two digits are different.",
     )
 
 
@@ -175,7 +160,6 @@ def _sum(rng: random.Random) -> DigitQuestion:
         digits=(first, right - first),
         claims=claims,
         responses=_phrase(rng, claims, "The sum is {}.", "They add up to {}."),
-        finding=f"The sum is {first} + {right - first} = {right}.",
     )
 
 
@@ -191,7 +175,6 @@ def _threshold(rng: random.Random) -> DigitQuestion:
         digits=(digit,),
         claims=claims,
         responses=responses,
-        finding=f"{digit} is {statement}." if holds else f"{digit} is not {statement}.",
     )
 
 
@@ -208,7 +191,6 @@ def _number(rng: random.Random) -> DigitQuestion:
         digits=right,
         claims=claims,
         responses=_phrase(rng, claims, "The number is {}.", "It reads {}."),
-        finding=f"The number is {claims[0]}.",
     )
 
 

@@ -19,8 +19,8 @@ from megatron_r1reward.data.digits import build_digits
 from megatron_r1reward.data.files import write_text
 from megatron_r1reward.data.prompt import JUDGE_TEMPLATE, TEMPLATE
 
-# The kinds of question a model of this size learns to read within minutes; sums and numbers take longer.
-CATEGORIES = ("digit", "parity", "threshold", "position", "larger", "same")
+# The kinds of question, half of them about single digits, that a model of this size learns within minutes.
+CATEGORIES = ("digit", "digit", "digit", "larger", "larger", "position")
 FIXED_TEXTS = ("system\nYou are a helpful assistant.", "<think>", "</think><answer>", "</answer>")
 MARKER = ".r1reward-demo"
 
@@ -121,7 +121,7 @@ def run_demo(out: Path, run_files: Path, *, seed: int = 0) -> None:
         console.rule(f"[bold]\\[{number}/{total}] {title}[/bold] (about {minutes:g} min)", align="left")
 
     announce(1, "preference data from handwritten digits, and a tiny model", 0.5)
-    build_digits(out / "data", seed=seed, sft_rows=12_000, categories=CATEGORIES)
+    build_digits(out / "data", seed=seed, sft_rows=9_000, pool_rows=2_400, categories=CATEGORIES)
     write_demo_model(out / "model", [out / "data" / name for name in ("sft.jsonl", "judge_sft.jsonl")], seed=seed)
     phases["data"] = time.monotonic() - started
     for number, stage in enumerate(stages, start=2):
