@@ -175,7 +175,6 @@ def _summarise(
     votes = {order: _votes(pairs, order, samples) for order in ORDERS}
     single = {order: voting_accuracy(votes[order], 1) for order in ORDERS}
     flat = [sample for pair in pairs for part in pair.samples.values() for sample in part]
-    asked = 2 * len(pairs) * samples
     answers = [sample.parsed.answer for sample in flat if sample.parsed.answer is not None]
 
     def estimate(values: Floats) -> Estimate:
@@ -192,8 +191,8 @@ def _summarise(
         any_correct={k: both_orders(any_correct, k) for k in voting},
         mean_response_tokens=estimate(np.array([_mean_tokens(pair) for pair in pairs])),
         by_category=_by_category(pairs, np.mean([single[order] for order in ORDERS], axis=0), seed),
-        unparsable_rate=1.0 - len(answers) / asked,
-        format_rate=sum(sample.parsed.well_formed for sample in flat) / asked,
+        unparsable_rate=estimate(1.0 - _share(pairs, samples, lambda sample: sample.parsed.answer is not None)),
+        format_rate=estimate(_share(pairs, samples, lambda sample: sample.parsed.well_formed)),
         answer_1_rate=answers.count(1) / len(answers) if answers else None,
         counts=counts,
         transcripts=transcripts,
@@ -205,6 +204,12 @@ def _votes(pairs: Sequence[JudgedPair], order: Order, samples: int) -> Votes:
     choices = [[sample.parsed.answer for sample in pair.samples[order]] for pair in pairs]
     labels = [pair.samples[order][0].rollout.prompt.label for pair in pairs]
     return count_votes(choices, labels, samples)
+
+
+def _share(pairs: Sequence[JudgedPair], samples: int, holds: Callable[[Sample], bool]) -> Floats:
+    """Per pair, the share of the samples asked for (both orders) that exist and for which `holds`."""
+    counts = [sum(holds(sample) for part in pair.samples.values() for sample in part) for pair in pairs]
+    return np.array(counts) / (2 * samples)
 
 
 def _mean_tokens(pair: JudgedPair) -> float:

@@ -60,8 +60,8 @@ class EvaluationResult:
     any_correct: Mapping[int, Estimate]  # k -> any_correct@k
     mean_response_tokens: Estimate
     by_category: Mapping[str, CategoryAccuracy]
-    unparsable_rate: float  # share of the samples asked for
-    format_rate: float  # share of the samples asked for
+    unparsable_rate: Estimate  # share of the samples asked for
+    format_rate: Estimate  # share of the samples asked for
     answer_1_rate: float | None  # share of parsed answers; None when no answer parses
     counts: Counts
     transcripts: tuple[Transcript, ...]
@@ -77,8 +77,10 @@ class EvaluationResult:
             "order_consistency_interval": self.order_consistency.interval,
             **_means_and_intervals("voting", self.voting),
             **_means_and_intervals("any_correct", self.any_correct),
-            "unparsable_rate": self.unparsable_rate,
-            "format_rate": self.format_rate,
+            "unparsable_rate": self.unparsable_rate.mean,
+            "unparsable_rate_interval": self.unparsable_rate.interval,
+            "format_rate": self.format_rate.mean,
+            "format_rate_interval": self.format_rate.interval,
             "answer_1_rate": self.answer_1_rate,
             "mean_response_tokens": self.mean_response_tokens.mean,
             "mean_response_tokens_interval": self.mean_response_tokens.interval,

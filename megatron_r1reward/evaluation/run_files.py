@@ -60,7 +60,9 @@ class EvaluationFile(_FileModel):
     any_correct: dict[str, float]
     any_correct_intervals: dict[str, Interval]
     unparsable_rate: float
+    unparsable_rate_interval: Interval
     format_rate: float
+    format_rate_interval: Interval
     answer_1_rate: float | None
     mean_response_tokens: float
     mean_response_tokens_interval: Interval

@@ -155,14 +155,17 @@ def _evaluate(
     shuffle_images: bool = False,
 ) -> EvaluationResult:
     tokenizer = AutoTokenizer.from_pretrained(config.model.path, local_files_only=True)
-    return evaluate_pairs(
-        pairs,
-        pool,
-        PromptBuilder(tokenizer, config.data.max_prompt_tokens),
-        config.sampling,
-        samples=samples,
-        voting=voting,
-        seed=config.run.seed,
-        shuffle_images=shuffle_images,
-        transcripts=transcripts,
-    )
+    title = "control: shuffled images" if shuffle_images else "evaluate"
+    with tqdm(total=2 * len(pairs), desc=title, unit="prompt", dynamic_ncols=True) as progress:
+        return evaluate_pairs(
+            pairs,
+            pool,
+            PromptBuilder(tokenizer, config.data.max_prompt_tokens),
+            config.sampling,
+            samples=samples,
+            voting=voting,
+            seed=config.run.seed,
+            shuffle_images=shuffle_images,
+            transcripts=transcripts,
+            progress=lambda done, total: progress.update(1),
+        )

@@ -141,8 +141,8 @@ def run(config: RunConfig, topology: Topology, services: Services | None) -> Pat
     preferences = keep_selected(data.preferences, config.data.select)
     log.info("%d of %d preferences are trained on", len(preferences), len(data.preferences))
     state, loader = prepare(config, topology, preferences)
-    rundir.prepare(state)
     resumed = rundir.resume(state)
+    rundir.prepare(state)
     monitor = None
     if topology.is_main:
         monitor = build_monitor(config.monitor, output, "rl", resumed_step=state.step if resumed else None)

@@ -99,8 +99,8 @@ def run(config: RunConfig, topology: Topology) -> Path:
     epoch_steps = math.ceil(len(examples) / config.sft.global_batch_size)
     steps = config.sft.steps or config.sft.epochs * epoch_steps
     state = build_state(config, topology, optimizer_steps=steps)
-    rundir.prepare(state)
     resumed = rundir.resume(state)
+    rundir.prepare(state)
     sampler = EpochSampler(len(examples), seed=config.run.seed)
     monitor = (
         build_monitor(config.monitor, output, "sft", resumed_step=state.step if resumed else None)

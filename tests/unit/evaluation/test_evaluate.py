@@ -26,7 +26,7 @@ Script = Callable[[Prompt, int], str | None]
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
     rollouts: tuple[Rollout, ...]
-    quarantined: int = 0
+    quarantined: tuple[Rollout, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +106,8 @@ def test_a_model_that_always_says_1_scores_one_half_not_everything(builder: Prom
 def test_a_perfect_judge(builder: PromptBuilder, tmp_path: Path) -> None:
     result = run(pairs(12, tmp_path), builder, lambda prompt, index: says(prompt.label))
     assert result.accuracy.mean == result.order_consistency.mean == result.voting[3].mean == 1.0
-    assert result.format_rate == 1.0
-    assert result.unparsable_rate == 0.0
+    assert result.format_rate.mean == 1.0
+    assert result.unparsable_rate.mean == 0.0
     assert result.answer_1_rate == 0.5
     assert result.counts.pairs == 12
     assert result.counts.samples == 12 * 2 * 3
@@ -123,8 +123,8 @@ def test_one_right_one_wrong_one_unparsable(builder: PromptBuilder, tmp_path: Pa
     assert result.voting[3].mean == 0.5  # one vote each
     assert result.any_correct[3].mean == 1.0
     assert result.any_correct[1].mean == pytest.approx(1 / 3)
-    assert result.unparsable_rate == pytest.approx(1 / 3)
-    assert result.format_rate == pytest.approx(2 / 3)
+    assert result.unparsable_rate.mean == pytest.approx(1 / 3)
+    assert result.format_rate.mean == pytest.approx(2 / 3)
     assert result.order_consistency.mean == 0.5  # two coins
 
 
@@ -139,7 +139,7 @@ def test_missing_responses_count_as_unparsable_and_unanswered_pairs_are_left_out
     result = run(pairs(5, tmp_path), builder, script)
     assert (result.counts.pairs, result.counts.failed) == (4, 1)
     assert result.accuracy.mean == pytest.approx(2 / 3)
-    assert result.unparsable_rate == pytest.approx(1 / 3)
+    assert result.unparsable_rate.mean == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="0 of 5 pairs got responses in both orders"):
         run(pairs(5, tmp_path), builder, lambda prompt, index: None)
 
