@@ -19,8 +19,8 @@ from megatron_r1reward.data.digits import build_digits
 from megatron_r1reward.data.files import write_text
 from megatron_r1reward.data.prompt import JUDGE_TEMPLATE, TEMPLATE
 
-# The kinds of question, half of them about single digits, that a model of this size learns within minutes.
-CATEGORIES = ("digit", "digit", "digit", "larger", "larger", "position")
+# Kinds of question that a model of this size learns within minutes, two thirds of them about single digits.
+CATEGORIES = ("digit", "digit", "larger")
 FIXED_TEXTS = ("system\nYou are a helpful assistant.", "<think>", "</think><answer>", "</answer>")
 MARKER = ".r1reward-demo"
 
