@@ -121,7 +121,7 @@ def run_demo(out: Path, run_files: Path, *, seed: int = 0) -> None:
         console.rule(f"[bold]\\[{number}/{total}] {title}[/bold] (about {minutes:g} min)", align="left")
 
     announce(1, "preference data from handwritten digits, and a tiny model", 0.5)
-    build_digits(out / "data", seed=seed, sft_rows=9_000, pool_rows=2_400, categories=CATEGORIES)
+    build_digits(out / "data", seed=seed, sft_rows=9_000, pool_rows=2_400, judge_rows=2_000, categories=CATEGORIES)
     write_demo_model(out / "model", [out / "data" / name for name in ("sft.jsonl", "judge_sft.jsonl")], seed=seed)
     phases["data"] = time.monotonic() - started
     for number, stage in enumerate(stages, start=2):

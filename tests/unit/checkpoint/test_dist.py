@@ -83,6 +83,7 @@ def test_the_next_losses_after_a_resume_are_those_that_would_have_been(config, t
 def test_damaged_checkpoints_are_passed_over_and_old_ones_removed_last(config, topology, tmp_path, caplog):
     state = build_state(config, topology, optimizer_steps=20)
     for step in (1, 2, 3):
+        train(state, 1)
         save(state, tmp_path, step)
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000002", "step-00000003"]
     assert (tmp_path / LATEST).read_text() == "step-00000003"
