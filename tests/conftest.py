@@ -43,3 +43,12 @@ def image_paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
         Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(path)
         paths.append(str(path))
     return tuple(paths)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Ranks first: they are forked from this process, which must not have started threads by then. Servers last."""
+
+    def stage(item: pytest.Item) -> int:
+        return 0 if item.get_closest_marker("parallel") else 2 if item.get_closest_marker("e2e") else 1
+
+    items.sort(key=stage)

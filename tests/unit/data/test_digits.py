@@ -130,15 +130,16 @@ def test_targets_have_the_strict_format_and_state_the_digits_first(built):
     for row in rows_of(out, "sft"):
         match = re.fullmatch(r"<think>(.+)</think><answer>([12])</answer>", row["response"], re.DOTALL)
         assert int(match[2]) == label_of(row)
-        first, *_, one, two, verdict = match[1].split("\n")
-        assert [int(digit) for digit in re.findall(r"\d", first)] == [int(labels[i]) for i in sources_of(row)]
-        assert "right" in (one if label_of(row) == 1 else two)
-        assert "wrong" in (two if label_of(row) == 1 else one)
-        assert claim_in(row["response_1"]) in one.removeprefix("Response 1")
-        assert claim_in(row["response_2"]) in two.removeprefix("Response 2")
-        assert verdict == f"Response {label_of(row)} is better."
+        says, sees, verdict = match[1].split("\n")
+        one, two = re.fullmatch(r"(\w+) says Response 1, (\w+) says Response 2\.", says).groups()
+        assert (one, two) == (claim_in(row["response_1"]), claim_in(row["response_2"]))
+        seen, finding = re.fullmatch(r"I see ([\d and]+?)(?:, so (\w+))?\.", sees).groups()
+        assert [int(digit) for digit in re.findall(r"\d", seen)] == [int(labels[i]) for i in sources_of(row)]
+        right = one if label_of(row) == 1 else two
+        assert (finding or seen) == right
+        assert verdict == f"{right} says Response {label_of(row)}."
         lengths.append(len(match[0].split()))
-    assert 20 < np.mean(lengths) < 40
+    assert 12 < np.mean(lengths) < 40
 
 
 def test_message_column_holds_the_same_prompt_as_the_explicit_columns(built):
@@ -182,11 +183,13 @@ def test_judge_rows_are_right_balanced_and_not_shared(built):
         assert Counter(row["response"] for row in rows) == {"0": len(rows) // 2, "1": len(rows) // 2}
         texts[name] = [json.loads(row["message"])[0]["content"] for row in rows]
         for text, row in zip(texts[name], rows, strict=True):
-            flags = re.findall(r": (right|wrong)\.", text)
-            conclusion, verdict = re.findall(r"Response ([12]) is better\.", text)
-            supported = (
-                flags == (["right", "wrong"] if verdict == "1" else ["wrong", "right"]) and conclusion == verdict
-            )
+            one, two, finding, named, response, verdict = re.search(
+                r"(\w+) says Response 1, (\w+) says Response 2\.\n"
+                r"I see (?:[\d and]+, so )?(\w+)\.\n(\w+) says Response ([12])\."
+                r"\n\nVerdict: Response ([12]) is better\.",
+                text,
+            ).groups()
+            supported = finding == named == {"1": one, "2": two}[response] and response == verdict
             assert row["response"] == str(int(supported)), text
     everything = texts["judge_sft"] + texts["judge_heldout"]
     assert len(set(everything)) == len(everything)
