@@ -45,6 +45,7 @@ CHAT_TEMPLATE = (
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 EMBEDDING_STD = 0.05
+QUERY_KEY_CORRELATION = 0.5
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -174,6 +175,20 @@ def _initialize(model: Qwen2_5_VLForConditionalGeneration, seed: int, std: float
         else:
             ends_branch = name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight"))
             parameter.copy_(noise * parameter[0].numel() ** -0.5 * (branches**-0.5 if ends_branch else 1.0))
+    if std == 0:
+        for layer in model.model.language_model.layers:
+            _align_queries_with_keys(layer.self_attn)
+
+
+def _align_queries_with_keys(attention: torch.nn.Module) -> None:
+    """Let each query head start correlated with its key head, so that tokens look for tokens like themselves from the
+    first step (mimetic initialization, Trockman & Kolter 2023). Finding the response that says what the image shows is
+    such a search; without this start it is learned later."""
+    query, key = attention.q_proj.weight, attention.k_proj.weight
+    heads_per_key = query.shape[0] // key.shape[0]
+    grouped = key.reshape(-1, attention.head_dim, key.shape[1]).repeat_interleave(heads_per_key, dim=0)
+    noise_share = (1.0 - QUERY_KEY_CORRELATION**2) ** 0.5
+    query.copy_(QUERY_KEY_CORRELATION * grouped.reshape(query.shape) + noise_share * query)
 
 
 def write_tiny_checkpoint(
