@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -180,7 +181,7 @@ def _initialize(model: Qwen2_5_VLForConditionalGeneration, seed: int, std: float
             _align_queries_with_keys(layer.self_attn)
 
 
-def _align_queries_with_keys(attention: torch.nn.Module) -> None:
+def _align_queries_with_keys(attention: Any) -> None:
     """Let each query head start correlated with its key head, so that tokens look for tokens like themselves from the
     first step (mimetic initialization, Trockman & Kolter 2023). Finding the response that says what the image shows is
     such a search; without this start it is learned later."""
