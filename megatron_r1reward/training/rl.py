@@ -166,7 +166,8 @@ def _train(state: TrainState, loader: PromptLoader, services: Services | None, m
         timer.reset()
         with timer.phase("step"):
             metrics = train_step(state, loader, services, timer)
-            health.check(metrics, config.algorithm, state.step)
+            if state.topology.is_main:
+                health.check(metrics, config.algorithm, state.step)
             if state.step % config.checkpoint.save_every == 0 or state.step == config.rl.steps:
                 with timer.phase("save"):
                     rundir.save(state)

@@ -18,7 +18,7 @@ from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.launch.demo import run_demo
 from megatron_r1reward.rollout.server import VllmServer
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]  # the first test runs the whole pipeline
 RECIPES = Path(__file__).parents[2] / "recipes" / "demo"
 # Small enough for a test; the shape of the pipeline is the demo's.
 SMALLER = {
