@@ -53,18 +53,18 @@ def _stages(out: Path) -> list[Stage]:
 
     sft, rl, judge = (out / name / "hf" for name in ("sft", "rl", "judge"))
     return [
-        stage("sft", "cold start of the reward model", "sft", "sft.toml", 1.5,
+        stage("sft", "cold start of the reward model", "sft", "sft.toml", 3,
               model__path=out / "model", data__train=data / "sft.jsonl"),
-        stage("judge", "training of the consistency judge", "sft", "judge.toml", 0.5,
+        stage("judge", "training of the consistency judge", "sft", "judge.toml", 1,
               model__path=out / "model", data__train=data / "judge_sft.jsonl"),
         stage("annotate", "difficulty of each sample, by the cold-started model", "annotate", "eval.toml", 1,
               model__path=sft, data__train=data / "pool.jsonl"),
-        stage("eval_sft", "evaluation before RL", "eval", "eval.toml", 1.5,
+        stage("eval_sft", "evaluation before RL", "eval", "eval.toml", 2,
               model__path=sft, data__train=data / "pool.jsonl", evaluation__data=data / "heldout.jsonl"),
-        stage("rl", "StableReinforce on the hard set", "rl", "rl.toml", 4,
+        stage("rl", "StableReinforce on the hard set", "rl", "rl.toml", 5,
               model__path=sft, judge__model_path=judge, data__train=data / "pool.jsonl",
               data__select=out / "annotate" / "hard.json", evaluation__data=data / "heldout.jsonl"),
-        stage("eval_rl", "evaluation after RL", "eval", "eval.toml", 1.5,
+        stage("eval_rl", "evaluation after RL", "eval", "eval.toml", 2,
               model__path=rl, data__train=data / "pool.jsonl", evaluation__data=data / "heldout.jsonl",
               evaluation__shuffled_images_control="true"),
     ]  # fmt: skip
