@@ -86,6 +86,7 @@ def data_digits(
     heldout_pairs: int = 480,
     judge_rows: int = 4000,
     categories: Annotated[str | None, typer.Option(help="kinds of question, comma-separated; default: all")] = None,
+    annotator_error_rate: Annotated[float, typer.Option(help="share of reasonings for the wrong response")] = 0.0,
 ) -> None:
     """Preferences over real handwritten digits (ships with scikit-learn)."""
     with _user_errors():
@@ -100,6 +101,7 @@ def data_digits(
             heldout_pairs=heldout_pairs,
             judge_rows=judge_rows,
             categories=categories.split(",") if categories else CATEGORIES,
+            annotator_error_rate=annotator_error_rate,
         )
         typer.echo(f"{out}: {summary.rows}, {summary.images} images; see {out / 'README.md'}")
 

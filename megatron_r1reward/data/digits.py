@@ -30,6 +30,7 @@ class DigitsSummary:
     """What was written; the content of `meta.json`."""
 
     seed: int
+    annotator_error_rate: float
     rows: Mapping[str, int]  # by file name without suffix
     categories: Mapping[str, Mapping[str, int]]  # rows by file name and category
     images: int
@@ -55,6 +56,7 @@ def build_digits(
     heldout_pairs: int = 480,
     judge_rows: int = 4000,
     categories: Sequence[str] = CATEGORIES,
+    annotator_error_rate: float = 0.0,
 ) -> DigitsSummary:
     """Write the data set to `out`; the same arguments give the same bytes.
 
@@ -62,12 +64,17 @@ def build_digits(
     `judge_sft.jsonl` and, a tenth of it, `judge_heldout.jsonl` (text only), `images/*.png`, `README.md` (data card)
     and, last, `meta.json`. Labels are exactly 1:1 in every file and category.
 
-    `categories` are the kinds of question, evenly spread.
+    Args:
+        categories: kinds of question, evenly spread; a kind named twice gets twice the rows.
+        annotator_error_rate: share of the supervised reasonings that argue, in good order, for the wrong response, as
+            some of a real annotator's do. The column `answer` stays right.
 
     Raises:
         ValueError: a count is not a positive even number or exceeds the number of different rows there are, or a
-            category is unknown.
+            category is unknown, or the error rate is not a share.
     """
+    if not 0.0 <= annotator_error_rate < 1.0:
+        raise ValueError(f"annotator_error_rate {annotator_error_rate} is not in [0, 1): give a share")
     unknown = set(categories) - set(CATEGORIES)
     if unknown or not categories:
         raise ValueError(f"categories {sorted(unknown)} are unknown: choose among {', '.join(CATEGORIES)}")
@@ -83,16 +90,14 @@ def build_digits(
     files: dict[str, list[dict[str, Any]]] = {}
     for name, sources in (("sft", train), ("pool", train), ("heldout", heldout)):
         examples = _examples(name, counts[name], categories, sources, random.Random(f"{name}/{seed}"), seen)
-        files[name] = [
-            _row(f"{name}-{number:05d}", example, store, with_target=name == "sft")
-            for number, example in enumerate(examples)
-        ]
-    messages: set[str] = set()
-    for name, count in (("judge_sft", judge_rows), ("judge_heldout", max(2, judge_rows // 20 * 2))):
-        files[name] = make_judge_rows(name, count, categories, random.Random(f"{name}/{seed}"), messages)
+        files[name] = [_row(f"{name}-{number:05d}", example, store) for number, example in enumerate(examples)]
+        if name == "sft":
+            _add_targets(files[name], examples, annotator_error_rate, random.Random(f"annotator/{seed}"))
+    files |= _judge_files(judge_rows, categories, seed)
 
     summary = DigitsSummary(
         seed=seed,
+        annotator_error_rate=annotator_error_rate,
         rows={name: len(rows) for name, rows in files.items()},
         categories={
             name: dict(sorted(Counter(row["category"] for row in rows).items())) for name, rows in files.items()
@@ -134,7 +139,22 @@ def _examples(
     return examples
 
 
-def _row(identifier: str, example: _Example, store: PictureStore, *, with_target: bool) -> dict[str, Any]:
+def _judge_files(count: int, categories: Sequence[str], seed: int) -> dict[str, list[dict[str, Any]]]:
+    """The judge's training rows, and a tenth as many held-out rows that training does not contain."""
+    heldout_rng, rng = (random.Random(f"{name}/{seed}") for name in ("judge_heldout", "judge_sft"))
+    heldout = make_judge_rows("judge_heldout", max(2, count // 20 * 2), categories, heldout_rng)
+    excluded = frozenset(row["message"] for row in heldout)
+    return {"judge_sft": make_judge_rows("judge_sft", count, categories, rng, excluded), "judge_heldout": heldout}
+
+
+def _add_targets(
+    rows: list[dict[str, Any]], examples: Sequence[_Example], error_rate: float, rng: random.Random
+) -> None:
+    for row, example in zip(rows, examples, strict=True):
+        row["response"] = target(example.question, example.label, mistaken=rng.random() < error_rate)
+
+
+def _row(identifier: str, example: _Example, store: PictureStore) -> dict[str, Any]:
     """A row in the schema of R1-Reward-RL with the explicit columns."""
     question, label = example.question, example.label
     right, wrong = question.responses
@@ -142,7 +162,7 @@ def _row(identifier: str, example: _Example, store: PictureStore, *, with_target
     image = f"{IMAGE_FOLDER}/{store.store(example.pictures)}"
     messages = preference_messages(question.question, responses, num_images=1)
     messages[0]["content"][0]["image"] = image
-    row = {
+    return {
         "id": identifier,
         "message": json.dumps(messages),
         "question": question.question,
@@ -153,4 +173,3 @@ def _row(identifier: str, example: _Example, store: PictureStore, *, with_target
         "category": question.category,
         "source": "digits",
     }
-    return {**row, "response": target(question, label)} if with_target else row

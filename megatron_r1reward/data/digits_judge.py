@@ -21,34 +21,36 @@ _TRIES = 1000
 
 
 def judge_rows(
-    name: str, count: int, categories: Sequence[str], rng: random.Random, seen: set[str]
+    name: str, count: int, categories: Sequence[str], rng: random.Random, excluded: frozenset[str] = frozenset()
 ) -> list[dict[str, Any]]:
     """Supervised rows, half of them "1" and half "0" (`count` even), in random order.
 
+    Kinds and categories are drawn independently: the form of a reasoning says nothing about its soundness. Rows may
+    repeat, because some categories have few different texts.
+
     Args:
         name: split name, the beginning of the row ids.
-        seen: messages that must not occur again; extended with the new ones.
+        excluded: messages that must not occur, e.g. those of another split.
 
     Raises:
-        ValueError: there are not `count` further rows.
+        ValueError: all texts of some kind and category are excluded.
     """
     kinds = [SUPPORTED if place % 2 else rng.choice(CONTRADICTIONS) for place in range(count)]
     rng.shuffle(kinds)
     rows = []
     for number, kind in enumerate(kinds):
-        message = next(
-            (drawn for drawn in (_message(kind, categories, rng) for _ in range(_TRIES)) if drawn not in seen), None
-        )
+        category = rng.choice(categories)
+        drawn = (_message(kind, category, rng) for _ in range(_TRIES))
+        message = next((message for message in drawn if message not in excluded), None)
         if message is None:
-            raise ValueError(f"{name}: no further judge row of kind {kind!r} after {len(seen)}: ask for fewer rows")
-        seen.add(message)
+            raise ValueError(f"{name}: every row of kind {kind!r} and category {category!r} is excluded")
         response = "1" if kind == SUPPORTED else "0"
         rows.append({"id": f"{name}-{number:05d}", "message": message, "response": response, "category": kind})
     return rows
 
 
-def _message(kind: str, categories: Sequence[str], rng: random.Random) -> str:
-    question = draw_question(rng.choice(categories), rng)
+def _message(kind: str, category: str, rng: random.Random) -> str:
+    question = draw_question(category, rng)
     right = rng.choice((1, 2))
     claims = question.claims if right == 1 else (question.claims[1], question.claims[0])
     lines = reasoning(claims, question.digits, question.claims[0], right)
@@ -56,9 +58,9 @@ def _message(kind: str, categories: Sequence[str], rng: random.Random) -> str:
     if kind == "verdict_flipped":
         verdict = 3 - right
     elif kind == "response_flipped":
-        lines[2] = f"{question.claims[0]} says Response {3 - right}."
+        lines[2] = f"The answer {question.claims[0]} is in Response {3 - right}."
         verdict = rng.choice((1, 2))
     elif kind == "finding_flipped":
-        lines[2] = f"{question.claims[1]} says Response {3 - right}."
+        lines[2] = f"The answer {question.claims[1]} is in Response {3 - right}."
         verdict = rng.choice((1, 2))
     return json.dumps(judge_messages("\n".join(lines), f"Response {verdict} is better."))

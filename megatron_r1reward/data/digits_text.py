@@ -34,18 +34,29 @@ def reasoning(claims: tuple[str, str], digits: tuple[int, ...], finding: str, be
     """
     follows = "" if finding == str(digits[0]) and len(digits) == 1 else f", so {finding}"
     return [
-        f"{claims[0]} says Response 1, {claims[1]} says Response 2.",
+        f"The answer {claims[0]} is in Response 1, the answer {claims[1]} is in Response 2.",
         f"I see {' and '.join(map(str, digits))}{follows}.",
-        f"{finding} says Response {better}.",
+        f"The answer {finding} is in Response {better}.",
     ]
 
 
-def target(question: DigitQuestion, label: int) -> str:
-    """The response to learn where response `label` is the right one, in the strict format of the published model."""
+def target(question: DigitQuestion, label: int, *, mistaken: bool = False) -> str:
+    """The response to learn where response `label` is the right one, in the strict format of the published model.
+
+    `mistaken` is an annotator's error: the reasoning sees or infers what the wrong response says, and decides for it.
+    """
     right, wrong = question.claims
     claims = (right, wrong) if label == 1 else (wrong, right)
-    lines = reasoning(claims, question.digits, right, label)
-    return "<think>" + "\n".join(lines) + f"</think><answer>{label}</answer>"
+    digits, finding, verdict = question.digits, right, label
+    if mistaken:
+        finding, verdict = wrong, 3 - label
+        digits = (int(wrong),) if digits == (_as_digit(right),) else digits
+    lines = reasoning(claims, digits, finding, verdict)
+    return "<think>" + "\n".join(lines) + f"</think><answer>{verdict}</answer>"
+
+
+def _as_digit(claim: str) -> int | None:
+    return int(claim) if claim.isdigit() else None
 
 
 def draw_question(category: str, rng: random.Random) -> DigitQuestion:

@@ -8,9 +8,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -20,8 +21,10 @@ from megatron_r1reward.data.files import write_text
 from megatron_r1reward.data.prompt import JUDGE_TEMPLATE, TEMPLATE
 
 # Kinds of question that a model of this size learns within minutes, two thirds of them about single digits.
-CATEGORIES = ("digit", "digit", "larger")
-FIXED_TEXTS = ("system\nYou are a helpful assistant.", "<think>", "</think><answer>", "</answer>")
+CATEGORIES = ("digit",)
+CLAIM = re.compile(r"\d+|\b(?:odd|even)\b")
+FIXED_TEXTS = ["system\nYou are a helpful assistant.", "<think>", "</think><answer>", "</answer>"]
+FIXED_TEXTS += [f" is in Response {label}" for label in (1, 2)] + [f"Response {label} is better." for label in (1, 2)]
 MARKER = ".r1reward-demo"
 
 
@@ -70,23 +73,28 @@ def _stages(out: Path) -> list[Stage]:
     ]  # fmt: skip
 
 
-def _corpus(files: Sequence[Path]) -> Iterator[str]:
-    """All texts that a tokenizer for these files has to read and write."""
+def _rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
     for file in files:
-        for line in file.read_text().splitlines():
-            row = json.loads(line)
-            yield parse_chat(row["message"]).user_text
-            if "response" in row:
-                yield row["response"]
+        yield from map(json.loads, file.read_text().splitlines())
+
+
+def _fixed_phrases(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """What stands between the claims in the texts of the data: a model that reads each such part as one token finds
+    every claim next to what it means."""
+    texts = (row.get(column, "") for row in rows for column in ("question", "response_1", "response_2", "response"))
+    parts = {part.rstrip(" ") for text in texts for part in CLAIM.split(text)}
+    return sorted(part for part in parts if len(part) > 1)
 
 
 def write_demo_model(out: Path, corpus: Sequence[Path], *, seed: int) -> None:
     """A tiny Qwen2.5-VL whose tokenizer knows the fixed parts of all prompts and responses as single tokens."""
     from megatron_r1reward.models.tiny import write_tiny_checkpoint
 
+    rows = list(_rows(corpus))
     phrases = [part for template in (TEMPLATE, JUDGE_TEMPLATE) for part in re.split(r"\{\w+\}", template) if part]
-    phrases += FIXED_TEXTS
-    write_tiny_checkpoint(out, corpus=_corpus(corpus), phrases=phrases, seed=seed)
+    phrases += FIXED_TEXTS + _fixed_phrases(rows)
+    texts = [parse_chat(row["message"]).user_text for row in rows] + [row["response"] for row in rows]
+    write_tiny_checkpoint(out, corpus=texts, phrases=phrases, seed=seed)
 
 
 def _clear(out: Path) -> None:

@@ -131,15 +131,35 @@ def test_targets_have_the_strict_format_and_state_the_digits_first(built):
         match = re.fullmatch(r"<think>(.+)</think><answer>([12])</answer>", row["response"], re.DOTALL)
         assert int(match[2]) == label_of(row)
         says, sees, verdict = match[1].split("\n")
-        one, two = re.fullmatch(r"(\w+) says Response 1, (\w+) says Response 2\.", says).groups()
+        one, two = re.fullmatch(r"The answer (\w+) is in Response 1, the answer (\w+) is in Response 2\.", says).groups()
         assert (one, two) == (claim_in(row["response_1"]), claim_in(row["response_2"]))
         seen, finding = re.fullmatch(r"I see ([\d and]+?)(?:, so (\w+))?\.", sees).groups()
         assert [int(digit) for digit in re.findall(r"\d", seen)] == [int(labels[i]) for i in sources_of(row)]
         right = one if label_of(row) == 1 else two
         assert (finding or seen) == right
-        assert verdict == f"{right} says Response {label_of(row)}."
+        assert verdict == f"The answer {right} is in Response {label_of(row)}."
         lengths.append(len(match[0].split()))
     assert 12 < np.mean(lengths) < 40
+
+
+def test_a_fallible_annotator_argues_in_good_order_for_the_wrong_response(tmp_path):
+    build_digits(tmp_path, seed=5, annotator_error_rate=0.25, **SIZES)
+    mistakes = 0
+    for row in rows_of(tmp_path, "sft"):
+        verdict = int(re.search(r"<answer>([12])</answer>", row["response"])[1])
+        claims = [claim_in(row["response_1"]), claim_in(row["response_2"])]
+        finding, named = re.search(r"\nThe answer (\w+) is in Response ([12])\.<", row["response"]).groups()
+        assert (finding, int(named)) == (claims[verdict - 1], verdict)
+        if row["category"] == "digit":
+            assert f"I see {finding}." in row["response"]
+        mistakes += verdict != label_of(row)
+    assert 0.15 < mistakes / SIZES["sft_rows"] < 0.35
+
+
+def test_the_form_of_a_judge_row_says_nothing_about_its_soundness(built):
+    out, _ = built
+    two = Counter(row["response"] for row in rows_of(out, "judge_sft") if " and " in row["message"])
+    assert 0.35 < two["1"] / two.total() < 0.65
 
 
 def test_message_column_holds_the_same_prompt_as_the_explicit_columns(built):
@@ -184,15 +204,14 @@ def test_judge_rows_are_right_balanced_and_not_shared(built):
         texts[name] = [json.loads(row["message"])[0]["content"] for row in rows]
         for text, row in zip(texts[name], rows, strict=True):
             one, two, finding, named, response, verdict = re.search(
-                r"(\w+) says Response 1, (\w+) says Response 2\.\n"
-                r"I see (?:[\d and]+, so )?(\w+)\.\n(\w+) says Response ([12])\."
+                r"The answer (\w+) is in Response 1, the answer (\w+) is in Response 2\.\n"
+                r"I see (?:[\d and]+, so )?(\w+)\.\nThe answer (\w+) is in Response ([12])\."
                 r"\n\nVerdict: Response ([12]) is better\.",
                 text,
             ).groups()
             supported = finding == named == {"1": one, "2": two}[response] and response == verdict
             assert row["response"] == str(int(supported)), text
-    everything = texts["judge_sft"] + texts["judge_heldout"]
-    assert len(set(everything)) == len(everything)
+    assert not set(texts["judge_sft"]) & set(texts["judge_heldout"])
     assert len(summary.categories["judge_sft"]) == 4
 
 
