@@ -16,7 +16,7 @@ from megatron_r1reward.checkpoint.hf import load_hf_weights
 from megatron_r1reward.config.schema import OptimizerSection, RunConfig
 from megatron_r1reward.data.images import ImageProcessor
 from megatron_r1reward.data.packing import Packer
-from megatron_r1reward.models.mapping import Entry
+from megatron_r1reward.models.mapping import WeightTable
 from megatron_r1reward.models.qwen2_5_vl.config import build_configs
 from megatron_r1reward.models.qwen2_5_vl.mapping import weight_table
 from megatron_r1reward.models.qwen2_5_vl.model import Qwen25VL
@@ -34,7 +34,7 @@ class TrainState:
     hf_config: Qwen2_5_VLConfig
     tokenizer: PreTrainedTokenizerFast
     packer: Packer
-    table: list[Entry]
+    table: WeightTable
     module: Qwen25VL  # the bare model of this stage
     model: DistributedDataParallel  # what the schedule runs
     optimizer: Any
@@ -60,7 +60,7 @@ def build_state(
 
     def load_policy() -> tuple[Qwen25VL, torch.nn.Module]:
         module = Qwen25VL(configs, topology)
-        load_hf_weights(module, config.model.path, table, topology)
+        load_hf_weights(module, config.model.path, table)
         return module, Float16Module(configs.language, module) if dtype == torch.bfloat16 else module
 
     module, wrapped = load_policy()
