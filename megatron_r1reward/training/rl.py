@@ -27,13 +27,12 @@ from megatron_r1reward.monitor.timers import PhaseTimer
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.pool import RolloutPool
-from megatron_r1reward.rollout.weights import TensorMeta
 from megatron_r1reward.training import health, rundir
 from megatron_r1reward.training.policy_update import update_policy
 from megatron_r1reward.training.rl_metrics import advantage_metrics, mismatch, rollout_metrics
 from megatron_r1reward.training.rollout_batch import add_advantages, add_log_probs, pack
 from megatron_r1reward.training.state import DTYPES, TrainState, build_state
-from megatron_r1reward.types import Preference, ScoredRollout
+from megatron_r1reward.types import Preference, ScoredRollout, TensorMeta
 
 log = logging.getLogger(__name__)
 Probe = Callable[[], float]
