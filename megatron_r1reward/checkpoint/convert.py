@@ -20,6 +20,7 @@ from megatron_r1reward.checkpoint.manifest import write_manifest
 from megatron_r1reward.checkpoint.streaming import JOURNAL, Job, Sources, run_jobs
 from megatron_r1reward.checkpoint.torch_dist import Chunk, aligned, archive, write_index
 from megatron_r1reward.files import sync
+from megatron_r1reward.models.mapping import Entry
 from megatron_r1reward.types import TensorMeta
 
 _FILE_BYTES = 2 << 30  # of one file of an imported checkpoint: enough files for parallel reading
@@ -65,23 +66,23 @@ def import_folder(
     Args:
         dtype: of all weights, e.g. "bfloat16"; None keeps each tensor's own.
         threads: files written at a time; None: one per core, at most 8.
-        dry_run: check names, shapes and sizes and write nothing.
+        dry_run: check names, shapes and sizes and write nothing; `config.json` alone is enough.
 
     Raises:
         ValueError: a name is missing or unknown, the tied head differs from the embedding, `out` exists, or the disk
             is too small.
     """
     sources = Sources()
-    source = WeightSource(folder, sources)
+    source = WeightSource(folder, sources, without_values=dry_run)
     if source.is_distributed:
         raise ValueError(f"{folder} is a distributed checkpoint already: use export")
     chunks, jobs = _import_jobs(source, dtype)
     summary = ConversionSummary(
         tensors=len(jobs), bytes=sum(job.length for job in jobs), files=len({job.file for job in jobs})
     )
-    _check_tie(source)
     if dry_run:
         return summary
+    _check_tie(source)
     staging = _staging(out)
     fingerprint = {"import": source.description(), "dtype": dtype}
     written = run_jobs(
@@ -115,15 +116,9 @@ def _import_jobs(source: WeightSource, dtype: str | None) -> tuple[list[Chunk], 
     jobs: list[Job] = []
     number, position = 0, 0
     for entry in source.table:
-        parts = source.megatron_parts(entry)
+        parts = [source.meta(name) for name in entry.hf]
         target = getattr(torch, dtype) if dtype else parts[0].dtype
-        if any(part.dtype != parts[0].dtype for part in parts):
-            raise ValueError(f"{source.folder}: {', '.join(entry.hf)} have different dtypes: give --dtype")
-        try:
-            views = entry.layout.merge_views(parts)
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(f"{source.folder}: {', '.join(entry.hf)} do not fit {entry.megatron}: {error}") from error
-        shape = (sum(v.shape[0] for v in views), *views[0].shape[1:]) if views[0].ndim else ()
+        shape = _megatron_shape(entry, parts, source.folder, convert=dtype is not None)
         key = source.table.checkpoint_key(entry)
         wrapper = archive(target, (*(1 for _ in key.index), *shape))
         length = wrapper.length(torch.Size(shape).numel() * target.itemsize)
@@ -145,6 +140,22 @@ def _import_jobs(source: WeightSource, dtype: str | None) -> tuple[list[Chunk], 
         )
         position = aligned(position + length)
     return chunks, jobs
+
+
+def _megatron_shape(entry: Entry, parts: list[torch.Tensor], folder: Path, *, convert: bool) -> tuple[int, ...]:
+    """Shape of the merged parameter, from tensors without values; ValueError when the parts do not fit each other."""
+    names = ", ".join(f"{name} {tuple(part.shape)}" for name, part in zip(entry.hf, parts, strict=True))
+    if any(part.dtype != parts[0].dtype for part in parts) and not convert:
+        raise ValueError(f"{folder}: {names} have different dtypes: choose one with --dtype")
+    elements = tuple(entry.hf_part(part) for part in parts)
+    try:
+        full = entry.layout.merge(elements)
+        back = entry.layout.split(full)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder}: {names} do not make {entry.megatron}: {error}") from error
+    if [part.shape for part in back] != [part.shape for part in elements]:
+        raise ValueError(f"{folder}: {names} do not have the shapes that config.json says")
+    return tuple(full.shape)
 
 
 def export_folder(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from megatron_r1reward.checkpoint import safetensors_folder as st
 from megatron_r1reward.checkpoint.streaming import Sources
@@ -36,6 +38,29 @@ class FolderTemplate:
             (folder / path.name).write_bytes(path.read_bytes())
         tree = {"files": {f.name: f.header for f in self.files}, "index": self.index}
         (folder / _HEADERS).write_text(json.dumps(tree))
+
+
+def meta_template(folder: Path) -> FolderTemplate:
+    """One file with every tensor of transformers' own model for `folder/config.json`, built without weights.
+
+    The names are those of an index in the folder where there is one.
+
+    Raises:
+        ValueError: the index and the model do not have the same tensors.
+    """
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    metas = [TensorMeta.of(name, tensor) for name, tensor in model.state_dict().items()]
+    if config.tie_word_embeddings:
+        metas = [meta for meta in metas if meta.name != "lm_head.weight"]
+    if (folder / st.INDEX).is_file():
+        table = load_weight_table(folder)
+        names = {table.canonical(name): name for name in json.loads((folder / st.INDEX).read_text())["weight_map"]}
+        metas = [replace(meta, name=names.pop(table.canonical(meta.name), meta.name)) for meta in metas]
+        metas += [TensorMeta(name=name, dtype="bfloat16", shape=()) for name in names.values()]
+    return FolderTemplate(side_files=(), files=(st.build_file(st.SINGLE, metas),), index=None)
 
 
 def load_template(folder: Path) -> FolderTemplate:
@@ -87,17 +112,25 @@ class HfTensor:
 class WeightSource:
     """The weights of a folder of either kind, under the names that the template's files use.
 
+    `without_values` reads headers only; where there are no weight files, names and shapes come from transformers.
+
     Raises:
         ValueError: the folder is neither kind, damaged, or does not match its model family.
     """
 
-    def __init__(self, folder: Path, sources: Sources, *, template: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, sources: Sources, *, template: Path | None = None, without_values: bool = False
+    ) -> None:
         self.folder = folder
         self.is_distributed = (folder / FORMAT_FILE).is_file()
         self._sources = sources
         self._template_folder = template or self._default_template()
         self.table = load_weight_table(self._template_folder)
-        self.template = load_template(self._template_folder)
+        has_files = any(self._template_folder.glob("*.safetensors")) or (self._template_folder / _HEADERS).is_file()
+        if without_values and not has_files:
+            self.template = meta_template(self._template_folder)
+        else:
+            self.template = load_template(self._template_folder)
         names = [t.meta.name for f in self.template.files for t in f.tensors]
         self.on_disk = match_names(self.table, names, self._template_folder)
         self._dist = TorchDistFolder(folder, sources) if self.is_distributed else None
@@ -116,6 +149,11 @@ class WeightSource:
         if state.is_file():
             return Path(json.loads(state.read_text())["config"]["model"]["path"])
         raise ValueError(f"{self.folder} keeps no Hugging Face files: name the original folder with --template")
+
+    def meta(self, name: str) -> torch.Tensor:
+        """A Hugging Face tensor, by the table's name, without its values."""
+        meta = self._places[self.on_disk[name]].meta
+        return torch.empty(meta.shape, dtype=meta.torch_dtype, device="meta")
 
     def megatron_parts(self, entry: Entry) -> tuple[torch.Tensor, ...]:
         """The Hugging Face tensors (or the expert's elements of them) of one entry, from a Hugging Face folder."""

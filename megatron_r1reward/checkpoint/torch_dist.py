@@ -69,7 +69,7 @@ def archive(dtype: torch.dtype, shape: tuple[int, ...]) -> Archive:
 
 
 def _view(handle: IO[bytes], offset: int, length: int) -> IO[bytes]:
-    return cast(IO[bytes], _create_file_view(handle, offset, length))
+    return cast(IO[bytes], _create_file_view(cast(Any, handle), offset, length))
 
 
 def _locate(handle: IO[bytes], offset: int, length: int) -> tuple[torch.Tensor, int]:
