@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_r1reward.models.mapping import Entry, global_name
+from megatron_r1reward.models.mapping import Entry, WeightTable, global_name
 from megatron_r1reward.parallel.setup import Topology
 
 SIDE_FILES = (
@@ -68,23 +68,34 @@ class HfReader:
             return opened.get_tensor(name)
 
 
+def tensor_parallel_place(entry: Entry) -> tuple[int, int]:
+    """(size, rank) of the tensor parallelism of a parameter: experts may have one of their own."""
+    if entry.expert is None:
+        return (
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_tensor_model_parallel_rank(),
+        )
+    return (
+        parallel_state.get_expert_tensor_parallel_world_size(),
+        parallel_state.get_expert_tensor_parallel_rank(),
+    )
+
+
 @torch.no_grad()
-def load_hf_weights(model: torch.nn.Module, folder: Path, table: list[Entry], topology: Topology) -> None:
+def load_hf_weights(model: torch.nn.Module, folder: Path, table: WeightTable) -> None:
     """Copy every parameter of this rank's stage from `folder`.
 
     Raises:
         ValueError: a tensor is missing or a parameter has no entry in the table.
     """
     reader = HfReader(folder)
-    by_name = {entry.megatron: entry for entry in table}
-    tied_head = by_name["language_model.embedding.word_embeddings.weight"]
-    by_name.setdefault("language_model.output_layer.weight", tied_head)  # the last stage's copy of tied embeddings
     for name, parameter in model.named_parameters():
-        entry = by_name.get(global_name(model, name))
+        entry = table.by_megatron.get(global_name(model, name))
         if entry is None:
             raise ValueError(f"parameter {name!r} has no entry in the weight table")
-        full = entry.layout.merge(tuple(reader[part] for part in entry.hf))
-        shard = entry.layout.shard(full, topology.tensor_parallel_size, topology.tensor_parallel_rank)
+        full = entry.layout.merge(tuple(entry.hf_part(reader[part]) for part in entry.hf))
+        size, rank = tensor_parallel_place(entry)
+        shard = entry.layout.shard(full, size, rank)
         if shard.shape != parameter.shape:
             raise ValueError(f"{entry.hf}: {tuple(shard.shape)} does not fit {name} {tuple(parameter.shape)}")
         parameter.copy_(shard)
@@ -100,7 +111,7 @@ def _gather_tensor_parallel(entry: Entry, local: torch.Tensor, topology: Topolog
 
 @torch.no_grad()
 def export_hf_tensors(
-    model: torch.nn.Module, table: list[Entry], topology: Topology
+    model: torch.nn.Module, table: WeightTable, topology: Topology
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Full tensors under their Hugging Face names, in table order, on every rank; collective over the model's ranks.
 
@@ -136,7 +147,7 @@ def _broadcast_from_stage(
     return tensor
 
 
-def tensor_infos(folder: Path, table: list[Entry], dtype: torch.dtype) -> list[TensorInfo]:
+def tensor_infos(folder: Path, table: WeightTable, dtype: torch.dtype) -> list[TensorInfo]:
     """What `export_hf_tensors` will yield, from the headers of the original folder: nothing is read or gathered."""
     reader = HfReader(folder)
     infos = []

@@ -18,7 +18,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from megatron_r1reward.config.schema import ParallelSection
 from megatron_r1reward.models import qwen2_5_vl
-from megatron_r1reward.models.mapping import Entry
+from megatron_r1reward.models.mapping import WeightTable
 from megatron_r1reward.parallel.setup import Topology
 
 
@@ -54,8 +54,8 @@ class Positions(Protocol):
         """M-RoPE positions of one sequence, before packing: int64 [3, T]."""
 
 
-class WeightTable(Protocol):
-    def __call__(self, hf: Any, /) -> list[Entry]:
+class BuildTable(Protocol):
+    def __call__(self, hf: Any, /) -> WeightTable:
         """Every weight exactly once, under the names that published checkpoints use on disk."""
 
 
@@ -63,7 +63,7 @@ class WeightTable(Protocol):
 class Family:
     build_configs: BuildConfigs
     build_model: BuildModel
-    weight_table: WeightTable
+    weight_table: BuildTable
     positions: Positions
 
 

@@ -16,7 +16,7 @@ from megatron_r1reward.checkpoint.hf import load_hf_weights
 from megatron_r1reward.config.schema import OptimizerSection, RunConfig
 from megatron_r1reward.data.images import ImageProcessor
 from megatron_r1reward.data.packing import Packer
-from megatron_r1reward.models.mapping import Entry
+from megatron_r1reward.models.mapping import WeightTable
 from megatron_r1reward.models.registry import family_of, load_hf_config
 from megatron_r1reward.parallel.setup import Topology
 
@@ -32,7 +32,7 @@ class TrainState:
     hf_config: PretrainedConfig
     tokenizer: PreTrainedTokenizerFast
     packer: Packer
-    table: list[Entry]
+    table: WeightTable
     module: MegatronModule  # the bare model of this stage
     model: DistributedDataParallel  # what the schedule runs
     optimizer: Any
@@ -59,7 +59,7 @@ def build_state(
 
     def load_policy() -> tuple[MegatronModule, torch.nn.Module]:
         module = family.build_model(configs, topology)
-        load_hf_weights(module, config.model.path, table, topology)
+        load_hf_weights(module, config.model.path, table)
         return module, Float16Module(configs.language, module) if dtype == torch.bfloat16 else module
 
     module, wrapped = load_policy()
