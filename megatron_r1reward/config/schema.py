@@ -25,15 +25,25 @@ class RunSection(Section):
     num_threads: PositiveInt | None = None  # intra-op threads of one trainer rank; None: leave torch's default
 
 
+class MoeSection(Section):
+    """Switches of mixture-of-experts models; dense models ignore them. The router always computes in float32."""
+
+    load_balancing: Literal["none", "aux_loss", "global_aux_loss"] = "none"  # per micro-batch | over the global batch
+    aux_loss_coefficient: Annotated[float, Field(ge=0)] = 1e-3
+    z_loss_coefficient: Annotated[float, Field(ge=0)] = 0.0  # 0: off
+
+
 class ModelSection(Section):
     path: Path  # HF checkpoint folder: config.json, safetensors, tokenizer, processor
     precision: Literal["fp32", "bf16"] = "bf16"
     freeze_vision: bool = False
+    moe: MoeSection = MoeSection()
 
 
 class ParallelSection(Section):
     tensor_model_parallel_size: PositiveInt = 1
     pipeline_model_parallel_size: PositiveInt = 1
+    expert_model_parallel_size: PositiveInt = 1  # mixture of experts: ranks that share the experts of a layer
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = True
 

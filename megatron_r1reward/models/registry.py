@@ -16,8 +16,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron_r1reward.config.schema import ParallelSection
-from megatron_r1reward.models import qwen2_5_vl
+from megatron_r1reward.config.schema import MoeSection, ParallelSection
+from megatron_r1reward.models import qwen2_5_vl, qwen3_vl
 from megatron_r1reward.models.mapping import WeightTable
 from megatron_r1reward.parallel.setup import Topology
 
@@ -32,8 +32,8 @@ class Configs(Protocol):
 
 
 class BuildConfigs(Protocol):
-    def __call__(self, hf: Any, parallel: ParallelSection, dtype: torch.dtype, /) -> Configs:
-        """Raises ValueError when the layout does not divide the model."""
+    def __call__(self, hf: Any, parallel: ParallelSection, dtype: torch.dtype, moe: MoeSection, /) -> Configs:
+        """`moe` says nothing to a dense model. Raises ValueError when the layout does not divide the model."""
 
 
 class BuildModel(Protocol):
@@ -67,13 +67,25 @@ class Family:
     positions: Positions
 
 
+def _qwen2_5_vl_configs(hf: Any, parallel: ParallelSection, dtype: torch.dtype, moe: MoeSection) -> Configs:
+    return qwen2_5_vl.build_configs(hf, parallel, dtype)
+
+
+_QWEN3_VL = Family(
+    build_configs=qwen3_vl.build_configs,
+    build_model=qwen3_vl.Qwen3VL,
+    weight_table=qwen3_vl.weight_table,
+    positions=qwen3_vl.positions,
+)
 FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": Family(
-        build_configs=qwen2_5_vl.build_configs,
+        build_configs=_qwen2_5_vl_configs,
         build_model=qwen2_5_vl.Qwen25VL,
         weight_table=qwen2_5_vl.weight_table,
         positions=qwen2_5_vl.mrope_positions,
     ),
+    "qwen3_vl": _QWEN3_VL,
+    "qwen3_vl_moe": _QWEN3_VL,
 }
 
 

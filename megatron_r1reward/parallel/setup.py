@@ -87,6 +87,13 @@ def check_world_size(section: ParallelSection, world_size: int) -> None:
             f"{section.tensor_model_parallel_size} x pipeline_model_parallel_size "
             f"{section.pipeline_model_parallel_size}: start a multiple of {model_ranks} ranks"
         )
+    expert_ranks = section.expert_model_parallel_size * section.pipeline_model_parallel_size
+    if world_size % expert_ranks:
+        raise ValueError(
+            f"{world_size} ranks cannot hold experts of expert_model_parallel_size "
+            f"{section.expert_model_parallel_size} on {section.pipeline_model_parallel_size} pipeline stages: "
+            f"start a multiple of {expert_ranks} ranks"
+        )
 
 
 def initialize(section: ParallelSection, *, seed: int, timeout: timedelta = timedelta(minutes=10)) -> Topology:
@@ -103,6 +110,8 @@ def initialize(section: ParallelSection, *, seed: int, timeout: timedelta = time
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=section.tensor_model_parallel_size,
         pipeline_model_parallel_size=section.pipeline_model_parallel_size,
+        expert_model_parallel_size=section.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,  # whole experts on a rank
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     rank = dist.get_rank()

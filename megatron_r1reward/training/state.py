@@ -54,7 +54,7 @@ def build_state(
     hf_config = load_hf_config(config.model.path)
     family = family_of(hf_config)
     dtype = DTYPES[config.model.precision]
-    configs = family.build_configs(hf_config, config.parallel, dtype)
+    configs = family.build_configs(hf_config, config.parallel, dtype, config.model.moe)
     table = family.weight_table(hf_config)
 
     def load_policy() -> tuple[MegatronModule, torch.nn.Module]:
