@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -42,6 +44,15 @@ class DeepstackLayer(TransformerLayer):
         return hidden_T1H, features_KVH
 
 
+class Float32Router(TopKRouter):
+    """Routing logits in float32 whatever the model's precision. megatron-core's own gate asks for a matrix product of
+    Transformer Engine even where that is not installed (a NameError in 0.16.1)."""
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        """[T, 1, H] -> float32 [T, 1, E]."""
+        return F.linear(input.float(), self.weight.float())
+
+
 def decoder_layer_spec(*, experts: bool) -> ModuleSpec:
     """One decoder layer; `experts` replaces the gated MLP by routed gated MLPs."""
     spec = layer_spec(AttnMaskType.causal)
@@ -52,7 +63,8 @@ def decoder_layer_spec(*, experts: bool) -> ModuleSpec:
         spec.submodules.mlp = ModuleSpec(
             module=MoELayer,
             submodules=MoESubmodules(
-                experts=ModuleSpec(module=SequentialMLP, submodules=spec.submodules.mlp.submodules)
+                experts=ModuleSpec(module=SequentialMLP, submodules=spec.submodules.mlp.submodules),
+                router=Float32Router,
             ),
         )
         # The norm before a router is no part of a linear layer: it is stored under its own name.

@@ -67,8 +67,8 @@ def write_tiny_checkpoint(
 
 
 def _experts_as_published(file: Path) -> None:
-    """Published folders store stacked experts as [E, in, out], which is what vLLM reads. transformers reads that too, but
-    writes its modules' [E, out, in]."""
+    """Published folders store stacked experts as [E, in, out], which is what vLLM reads. transformers reads that too,
+    but writes its modules' [E, out, in]."""
     tensors = load_file(file)
     experts = {name: tensor for name, tensor in tensors.items() if ".mlp.experts." in name}
     if experts:
