@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_r1reward.data.images import ImageProcessor, ProcessedImage
-from megatron_r1reward.models.qwen2_5_vl.rotary import mrope_positions
+from megatron_r1reward.models.registry import Positions
 from megatron_r1reward.types import PackedBatch, Prompt, Sequence
 
 
@@ -33,6 +33,7 @@ class Packer:
 
     image_processor: ImageProcessor
     image_token_id: int
+    positions: Positions
     pad_token_id: int
     token_budget: int
     device: torch.device
@@ -136,7 +137,7 @@ class Packer:
         }
 
     def _positions(self, sequence: Sequence, images: SequenceOf[ProcessedImage]) -> torch.Tensor:
-        return mrope_positions(
+        return self.positions(
             sequence.token_ids,
             [image.grid for image in images],
             image_token_id=self.image_token_id,
