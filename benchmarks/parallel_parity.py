@@ -35,7 +35,7 @@ from megatron_r1reward.config.schema import RunConfig  # noqa: E402
 from megatron_r1reward.models.tiny import TinySpec, write_tiny_checkpoint  # noqa: E402
 from megatron_r1reward.parallel import setup  # noqa: E402
 from megatron_r1reward.parallel.chunks import chunks_of  # noqa: E402
-from megatron_r1reward.training.data_parallel import synchronize_parameters, zero_gradients  # noqa: E402
+from megatron_r1reward.training.data_parallel import zero_gradients  # noqa: E402
 from megatron_r1reward.training.rollout_batch import shard_by_mini_batch  # noqa: E402
 from megatron_r1reward.training.schedule import (  # noqa: E402
     optimizer_step,
@@ -151,7 +151,6 @@ def two_steps(folder: Path, images: tuple[str, ...], layout: Layout, budget: int
         plan = state.packer.plan(sequences, mine)
         statistics = run_micro_batches(state, sequences, plan, cross_entropy, forward_only=False)
         total = reduce_statistics(state, statistics)
-        synchronize_parameters(state.model)
         named = _export_gradients(state)
         gradients.append(named if topology.is_main else {})
         records.append((total["loss"] / total["tokens"], optimizer_step(state).grad_norm))
