@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from megatron_r1reward.checkpoint.hf import load_hf_weights
-from megatron_r1reward.config.schema import MoeSection, ParallelSection
+from megatron_r1reward.config.schema import MoeSection, ParallelSection, PrecisionSection
 from megatron_r1reward.data.images import ImageProcessor
 from megatron_r1reward.data.packing import Packer
 from megatron_r1reward.models.registry import family_of, load_hf_config
@@ -62,7 +62,7 @@ class Member:
 
     def build(self, topology: Topology) -> torch.nn.Module:
         family = family_of(self.config)
-        configs = family.build_configs(self.config, ParallelSection(), torch.float32, MoeSection())
+        configs = family.build_configs(self.config, ParallelSection(), torch.float32, PrecisionSection(), MoeSection())
         model = family.build_model(configs, topology)
         load_hf_weights(model, self.folder, family.weight_table(self.config))
         return model

@@ -16,7 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron_r1reward.config.schema import MoeSection, ParallelSection
+from megatron_r1reward.config.schema import MoeSection, ParallelSection, PrecisionSection
 from megatron_r1reward.models import qwen2_5_vl, qwen3_vl
 from megatron_r1reward.models.mapping import WeightTable
 from megatron_r1reward.parallel.setup import Topology
@@ -32,14 +32,16 @@ class Configs(Protocol):
 
 
 class BuildConfigs(Protocol):
-    def __call__(self, hf: Any, parallel: ParallelSection, dtype: torch.dtype, moe: MoeSection, /) -> Configs:
+    def __call__(
+        self, hf: Any, parallel: ParallelSection, dtype: torch.dtype, precision: PrecisionSection, moe: MoeSection, /
+    ) -> Configs:
         """`moe` says nothing to a dense model. Raises ValueError when the layout does not divide the model."""
 
 
 class BuildModel(Protocol):
-    def __call__(self, configs: Any, topology: Topology, /) -> MegatronModule:
-        """One pipeline stage. Its forward takes a PackedBatch; the last stage returns float32 [2, R]: log-probs and
-        entropies of the response tokens. `vision` is the tower, None on stages without one."""
+    def __call__(self, configs: Any, topology: Topology, chunk: int = 0, /) -> MegatronModule:
+        """Model chunk `chunk` of one pipeline stage. Its forward takes a PackedBatch; the last chunk returns float32
+        [2, R]: log-probs and entropies of the response tokens. `vision` is the tower, None on chunks without one."""
 
 
 class Positions(Protocol):
@@ -67,8 +69,10 @@ class Family:
     positions: Positions
 
 
-def _qwen2_5_vl_configs(hf: Any, parallel: ParallelSection, dtype: torch.dtype, moe: MoeSection) -> Configs:
-    return qwen2_5_vl.build_configs(hf, parallel, dtype)
+def _qwen2_5_vl_configs(
+    hf: Any, parallel: ParallelSection, dtype: torch.dtype, precision: PrecisionSection, moe: MoeSection
+) -> Configs:
+    return qwen2_5_vl.build_configs(hf, parallel, dtype, precision)
 
 
 _QWEN3_VL = Family(

@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
 
-from megatron_r1reward.config.schema import MoeSection, ParallelSection
+from megatron_r1reward.config.schema import MoeSection, ParallelSection, PrecisionSection
+from megatron_r1reward.parallel.layout import ModelShape, check_layout, split_layers
+from megatron_r1reward.parallel.precision import fp8_arguments
+from megatron_r1reward.parallel.transformer import check_language_config, layout_arguments, recompute_arguments
 
 HfConfig: TypeAlias = Qwen3VLConfig | Qwen3VLMoeConfig
 
@@ -25,6 +28,9 @@ class ModelConfigs:
     language: TransformerConfig
     vision: TransformerConfig
     merger: TransformerConfig
+    parallel: ParallelSection
+    transformer_impl: str
+    chunk_layers: tuple[int, ...]  # language-model layers of every pipeline chunk, in model order
 
 
 def moe_layers(hf: HfConfig) -> list[bool]:
@@ -60,39 +66,42 @@ def _common(dtype: torch.dtype) -> dict[str, Any]:
         bias_dropout_fusion=False,
         apply_rope_fusion=False,  # wrong for M-RoPE
         gradient_accumulation_fusion=False,
+        cross_entropy_loss_fusion=False,  # casts the gradient of the logits to bf16
         persist_layer_norm=False,
     )
 
 
-def check_layout(hf: HfConfig, parallel: ParallelSection) -> None:
-    """ValueError with the nearest fix when the layout does not divide the model or the model is no Qwen3-VL we know."""
+def model_shape(hf: HfConfig) -> ModelShape:
+    """What layouts have to fit. Experts are not cut by tensor parallelism."""
     text, vision = hf.text_config, hf.vision_config
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    divisible = {
-        "num_attention_heads": text.num_attention_heads,
-        "intermediate_size": text.intermediate_size,
-        "vocab_size": text.vocab_size,
-        "vision num_heads": vision.num_heads,
-        "vision intermediate_size": vision.intermediate_size,
-    }
-    for name, size in divisible.items():
-        if size % tp:
-            legal = [n for n in range(tp, 0, -1) if all(s % n == 0 for s in divisible.values())]
-            raise ValueError(
-                f"tensor_model_parallel_size {tp} does not divide {name} {size}: the nearest legal size is {legal[0]}"
-            )
-    groups = text.num_key_value_heads
-    if groups % tp and tp % groups:
-        raise ValueError(f"tensor_model_parallel_size {tp} and num_key_value_heads {groups}: one must divide the other")
-    if text.num_hidden_layers % pp:
-        raise ValueError(f"pipeline_model_parallel_size {pp} does not divide {text.num_hidden_layers} layers")
+    # Multiplications per token and layer; attention scores are small beside them.
+    patch = vision.depth * (4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size)
+    attention = 2 * text.hidden_size * text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
+    is_moe = moe_layers(hf)
+    dense = text.intermediate_size * (len(is_moe) - sum(is_moe))
+    routed = text.num_experts_per_tok * text.moe_intermediate_size * sum(is_moe) if any(is_moe) else 0
+    layer = attention + 3 * text.hidden_size * (dense + routed) / len(is_moe)
+    return ModelShape(
+        num_layers=text.num_hidden_layers,
+        num_attention_heads=text.num_attention_heads,
+        num_query_groups=text.num_key_value_heads,
+        vocab_size=text.vocab_size,
+        ffn_sizes=() if all(is_moe) else (text.intermediate_size,),
+        vision_num_heads=vision.num_heads,
+        vision_ffn_size=vision.intermediate_size,
+        vision_layers_per_token=vision.spatial_merge_size**2 * patch / layer,
+    )
+
+
+def _check_model(hf: HfConfig) -> None:
+    """ValueError for a Qwen3-VL that this module does not describe."""
+    text = hf.text_config
     if text.rope_parameters["rope_type"] != "default":
         raise ValueError(f"rope_type {text.rope_parameters['rope_type']!r} is not supported: only 'default' is")
     if text.attention_bias:
         raise ValueError("attention_bias puts a bias on the attention's output projection too, which is not supported")
     if deepstack_levels(hf) > text.num_hidden_layers:
         raise ValueError(f"{deepstack_levels(hf)} deepstack levels, but only {text.num_hidden_layers} decoder layers")
-    _check_experts(hf, parallel)
 
 
 def _check_experts(hf: HfConfig, parallel: ParallelSection) -> None:
@@ -116,7 +125,9 @@ def _check_experts(hf: HfConfig, parallel: ParallelSection) -> None:
         )
 
 
-def _expert_options(hf: HfConfig, parallel: ParallelSection, moe: MoeSection) -> dict[str, Any]:
+def _expert_arguments(
+    hf: HfConfig, parallel: ParallelSection, precision: PrecisionSection, moe: MoeSection
+) -> dict[str, Any]:
     """Expert parallelism and router. Empty for a dense model."""
     layers = moe_layers(hf)
     if not any(layers):
@@ -130,6 +141,7 @@ def _expert_options(hf: HfConfig, parallel: ParallelSection, moe: MoeSection) ->
         # softmax over the chosen experts' logits equals upstream's softmax over all, then renormalized
         moe_router_pre_softmax=False,
         moe_router_dtype="fp32",
+        moe_grouped_gemm=precision.transformer_impl == "transformer_engine",
         moe_router_load_balancing_type=moe.load_balancing,
         moe_aux_loss_coeff=moe.aux_loss_coefficient if moe.load_balancing != "none" else 0.0,
         moe_z_loss_coeff=moe.z_loss_coefficient or None,
@@ -138,19 +150,28 @@ def _expert_options(hf: HfConfig, parallel: ParallelSection, moe: MoeSection) ->
     )
 
 
-def build_configs(
-    hf: HfConfig, parallel: ParallelSection, dtype: torch.dtype, moe: MoeSection | None = None
-) -> ModelConfigs:
-    """Derive the language, vision and merger configurations.
+def _fp8_sizes(hf: HfConfig, tp: int) -> dict[str, int]:
+    """Inner and outer sizes of this rank's matrix products in a language-model layer."""
+    text = hf.text_config
+    is_moe = moe_layers(hf)
+    heads = text.num_attention_heads + 2 * max(text.num_key_value_heads, tp)
+    sizes = {
+        "hidden_size": text.hidden_size,
+        "attention output per rank": text.num_attention_heads * text.head_dim // tp,
+        "query, key and value rows per rank": heads * text.head_dim // tp,
+    }
+    if any(is_moe):
+        sizes["moe_intermediate_size"] = text.moe_intermediate_size
+    if not all(is_moe):
+        sizes["intermediate_size per rank"] = text.intermediate_size // tp
+    return sizes
 
-    Raises:
-        ValueError: the layout does not divide the model.
-    """
-    check_layout(hf, parallel)
-    text, vision = hf.text_config, hf.vision_config
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    common = _common(dtype)
-    language = TransformerConfig(
+
+def _language(
+    hf: HfConfig, parallel: ParallelSection, dtype: torch.dtype, precision: PrecisionSection, moe: MoeSection
+) -> TransformerConfig:
+    text = hf.text_config
+    config = TransformerConfig(
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         num_attention_heads=text.num_attention_heads,
@@ -165,17 +186,43 @@ def build_configs(
         add_bias_linear=False,
         add_qkv_bias=False,
         mrope_section=list(text.rope_parameters["mrope_section"]),
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        pipeline_dtype=dtype,
-        sequence_parallel=parallel.sequence_parallel and tp > 1,
-        variable_seq_lengths=pp > 1,  # packed micro-batches differ in length, deepstack rows travel along
-        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths demands it even without experts
-        batch_p2p_comm=False,
-        **_expert_options(hf, parallel, moe or MoeSection()),
-        **common,
+        deterministic_mode=precision.deterministic,
+        **layout_arguments(model_shape(hf), parallel, dtype),
+        **recompute_arguments(parallel.recompute, parallel.recompute_num_layers),
+        **fp8_arguments(precision, parallel, _fp8_sizes(hf, parallel.tensor_model_parallel_size), dtype),
+        **_expert_arguments(hf, parallel, precision, moe),
+        **_common(dtype),
     )
+    check_language_config(config)
+    return config
+
+
+def build_configs(
+    hf: HfConfig,
+    parallel: ParallelSection,
+    dtype: torch.dtype,
+    precision: PrecisionSection = PrecisionSection(),  # noqa: B008 (frozen)
+    moe: MoeSection = MoeSection(),  # noqa: B008 (frozen)
+) -> ModelConfigs:
+    """Derive the language, vision and merger configurations.
+
+    Raises:
+        ValueError: the layout or the precision does not fit the model.
+    """
+    _check_model(hf)
+    _check_experts(hf, parallel)
+    shape = model_shape(hf)
+    check_layout(shape, parallel)
+    text, vision = hf.text_config, hf.vision_config
+    vision_tp = parallel.tensor_model_parallel_size if parallel.vision == "tensor_parallel" else 1
     # The tower never takes part in the language model's pipeline or sequence parallelism: a config of its own says so.
+    tower_and_merger = _common(dtype) | dict(
+        normalization="LayerNorm",
+        gated_linear_unit=False,
+        add_bias_linear=True,
+        tensor_model_parallel_size=vision_tp,
+        deterministic_mode=precision.deterministic,
+    )
     tower = TransformerConfig(
         num_layers=vision.depth,
         hidden_size=vision.hidden_size,
@@ -183,24 +230,25 @@ def build_configs(
         num_query_groups=vision.num_heads,
         ffn_hidden_size=vision.intermediate_size,
         layernorm_epsilon=1e-6,
-        normalization="LayerNorm",
-        gated_linear_unit=False,
         activation_func=partial(F.gelu, approximate="tanh"),
-        add_bias_linear=True,
         add_qkv_bias=True,
-        tensor_model_parallel_size=tp,
-        **common,
+        **(recompute_arguments("full") if parallel.recompute_vision else {}),
+        **tower_and_merger,
     )
     merger = TransformerConfig(
         num_layers=1,
         hidden_size=vision.out_hidden_size,
         ffn_hidden_size=vision.hidden_size * vision.spatial_merge_size**2,
         num_attention_heads=text.num_attention_heads,  # unused by the merger, but must divide by tp
-        normalization="LayerNorm",
-        gated_linear_unit=False,
         activation_func=F.gelu,
-        add_bias_linear=True,
-        tensor_model_parallel_size=tp,
-        **common,
+        **tower_and_merger,
     )
-    return ModelConfigs(hf=hf, language=language, vision=tower, merger=merger)
+    return ModelConfigs(
+        hf=hf,
+        language=_language(hf, parallel, dtype, precision, moe),
+        vision=tower,
+        merger=merger,
+        parallel=parallel,
+        transformer_impl=precision.transformer_impl,
+        chunk_layers=tuple(split_layers(shape, parallel)),
+    )

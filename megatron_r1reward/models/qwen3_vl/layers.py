@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -15,7 +16,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_r1reward.parallel.specs import TorchNorm, layer_spec
+from megatron_r1reward.parallel.specs import final_norm, layer_spec
 
 
 @dataclass
@@ -53,13 +54,25 @@ class Float32Router(TopKRouter):
         return F.linear(input.float(), self.weight.float())
 
 
-def decoder_layer_spec(*, experts: bool) -> ModuleSpec:
-    """One decoder layer; `experts` replaces the gated MLP by routed gated MLPs."""
-    spec = layer_spec(AttnMaskType.causal)
+def decoder_layer_spec(*, num_experts: int, transformer_impl: str) -> ModuleSpec:
+    """One decoder layer; with experts the gated MLP is replaced by routed ones."""
+    spec = layer_spec(AttnMaskType.causal, transformer_impl=transformer_impl)
+    norm = final_norm(transformer_impl)
     spec.module = DeepstackLayer
     attention = spec.submodules.self_attention.submodules
-    attention.q_layernorm = attention.k_layernorm = TorchNorm
-    if experts:
+    attention.q_layernorm = attention.k_layernorm = norm
+    if not num_experts:
+        return spec
+    # The norm before a router is no part of a linear layer: it is a module, and stored, under its own name.
+    spec.submodules.pre_mlp_layernorm = norm
+    spec.submodules.sharded_state_dict_keys_map = {
+        ours: fused
+        for ours, fused in spec.submodules.sharded_state_dict_keys_map.items()
+        if ours != "pre_mlp_layernorm."
+    }
+    if transformer_impl == "transformer_engine":
+        spec.submodules.mlp = get_moe_module_spec(use_te=True, num_experts=num_experts, moe_grouped_gemm=True)
+    else:
         spec.submodules.mlp = ModuleSpec(
             module=MoELayer,
             submodules=MoESubmodules(
@@ -67,6 +80,4 @@ def decoder_layer_spec(*, experts: bool) -> ModuleSpec:
                 router=Float32Router,
             ),
         )
-        # The norm before a router is no part of a linear layer: it is stored under its own name.
-        spec.submodules.sharded_state_dict_keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     return spec

@@ -24,7 +24,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_r1reward.models.qwen3_vl.config import ModelConfigs
 from megatron_r1reward.parallel.setup import Topology
-from megatron_r1reward.parallel.specs import TorchNorm, layer_spec, packed
+from megatron_r1reward.parallel.specs import TorchNorm, final_norm, layer_spec, packed
+from megatron_r1reward.parallel.vision import vision_sharding
 
 ROTARY_BASE = 10_000.0
 
@@ -138,13 +139,14 @@ class VisionTower(VisionModule):
             vision.num_position_embeddings, vision.hidden_size, dtype=dtype, device=topology.device
         )
         self.table_side = round(vision.num_position_embeddings**0.5)
-        groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
-        groups.cp = groups.pp = topology.solo
+        self.unit = vision.spatial_merge_size**2
+        self.sharding = vision_sharding(configs.parallel, topology)
+        groups, impl = self.sharding.groups, configs.transformer_impl
         self.decoder = TransformerBlock(
             configs.vision,
             TransformerBlockSubmodules(
-                layer_specs=[_block_spec(i in vision.deepstack_visual_indexes) for i in range(vision.depth)],
-                layer_norm=TorchNorm,
+                layer_specs=[_block_spec(i in vision.deepstack_visual_indexes, impl) for i in range(vision.depth)],
+                layer_norm=final_norm(impl),
             ),
             pre_process=True,
             post_process=True,
@@ -158,11 +160,32 @@ class VisionTower(VisionModule):
         quarter = vision.hidden_size // vision.num_heads // 2
         exponent = torch.arange(0, quarter, 2, dtype=torch.float32) / quarter
         self.register_buffer("inverse_frequency", 1.0 / ROTARY_BASE**exponent, persistent=False)
+        self.sharding.mark(self)
+
+    def merger_parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters between tower and language model."""
+        return [*self.merger.parameters(), *self.deepstack_mergers.parameters()]
 
     def set_input_tensor(self, input_tensor: torch.Tensor) -> None:
         self.decoder.set_input_tensor(input_tensor)
 
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        return self.sharding.sharded_state_dict(super().sharded_state_dict(prefix, sharded_offsets, metadata))
+
     def forward(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
+        """Every image of a micro-batch on every rank, however the work is shared out."""
+        rows = self.sharding.encode(self, pixel_values, image_grid_thw, unit=self.unit)
+        return rows.unflatten(1, (1 + len(self.deepstack_mergers), -1))
+
+    def nothing(self) -> torch.Tensor:
+        """Zero, through every parameter of the tower."""
+        weight = self.patch_embed.weight
+        return self.sharding.blank(self, weight.shape[1], unit=self.unit, like=weight).sum() * 0.0
+
+    def encode(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
+        """The images given, on this rank's part of the tower: [M, (1 + K) * hidden]."""
         device, patches = pixel_values.device, pixel_values.shape[0]
         layout = patch_layout(image_grid_thw, merge_size=self.vision.spatial_merge_size, table_side=self.table_side)
         table_PKH = self.pos_embed(layout.table_rows.to(device)) * layout.table_weights.to(device)[..., None]
@@ -183,11 +206,11 @@ class VisionTower(VisionModule):
             self.deepstack_mergers[listed.index(block)](tapped)
             for block, tapped in zip(sorted(listed), taps, strict=True)
         ]
-        return torch.stack([self.merger(final), *levels], dim=1)
+        return torch.cat([self.merger(final), *levels], dim=1)
 
 
-def _block_spec(tap: bool) -> ModuleSpec:
-    spec = layer_spec(AttnMaskType.no_mask)
+def _block_spec(tap: bool, transformer_impl: str) -> ModuleSpec:
+    spec = layer_spec(AttnMaskType.no_mask, transformer_impl=transformer_impl)
     spec.module = TapLayer
     spec.params = {"tap": tap}
     return spec
