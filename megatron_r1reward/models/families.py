@@ -12,6 +12,8 @@ from megatron_r1reward.models.mapping import WeightTable
 
 WEIGHT_TABLES = {
     "qwen2_5_vl": "megatron_r1reward.models.qwen2_5_vl.mapping",
+    "qwen3_vl": "megatron_r1reward.models.qwen3_vl.mapping",
+    "qwen3_vl_moe": "megatron_r1reward.models.qwen3_vl.mapping",
 }
 
 
