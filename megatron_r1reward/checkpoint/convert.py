@@ -19,7 +19,7 @@ from megatron_r1reward.checkpoint.hf_source import TEMPLATE, HfTensor, WeightSou
 from megatron_r1reward.checkpoint.manifest import write_manifest
 from megatron_r1reward.checkpoint.streaming import JOURNAL, Job, Sources, run_jobs
 from megatron_r1reward.checkpoint.torch_dist import Chunk, aligned, archive, write_index
-from megatron_r1reward.files import sync
+from megatron_r1reward.files import publish_folder
 from megatron_r1reward.models.mapping import Entry
 from megatron_r1reward.types import TensorMeta
 
@@ -43,9 +43,7 @@ def _staging(out: Path) -> Path:
 
 def _publish(staging: Path, out: Path) -> None:
     (staging / JOURNAL).unlink()
-    sync(staging)
-    os.replace(staging, out)
-    sync(out.parent)
+    publish_folder(staging, out)
 
 
 def default_threads() -> int:
@@ -241,8 +239,6 @@ def write_hf_folder(
         (staging / st.INDEX).write_text(source.template.index if unchanged else st.index_text(files))
     for name, text in (extra_files or {}).items():
         (staging / name).write_text(text)
-    for path in staging.iterdir():
-        sync(path)
     _publish(staging, out)
     return summary
 

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from megatron_r1reward.checkpoint import safetensors_folder as st
 from megatron_r1reward.checkpoint.streaming import Sources
 from megatron_r1reward.checkpoint.torch_dist import FORMAT_FILE, TorchDistFolder
-from megatron_r1reward.models.families import load_weight_table
 from megatron_r1reward.models.mapping import Entry, Views, WeightTable
+from megatron_r1reward.models.registry import family_of, load_hf_config
 from megatron_r1reward.types import TensorMeta
 
 TEMPLATE = "hf"  # folder inside an imported checkpoint: configuration, tokenizer and the layout of the original files
@@ -38,6 +38,12 @@ class FolderTemplate:
             (folder / path.name).write_bytes(path.read_bytes())
         tree = {"files": {f.name: f.header for f in self.files}, "index": self.index}
         (folder / _HEADERS).write_text(json.dumps(tree))
+
+
+def load_weight_table(folder: Path) -> WeightTable:
+    """The weight table for the model that `folder/config.json` describes; ValueError when it is not supported."""
+    config = load_hf_config(folder)
+    return family_of(config).weight_table(config)
 
 
 def meta_template(folder: Path) -> FolderTemplate:
