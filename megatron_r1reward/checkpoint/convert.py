@@ -100,7 +100,7 @@ def _check_tie(source: WeightSource) -> None:
     if tie is None or tie.hf not in source.on_disk:
         return
     embedding = source.table.by_megatron[tie.to].hf[0]
-    (head,), (tied,) = (source.tensor(source.on_disk[name]).views() for name in (tie.hf, embedding))
+    (head,), (tied,) = (list(source.tensor(source.on_disk[name]).views()) for name in (tie.hf, embedding))
     rows = zip(head.split(1024), tied.split(1024), strict=False)
     if head.shape != tied.shape or not all(torch.equal(a, b) for a, b in rows):
         raise ValueError(

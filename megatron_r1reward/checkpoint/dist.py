@@ -137,14 +137,12 @@ def find_checkpoint(root: Path) -> Path | None:
     run_id = (root / RUN_ID).read_text().strip() if (root / RUN_ID).is_file() else None
     for leftover in sorted(root.glob("step-????????.partial")):
         log.warning("%s is what an interrupted save left; it is not used", leftover)
-    broken = 0
-    for folder in sorted(root.glob("step-????????"), reverse=True):
+    for broken, folder in enumerate(sorted(root.glob("step-????????"), reverse=True)):
         problem = describe_problem(folder, run_id=run_id)
         if problem is None:
             if broken:
                 log.warning("going on from %s, an OLDER checkpoint, because %d newer ones are broken", folder, broken)
             return folder
-        broken += 1
         log.error("checkpoint %s is not used: %s", folder, problem)
     return None
 

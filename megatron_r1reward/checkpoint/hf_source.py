@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -109,10 +109,10 @@ def match_names(table: WeightTable, names: Sequence[str], where: Path) -> dict[s
 
 @dataclass(frozen=True, kw_only=True)
 class HfTensor:
-    """A Hugging Face tensor and how to get it: views whose bytes, one after another, are its own."""
+    """A Hugging Face tensor and how to get it: pieces whose bytes, one after another, are its own."""
 
     meta: TensorMeta
-    views: Callable[[], Views]
+    views: Callable[[], Iterable[torch.Tensor]]
 
 
 class WeightSource:

@@ -41,7 +41,7 @@ from megatron_r1reward.config.schema import CheckpointSection
 from megatron_r1reward.files import publish_folder, write_text
 
 log = logging.getLogger(__name__)
-_MARGIN_BYTES = 64 << 20  # room for the parts that are no tensors
+_MARGIN_BYTES = 1 << 20  # room for the parts that are no tensors
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,7 @@ import mmap
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,6 @@ from typing import Any
 import torch
 import xxhash
 from tqdm import tqdm
-
-from megatron_r1reward.models.mapping import Views
 
 JOURNAL = "conversion.jsonl"
 _BUFFER_BYTES = 8 << 20
@@ -107,7 +105,7 @@ class Job:
     file: str
     offset: int
     length: int  # of everything
-    views: Callable[[], Views]
+    views: Callable[[], Iterable[torch.Tensor]]
     dtype: torch.dtype
     prefix: bytes = b""
     suffix: bytes = b""
@@ -124,9 +122,11 @@ class WrittenItem:
 
 
 class _Writer:
-    """Gathers pieces in one buffer; hashes and writes it whenever it is full."""
+    """Gathers pieces in one buffer; hashes and writes it whenever it is full. Without a descriptor it only hashes."""
 
-    def __init__(self, descriptor: int, sources: Sources, buffer: memoryview, advance: Callable[[int], None]) -> None:
+    def __init__(
+        self, descriptor: int | None, sources: Sources, buffer: memoryview, advance: Callable[[int], None]
+    ) -> None:
         self._descriptor, self._sources, self._buffer, self._advance = descriptor, sources, buffer, advance
         self._unflushed = 0
 
@@ -165,14 +165,25 @@ class _Writer:
     def _flush(self) -> None:
         content = self._buffer[: self._filled]
         self._hash.update(content)
+        if self._descriptor is None:
+            self._position, content = self._position + self._filled, content[:0]
         while content:
+            assert self._descriptor is not None
             written = os.pwrite(self._descriptor, content, self._position)
             self._position, content = self._position + written, content[written:]
         self._advance(self._filled)
         self._unflushed, self._filled = self._unflushed + self._filled, 0
-        if self._unflushed >= _FLUSH_BYTES:
+        if self._unflushed >= _FLUSH_BYTES and self._descriptor is not None:
             os.fdatasync(self._descriptor)
             self._unflushed = 0
+
+
+def hash_tensor(
+    name: str, length: int, views: Callable[[], Iterable[torch.Tensor]], dtype: torch.dtype, sources: Sources
+) -> str:
+    """xxh3-128 of a tensor's bytes as `dtype`, read piece by piece."""
+    job = Job(name=name, file="", offset=0, length=length, views=views, dtype=dtype)
+    return _Writer(None, sources, memoryview(bytearray(_BUFFER_BYTES)), lambda _: None).write(job).hash
 
 
 def run_jobs(

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from megatron_r1reward.checkpoint.streaming import Sources
 from megatron_r1reward.files import write_text
 from megatron_r1reward.models.mapping import CheckpointKey
+from megatron_r1reward.types import TensorMeta
 
 FORMAT_FILE = "metadata.json"
 _FORMAT = (
@@ -148,6 +149,13 @@ class TorchDistFolder:
         self._places: dict[tuple[str, tuple[int, ...]], _StorageInfo] = {
             (index.fqn, tuple(index.offset)): info for index, info in self.storage.items() if index.offset is not None
         }
+
+    def metas(self) -> list[TensorMeta]:
+        """Every global tensor, those of the optimizer too."""
+        return [
+            TensorMeta(name=key, dtype=str(t.properties.dtype).removeprefix("torch."), shape=tuple(t.size))
+            for key, t in self.tensors.items()
+        ]
 
     def parameter(self, key: CheckpointKey) -> torch.Tensor:
         """The parameter at `key`; a view of the file where it was saved in one piece, else put together in memory.

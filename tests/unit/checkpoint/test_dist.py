@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,30 @@ from megatron_r1reward.checkpoint.dist import (
 from megatron_r1reward.checkpoint.retention import expired
 from megatron_r1reward.checkpoint.saver import CheckpointSaver
 from megatron_r1reward.config.schema import CheckpointSection, RunConfig
+from megatron_r1reward.parallel import setup
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training.schedule import train_micro_batches
 from megatron_r1reward.training.sft import cross_entropy
 from megatron_r1reward.training.state import TrainState, build_state
 from megatron_r1reward.types import Prompt
+
+
+@pytest.fixture(scope="module")
+def config(tiny_folder: Path) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "run": {"output_dir": "unused"},
+            "model": {"path": str(tiny_folder), "precision": "fp32"},
+            "data": {"train": "unused"},
+            "optimizer": {"lr": 1e-3},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def topology(config: RunConfig) -> Iterator[Topology]:
+    yield setup.initialize(config.parallel, seed=0)
+    setup.shutdown()
 
 
 def train(state: TrainState, steps: int) -> list[float]:
