@@ -27,6 +27,7 @@ from megatron_r1reward.checkpoint.manifest import find_damage, read_manifest
 STATE = "state.json"
 LATEST = "latest"
 RUN_ID = "run_id"
+_OPTIONAL = ("optimizer", "random_state")  # not asked for where only weights are loaded, or under another layout
 log = logging.getLogger(__name__)
 
 
@@ -204,9 +205,12 @@ def load_weights(folder: Path, model: Any) -> None:
 
 
 def _load(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
-    loaded, missing, _ = dist_checkpointing.load(sharded, str(folder), strict=StrictHandling.RETURN_ALL)
-    lost = sorted(key for key in missing if "_extra_state" not in key)
-    if lost:
-        raise ValueError(f"checkpoint {folder} lacks {len(lost)} tensors of this model, e.g. {', '.join(lost[:3])}")
+    # megatron-core calls "missing" what nobody asked for, and "unexpected" what was asked for and is not there.
+    loaded, unused, absent = dist_checkpointing.load(sharded, str(folder), strict=StrictHandling.RETURN_ALL)
+    absent = {key for key in absent if "_extra_state" not in key}
+    unused = {key for key in unused if not key.startswith(_OPTIONAL) and "_extra_state" not in key}
+    for keys, what in ((absent, "lacks {} tensors of this model"), (unused, "has {} tensors that this model has not")):
+        if keys:
+            raise ValueError(f"checkpoint {folder} {what.format(len(keys))}, e.g. {', '.join(sorted(keys)[:3])}")
     result: dict[str, Any] = loaded
     return result
