@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,13 @@ pytestmark = pytest.mark.parallel
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one rank": (1, {}),
-    "TP2": (2, {"tensor_model_parallel_size": 2}),
+    "TP2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "PP2": (2, {"pipeline_model_parallel_size": 2}),
     "PP2 VPP2": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
-    "TP2xPP2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    "TP2xPP2": (
+        4,
+        {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True},
+    ),
     "EP2": (2, {"expert_model_parallel_size": 2}),
 }
 # Which member's checkpoint is saved again under the layout, and exported from there.
@@ -54,6 +58,7 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, P
     folders = {}
     for name, spec in MEMBERS.items():
         hf, megatron = root / name.replace(" ", "-"), root / (name.replace(" ", "-") + "-megatron")
+        spec = replace(spec, num_layers=4)  # two stages of two chunks
         write_tiny_checkpoint(hf, corpus=CORPUS, init_std=0.15, spec=spec)
         import_folder(hf, megatron, progress=False)
         folders[name] = (hf, megatron)
@@ -130,5 +135,6 @@ def test_an_imported_model_computes_what_transformers_computes(members: dict[str
     hf, megatron = members["qwen2_5_vl"]
     other = members["qwen2_5_vl"][0].parent / "other"
     shutil.rmtree(other, ignore_errors=True)
-    write_tiny_checkpoint(other, corpus=CORPUS, init_std=0.15, spec=MEMBERS["qwen2_5_vl"], seed=1)
+    spec = replace(MEMBERS["qwen2_5_vl"], num_layers=4)
+    write_tiny_checkpoint(other, corpus=CORPUS, init_std=0.15, spec=spec, seed=1)
     assert run_ranks(log_prob_difference, 1, megatron, other)[0] > 0.01
