@@ -5,6 +5,7 @@ Paths, token ids and numbers travel; decoded images never do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -94,7 +95,8 @@ class Sequence:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """One micro-batch: S sequences back to back in one row of T tokens, no padding between them.
+    """One micro-batch: S sequences back to back in one row of T tokens. Padding, where context or sequence parallelism
+    needs some, ends a sequence or the row and carries no loss.
 
     R response tokens carry a loss. Row r of the flat response axis is predicted from the hidden state at position
     `response_positions[r]` and belongs to sequence `response_sequence[r]` (index into the global batch).
@@ -108,8 +110,10 @@ class PackedBatch:
     targets: torch.Tensor  # int64 [R]
     response_sequence: torch.Tensor  # int64 [R]
     sequence_indices: tuple[int, ...]  # S indices into the global list of sequences
-    pixel_values: torch.Tensor | None  # float32 [P, patch_dim], patches of all images in order; None without images
+    pixel_values: torch.Tensor | None  # float32 [P, patch_dim], patches of the distinct images; None without images
     image_grid_thw: torch.Tensor | None  # int64 [I, 3]
+    # int64 [image tokens]: row of the I images' embeddings at each placeholder; None: every image stands once, in order
+    image_rows: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -122,3 +126,31 @@ class StepStats:
 
     step: int
     metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorMeta:
+    """A tensor without its values."""
+
+    name: str  # Hugging Face checkpoint name
+    dtype: str  # torch's name without the prefix, e.g. "bfloat16"
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor) -> TensorMeta:
+        return cls(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"tensor {self.name}: {self.dtype!r} is not a torch dtype; send e.g. 'bfloat16'")
+        return dtype
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.numel * self.torch_dtype.itemsize

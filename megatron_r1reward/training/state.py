@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer.module import Float16Module
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLConfig
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
+from megatron_r1reward.checkpoint.dist import load_weights
+from megatron_r1reward.checkpoint.gather import WeightExporter
 from megatron_r1reward.checkpoint.hf import load_hf_weights
+from megatron_r1reward.checkpoint.saver import CheckpointSaver
 from megatron_r1reward.config.schema import OptimizerSection, RunConfig
 from megatron_r1reward.data.images import ImageProcessor
 from megatron_r1reward.data.packing import Packer
-from megatron_r1reward.models.mapping import Entry
-from megatron_r1reward.models.qwen2_5_vl.config import build_configs
-from megatron_r1reward.models.qwen2_5_vl.mapping import weight_table
-from megatron_r1reward.models.qwen2_5_vl.model import Qwen25VL
+from megatron_r1reward.models.mapping import WeightTable
+from megatron_r1reward.models.registry import family_of, load_hf_config
+from megatron_r1reward.models.table import adapt_table
+from megatron_r1reward.parallel.chunks import chunks_of, join_chunks
+from megatron_r1reward.parallel.layout import row_multiple, sequence_multiple
 from megatron_r1reward.parallel.setup import Topology
+from megatron_r1reward.training.data_parallel import check_freezing, finalize_gradients, freeze, wrap_data_parallel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -31,16 +35,20 @@ class TrainState:
 
     config: RunConfig
     topology: Topology
-    hf_config: Qwen2_5_VLConfig
+    hf_config: PretrainedConfig
     tokenizer: PreTrainedTokenizerFast
     packer: Packer
-    table: list[Entry]
-    module: Qwen25VL  # the bare model of this stage
-    model: DistributedDataParallel  # what the schedule runs
+    table: WeightTable
+    module: Any  # the bare model of this rank: one chunk, or ModelChunks under the interleaved schedule
+    model: Any  # what the schedule runs: DistributedDataParallel, or ModelChunks of them
     optimizer: Any
     scheduler: OptimizerParamScheduler
+    exporter: WeightExporter  # of `module`, for pushes and exports
+    saver: CheckpointSaver
+    data: dict[str, Any] = field(default_factory=dict)  # what decides which rows a step trains on; kept in checkpoints
     reference: torch.nn.Module | None = None  # the frozen initial policy, only when the reward holds a KL term
     step: int = 0
+    skipped_in_a_row: int = 0  # steps since the last one with a finite gradient
 
 
 def build_state(
@@ -51,32 +59,37 @@ def build_state(
     `with_reference` keeps a frozen second copy of these initial weights.
 
     Raises:
-        ValueError: the folder is no Qwen2.5-VL checkpoint, or the layout does not divide the model.
+        ValueError: the folder is no checkpoint of a supported family, or the layout does not divide the model.
     """
-    hf_config = load_hf_config(config)
+    hf_config = load_hf_config(config.model.path)
+    family = family_of(hf_config)
     dtype = DTYPES[config.model.precision]
-    configs = build_configs(hf_config, config.parallel, dtype)
-    table = weight_table(hf_config)
-
-    def load_policy() -> tuple[Qwen25VL, torch.nn.Module]:
-        module = Qwen25VL(configs, topology)
-        load_hf_weights(module, config.model.path, table, topology)
-        return module, Float16Module(configs.language, module) if dtype == torch.bfloat16 else module
-
-    module, wrapped = load_policy()
-    if config.model.freeze_vision and module.vision is not None:
-        module.vision.requires_grad_(False)
-    model = DistributedDataParallel(
-        configs.language,
-        DistributedDataParallelConfig(
-            use_distributed_optimizer=config.parallel.use_distributed_optimizer, grad_reduce_in_fp32=True
-        ),
-        wrapped,
+    check_freezing(config)
+    configs = family.build_configs(hf_config, config.parallel, dtype, config.precision, config.model.moe)
+    table = adapt_table(
+        family.weight_table(hf_config),
+        transformer_impl=config.precision.transformer_impl,
+        whole_vision=config.parallel.vision == "image_sharded",
     )
-    optimizer = get_megatron_optimizer(_optimizer_config(config, dtype), [model])
-    configs.language.finalize_model_grads_func = finalize_model_grads
+
+    def load_policy() -> tuple[list[MegatronModule], list[torch.nn.Module]]:
+        chunks = [family.build_model(configs, topology, n) for n in range(topology.virtual_pipeline_parallel_size)]
+        if config.checkpoint.init_from is not None:
+            load_weights(config.checkpoint.init_from, join_chunks(chunks))
+        else:
+            for chunk in chunks:
+                load_hf_weights(chunk, config.model.path, table)
+        wrapped = [Float16Module(configs.language, chunk) if dtype == torch.bfloat16 else chunk for chunk in chunks]
+        return chunks, wrapped
+
+    chunks, wrapped = load_policy()
+    for chunk in chunks:
+        freeze(chunk, config.model)
+    model = wrap_data_parallel(wrapped, configs.language, config)
+    optimizer = get_megatron_optimizer(_optimizer_config(config, dtype), chunks_of(model))
+    configs.language.finalize_model_grads_func = finalize_gradients
     configs.language.grad_scale_func = optimizer.scale_loss
-    reference = load_policy()[1].requires_grad_(False) if with_reference else None
+    reference = join_chunks(load_policy()[1]).requires_grad_(False) if with_reference else None
     tokenizer = AutoTokenizer.from_pretrained(config.model.path, local_files_only=True)
     return TrainState(
         config=config,
@@ -85,37 +98,31 @@ def build_state(
         tokenizer=tokenizer,
         packer=build_packer(config, hf_config, tokenizer, topology),
         table=table,
-        module=module,
+        module=join_chunks(chunks),
         model=model,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optimizer, optimizer_steps),
+        exporter=WeightExporter(join_chunks(chunks), table, topology),
+        saver=CheckpointSaver(config.run.output_dir / "checkpoints", config.checkpoint),
         reference=reference,
     )
 
 
-def load_hf_config(config: RunConfig) -> Qwen2_5_VLConfig:
-    """ValueError when model.path is not a local Qwen2.5-VL folder."""
-    path = config.model.path
-    if not (path / "config.json").is_file():
-        raise ValueError(f"model.path {path} holds no config.json: give a Hugging Face checkpoint folder")
-    hf_config = Qwen2_5_VLConfig.from_pretrained(path, local_files_only=True)
-    if hf_config.model_type != "qwen2_5_vl":
-        raise ValueError(f"model.path {path} is a {hf_config.model_type!r} model; supported: qwen2_5_vl")
-    return hf_config
-
-
 def build_packer(
-    config: RunConfig, hf_config: Qwen2_5_VLConfig, tokenizer: PreTrainedTokenizerFast, topology: Topology
+    config: RunConfig, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, topology: Topology
 ) -> Packer:
     return Packer(
         image_processor=ImageProcessor(
             config.model.path, min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels
         ),
         image_token_id=hf_config.image_token_id,
+        positions=family_of(hf_config).positions,
         pad_token_id=tokenizer.pad_token_id,
         token_budget=config.data.token_budget,
         device=topology.device,
-        pad_multiple=config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1,
+        pad_multiple=row_multiple(config.parallel, config.precision),
+        sequence_multiple=sequence_multiple(config.parallel),
+        share_images=config.algorithm.samples_per_prompt > 1,
     )
 
 
@@ -133,6 +140,8 @@ def _optimizer_config(config: RunConfig, dtype: torch.dtype) -> OptimizerConfig:
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+        fp8_recipe=config.precision.fp8_recipe if config.precision.fp8 else None,
     )
 
 

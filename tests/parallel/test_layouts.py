@@ -9,7 +9,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from megatron_r1reward.checkpoint.hf import export_hf_tensors
+from megatron_r1reward.checkpoint.gather import export_hf_tensors
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.training.rollout_batch import shard_by_mini_batch

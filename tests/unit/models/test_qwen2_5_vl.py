@@ -8,13 +8,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from megatron_r1reward.checkpoint.hf import HfReader, export_hf_tensors, load_hf_weights
+from megatron_r1reward.checkpoint.gather import export_hf_tensors
+from megatron_r1reward.checkpoint.hf import HfReader, load_hf_weights
 from megatron_r1reward.config.schema import ParallelSection
 from megatron_r1reward.data.images import ImageProcessor
 from megatron_r1reward.data.packing import Packer
 from megatron_r1reward.models.qwen2_5_vl.config import build_configs
 from megatron_r1reward.models.qwen2_5_vl.mapping import weight_table
 from megatron_r1reward.models.qwen2_5_vl.model import Qwen25VL
+from megatron_r1reward.models.qwen2_5_vl.rotary import mrope_positions
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.types import PackedBatch, Prompt, Sequence
 
@@ -29,7 +31,7 @@ def topology():
 def model(tiny_folder: Path, topology: setup.Topology) -> Qwen25VL:
     config = Qwen2_5_VLConfig.from_pretrained(tiny_folder)
     built = Qwen25VL(build_configs(config, ParallelSection(), torch.float32), topology)
-    load_hf_weights(built, tiny_folder, weight_table(config), topology)
+    load_hf_weights(built, tiny_folder, weight_table(config))
     return built
 
 
@@ -39,6 +41,7 @@ def packer(tiny_folder: Path) -> Packer:
     return Packer(
         image_processor=ImageProcessor(tiny_folder, min_pixels=3136, max_pixels=28 * 28 * 64),
         image_token_id=config.image_token_id,
+        positions=mrope_positions,
         pad_token_id=0,
         token_budget=4096,
         device=torch.device("cpu"),
