@@ -10,9 +10,7 @@ import torch.distributed as dist
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden_SH: torch.Tensor, positions_R: torch.Tensor, group: dist.ProcessGroup
-    ) -> torch.Tensor:
+    def forward(ctx: Any, hidden_SH: torch.Tensor, positions_R: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         ranks, rank, length = group.size(), dist.get_rank(group), hidden_SH.shape[0]
         owner_R = positions_R.div(length, rounding_mode="floor")
         counts = torch.bincount(owner_R, minlength=ranks)

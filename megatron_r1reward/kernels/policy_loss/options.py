@@ -111,7 +111,9 @@ class TokenInputs:
         if options.kl_coefficient != 0.0 and self.reference_log_probs is None:
             raise ValueError(f"kl_coefficient is {options.kl_coefficient}: pass reference_log_probs, or set it to 0")
         if math.isfinite(options.importance_cap) and self.sampler_log_probs is None:
-            raise ValueError(f"importance_cap is {options.importance_cap}: pass sampler_log_probs, or leave it infinite")
+            raise ValueError(
+                f"importance_cap is {options.importance_cap}: pass sampler_log_probs, or leave it infinite"
+            )
         for name, tensor in self._per_row().items():
             if tensor.shape != (rows,):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)} beside {rows} rows of logits: pass [{rows}]")
