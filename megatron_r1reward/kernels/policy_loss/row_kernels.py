@@ -138,7 +138,6 @@ class TritonRows:
             grad_entropy_R,
             shard,
             temperature,
-            upstream=torch.ones((), dtype=torch.float32, device=logits_RV.device),
             with_entropy=with_entropy,
         )
 

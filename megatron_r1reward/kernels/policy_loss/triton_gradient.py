@@ -69,7 +69,6 @@ def gradient_kernel(
     entropy_ptr,
     grad_log_prob_ptr,
     grad_entropy_ptr,
-    upstream_ptr,
     columns,
     padded_columns,
     first_column,
@@ -78,11 +77,10 @@ def gradient_kernel(
     BLOCK: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
-    """One row per program. The upstream gradient is a scalar on the device: no synchronisation."""
+    """One row per program; rows whose coefficients are both 0 are not read."""
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31
-    upstream = tl.load(upstream_ptr)
-    grad_log_prob = tl.load(grad_log_prob_ptr + row) * upstream
-    grad_entropy = tl.load(grad_entropy_ptr + row) * upstream
+    grad_log_prob = tl.load(grad_log_prob_ptr + row)
+    grad_entropy = tl.load(grad_entropy_ptr + row)
     out_row = out_ptr + row * out_stride
     if (grad_log_prob != 0.0) | (grad_entropy != 0.0):
         target_column = tl.load(targets_ptr + row) - first_column

@@ -122,20 +122,14 @@ def logit_gradient_(
     shard: VocabularyShard,
     temperature: float,
     *,
-    upstream: torch.Tensor,
     with_entropy: bool,
-    out_RV: torch.Tensor | None = None,
 ) -> None:
-    """As `torch_rows.logit_gradient_`, times the scalar tensor `upstream` (float32, on the device).
-
-    `with_entropy` False: grad_entropy_R is known to be 0. `out_RV`: where to write instead of over the logits.
-    """
+    """Arguments and effect as in `torch_rows.logit_gradient_`."""
     rows, padded_columns = logits_RV.shape
-    out_RV = logits_RV if out_RV is None else out_RV
     if rows:
         gradient_kernel[(rows,)](
-            logits_RV, logits_RV.stride(0), out_RV, out_RV.stride(0), targets_R, normalizer_R, entropy_R,
-            grad_log_prob_R, grad_entropy_R, upstream, shard.width, padded_columns, shard.start,
+            logits_RV, logits_RV.stride(0), logits_RV, logits_RV.stride(0), targets_R, normalizer_R, entropy_R,
+            grad_log_prob_R, grad_entropy_R, shard.width, padded_columns, shard.start,
             LOG2_E / temperature, 1.0 / temperature, BLOCK=_block(GRADIENT_TILE, padded_columns),
             ENTROPY=with_entropy, num_warps=GRADIENT_TILE.warps,
         )  # fmt: skip
