@@ -36,8 +36,8 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    hidden_RH: torch.Tensor
-    weight_VH: torch.Tensor
+    hidden: torch.Tensor  # [R, H]
+    weight: torch.Tensor  # [V, H]
     inputs: TokenInputs
 
 
@@ -54,13 +54,13 @@ def make_batch(size: Size) -> Batch:
         advantages=advantages,
         weights=carries.float() / float(carries.sum()),
     )
-    return Batch(hidden_RH=hidden.requires_grad_(), weight_VH=weight.requires_grad_(), inputs=inputs)
+    return Batch(hidden=hidden.requires_grad_(), weight=weight.requires_grad_(), inputs=inputs)
 
 
 def naive(batch: Batch) -> torch.Tensor:
     """Plain torch over all rows: logits, log-softmax, the loss."""
     inputs = batch.inputs
-    log_p_RV = (batch.hidden_RH @ batch.weight_VH.t()).log_softmax(-1)
+    log_p_RV = (batch.hidden @ batch.weight.t()).log_softmax(-1)
     log_probs_R = log_p_RV.gather(1, inputs.targets[:, None]).squeeze(1)
     result = policy_loss(log_probs_R, inputs.old_log_probs, inputs.advantages, AlgorithmSection())
     return (result.per_token_loss * inputs.weights).sum()
@@ -68,14 +68,14 @@ def naive(batch: Batch) -> torch.Tensor:
 
 def fused(batch: Batch) -> torch.Tensor:
     """linear_policy_loss: active rows only, gradients formed in the forward."""
-    return linear_policy_loss(batch.hidden_RH, batch.weight_VH, batch.inputs, PolicyLossOptions()).total
+    return linear_policy_loss(batch.hidden, batch.weight, batch.inputs, PolicyLossOptions()).total
 
 
 def recompute(batch: Batch) -> torch.Tensor:
     """linear_log_probs on the active rows, the loss in plain torch, logits recomputed in the backward."""
     rows = (batch.inputs.weights != 0).nonzero().squeeze(1)
     inputs = batch.inputs.take(rows)
-    log_probs_R, _ = linear_log_probs(batch.hidden_RH[rows], batch.weight_VH, inputs.targets)
+    log_probs_R, _ = linear_log_probs(batch.hidden[rows], batch.weight, inputs.targets)
     result = policy_loss(log_probs_R, inputs.old_log_probs, inputs.advantages, AlgorithmSection())
     return (result.per_token_loss * inputs.weights).sum()
 
@@ -87,8 +87,8 @@ def liger(batch: Batch) -> torch.Tensor:
     function = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, loss_type="dapo")
     inputs = batch.inputs
     return function(
-        batch.hidden_RH.view(-1, SEQUENCE, batch.hidden_RH.shape[1]),
-        batch.weight_VH,
+        batch.hidden.view(-1, SEQUENCE, batch.hidden.shape[1]),
+        batch.weight,
         inputs.targets.view(-1, SEQUENCE),
         (inputs.weights != 0).view(-1, SEQUENCE).long(),
         inputs.advantages.view(-1, SEQUENCE)[:, 0],
@@ -110,7 +110,7 @@ def _memory_bytes(key: str) -> int:
 
 
 def _backward(variant: Callable[[Batch], torch.Tensor], batch: Batch) -> float:
-    batch.hidden_RH.grad = batch.weight_VH.grad = None
+    batch.hidden.grad = batch.weight.grad = None
     loss = variant(batch)
     loss.backward()
     return float(loss.detach())
@@ -129,8 +129,8 @@ def measure(name: str, size: Size, *, repeats: int, folder: Path) -> dict[str, A
     before = _memory_bytes("VmRSS")
     loss = _backward(variant, batch)
     peak = max(_memory_bytes("VmHWM"), _memory_bytes("VmRSS"))
-    assert batch.hidden_RH.grad is not None and batch.weight_VH.grad is not None
-    torch.save([batch.hidden_RH.grad, batch.weight_VH.grad], folder / f"{name}.pt")
+    assert batch.hidden.grad is not None and batch.weight.grad is not None
+    torch.save([batch.hidden.grad, batch.weight.grad], folder / f"{name}.pt")
     seconds = []
     for _ in range(repeats):
         started = time.perf_counter()

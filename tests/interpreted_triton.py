@@ -8,12 +8,12 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import numpy as np  # noqa: E402
-import triton.experimental.gluon  # noqa: E402, F401  (imported by the first launch, and checks the variable again)
-import triton.language as tl  # noqa: E402
-import triton.runtime.interpreter as interpreter  # noqa: E402
+import numpy as np
+import triton.experimental.gluon  # noqa: F401  (imported by the first launch, and checks the variable again)
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
 
-import megatron_r1reward.kernels.policy_loss.triton_launch  # noqa: E402, F401
+import megatron_r1reward.kernels.policy_loss.triton_launch  # noqa: F401
 
 del os.environ["TRITON_INTERPRET"]
 

@@ -49,7 +49,7 @@ class Result:
 def make_case(
     rows: int, vocabulary: int, options: PolicyLossOptions, *, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> tuple[torch.Tensor, TokenInputs]:
-    """Logits and inputs whose log-ratios, advantages and importance weights reach every branch; every 5th row masked."""
+    """Logits, and inputs whose log-ratios, advantages and importance weights reach every branch; 5th rows masked."""
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(rows, vocabulary, generator=generator) * 3).to(dtype)
     targets = torch.randint(0, vocabulary, (rows,), generator=generator)

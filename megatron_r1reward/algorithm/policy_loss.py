@@ -114,8 +114,8 @@ def policy_loss(
 
 
 def kl_estimate(log_probs_R: Tensor, reference_log_probs_R: Tensor, estimator: KlEstimator) -> Tensor:
-    """Per-token estimates of KL(policy || reference) from tokens of the policy (Schulman, "Approximating KL Divergence",
-    2020), [R], nats. With g = log_prob - reference:
+    """Per-token estimates of KL(policy || reference) from tokens of the policy, [R], nats (Schulman, "Approximating KL
+    Divergence", 2020). With g = log_prob - reference:
 
         k1 = g                  unbiased, but its own gradient has expectation zero
         k2 = g^2 / 2            its gradient is that of the divergence

@@ -1,1 +1,1 @@
-"""Numerical kernels: log-probabilities and the StableReinforce loss from vocab-parallel logits or from hidden states."""
+"""Numerical kernels: log-probabilities and the StableReinforce loss from logits or from hidden states."""

@@ -71,7 +71,7 @@ def choose(request: Request, *, requested: str = "auto", table: Mapping[str, Seq
         if refusal is not None:
             raise ValueError(f"implementation {requested!r} cannot be used: {refusal}. Choose another, or 'auto'")
         return Choice(name=requested, reason="requested by name")
-    skipped = []
+    skipped: list[str] = []
     for name in table[request.device]:
         refusal = refuses(name, request)
         if refusal is None:

@@ -128,7 +128,9 @@ def takes_main_grad(weight: torch.Tensor) -> bool:
 
 def weight_gradient_buffer(weight: torch.Tensor) -> torch.Tensor:
     """Where to add the weight gradient: `main_grad` itself, or a new float32 tensor."""
-    return weight.main_grad if takes_main_grad(weight) else torch.zeros_like(weight, dtype=torch.float32)
+    if takes_main_grad(weight):
+        return weight.main_grad  # type: ignore[attr-defined]
+    return torch.zeros_like(weight, dtype=torch.float32)
 
 
 def autograd_weight_gradient(weight: torch.Tensor, grad_weight_VH: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,6 @@ def gather_sequence_parallel_rows(
         ValueError: a position lies outside the sequence.
     """
     length = hidden_SH.shape[0] * group.size()
-    if len(positions_R) and not (0 <= int(positions_R.min()) and int(positions_R.max()) < length):
+    if len(positions_R) and not (int(positions_R.min()) >= 0 and int(positions_R.max()) < length):
         raise ValueError(f"positions_R reach {int(positions_R.max())}, but the sequence has {length} positions")
     return _GatherRows.apply(hidden_SH, positions_R, group)

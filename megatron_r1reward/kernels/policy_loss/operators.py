@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
@@ -47,7 +46,7 @@ def _(logits: Tensor, *_: Any) -> Tensor:
 @torch.library.custom_op("r1reward::gather_statistics", mutates_args=())
 def gather_statistics(parts: Tensor, ranks: int, group_name: str) -> Tensor:
     """The parts of all tensor-parallel ranks, [ranks, 4, R]; an empty name means one rank."""
-    group: dist.ProcessGroup | None = _resolve_process_group(group_name) if group_name else None
+    group = _resolve_process_group(group_name) if group_name else None  # type: ignore[arg-type]
     return gather_parts(parts, group).clone()
 
 

@@ -13,7 +13,6 @@ NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
 @triton.jit
 def row_gradient(
     row_ptr,
-    out_ptr,
     columns,
     padded_columns,
     scale,
@@ -27,12 +26,13 @@ def row_gradient(
     ENTROPY: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """(g_a ([y] - p) - g_b p (ln p + H)) / temperature in float32, rounded once; 0 in padding columns.
+    """Overwrite the row with (g_a ([y] - p) - g_b p (ln p + H)) / temperature, computed in float32 and rounded once;
+    padding columns with 0.
 
     REVERSE starts with the columns that were read last: they are still in the cache.
     """
     blocks = tl.cdiv(padded_columns, BLOCK)
-    for index in range(0, blocks):
+    for index in range(blocks):
         if REVERSE:
             start = (blocks - 1 - index) * BLOCK
         else:
@@ -47,23 +47,21 @@ def row_gradient(
             gradient -= grad_entropy * tl.where(p == 0.0, 0.0, p * (log2_p * LN_2 + entropy))
         gradient = tl.where(column == target_column, gradient + grad_log_prob, gradient) * inverse_temperature
         gradient = tl.where(column < columns, gradient, 0.0)
-        tl.store(out_ptr + column, gradient.to(out_ptr.dtype.element_ty), mask=column < padded_columns)
+        tl.store(row_ptr + column, gradient.to(row_ptr.dtype.element_ty), mask=column < padded_columns)
 
 
 @triton.jit
-def zero_row(out_ptr, padded_columns, BLOCK: tl.constexpr):
+def zero_row(row_ptr, padded_columns, BLOCK: tl.constexpr):
     """Fill a row with zeros."""
     for start in range(0, padded_columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        tl.store(out_ptr + column, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=column < padded_columns)
+        tl.store(row_ptr + column, tl.zeros([BLOCK], row_ptr.dtype.element_ty), mask=column < padded_columns)
 
 
 @triton.jit
 def gradient_kernel(
     logits_ptr,
     row_stride,
-    out_ptr,
-    out_stride,
     targets_ptr,
     normalizer_ptr,
     entropy_ptr,
@@ -81,16 +79,16 @@ def gradient_kernel(
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31
     grad_log_prob = tl.load(grad_log_prob_ptr + row)
     grad_entropy = tl.load(grad_entropy_ptr + row)
-    out_row = out_ptr + row * out_stride
+    row_ptr = logits_ptr + row * row_stride
     if (grad_log_prob != 0.0) | (grad_entropy != 0.0):
         target_column = tl.load(targets_ptr + row) - first_column
         row_gradient(
-            logits_ptr + row * row_stride, out_row, columns, padded_columns, scale, inverse_temperature, target_column,
+            row_ptr, columns, padded_columns, scale, inverse_temperature, target_column,
             tl.load(normalizer_ptr + row), tl.load(entropy_ptr + row), grad_log_prob, grad_entropy,
             BLOCK, ENTROPY, False,
         )  # fmt: skip
     else:
-        zero_row(out_row, padded_columns, BLOCK)
+        zero_row(row_ptr, padded_columns, BLOCK)
 
 
 @triton.jit

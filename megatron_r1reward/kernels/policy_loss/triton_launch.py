@@ -128,7 +128,7 @@ def logit_gradient_(
     rows, padded_columns = logits_RV.shape
     if rows:
         gradient_kernel[(rows,)](
-            logits_RV, logits_RV.stride(0), logits_RV, logits_RV.stride(0), targets_R, normalizer_R, entropy_R,
+            logits_RV, logits_RV.stride(0), targets_R, normalizer_R, entropy_R,
             grad_log_prob_R, grad_entropy_R, shard.width, padded_columns, shard.start,
             LOG2_E / temperature, 1.0 / temperature, BLOCK=_block(GRADIENT_TILE, padded_columns),
             ENTROPY=with_entropy, num_warps=GRADIENT_TILE.warps,

@@ -98,7 +98,7 @@ def row_kernel(
     tl.store(flags_ptr + row, flags)
     if has_gradient:
         row_gradient(
-            row_ptr, row_ptr, columns, padded_columns, scale, inverse_temperature, target_column,
+            row_ptr, columns, padded_columns, scale, inverse_temperature, target_column,
             normalizer, entropy, slope, entropy_slope, BLOCK, ENTROPY, True,
         )  # fmt: skip
     else:

@@ -32,9 +32,9 @@ POINTERS = {
     "flags_ptr": "*i32",
     "has_gradient_ptr": "*i8",
 }
-INTEGERS = {"row_stride": "i64", "out_stride": "i64", "columns": "i32", "padded_columns": "i32"}
+INTEGERS = {"row_stride": "i64", "columns": "i32", "padded_columns": "i32"}
 INTEGERS |= {"first_column": "i32", "rows": "i32", "ranks": "i32"}
-ALIGNED = ("row_stride", "out_stride", "columns", "padded_columns", "rows")
+ALIGNED = ("row_stride", "columns", "padded_columns", "rows")
 EVERYTHING = {"FILTER": 2, "KL": 3, "IMPORTANCE": True, "STANDARDIZE": True}
 
 
@@ -46,7 +46,7 @@ def signature(kernel: Any, constants: dict[str, Any], logits: str) -> tuple[dict
         if name in constants:
             types[name] = "constexpr"
             continue
-        if name in ("logits_ptr", "out_ptr", "gradient_ptr"):
+        if name in ("logits_ptr", "gradient_ptr"):
             types[name] = f"*{logits}"
         elif name.endswith("_ptr"):
             types[name] = POINTERS.get(name, "*fp32")

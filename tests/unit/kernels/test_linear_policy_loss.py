@@ -197,8 +197,8 @@ def test_log_probs_with_temperature_and_padded_vocabulary(implementation: str) -
     assert relative(entropy, -(log_p.exp() * log_p).sum(-1)) < 1e-6
 
 
-def test_no_temporary_grows_with_rows_or_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest tensor that the loss makes is a chunk of logits or a gradient of an input, never [rows, vocabulary]."""
+def test_no_temporary_grows_with_rows_or_vocabulary() -> None:
+    """The largest tensor made is a chunk of logits or a gradient of an input, never [rows, vocabulary]."""
     options = PolicyLossOptions()
     rows, vocabulary = 512, 3000
     generator = torch.Generator().manual_seed(0)

@@ -154,8 +154,10 @@ def test_opcheck(implementation: str) -> None:
     _, entropy, normalizer, _, grad_log_prob, grad_entropy, _ = operators.rows_loss(*rows)
     torch.library.opcheck(
         operators.logit_gradient_,
-        (logits.clone(), inputs.targets, normalizer, entropy, grad_log_prob, grad_entropy)
-        + (0, 96, 0.9, True, implementation),
+        (
+            *(logits.clone(), inputs.targets, normalizer, entropy, grad_log_prob, grad_entropy),
+            *(0, 96, 0.9, True, implementation),
+        ),
     )
 
 
