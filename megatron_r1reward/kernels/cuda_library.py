@@ -67,8 +67,8 @@ def row_(
     rows, columns = logits_RV.shape
     if logits_RV.data_ptr() % 16 or logits_RV.stride(0) % 8:
         raise ValueError(
-            f"logits start at {logits_RV.data_ptr():#x} with row stride {logits_RV.stride(0)}: the cluster kernel needs "
-            "multiples of 16 bytes; choose 'triton'"
+            f"logits start at {logits_RV.data_ptr():#x} with row stride {logits_RV.stride(0)}: the cluster kernel "
+            "needs multiples of 16 bytes; choose 'triton'"
         )
     log_probs_R, entropy_R, loss_R = torch.zeros(3, rows, dtype=torch.float32, device=logits_RV.device).unbind()
     has_gradient_R = torch.zeros(rows, dtype=torch.int8, device=logits_RV.device)
