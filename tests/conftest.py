@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import interpreted_triton  # noqa: F401  (before anything that imports Triton)
 import numpy as np
 import pytest
 import torch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,12 +12,14 @@ from torch import Tensor
 from megatron_r1reward.algorithm.segments import response_lengths
 from megatron_r1reward.config.schema import AlgorithmSection
 
+KlEstimator = Literal["k1", "k2", "k3"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLossResult:
     """Loss of each response token, [R] each; everything but the loss is detached and serves the metrics.
 
-    A token is *active* when its advantage is neither 0 nor NaN and its importance weight is not 0. On inactive tokens
+    A token is *active* when its advantage is finite and not 0 and its importance weight is not 0. On inactive tokens
     the masks are False and the ratio is 1.
     """
 
@@ -48,6 +51,7 @@ def policy_loss(
     *,
     importance_weights_R: Tensor | None = None,
     entropy_R: Tensor | None = None,
+    reference_log_probs_R: Tensor | None = None,
 ) -> PolicyLossResult:
     """StableReinforce's objective per token (paper Alg. 1): -min(rho * A, clip(rho, 1 - eps_lo, 1 + eps_hi) * A) with
     rho = exp(clamp(log_prob - old_log_prob, ln preclip_min, ln preclip_max)).
@@ -58,10 +62,11 @@ def policy_loss(
         A < 0:  rho >= 1 - eps_lo, and rho <= dual_clip where that is set
 
     Clamping before exp makes the gradient exactly zero outside the bounds and never forms an infinity there. A token
-    with zero or NaN advantage contributes exactly 0 loss and 0 gradient, whatever its log-probs are. A NaN log-ratio of
-    an active token propagates.
+    with a zero or non-finite advantage contributes exactly 0 loss and 0 gradient, whatever its log-probs are. A NaN
+    log-ratio of an active token propagates.
 
-    The entropy bonus, -entropy_coefficient * entropy, applies to every token, also to those without an advantage.
+    The entropy bonus, -entropy_coefficient * entropy, and the KL term, kl_loss_coefficient * `kl_estimate`, apply to
+    every token, also to those without an advantage.
 
     Args:
         log_probs_R: float [R], natural log, with gradient.
@@ -69,12 +74,13 @@ def policy_loss(
         advantages_R: float [R].
         importance_weights_R: float [R] >= 0, `correction.truncated_importance_weights`; multiplies the loss.
         entropy_R: float [R], nats, with gradient; needed when `config.entropy_coefficient` is not 0.
+        reference_log_probs_R: float [R]; needed when `config.kl_loss_coefficient` is not 0.
 
     Raises:
-        ValueError: an entropy coefficient without `entropy_R`.
+        ValueError: an entropy or KL coefficient without its tensor.
     """
     weighted_R = advantages_R if importance_weights_R is None else advantages_R * importance_weights_R
-    active_R = (advantages_R != 0) & ~advantages_R.isnan() & (weighted_R != 0)
+    active_R = (advantages_R != 0) & advantages_R.isfinite() & (weighted_R != 0)
     # Select on the inputs: masking the product afterwards would leave 0 * inf = NaN in the backward pass.
     advantage_R = torch.where(active_R, weighted_R.detach(), 0.0)
     log_ratio_R = torch.where(active_R, log_probs_R, 0.0) - torch.where(active_R, old_log_probs_R, 0.0)
@@ -89,6 +95,14 @@ def policy_loss(
                 f"algorithm.entropy_coefficient is {config.entropy_coefficient}: pass entropy_R, or set it to 0"
             )
         loss_R = loss_R - config.entropy_coefficient * entropy_R
+    if config.kl_loss_coefficient != 0.0:
+        if reference_log_probs_R is None:
+            raise ValueError(
+                f"algorithm.kl_loss_coefficient is {config.kl_loss_coefficient}: pass reference_log_probs_R, "
+                "or set it to 0"
+            )
+        kl_R = kl_estimate(log_probs_R, reference_log_probs_R, config.kl_loss_estimator)
+        loss_R = loss_R + config.kl_loss_coefficient * kl_R
     return PolicyLossResult(
         per_token_loss=loss_R,
         ratio=preclipped_R.detach().exp(),
@@ -97,6 +111,24 @@ def policy_loss(
         clipped_low=preclipped_R < lower_R,
         clipped_high=preclipped_R > upper_R,
     )
+
+
+def kl_estimate(log_probs_R: Tensor, reference_log_probs_R: Tensor, estimator: KlEstimator) -> Tensor:
+    """Per-token estimates of KL(policy || reference) from tokens of the policy, [R], nats (Schulman, "Approximating KL
+    Divergence", 2020). With g = log_prob - reference:
+
+        k1 = g                  unbiased, but its own gradient has expectation zero
+        k2 = g^2 / 2            its gradient is that of the divergence
+        k3 = exp(-g) - 1 + g    unbiased and never negative
+    """
+    gap_R = log_probs_R - reference_log_probs_R
+    match estimator:
+        case "k1":
+            return gap_R
+        case "k2":
+            return 0.5 * gap_R.square()
+        case "k3":
+            return (-gap_R).expm1() + gap_R
 
 
 def aggregation_weights(cu_response: Tensor, config: AlgorithmSection) -> Aggregation:

@@ -148,7 +148,9 @@ class AlgorithmSection(Section):
     """StableReinforce. Defaults are the paper's; `docs/algorithm.md` lists where the released code differs."""
 
     gamma: Fraction = 1.0
-    kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    kl_coefficient: Annotated[float, Field(ge=0)] = 0.0  # KL to the reference inside the reward
+    kl_loss_coefficient: Annotated[float, Field(ge=0)] = 0.0  # KL to the reference as a term of the loss
+    kl_loss_estimator: Literal["k1", "k2", "k3"] = "k3"
     samples_per_prompt: PositiveInt = 1
     baseline: Literal["none", "group_mean", "leave_one_out"] = "none"
     group_normalize: bool = False  # GRPO: divide by the group's standard deviation
@@ -166,6 +168,11 @@ class AlgorithmSection(Section):
     truncated_importance_sampling: Annotated[float, Field(gt=0)] | None = None
     aggregation: Literal["sequence_mean", "token_mean", "constant_length"] = "sequence_mean"
     constant_length: PositiveInt = 1024
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a frozen copy of the initial policy has to be kept."""
+        return self.kl_coefficient > 0 or self.kl_loss_coefficient > 0
 
     @model_validator(mode="after")
     def _bounds(self) -> AlgorithmSection:

@@ -1,1 +1,1 @@
-"""Numerical kernels: the LM head fused with log-probabilities."""
+"""Numerical kernels: log-probabilities and the StableReinforce loss from logits or from hidden states."""

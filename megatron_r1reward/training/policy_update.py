@@ -20,6 +20,7 @@ def _loss(state: TrainState, rollouts: RolloutBatch) -> Loss:
     algorithm = state.config.algorithm
     assert rollouts.old_log_probs is not None and rollouts.advantages is not None
     old_log_probs_R, advantages_R = rollouts.old_log_probs, rollouts.advantages
+    reference_R = rollouts.reference_log_probs
     importance_R = None
     if algorithm.truncated_importance_sampling is not None:
         importance_R = truncated_importance_weights(
@@ -36,6 +37,7 @@ def _loss(state: TrainState, rollouts: RolloutBatch) -> Loss:
             algorithm,
             importance_weights_R=None if importance_R is None else importance_R[rows].to(device),
             entropy_R=output_2R[1],
+            reference_log_probs_R=None if reference_R is None else reference_R[rows].to(device),
         )
         total = (rollouts.aggregation.weights[rows].to(device) * result.per_token_loss).sum()
         count = rollouts.aggregation.counts[list(batch.sequence_indices)].sum()

@@ -115,7 +115,7 @@ def prepare(
             f"{topology.data_parallel_size} data-parallel ranks: every rank needs one"
         )
     updates = config.rl.steps * config.rl.rollout_batch_size // config.rl.train_batch_size
-    with_reference = config.algorithm.kl_coefficient > 0
+    with_reference = config.algorithm.needs_reference
     state = build_state(config, topology, optimizer_steps=updates, with_reference=with_reference)
     builder = PromptBuilder(state.tokenizer, config.data.max_prompt_tokens)
     return state, PromptLoader(preferences, builder, config.data, seed=config.run.seed)

@@ -124,6 +124,7 @@ def test_dual_clip_binds_only_for_negative_advantages() -> None:
         (-1.0, -math.inf, 0.0, 1.0),
         (-1.0, math.nan, 0.0, 1.0),
         (-1.0, -1.0, math.nan, 1.0),
+        (-1.0, -1.0, math.inf, 1.0),
         (math.nan, math.nan, math.nan, 1.0),
         (-1.0, -1.0, 0.0, math.nan),
         (-1.0, -math.inf, -1.0, 0.0),
@@ -191,6 +192,32 @@ def test_entropy_bonus_reaches_filtered_tokens_too() -> None:
 def test_entropy_coefficient_without_entropy_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"entropy_coefficient is 0\.01"):
         policy_loss(leaf(-1.0), doubles(-1.0), doubles(1.0), AlgorithmSection(entropy_coefficient=0.01))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "expected", "slope"),
+    [
+        ("k1", (0.5, -0.25), (1.0, 1.0)),
+        ("k2", (0.125, 0.03125), (0.5, -0.25)),
+        ("k3", (math.exp(-0.5) - 0.5, math.exp(0.25) - 1.25), (1 - math.exp(-0.5), 1 - math.exp(0.25))),
+    ],
+)
+def test_kl_term_reaches_every_token(estimator: str, expected: tuple[float, float], slope: tuple[float, float]) -> None:
+    """With g = log_prob - reference = 0.5 and -0.25; no advantage, so nothing else is in the loss."""
+    config = AlgorithmSection(kl_loss_coefficient=0.1, kl_loss_estimator=estimator)
+    log_probs = leaf(-1.0, -2.0)
+    reference = doubles(-1.5, -1.75)
+    result = policy_loss(log_probs, doubles(-1.0, -2.0), doubles(0.0, 0.0), config, reference_log_probs_R=reference)
+    result.per_token_loss.sum().backward()
+    torch.testing.assert_close(result.per_token_loss.detach(), 0.1 * doubles(*expected))
+    torch.testing.assert_close(log_probs.grad, 0.1 * doubles(*slope))
+
+
+def test_kl_coefficient_without_reference_is_an_error() -> None:
+    config = AlgorithmSection(kl_loss_coefficient=0.1)
+    assert config.needs_reference
+    with pytest.raises(ValueError, match=r"kl_loss_coefficient is 0\.1: pass reference_log_probs_R"):
+        policy_loss(leaf(-1.0), doubles(-1.0), doubles(1.0), config)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
