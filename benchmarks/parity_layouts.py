@@ -22,7 +22,8 @@ class Layout:
     ranks: int
     parallel: dict[str, Any]
     model: dict[str, Any] = field(default_factory=dict)
-    moe_only: bool = False
+    precision: dict[str, Any] = field(default_factory=dict)
+    needs_experts: bool = False
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -39,9 +40,7 @@ LAYOUTS: dict[str, Layout] = {
     "DP2 distributed optimizer, overlap": Layout(ranks=2, parallel=OVERLAP),
     "TP2 images sharded": Layout(ranks=2, parallel=TP2 | SHARDED),
     "CP2 images sharded": Layout(ranks=2, parallel=CP2 | SHARDED),
-    "TP2 full recompute": Layout(
-        ranks=2, parallel=TP2 | {"recompute": "full", "recompute_vision": True}
-    ),
+    "TP2 full recompute": Layout(ranks=2, parallel=TP2 | {"recompute": "full", "recompute_vision": True}),
     "CP2 selective recompute": Layout(ranks=2, parallel=CP2 | {"recompute": "selective"}),
     "TP2xPP2": Layout(ranks=4, parallel=TP2 | PP2),
     "TP2xCP2": Layout(ranks=4, parallel=TP2 | CP2),
