@@ -13,8 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from reporting import print_table, write_json  # noqa: E402
 
 from megatron_r1reward.checkpoint.hf import export_hf_tensors  # noqa: E402
 from megatron_r1reward.config.schema import RunConfig  # noqa: E402
-from megatron_r1reward.models.tiny import TinySpec, write_tiny_checkpoint  # noqa: E402
+from megatron_r1reward.models.tiny import TinyQwen3Spec, TinySpec, write_tiny_checkpoint  # noqa: E402
 from megatron_r1reward.parallel import setup  # noqa: E402
 from megatron_r1reward.parallel.chunks import chunks_of  # noqa: E402
 from megatron_r1reward.training.data_parallel import zero_gradients  # noqa: E402
@@ -55,17 +54,27 @@ BUDGET = 400
 CORPUS = ["Which digit is shown? 0 1 2 3 4 5 6 7 8 9", "The image shows 7. Response 1 is better."] * 4
 
 
-def write_qwen2_5_vl(folder: Path) -> None:
-    """Four layers, so that two stages can hold two chunks each; queries are grouped, embeddings untied."""
-    spec = TinySpec(
+# Four layers, so that two stages can hold two chunks each; grouped queries; Qwen3-VL with a deepstack level that crosses
+# the stage boundary, heads wider than hidden / heads, and one dense layer among the mixtures of experts.
+_QWEN3 = TinyQwen3Spec(
+    vocab_size=512, hidden_size=64, intermediate_size=160, num_layers=4, num_key_value_heads=2, head_dim=32,
+    mrope_section=(6, 5, 5), vision_depth=4, vision_hidden_size=64, vision_intermediate_size=96,
+    deepstack_blocks=(0, 1, 2),
+)  # fmt: skip
+FAMILIES: dict[str, TinySpec | TinyQwen3Spec] = {
+    "qwen2_5_vl": TinySpec(
         vocab_size=512, hidden_size=64, intermediate_size=160, num_layers=4, mrope_section=(2, 3, 3),
         vision_hidden_size=64, vision_intermediate_size=96,
-    )  # fmt: skip
-    write_tiny_checkpoint(folder, corpus=CORPUS, init_std=0.15, spec=spec)
+    ),
+    "qwen3_vl": _QWEN3,
+    "qwen3_vl_moe": replace(_QWEN3, num_experts=4, mlp_only_layers=(2,)),
+}  # fmt: skip
+WITH_EXPERTS = frozenset({"qwen3_vl_moe"})
 
 
-WITH_EXPERTS: frozenset[str] = frozenset()
-FAMILIES: dict[str, Callable[[Path], None]] = {"qwen2_5_vl": write_qwen2_5_vl}
+def write_family(name: str, folder: Path) -> None:
+    """A random tiny checkpoint whose distributions are far from uniform."""
+    write_tiny_checkpoint(folder, corpus=CORPUS, init_std=0.15, spec=FAMILIES[name])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +234,7 @@ def main() -> int:
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        FAMILIES[arguments.family](Path(folder) / "tiny")
+        write_family(arguments.family, Path(folder) / "tiny")
         images = write_images(Path(folder) / "images")
         single = Layout(ranks=1, parallel={"use_distributed_optimizer": False})
         reference = run_ranks(two_steps, 1, Path(folder) / "tiny", images, single, 100_000)[0]

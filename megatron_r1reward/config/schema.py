@@ -25,6 +25,14 @@ class RunSection(Section):
     num_threads: PositiveInt | None = None  # intra-op threads of one trainer rank; None: leave torch's default
 
 
+class MoeSection(Section):
+    """Switches of mixture-of-experts models; dense models ignore them. The router always computes in float32."""
+
+    load_balancing: Literal["none", "aux_loss", "global_aux_loss"] = "none"  # per micro-batch | over the global batch
+    aux_loss_coefficient: Annotated[float, Field(ge=0)] = 1e-3
+    z_loss_coefficient: Annotated[float, Field(ge=0)] = 0.0  # 0: off
+
+
 class ModelSection(Section):
     path: Path  # HF checkpoint folder: config.json, safetensors, tokenizer, processor
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -32,6 +40,7 @@ class ModelSection(Section):
     freeze_vision_tower: bool = False
     freeze_merger: bool = False
     freeze_language: bool = False
+    moe: MoeSection = MoeSection()
 
     @model_validator(mode="after")
     def _something_trains(self) -> ModelSection:
@@ -48,6 +57,7 @@ class ParallelSection(Section):
     virtual_pipeline_model_parallel_size: PositiveInt = 1  # model chunks per stage; above 1: interleaved schedule
     context_parallel_size: PositiveInt = 1
     context_parallel_comm: Literal["p2p", "all_gather", "a2a"] = "p2p"  # Transformer Engine only; local: all-gather
+    expert_model_parallel_size: PositiveInt = 1  # mixture of experts: ranks that share the experts of a layer
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False

@@ -30,8 +30,7 @@ def freeze(chunk: torch.nn.Module, section: ModelSection) -> None:
     """Apply the freeze switches to one model chunk, before gradients get their buffers."""
     vision: Any = chunk.vision
     if vision is not None:
-        merger = list(vision.merger.parameters()) + list(vision.decoder.final_layernorm.parameters())
-        merger_ids = {id(parameter) for parameter in merger}
+        merger_ids = {id(parameter) for parameter in vision.merger_parameters()}
         for parameter in vision.parameters():
             in_merger = id(parameter) in merger_ids
             if section.freeze_vision or (section.freeze_merger if in_merger else section.freeze_vision_tower):
