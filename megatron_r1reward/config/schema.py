@@ -70,6 +70,13 @@ class ParallelSection(Section):
     recompute_num_layers: PositiveInt = 1  # full: layers per checkpointed group
     recompute_vision: bool = False  # the same inside the vision tower (always full there)
 
+    @property
+    def expert_tensor_parallel_size(self) -> int:
+        """Ranks that cut each expert. Under expert parallelism experts stay whole. Without it they are cut like every
+        other layer: megatron-core 0.16.1 would not sum the gradients of experts that are whole on every tensor-parallel
+        rank."""
+        return self.tensor_model_parallel_size if self.expert_model_parallel_size == 1 else 1
+
     @model_validator(mode="after")
     def _combinations(self) -> ParallelSection:
         if self.virtual_pipeline_model_parallel_size > 1 and self.pipeline_model_parallel_size == 1:

@@ -30,13 +30,13 @@ def freeze(chunk: torch.nn.Module, section: ModelSection) -> None:
     """Apply the freeze switches to one model chunk, before gradients get their buffers."""
     vision = chunk.vision
     if vision is not None:
-        merger_ids = {id(parameter) for parameter in vision.merger_parameters()}
+        merger_ids = {id(parameter) for parameter in vision.merger_parameters()}  # type: ignore[union-attr,operator]
         for parameter in vision.parameters():  # type: ignore[union-attr]
             in_merger = id(parameter) in merger_ids
             if section.freeze_vision or (section.freeze_merger if in_merger else section.freeze_vision_tower):
                 parameter.requires_grad_(False)
     if section.freeze_language:
-        chunk.language_model.requires_grad_(False)
+        chunk.language_model.requires_grad_(False)  # type: ignore[union-attr,operator]
 
 
 def wrap_data_parallel(
