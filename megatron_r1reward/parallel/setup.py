@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_r1reward.config.schema import ParallelSection
 from megatron_r1reward.parallel import cpu
 from megatron_r1reward.parallel.apex import check_apex
+from megatron_r1reward.parallel.precision import set_deterministic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +119,17 @@ def check_world_size(section: ParallelSection, world_size: int) -> None:
         )
 
 
-def initialize(section: ParallelSection, *, seed: int, timeout: timedelta = timedelta(minutes=10)) -> Topology:
-    """Create megatron-core's process groups. Call once per process, before any model is built."""
+def initialize(
+    section: ParallelSection, *, seed: int, deterministic: bool = False, timeout: timedelta = timedelta(minutes=10)
+) -> Topology:
+    """Create megatron-core's process groups. Call once per process, before any model is built.
+
+    Raises:
+        ValueError: the ranks do not hold whole replicas, or the unrelated `apex` package is installed.
+    """
     check_apex()
+    if deterministic:
+        set_deterministic()
     cpu.install()
     from megatron.core import parallel_state, tensor_parallel
 
