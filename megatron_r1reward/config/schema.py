@@ -28,8 +28,8 @@ class RunSection(Section):
 class MoeSection(Section):
     """Switches of mixture-of-experts models; dense models ignore them. The router always computes in float32."""
 
-    load_balancing: Literal["none", "aux_loss", "global_aux_loss"] = "none"  # per micro-batch | over the global batch
-    aux_loss_coefficient: Annotated[float, Field(ge=0)] = 1e-3
+    load_balancing: Literal["none", "aux_loss"] = "none"  # aux_loss: Switch Transformer's, over each micro-batch
+    aux_loss_coefficient: Annotated[float, Field(ge=0)] = 1e-3  # used with load_balancing = "aux_loss"
     z_loss_coefficient: Annotated[float, Field(ge=0)] = 0.0  # 0: off
 
 
