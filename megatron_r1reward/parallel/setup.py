@@ -108,7 +108,9 @@ def check_world_size(section: ParallelSection, world_size: int) -> None:
             f"{section.pipeline_model_parallel_size} x context_parallel_size {section.context_parallel_size}: "
             f"start a multiple of {model_ranks} ranks"
         )
-    expert_ranks = section.expert_model_parallel_size * section.pipeline_model_parallel_size
+    expert_ranks = (
+        section.expert_model_parallel_size * section.expert_tensor_parallel_size * section.pipeline_model_parallel_size
+    )
     if world_size % expert_ranks:
         raise ValueError(
             f"{world_size} ranks cannot hold experts of expert_model_parallel_size "
@@ -144,7 +146,7 @@ def initialize(
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         context_parallel_size=section.context_parallel_size,
         expert_model_parallel_size=section.expert_model_parallel_size,
-        expert_tensor_parallel_size=1,  # whole experts on a rank
+        expert_tensor_parallel_size=section.expert_tensor_parallel_size,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     rank = dist.get_rank()

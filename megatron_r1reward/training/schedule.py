@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_r1reward.parallel.chunks import chunks_of
@@ -135,7 +136,7 @@ def optimizer_step(state: TrainState) -> StepOutcome:
     skipped = bool(found_inf) or not math.isfinite(grad_norm)
     if not skipped:
         if section.clip_grad > 0:
-            state.optimizer.clip_grad_norm(section.clip_grad)
+            _clip(state.optimizer, section.clip_grad, grad_norm)
         state.optimizer.step_with_ready_grads()
     state.scheduler.step(increment=1)
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
@@ -145,6 +146,14 @@ def optimizer_step(state: TrainState) -> StepOutcome:
             "recover. Resume from the last checkpoint with a lower optimizer.lr, or look for broken data"
         )
     return StepOutcome(grad_norm=grad_norm, skipped=skipped, lr=lr)
+
+
+def _clip(optimizer: Any, max_norm: float, grad_norm: float) -> None:
+    """Scale all gradients by one factor. Experts have an optimizer of their own: the norm is that of all parameters."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = part.get_parameters()
+        if parameters:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=max_norm, total_norm=grad_norm)
 
 
 def reduce_statistics(state: TrainState, statistics: Sequence[dict[str, float]]) -> dict[str, float]:
