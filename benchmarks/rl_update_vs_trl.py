@@ -170,9 +170,7 @@ def main() -> int:
     write_json(arguments.json, "rl_update_vs_trl", rows, active=arguments.active, shape=vars(SHAPE), goal=GOAL)
     same = abs(ours[0] - theirs[0]) < 1e-4
     speedup = theirs[1] / ours[1]
-    print(
-        f"losses {'agree' if same else 'DIFFER'}; {speedup:.2f}x TRL's tokens per second at {arguments.active} active rows"
-    )
+    print(f"losses {'agree' if same else 'DIFFER'}; {speedup:.2f}x TRL's tokens/s at {arguments.active} active rows")
     return 1 if arguments.check and not (same and speedup >= GOAL) else 0
 
 

@@ -1,7 +1,7 @@
 """Share of a training step in the LM head and the vision tower, before and after two savings: the head on response rows
 only, and an image shared by samples encoded once.
 
-    python benchmarks/step_breakdown.py [--samples 8] [--repeats 3] [--json FILE] [--check]
+    python benchmarks/step_breakdown.py [--samples 4] [--repeats 3] [--json FILE] [--check]
 
 A step is forward and backward of one micro-batch, on one thread. Head and tower are timed alone on the same inputs.
 """
@@ -79,10 +79,10 @@ def measure(state: TrainState, name: str, batch: PackedBatch, rows_R: torch.Tens
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=8, help="samples of one prompt")
+    parser.add_argument("--samples", type=int, default=4, help="samples of one prompt")
     parser.add_argument("--image-side", type=int, default=448)
-    parser.add_argument("--text-tokens", type=int, default=400)
-    parser.add_argument("--response-tokens", type=int, default=200)
+    parser.add_argument("--text-tokens", type=int, default=300)
+    parser.add_argument("--response-tokens", type=int, default=150)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--check", action="store_true", help="exit 1 when a saving does not shorten the step")

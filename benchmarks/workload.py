@@ -59,9 +59,8 @@ def sequences(state: TrainState, shape: Shape, images: Path) -> list[Sequence]:
     """prompts x samples sequences of random tokens, samples of one prompt next to each other."""
     images.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
-    start, pad, end = (
-        state.tokenizer.convert_tokens_to_ids(f"<|{n}|>") for n in ("vision_start", "image_pad", "vision_end")
-    )
+    special = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
+    start, pad, end = state.tokenizer.convert_tokens_to_ids(special)
 
     def tokens(length: int) -> list[int]:
         vary = 1 + shape.spread * generator.uniform(-1, 1)
