@@ -138,7 +138,10 @@ class Qwen3VL(VisionLanguageModel):
             attention_mask=None,
             decoder_input=embedding_T1H,
             packed_seq_params=DecoderSeqParams(
-                **vars(packed(batch.cu_seqlens)), visual_rows=visual_rows_V, first_level=self.layers.start
+                **vars(packed(batch.cu_seqlens)),
+                visual_rows=visual_rows_V,
+                first_level=self.layers.start,
+                loss_tokens=batch.targets.numel(),
             ),
             extra_block_kwargs={"context": features_KVH},
         )
