@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CORPUS
+from corpus import CORPUS
 from family import Member
 from reference import SERVER
 
