@@ -54,8 +54,8 @@ BUDGET = 400
 CORPUS = ["Which digit is shown? 0 1 2 3 4 5 6 7 8 9", "The image shows 7. Response 1 is better."] * 4
 
 
-# Four layers, so that two stages can hold two chunks each; grouped queries; Qwen3-VL with a deepstack level that crosses
-# the stage boundary, heads wider than hidden / heads, and one dense layer among the mixtures of experts.
+# Four layers, so that two stages can hold two chunks each; grouped queries. Qwen3-VL with a deepstack level that
+# crosses the stage boundary, heads wider than hidden / heads, and one dense layer among the mixtures of experts.
 _QWEN3 = TinyQwen3Spec(
     vocab_size=512, hidden_size=64, intermediate_size=160, num_layers=4, num_key_value_heads=2, head_dim=32,
     mrope_section=(6, 5, 5), vision_depth=4, vision_hidden_size=64, vision_intermediate_size=96,
@@ -88,8 +88,11 @@ class Trace:
 
 
 def applies(family: str, layout: Layout) -> bool:
-    """Whether the family can run the layout."""
-    return not layout.needs_experts or family in WITH_EXPERTS
+    """Whether the family can run the layout: mixtures of experts under tensor parallelism need sequence parallelism."""
+    if family not in WITH_EXPERTS:
+        return not layout.needs_experts
+    tensor_parallel = layout.parallel.get("tensor_model_parallel_size", 1) > 1
+    return not tensor_parallel or bool(layout.parallel.get("sequence_parallel"))
 
 
 def write_images(folder: Path) -> tuple[str, ...]:

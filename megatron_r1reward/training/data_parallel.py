@@ -36,7 +36,7 @@ def freeze(chunk: torch.nn.Module, section: ModelSection) -> None:
             if section.freeze_vision or (section.freeze_merger if in_merger else section.freeze_vision_tower):
                 parameter.requires_grad_(False)
     if section.freeze_language:
-        chunk.language_model.requires_grad_(False)  # type: ignore[union-attr,operator]
+        chunk.language_model.requires_grad_(False)
 
 
 def wrap_data_parallel(
