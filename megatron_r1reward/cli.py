@@ -12,9 +12,12 @@ from typing import Annotated
 
 import typer
 
+from megatron_r1reward.cli_convert import app as convert_app
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 data_app = typer.Typer(no_args_is_help=True, help="Build, import and inspect preference data.")
 app.add_typer(data_app, name="data")
+app.add_typer(convert_app, name="convert")
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="the run file")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="applied left to right")]

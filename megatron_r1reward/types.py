@@ -5,6 +5,7 @@ Paths, token ids and numbers travel; decoded images never do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -125,3 +126,31 @@ class StepStats:
 
     step: int
     metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorMeta:
+    """A tensor without its values."""
+
+    name: str  # Hugging Face checkpoint name
+    dtype: str  # torch's name without the prefix, e.g. "bfloat16"
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor) -> TensorMeta:
+        return cls(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"tensor {self.name}: {self.dtype!r} is not a torch dtype; send e.g. 'bfloat16'")
+        return dtype
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.numel * self.torch_dtype.itemsize

@@ -1,31 +1,49 @@
-"""Training state through megatron-core's distributed checkpoints, with a manifest written last.
+"""Training state through megatron-core's distributed checkpoints.
 
-Layout of `<run>/checkpoints`: `step-00000025/` (the shards, `state.json`, `manifest.json`) and `latest`, a file with
-the name of the newest complete one. A checkpoint without a manifest that matches its files does not exist.
+Layout of `<run>/checkpoints`: `step-00000025/` (the shards, `state.json`, `manifest.json`), `run_id`, and `latest`, a
+file with the name of the newest complete checkpoint. A save works in `step-00000025.partial`, writes the manifest last
+and renames: a checkpoint without a manifest that matches its files does not exist.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
-import shutil
+import random
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.validation import StrictHandling
 
-MANIFEST = "manifest.json"
+from megatron_r1reward.checkpoint.manifest import find_damage, read_manifest
+
 STATE = "state.json"
 LATEST = "latest"
+RUN_ID = "run_id"
 log = logging.getLogger(__name__)
 
 
-def _metadata() -> dict[str, Any]:
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written. What was good before is still there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a checkpoint holds of one rank: the model (or its chunks), the optimizer and the schedule."""
+
+    model: Any
+    optimizer: Any
+    scheduler: Any
+
+
+def sharding_metadata() -> dict[str, Any]:
     # megatron-core's default optimizer sharding cannot be saved in 0.16.1; this one loads under any layout.
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -35,98 +53,160 @@ def _metadata() -> dict[str, Any]:
     }
 
 
-def _sharded_state(model: Any, optimizer: Any, *, loading: bool) -> dict[str, Any]:
-    metadata = _metadata()
-    weights = model.sharded_state_dict(metadata=metadata)
+def sharded_state(trained: Trained, *, loading: bool) -> dict[str, Any]:
+    metadata = sharding_metadata()
+    weights = trained.model.sharded_state_dict(metadata=metadata)
+    if not loading:
+        _ensure_moments(trained.optimizer)
     return {
         "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata),
+        "optimizer": trained.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata),
     }
 
 
-def atomic_write(path: Path, text: str) -> None:
-    """The file appears with its whole content or not at all."""
-    staging = path.with_name(path.name + ".partial")
-    with staging.open("w") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(staging, path)
+def _ensure_moments(optimizer: Any) -> None:
+    """Before the first step an Adam has no moments yet; megatron-core can save them only when they exist (as zeros)."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(part, "optimizer", None)
+        if inner is None or any(inner.state.values()):
+            continue
+        part.init_state_fn(inner, part.config)
+        for group in inner.param_groups:
+            group.setdefault("step", 0)
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def layout() -> dict[str, int]:
+    """The parallel sizes under which ranks have the same places, e.g. the same random states."""
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context": parallel_state.get_context_parallel_world_size(),
+        "expert": parallel_state.get_expert_model_parallel_world_size(),
+        "world": dist.get_world_size(),
+    }
 
 
-def save_checkpoint(
-    root: Path, *, step: int, model: Any, optimizer: Any, scheduler: Any, state: Mapping[str, Any], keep_last: int
-) -> Path:
-    """Save after `step` finished steps; collective. `state` is JSON: counters, weight version, configuration.
+def random_state(data: Any = None) -> ShardedObject:
+    """This rank's generators. Every rank has its own: they are restored under the same layout only."""
+    return ShardedObject("random_state", data, (dist.get_world_size(),), (dist.get_rank(),), replica_id=0)
 
-    Older checkpoints beyond `keep_last` are removed only after the new one is complete.
+
+def collect_random_state() -> dict[str, Any]:
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),
+    }
+
+
+def _restore_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+
+
+def describe_problem(folder: Path, *, run_id: str | None = None, hashes: bool = True) -> str | None:
+    """None when the checkpoint is intact and of this run, else the first thing that is wrong.
+
+    Args:
+        run_id: of the run that asks; a checkpoint of another run is a problem. None: any run's will do.
     """
-    folder = root / f"step-{step:08d}"
-    main = dist.get_rank() == 0
-    if main:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    dist.barrier()
-    sharded = _sharded_state(model, optimizer, loading=False)
-    sharded["scheduler"] = scheduler.state_dict()
-    content = {key: value for key, value in _metadata().items() if key != "dp_cp_group"}
-    dist_checkpointing.save(sharded, str(folder), content_metadata=content)
-    if main:
-        atomic_write(folder / STATE, json.dumps({"step": step, **state}, indent=2, default=str))
-        files = {path.name: _hash(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
-        atomic_write(folder / MANIFEST, json.dumps({"step": step, "sha256": files}, indent=2))
-        atomic_write(root / LATEST, folder.name)
-        for old in sorted(root.glob("step-????????"))[:-keep_last]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return folder
-
-
-def verify_checkpoint(folder: Path) -> str | None:
-    """None when every file is as the manifest says, else the first thing that is wrong."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing: the save did not finish"
-    except json.JSONDecodeError:
-        return f"{MANIFEST} is not JSON"
-    for name, expected in manifest["sha256"].items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if _hash(path) != expected:
-            return f"{name} does not match its hash"
+    damage = next(iter(find_damage(folder, hashes=hashes)), None)
+    if damage is not None:
+        return damage
+    manifest = read_manifest(folder)
+    if manifest["kind"] != "training":
+        return "it holds weights only, no training state"
+    if run_id is not None and manifest["run"] != run_id:
+        return f"its manifest is of another run ({manifest['run']}, this is {run_id})"
+    state = json.loads((folder / STATE).read_text())
+    if not folder.name == f"step-{state['step']:08d}" == f"step-{manifest['step']:08d}":
+        return (
+            f"its folder, state and manifest name different steps ({folder.name}, {state['step']}, {manifest['step']})"
+        )
     return None
 
 
 def find_checkpoint(root: Path) -> Path | None:
     """The newest intact checkpoint under `root`; broken ones are named in the log and passed over."""
-    for folder in sorted(root.glob("step-????????"), reverse=True):
-        problem = verify_checkpoint(folder)
+    run_id = (root / RUN_ID).read_text().strip() if (root / RUN_ID).is_file() else None
+    for leftover in sorted(root.glob("step-????????.partial")):
+        log.warning("%s is what an interrupted save left; it is not used", leftover)
+    for broken, folder in enumerate(sorted(root.glob("step-????????"), reverse=True)):
+        problem = describe_problem(folder, run_id=run_id)
         if problem is None:
+            if broken:
+                log.warning("going on from %s, an OLDER checkpoint, because %d newer ones are broken", folder, broken)
             return folder
-        log.warning("checkpoint %s is not used: %s", folder, problem)
+        log.error("checkpoint %s is not used: %s", folder, problem)
     return None
 
 
-def load_checkpoint(folder: Path, *, model: Any, optimizer: Any, scheduler: Any) -> dict[str, Any]:
-    """Restore weights, moments and schedule from an intact folder; collective. Returns its `state`.
+def find_checkpoint_together(root: Path) -> Path | None:
+    """`find_checkpoint` on the main rank, the answer on all: the files are hashed once, not once per rank."""
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [find_checkpoint(root)]
+        except (OSError, ValueError) as error:
+            answer = [error]
+    dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return answer[0]
+
+
+def load_checkpoint(folder: Path, trained: Trained) -> dict[str, Any]:
+    """Restore weights, moments, schedule and random states from a folder that `find_checkpoint` returned; collective.
+
+    Any layout reads what any other wrote. Returns the checkpoint's `state`.
 
     Raises:
-        ValueError: the folder fails verification.
+        ValueError: the folder is incomplete or has another model's tensors.
     """
-    problem = verify_checkpoint(folder)
+    problem = describe_problem(folder, hashes=False)
     if problem is not None:
         raise ValueError(f"checkpoint {folder}: {problem}")
-    sharded = _sharded_state(model, optimizer, loading=True)
-    loaded = dist_checkpointing.load(sharded, str(folder))
-    model.load_state_dict(loaded["model"], strict=False)  # not strict: *_extra_state of the other spec may be absent
+    state: dict[str, Any] = json.loads((folder / STATE).read_text())
+    sharded = sharded_state(trained, loading=True)
+    if state["layout"] == layout():
+        sharded["random_state"] = random_state()
+    else:
+        log.info("layout %s instead of %s: random states are not restored", layout(), state["layout"])
+    loaded = _load(sharded, folder)
+    # Not strict: *_extra_state of another layer implementation may be absent.
+    trained.model.load_state_dict(loaded["model"], strict=False)
     with torch.no_grad():  # megatron-core copies into fp32 main parameters, which are leaf views
-        optimizer.load_state_dict(loaded["optimizer"])
-    scheduler.load_state_dict(loaded["scheduler"])
-    return json.loads((folder / STATE).read_text())
+        trained.optimizer.load_state_dict(loaded["optimizer"])
+    trained.scheduler.load_state_dict(loaded["scheduler"])
+    if "random_state" in sharded:
+        _restore_random_state(loaded["random_state"])
+    return state
+
+
+def load_weights(folder: Path, model: Any) -> None:
+    """Only the weights, from an imported or a training checkpoint; collective.
+
+    Raises:
+        ValueError: the folder is damaged or has another model's tensors.
+    """
+    answer = [next(iter(find_damage(folder)), None) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(answer, src=0)
+    if answer[0] is not None:
+        raise ValueError(f"checkpoint {folder}: {answer[0]}")
+    weights = _load({"model": model.sharded_state_dict(metadata=sharding_metadata())}, folder)["model"]
+    model.load_state_dict(weights, strict=False)
+
+
+def _load(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
+    loaded, missing, _ = dist_checkpointing.load(sharded, str(folder), strict=StrictHandling.RETURN_ALL)
+    lost = sorted(key for key in missing if "_extra_state" not in key)
+    if lost:
+        raise ValueError(f"checkpoint {folder} lacks {len(lost)} tensors of this model, e.g. {', '.join(lost[:3])}")
+    result: dict[str, Any] = loaded
+    return result

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_r1reward.config.schema import RunConfig, Section
+from megatron_r1reward.files import write_text
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -87,9 +87,7 @@ def dump_config(config: RunConfig, path: Path) -> None:
         lines.append(f"[{section}]")
         lines += [f"{key} = {_toml(value)}" for key, value in values.items()]
         lines.append("")
-    staging = path.with_suffix(path.suffix + ".partial")
-    staging.write_text("\n".join(lines))
-    os.replace(staging, path)
+    write_text(path, "\n".join(lines))
 
 
 def _toml(value: Any) -> str:

@@ -265,8 +265,13 @@ class EvaluationSection(Section):
 
 class CheckpointSection(Section):
     save_every: PositiveInt = 25
+    async_save: bool = False  # write in the background; costs the memory of what training changes meanwhile
     keep_last: PositiveInt = 2
+    keep_best: Annotated[int, Field(ge=0)] = 0  # so many with the best held-out accuracy (rl.heldout_every) besides
+    keep_every: PositiveInt | None = None  # steps; checkpoints of multiples of it are never removed
     resume: bool = True
+    same_data: bool = True  # refuse to resume on other data or in another order: the next step would not be the same
+    init_from: Path | None = None  # distributed checkpoint with the first weights; None: model.path's safetensors
 
 
 class MonitorSection(Section):

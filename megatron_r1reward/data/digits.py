@@ -18,8 +18,8 @@ from megatron_r1reward.data.digits_card import data_card
 from megatron_r1reward.data.digits_judge import judge_rows as make_judge_rows
 from megatron_r1reward.data.digits_pictures import DigitSources, PictureStore, choose_pictures, split_sources
 from megatron_r1reward.data.digits_text import CATEGORIES, DigitQuestion, draw_question, target
-from megatron_r1reward.data.files import write_jsonl, write_text
 from megatron_r1reward.data.prompt import preference_messages
+from megatron_r1reward.files import write_jsonl, write_text
 
 IMAGE_FOLDER = "images"
 _TRIES = 1000

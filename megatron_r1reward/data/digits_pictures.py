@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from megatron_r1reward.data.files import atomic_path
+from megatron_r1reward.files import atomic_path
 
 CELL_PIXELS = 56  # one digit: 4 by 4 patches of 14 pixels, i.e. 2 by 2 merged tokens of the vision tower
 FULL_INK = 16  # largest value in the 8 by 8 source pictures

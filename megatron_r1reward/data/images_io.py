@@ -15,8 +15,8 @@ from typing import Any
 
 from PIL import Image
 
-from megatron_r1reward.data.files import write_bytes
 from megatron_r1reward.data.rows import RowError
+from megatron_r1reward.files import write_bytes
 
 MAX_ASPECT_RATIO = 200  # the Qwen-VL image processors refuse more
 

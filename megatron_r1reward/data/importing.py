@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_r1reward.data.files import write_jsonl
 from megatron_r1reward.data.preference import ReadResult, read_preferences
 from megatron_r1reward.data.prompt import preference_messages
+from megatron_r1reward.files import write_jsonl
 from megatron_r1reward.types import Preference
 
 

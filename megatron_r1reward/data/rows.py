@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_r1reward.data.files import write_jsonl
+from megatron_r1reward.files import write_jsonl
 
 _BATCH_ROWS = 64  # rows with embedded images weigh a few hundred KB each
 _EXCERPT_CHARACTERS = 500

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import megatron_r1reward
-from megatron_r1reward.data.files import write_text
 from megatron_r1reward.evaluation.page import render_page
 from megatron_r1reward.evaluation.run_files import EvaluationFile, RunFiles, read_run
+from megatron_r1reward.files import write_text
 
 # Distribution names by what the report calls them: the CPU and the GPU build of vLLM differ in theirs.
 _DISTRIBUTIONS = {

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from megatron_r1reward.data.chat import parse_chat
 from megatron_r1reward.data.digits import build_digits
-from megatron_r1reward.data.files import write_text
 from megatron_r1reward.data.prompt import JUDGE_TEMPLATE, TEMPLATE
+from megatron_r1reward.files import write_text
 
 # Kinds of question that a model of this size learns within minutes, two thirds of them about single digits.
 CATEGORIES = ("digit", "digit", "larger")

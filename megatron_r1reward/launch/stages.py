@@ -13,12 +13,12 @@ from transformers import AutoTokenizer
 
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.difficulty import select_hard, summary
-from megatron_r1reward.data.files import write_text
 from megatron_r1reward.data.preference import read_preferences
 from megatron_r1reward.data.prompt import PromptBuilder
 from megatron_r1reward.evaluation.annotate import annotate as annotate_preferences
 from megatron_r1reward.evaluation.evaluate import evaluate as evaluate_pairs
 from megatron_r1reward.evaluation.result import EvaluationResult
+from megatron_r1reward.files import write_text
 from megatron_r1reward.launch.services import open_annotator, open_evaluation_pool, open_rl_services
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.parallel.setup import Topology

@@ -6,7 +6,7 @@ verification; nothing else in the package knows how a weight is laid out.
 Adding a family
 ---------------
 1. Write `models/<family>/mapping.py` with `weight_table(config) -> WeightTable`, where `config` is the transformers
-   configuration, and name the module in `models/families.py` under the configuration's `model_type`.
+   configuration, and name it in `models/registry.py` under the configuration's `model_type`.
 2. One `Entry` per Megatron parameter, named as in a model on ONE rank: layer numbers and expert numbers are global
    (`...decoder.layers.7.mlp.local_experts.93.linear_fc1.weight`). `hf` lists the tensors on disk it is made of.
 3. Choose the layout: `REPLICATED` (norms, router, q/k norms, position embeddings), `COLUMN`, `ROW`, `GroupedQKV`,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_r1reward.rollout.weights import TensorMeta, bucketize
+from megatron_r1reward.rollout.weights import bucketize
+from megatron_r1reward.types import TensorMeta
 
 SENDER_RANK = 0
 

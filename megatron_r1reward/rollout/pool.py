@@ -17,9 +17,9 @@ from megatron_r1reward.config.schema import SamplingSection, ServerSection
 from megatron_r1reward.rollout.banned import banned_token_ids
 from megatron_r1reward.rollout.client import PolicyTokenizer, RequestRefusedError, RolloutClient, ServerUnavailableError
 from megatron_r1reward.rollout.server import Report, VllmServer, start_servers
-from megatron_r1reward.rollout.weights import TensorMeta, WeightPusher, WeightPushError
+from megatron_r1reward.rollout.weights import WeightPusher, WeightPushError
 from megatron_r1reward.rollout.weights_gloo import GlooWeightPusher
-from megatron_r1reward.types import Prompt, Rollout
+from megatron_r1reward.types import Prompt, Rollout, TensorMeta
 
 Progress = Callable[[int, int], None]  # (prompts done, prompts in all)
 

@@ -2,49 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import torch
+
+from megatron_r1reward.types import TensorMeta
 
 DEFAULT_BUCKET_BYTES = 64 << 20
 
 
 class WeightPushError(RuntimeError):
     """A push did not complete. The servers stay paused: what they hold may be a mixture of old and new weights."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorMeta:
-    """What the wire needs to know about a tensor before it comes."""
-
-    name: str  # Hugging Face checkpoint name
-    dtype: str  # torch's name without the prefix, e.g. "bfloat16"
-    shape: tuple[int, ...]
-
-    @classmethod
-    def of(cls, name: str, tensor: torch.Tensor) -> TensorMeta:
-        return cls(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        dtype = getattr(torch, self.dtype, None)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"tensor {self.name}: {self.dtype!r} is not a torch dtype; send e.g. 'bfloat16'")
-        return dtype
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.numel * self.torch_dtype.itemsize
 
 
 def bucketize(metas: Iterable[TensorMeta], limit_bytes: int = DEFAULT_BUCKET_BYTES) -> Iterator[tuple[TensorMeta, ...]]:

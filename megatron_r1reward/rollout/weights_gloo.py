@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from megatron_r1reward.rollout.gloo_wire import SENDER_RANK, GlooGroup, GlooRendezvous, GlooUpdate, listen
-from megatron_r1reward.rollout.weights import DEFAULT_BUCKET_BYTES, TensorMeta, WeightPusher, WeightPushError
+from megatron_r1reward.rollout.weights import DEFAULT_BUCKET_BYTES, WeightPusher, WeightPushError
+from megatron_r1reward.types import TensorMeta
 
 
 class GlooWeightPusher(WeightPusher):

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_r1reward.checkpoint.hf import export_hf_tensors, tensor_infos
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.importing import keep_selected
 from megatron_r1reward.data.loader import PromptLoader
@@ -27,14 +26,13 @@ from megatron_r1reward.monitor.timers import PhaseTimer
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.pool import RolloutPool
-from megatron_r1reward.rollout.weights import TensorMeta
 from megatron_r1reward.training import health, rundir
 from megatron_r1reward.training.data_parallel import synchronize_parameters
 from megatron_r1reward.training.policy_update import update_policy
 from megatron_r1reward.training.profiling import StepProfiler
 from megatron_r1reward.training.rl_metrics import advantage_metrics, mismatch, rollout_metrics
 from megatron_r1reward.training.rollout_batch import add_advantages, add_log_probs, pack
-from megatron_r1reward.training.state import DTYPES, TrainState, build_state
+from megatron_r1reward.training.state import TrainState, build_state
 from megatron_r1reward.types import Preference, ScoredRollout
 
 log = logging.getLogger(__name__)
@@ -95,14 +93,12 @@ def generate_and_score(
 def push_weights(state: TrainState, services: Services | None) -> None:
     """Make the current weights, under version `state.step`, current on every rollout server; collective."""
     synchronize_parameters(state.model)
-    tensors = export_hf_tensors(state.module, state.table, state.topology)
+    tensors = state.exporter.tensors()
     if services is None:
         for _ in tensors:  # take part in the gathering
             pass
         return
-    infos = tensor_infos(state.config.model.path, state.table, DTYPES[state.config.model.precision])
-    metas = [TensorMeta(name=i.name, dtype=str(i.dtype).removeprefix("torch."), shape=i.shape) for i in infos]
-    services.pool.push_weights(metas, tensors, version=state.step)
+    services.pool.push_weights(state.exporter.metas, tensors, version=state.step)
 
 
 def prepare(
@@ -144,6 +140,12 @@ def run(config: RunConfig, topology: Topology, services: Services | None) -> Pat
     preferences = keep_selected(data.preferences, config.data.select)
     log.info("%d of %d preferences are trained on", len(preferences), len(data.preferences))
     state, loader = prepare(config, topology, preferences)
+    state.data = rundir.describe_data(
+        (row.id for row in preferences),
+        seed=config.run.seed,
+        batch_size=config.rl.rollout_batch_size,
+        order=config.data.swap,
+    )
     resumed = rundir.resume(state)
     rundir.prepare(state)
     monitor = None
@@ -151,6 +153,7 @@ def run(config: RunConfig, topology: Topology, services: Services | None) -> Pat
         monitor = build_monitor(config.monitor, output, "rl", resumed_step=state.step if resumed else None)
     push_weights(state, services)  # the servers' weights are the trainer's from the first token on
     _train(state, loader, services, monitor)
+    state.saver.close()
     folder = output / "hf"
     rundir.export(state, folder)
     rundir.mark_done(state, hf=folder)
@@ -173,11 +176,12 @@ def _train(state: TrainState, loader: PromptLoader, services: Services | None, m
                 metrics = train_step(state, loader, services, timer)
             if state.topology.is_main:
                 health.check(metrics, config.algorithm, state.step)
-            if state.step % config.checkpoint.save_every == 0 or state.step == config.rl.steps:
-                with timer.phase("save"):
-                    rundir.save(state)
         if services is not None and services.probe is not None and _probe_is_due(config, state.step):
             metrics["heldout/accuracy"] = services.probe()
+        with timer.phase("save"):
+            state.saver.poll()
+            if state.step % config.checkpoint.save_every == 0 or state.step == config.rl.steps:
+                rundir.save(state, score=metrics.get("heldout/accuracy"))
         if monitor is not None:
             monitor.log(state.step, metrics | timer.metrics())
         progress.set_postfix(reward=f"{metrics['reward/mean']:.2f}", right=f"{metrics['reward/result']:.2f}")

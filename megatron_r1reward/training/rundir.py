@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_r1reward.checkpoint.dist import atomic_write, find_checkpoint, load_checkpoint, save_checkpoint
-from megatron_r1reward.checkpoint.hf import export_hf_tensors, save_hf_folder
+from megatron_r1reward.checkpoint.dist import Trained, find_checkpoint_together, load_checkpoint
+from megatron_r1reward.checkpoint.hf import save_hf_folder
 from megatron_r1reward.config.load import dump_config
+from megatron_r1reward.files import write_text
 from megatron_r1reward.training.data_parallel import synchronize_parameters
 from megatron_r1reward.training.state import TrainState
 
@@ -25,50 +28,76 @@ def prepare(state: TrainState) -> Path:
     return root
 
 
+def describe_data(ids: Iterable[str], *, seed: int, batch_size: int, order: str = "random") -> dict[str, object]:
+    """What decides which rows a step trains on: the rows (after the selection of hard ones) and how they are drawn."""
+    digest, count = hashlib.sha256(), 0
+    for row in ids:
+        digest.update(row.encode() + b"\0")
+        count += 1
+    return {"rows": count, "ids": digest.hexdigest(), "seed": seed, "batch_size": batch_size, "response_order": order}
+
+
 def resume(state: TrainState) -> bool:
-    """Continue from the newest intact checkpoint, when there is one.
+    """Continue from the newest intact checkpoint, when there is one; collective. `state.data` must be set.
 
     Raises:
-        ValueError: there are checkpoints, but `checkpoint.resume` is false: a new run would mix with the old one.
+        ValueError: there are checkpoints, but `checkpoint.resume` is false: a new run would mix with the old one; or
+            the checkpoint was trained on other data and `checkpoint.same_data` is true.
     """
-    root = state.config.run.output_dir / "checkpoints"
+    root = state.saver.root
     if not state.config.checkpoint.resume:
         if any(root.glob("step-*")):
             raise ValueError(f"{root} holds checkpoints and checkpoint.resume is false: choose another run.output_dir")
         return False
-    folder = find_checkpoint(root)
+    folder = find_checkpoint_together(root)
     if folder is None:
         return False
-    saved = load_checkpoint(folder, model=state.module, optimizer=state.optimizer, scheduler=state.scheduler)
+    saved = load_checkpoint(folder, _trained(state))
     state.step = int(saved["step"])
+    _check_data(state, saved["data"], folder)
     log.info("resumed from %s after step %d", folder, state.step)
     return True
 
 
-def save(state: TrainState) -> float:
-    """Checkpoint after `state.step` steps; returns the seconds it took."""
+def _trained(state: TrainState) -> Trained:
+    return Trained(model=state.module, optimizer=state.optimizer, scheduler=state.scheduler)
+
+
+def _check_data(state: TrainState, saved: dict[str, object], folder: Path) -> None:
+    """Everything random is drawn from (seed, step): the cursor is the step, as long as the data are the same."""
+    now = json.loads(json.dumps(state.data))
+    keys = sorted(now | saved)
+    changed = [f"{key}: {saved.get(key)} then, {now.get(key)} now" for key in keys if saved.get(key) != now.get(key)]
+    if not changed:
+        return
+    text = f"{folder} was trained on other data or in another order ({'; '.join(changed)})"
+    if state.config.checkpoint.same_data:
+        raise ValueError(f"{text}: restore them, or set checkpoint.same_data=false to go on with the new ones")
+    log.warning("%s; going on with the new ones from step %d", text, state.step)
+
+
+def save(state: TrainState, *, score: float | None = None) -> float:
+    """Checkpoint after `state.step` steps; returns the seconds that training waited. `score`: held-out accuracy."""
     started = time.monotonic()
     synchronize_parameters(state.model)
-    save_checkpoint(
-        state.config.run.output_dir / "checkpoints",
-        step=state.step,
-        model=state.module,
-        optimizer=state.optimizer,
-        scheduler=state.scheduler,
-        state={"config": state.config.model_dump(mode="json")},
-        keep_last=state.config.checkpoint.keep_last,
-    )
+    content = {
+        "config": state.config.model_dump(mode="json"),
+        "data": state.data,
+        "weight_version": state.step,  # what the rollout servers call these weights
+    }
+    state.saver.save(state.step, _trained(state), content, score=score)
     return time.monotonic() - started
 
 
 def export(state: TrainState, out: Path) -> None:
     """Write the current weights as a Hugging Face folder; collective."""
     synchronize_parameters(state.model)
-    tensors = export_hf_tensors(state.module, state.table, state.topology)
-    save_hf_folder(out, tensors, template=state.config.model.path, write=state.topology.is_main)
+    exporter, write = state.exporter, state.topology.is_main
+    save_hf_folder(out, exporter.metas, exporter.tensors(), template=state.config.model.path, write=write)
 
 
 def mark_done(state: TrainState, **result: object) -> None:
     """The last file of a finished stage."""
     if state.topology.is_main:
-        atomic_write(state.config.run.output_dir / "DONE", json.dumps({"step": state.step, **result}, default=str))
+        done = json.dumps({"step": state.step, **result}, default=str)
+        write_text(state.config.run.output_dir / "DONE", done, durable=True)

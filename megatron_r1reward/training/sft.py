@@ -101,6 +101,9 @@ def run(config: RunConfig, topology: Topology) -> Path:
     epoch_steps = math.ceil(len(examples) / config.sft.global_batch_size)
     steps = config.sft.steps or config.sft.epochs * epoch_steps
     state = build_state(config, topology, optimizer_steps=steps)
+    state.data = rundir.describe_data(
+        (row.id for row in examples), seed=config.run.seed, batch_size=config.sft.global_batch_size
+    )
     resumed = rundir.resume(state)
     rundir.prepare(state)
     sampler = EpochSampler(len(examples), seed=config.run.seed)
@@ -120,9 +123,11 @@ def run(config: RunConfig, topology: Topology) -> Path:
             monitor.log(state.step, metrics)
         progress.set_postfix(loss=f"{metrics['sft/loss']:.3f}")
         progress.update()
+        state.saver.poll()
         if state.step % config.checkpoint.save_every == 0 or state.step == steps:
             rundir.save(state)
     progress.close()
+    state.saver.close()
     folder = output / "hf"
     rundir.export(state, folder)
     rundir.mark_done(state, hf=folder)

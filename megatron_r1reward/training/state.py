@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +11,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
+from megatron_r1reward.checkpoint.dist import load_weights
+from megatron_r1reward.checkpoint.gather import WeightExporter
 from megatron_r1reward.checkpoint.hf import load_hf_weights
+from megatron_r1reward.checkpoint.saver import CheckpointSaver
 from megatron_r1reward.config.schema import OptimizerSection, RunConfig
 from megatron_r1reward.data.images import ImageProcessor
 from megatron_r1reward.data.packing import Packer
@@ -40,6 +43,9 @@ class TrainState:
     model: Any  # what the schedule runs: DistributedDataParallel, or ModelChunks of them
     optimizer: Any
     scheduler: OptimizerParamScheduler
+    exporter: WeightExporter  # of `module`, for pushes and exports
+    saver: CheckpointSaver
+    data: dict[str, Any] = field(default_factory=dict)  # what decides which rows a step trains on; kept in checkpoints
     reference: torch.nn.Module | None = None  # the frozen initial policy, only when the reward holds a KL term
     step: int = 0
     skipped_in_a_row: int = 0  # steps since the last one with a finite gradient
@@ -68,8 +74,11 @@ def build_state(
 
     def load_policy() -> tuple[list[MegatronModule], list[torch.nn.Module]]:
         chunks = [family.build_model(configs, topology, n) for n in range(topology.virtual_pipeline_parallel_size)]
-        for chunk in chunks:
-            load_hf_weights(chunk, config.model.path, table)
+        if config.checkpoint.init_from is not None:
+            load_weights(config.checkpoint.init_from, join_chunks(chunks))
+        else:
+            for chunk in chunks:
+                load_hf_weights(chunk, config.model.path, table)
         wrapped = [Float16Module(configs.language, chunk) if dtype == torch.bfloat16 else chunk for chunk in chunks]
         return chunks, wrapped
 
@@ -93,6 +102,8 @@ def build_state(
         model=model,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optimizer, optimizer_steps),
+        exporter=WeightExporter(join_chunks(chunks), table, topology),
+        saver=CheckpointSaver(config.run.output_dir / "checkpoints", config.checkpoint),
         reference=reference,
     )
 

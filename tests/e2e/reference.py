@@ -11,8 +11,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from megatron_r1reward.config.schema import ServerSection
-from megatron_r1reward.rollout.weights import TensorMeta
-from megatron_r1reward.types import Prompt, Rollout
+from megatron_r1reward.types import Prompt, Rollout, TensorMeta
 
 SERVER = ServerSection(
     dtype="float32", max_model_len=1024, max_num_seqs=64, kv_cache_bytes=1 << 27, request_timeout_s=120.0

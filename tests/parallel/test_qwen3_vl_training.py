@@ -15,7 +15,8 @@ from forked_ranks import run_ranks
 from parity_layouts import EP2, PLAIN, SP, TP2, Layout
 from transformers import AutoModelForImageTextToText
 
-from megatron_r1reward.checkpoint.hf import HfReader, export_hf_tensors, load_hf_weights
+from megatron_r1reward.checkpoint.gather import export_hf_tensors
+from megatron_r1reward.checkpoint.hf import HfReader, load_hf_weights
 from megatron_r1reward.config.schema import MoeSection, ParallelSection, PrecisionSection, RunConfig
 from megatron_r1reward.models.registry import family_of, load_hf_config
 from megatron_r1reward.models.tiny import TINY_SPECS, write_tiny_checkpoint
@@ -58,7 +59,7 @@ def run_sft(folder: Path, data: Path, out: Path, parallel: dict, steps: int) -> 
         {
             "run": {"output_dir": str(out)},
             "model": {"path": str(folder), "precision": "fp32"},
-            "data": {"train": str(data), "token_budget": 200, "image_root": "/"},
+            "data": {"train": str(data), "token_budget": 600, "image_root": "/"},
             "sft": {"steps": steps, "global_batch_size": 8},
             "optimizer": {"lr": 3e-3, "warmup_fraction": 0.0, "schedule": "constant"},
             "checkpoint": {"save_every": 100},
@@ -75,9 +76,9 @@ def losses(out: Path) -> list[float]:
 
 def test_sft_learns_resumes_and_exports(folder: Path, data: Path, tmp_path: Path) -> None:
     parallel = LAYOUTS[load_hf_config(folder).model_type]
-    run_ranks(run_sft, 2, folder, data, tmp_path / "through", parallel, 5)
+    run_ranks(run_sft, 2, folder, data, tmp_path / "through", parallel, 5, timeout_s=400)
     for steps in (3, 5):  # a run saves at its end
-        run_ranks(run_sft, 2, folder, data, tmp_path / "resumed", parallel, steps)
+        run_ranks(run_sft, 2, folder, data, tmp_path / "resumed", parallel, steps, timeout_s=400)
     through, resumed = losses(tmp_path / "through"), losses(tmp_path / "resumed")
     assert len(through) == 5
     assert through[-1] < 0.9 * through[0]
@@ -107,10 +108,10 @@ def exported(folder: Path, parallel: dict) -> dict[str, np.ndarray]:
 def test_shared_experts_come_back_byte_for_byte(parallel: dict, families: dict[str, Path]) -> None:
     folder = families["qwen3_vl_moe"]
     reader = HfReader(folder)
-    for rank in run_ranks(exported, 2, folder, parallel):
-        assert set(rank) == set(reader.files)
-        for name, tensor in rank.items():
-            assert np.array_equal(tensor, reader[name].numpy()), name
+    main = run_ranks(exported, 2, folder, parallel)[0]
+    assert set(main) == set(reader.files)
+    for name, tensor in main.items():
+        assert np.array_equal(tensor, reader[name].numpy()), name
 
 
 @pytest.mark.parametrize("parallel", [TP2 | SP, TP2 | SP | EP2, {"context_parallel_size": 2}, {"recompute": "full"}])

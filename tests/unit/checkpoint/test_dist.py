@@ -1,15 +1,29 @@
-"""Training state: what is saved comes back, and a damaged checkpoint is never taken."""
+"""Training state: what is saved comes back, and nothing damaged is ever taken or good ever lost."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_r1reward.checkpoint.dist import LATEST, find_checkpoint, load_checkpoint, save_checkpoint
-from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.checkpoint.dist import (
+    LATEST,
+    RUN_ID,
+    CheckpointError,
+    Trained,
+    describe_problem,
+    find_checkpoint,
+    load_checkpoint,
+)
+from megatron_r1reward.checkpoint.retention import expired
+from megatron_r1reward.checkpoint.saver import CheckpointSaver
+from megatron_r1reward.config.schema import CheckpointSection, RunConfig
 from megatron_r1reward.parallel import setup
+from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training.schedule import train_micro_batches
 from megatron_r1reward.training.sft import cross_entropy
 from megatron_r1reward.training.state import TrainState, build_state
@@ -29,7 +43,7 @@ def config(tiny_folder: Path) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def topology(config: RunConfig):
+def topology(config: RunConfig) -> Iterator[Topology]:
     yield setup.initialize(config.parallel, seed=0)
     setup.shutdown()
 
@@ -41,60 +55,117 @@ def train(state: TrainState, steps: int) -> list[float]:
     return [float(train_micro_batches(state, [sequence], [[0]], cross_entropy)[0][0]["loss"]) for _ in range(steps)]
 
 
-def save(state: TrainState, root: Path, step: int, keep: int = 2) -> Path:
-    return save_checkpoint(
-        root,
-        step=step,
-        model=state.module,
-        optimizer=state.optimizer,
-        scheduler=state.scheduler,
-        state={"note": "x"},
-        keep_last=keep,
-    )
+def trained(state: TrainState) -> Trained:
+    return Trained(model=state.module, optimizer=state.optimizer, scheduler=state.scheduler)
 
 
-def test_the_next_losses_after_a_resume_are_those_that_would_have_been(config, topology, tmp_path):
+def moments(state: TrainState) -> list[torch.Tensor]:
+    parts = getattr(state.optimizer, "chained_optimizers", [state.optimizer])
+    values = [s for part in parts for s in part.optimizer.state.values()]
+    return [s[key] for s in values for key in ("exp_avg", "exp_avg_sq")]
+
+
+def test_training_goes_on_as_if_nothing_had_happened_and_damage_is_named(
+    config: RunConfig, topology: Topology, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     state = build_state(config, topology, optimizer_steps=20)
+    saver = CheckpointSaver(tmp_path, CheckpointSection(async_save=True))
+    saver.save(0, trained(state), {"note": "before the first step"})  # moments do not exist yet
     train(state, 3)
-    folder = save(state, tmp_path, 3)
-    expected = train(state, 3)
-    fresh = build_state(config, topology, optimizer_steps=20)
-    saved = load_checkpoint(folder, model=fresh.module, optimizer=fresh.optimizer, scheduler=fresh.scheduler)
-    assert saved["step"] == 3
-    assert saved["note"] == "x"
-    assert train(fresh, 3) == pytest.approx(expected, abs=1e-6)
-    assert expected[0] != expected[2]
-    # The optimizer's moments, not only its effect on one loss.
-    moments = [
-        [
-            s[key]
-            for s in st.optimizer.chained_optimizers[0].optimizer.state.values()
-            for key in ("exp_avg", "exp_avg_sq")
-        ]
-        if hasattr(st.optimizer, "chained_optimizers")
-        else [s[key] for s in st.optimizer.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-        for st in (state, fresh)
-    ]
-    assert len(moments[0]) > 0
-    for a, b in zip(*moments, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
-
-
-def test_damaged_checkpoints_are_passed_over_and_old_ones_removed_last(config, topology, tmp_path, caplog):
-    state = build_state(config, topology, optimizer_steps=20)
-    for step in (1, 2, 3):
-        train(state, 1)
-        save(state, tmp_path, step)
-    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000002", "step-00000003"]
+    saver.save(3, trained(state), {"note": "x"})
+    drawn = torch.rand(3)
+    expected = train(state, 3)  # changes the weights while they are being written
+    saver.close()
     assert (tmp_path / LATEST).read_text() == "step-00000003"
-    newest = tmp_path / "step-00000003"
-    shard = next(path for path in newest.iterdir() if path.suffix == ".distcp")
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
+    assert find_checkpoint(tmp_path) == tmp_path / "step-00000003"
+
+    fresh = build_state(config, topology, optimizer_steps=20)
+    saved = load_checkpoint(tmp_path / "step-00000003", trained(fresh))
+    assert (saved["step"], saved["note"]) == (3, "x")
+    assert torch.equal(torch.rand(3), drawn)  # the generators too
+    assert train(fresh, 3) == expected  # bit for bit
+    assert expected[0] != expected[2]
+    assert len(moments(state)) > 0
+    for a, b in zip(moments(state), moments(fresh), strict=True):
+        assert torch.equal(a, b)
+    load_checkpoint(tmp_path / "step-00000000", trained(fresh))
+    assert all(not moment.any() for moment in moments(fresh))
+
+    damaged_checkpoints_are_passed_over(tmp_path, caplog)
+
+
+def damaged_checkpoints_are_passed_over(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good, newest = root / "step-00000000", root / "step-00000003"
+    manifest = json.loads((newest / "manifest.json").read_text())
+    shard, items = next((name, entry["items"]) for name, entry in manifest["files"].items() if "items" in entry)
+    item = max(items, key=lambda item: item["length"])
+    intact = (newest / shard).read_bytes()
+
+    def problem(change: str) -> str:
+        caplog.clear()
+        assert find_checkpoint(root) == good, change
+        assert "OLDER checkpoint" in caplog.text, change
+        found = describe_problem(newest, run_id=(root / RUN_ID).read_text().strip())
+        assert found is not None
+        assert found in caplog.text
+        return found
+
+    flipped = bytearray(intact)
+    flipped[item["offset"] + item["length"] // 2] ^= 1
+    (newest / shard).write_bytes(flipped)
+    assert item["name"] in problem("a flipped bit")
+    (newest / shard).write_bytes(intact[:-100])
+    assert "truncated" in problem("a truncated shard")
+    (newest / shard).unlink()
+    assert f"{shard} is missing" in problem("a missing rank file")
+    (newest / shard).write_bytes(intact)
+
+    text = (newest / "manifest.json").read_text()
+    (newest / "manifest.json").write_text(text.replace(manifest["run"], "0" * 32))
+    assert "another run" in problem("a manifest of another run")
+    (newest / "manifest.json").write_text(text[: len(text) // 2])
+    assert "damaged" in problem("a torn manifest")
+    (newest / "manifest.json").unlink()
+    assert "did not finish" in problem("no manifest")
+    shutil.rmtree(newest)
+    assert find_checkpoint(root) == good
+
+
+def test_a_full_disk_loses_nothing(
+    config: RunConfig, topology: Topology, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = build_state(config, topology, optimizer_steps=20)
+    saver = CheckpointSaver(tmp_path, CheckpointSection())
+    saver.save(1, trained(state), {})
+    train(state, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        full = shutil._ntuple_diskusage(1 << 40, 1 << 40, 1 << 20)  # type: ignore[attr-defined]
+        patch.setattr(shutil, "disk_usage", lambda _: full)
+        saver.save(2, trained(state), {})
+    assert "NOT saved" in caplog.text
+    assert "step-00000001" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LATEST, RUN_ID, "step-00000001"]
+    with pytest.raises(CheckpointError, match="disk"):
+        saver.close()
+    saver = CheckpointSaver(tmp_path, CheckpointSection())
+    saver.save(2, trained(state), {})
+    saver.close()
     assert find_checkpoint(tmp_path) == tmp_path / "step-00000002"
-    assert shard.name in caplog.text
-    with pytest.raises(ValueError, match="does not match its hash"):
-        load_checkpoint(newest, model=state.module, optimizer=state.optimizer, scheduler=state.scheduler)
-    (tmp_path / "step-00000002" / "manifest.json").unlink()
-    assert find_checkpoint(tmp_path) is None
+
+
+def test_retention_keeps_the_last_the_best_and_every_kth(tmp_path: Path) -> None:
+    scores = {1: 0.5, 2: 0.9, 3: None, 4: 0.9, 5: 0.1, 6: 0.2}
+    for step, score in scores.items():
+        folder = tmp_path / f"step-{step:08d}"
+        folder.mkdir()
+        (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": {}, "score": score}))
+    (tmp_path / "step-00000000").mkdir()  # broken: evidence, never removed
+
+    def gone(**section: int) -> list[int]:
+        paths = expired(tmp_path, CheckpointSection(**section), newest=tmp_path / "step-00000006")
+        return [int(path.name.removeprefix("step-")) for path in paths]
+
+    assert gone(keep_last=2) == [1, 2, 3, 4]
+    assert gone(keep_last=1, keep_every=3) == [1, 2, 4, 5]
+    assert gone(keep_last=1, keep_best=1) == [1, 2, 3, 5]
+    assert gone(keep_last=1, keep_best=2) == [1, 3, 5]

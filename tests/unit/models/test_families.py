@@ -17,7 +17,8 @@ from family import (
     reference_model,
 )
 
-from megatron_r1reward.checkpoint.hf import HfReader, export_hf_tensors
+from megatron_r1reward.checkpoint.gather import export_hf_tensors
+from megatron_r1reward.checkpoint.hf import HfReader
 from megatron_r1reward.config.schema import ParallelSection
 from megatron_r1reward.models.registry import family_of
 from megatron_r1reward.models.tiny import write_tiny_checkpoint

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from megatron_r1reward.checkpoint.hf import HfReader, export_hf_tensors, load_hf_weights
+from megatron_r1reward.checkpoint.gather import export_hf_tensors
+from megatron_r1reward.checkpoint.hf import HfReader, load_hf_weights
 from megatron_r1reward.config.schema import ParallelSection
 from megatron_r1reward.data.images import ImageProcessor
 from megatron_r1reward.data.packing import Packer

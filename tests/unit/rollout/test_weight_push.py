@@ -11,8 +11,9 @@ import torch
 from fake_vllm import FakeVllm
 
 from megatron_r1reward.rollout.gloo_wire import GlooGroup, GlooRendezvous, GlooUpdate, listen
-from megatron_r1reward.rollout.weights import TensorMeta, WeightPusher, WeightPushError, bucketize
+from megatron_r1reward.rollout.weights import WeightPusher, WeightPushError, bucketize
 from megatron_r1reward.rollout.weights_gloo import _pack
+from megatron_r1reward.types import TensorMeta
 
 torch.set_num_threads(1)
 
