@@ -160,6 +160,7 @@ def build(folder: Path, images: tuple[str, ...], layout: Layout, budget: int) ->
             "optimizer": {"lr": 1e-3, "warmup_fraction": 0.0, "schedule": "constant", "clip_grad": 0.5, "eps": 1e-5},
             "parallel": layout.parallel,
             "precision": layout.precision,
+            "moe": layout.moe,
         }
     )
     topology = setup.initialize(config.parallel, seed=0, deterministic=config.precision.deterministic)

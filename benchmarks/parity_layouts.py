@@ -24,6 +24,7 @@ class Layout:
     parallel: dict[str, Any]
     model: dict[str, Any] = field(default_factory=dict)
     precision: dict[str, Any] = field(default_factory=dict)
+    moe: dict[str, Any] = field(default_factory=dict)
     needs_experts: bool = False
 
 

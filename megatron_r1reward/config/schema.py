@@ -40,7 +40,6 @@ class ModelSection(Section):
     freeze_vision_tower: bool = False
     freeze_merger: bool = False
     freeze_language: bool = False
-    moe: MoeSection = MoeSection()
 
     @model_validator(mode="after")
     def _something_trains(self) -> ModelSection:
@@ -295,6 +294,7 @@ class RunConfig(Section):
     run: RunSection
     model: ModelSection
     parallel: ParallelSection = ParallelSection()
+    moe: MoeSection = MoeSection()
     precision: PrecisionSection = PrecisionSection()
     profile: ProfileSection = ProfileSection()
     data: DataSection

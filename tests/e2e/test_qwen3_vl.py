@@ -7,17 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CORPUS
+from corpus import CORPUS
 from family import Member
 from reference import SERVER
 
-from megatron_r1reward.checkpoint.hf import export_hf_tensors, tensor_infos
+from megatron_r1reward.checkpoint.gather import WeightExporter
 from megatron_r1reward.config.schema import ParallelSection, SamplingSection
 from megatron_r1reward.models.registry import family_of
 from megatron_r1reward.models.tiny import TINY_SPECS, write_tiny_checkpoint
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.rollout.pool import RolloutPool, open_rollout_pool
-from megatron_r1reward.rollout.weights import TensorMeta
 from megatron_r1reward.types import Prompt, Rollout
 
 pytestmark = pytest.mark.e2e
@@ -89,9 +88,8 @@ def test_server_and_trainer_agree_before_and_after_a_push(
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise * (0.3 * parameter.std() if parameter.ndim >= 2 else 0.05))
     table = family_of(member.config).weight_table(member.config)
-    infos = tensor_infos(member.folder, table, torch.float32)
-    metas = [TensorMeta(name=i.name, dtype=str(i.dtype).removeprefix("torch."), shape=i.shape) for i in infos]
-    pool.push_weights(metas, export_hf_tensors(model, table, topology), version=1)
+    exporter = WeightExporter(model, table, topology)
+    pool.push_weights(exporter.metas, exporter.tensors(), version=1)
 
     after = pool.generate(prompts(member, image_paths), SAMPLING, n=2, seed=0)
     assert {span.version for rollout in after.rollouts for span in rollout.weight_spans} == {1}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CORPUS
+from corpus import CORPUS
 from family import DEEP, DEEP_MOE, Member, reference_model, response_log_probs, video_batch
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
