@@ -272,8 +272,8 @@ def _first_with(rooms: Sequence[_Room], size: int, kind: str, index: int, count:
             return room
     free = {room.node.name: len(room.gpus) for room in rooms}
     raise ValueError(
-        f"no node has {size} free GPUs for {kind} server {index} of {count} ({kind}.tensor_parallel_size {size}; free "
-        f"GPUs: {free}): ask for more nodes, or lower {kind}.count, {kind}.tensor_parallel_size or cluster.trainer_nodes"
+        f"no node has {size} free GPUs for {kind} server {index} of {count} (free GPUs: {free}; "
+        f"{kind}.tensor_parallel_size {size}): ask for more nodes, or lower {kind}.count, {kind}.tensor_parallel_size or cluster.trainer_nodes"
     )
 
 
