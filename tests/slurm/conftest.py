@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -59,10 +60,11 @@ def _free_port_base() -> int:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
     if (obstacle := _obstacle()) is not None:
         pytest.skip(f"no Slurm cluster for tests: {obstacle}")
-    folder = tmp_path_factory.mktemp("slurm")
+    folder = Path(tempfile.mkdtemp(prefix="r1reward-slurm-"))
+    folder.chmod(0o755)  # MUNGE's socket must be reachable for all users; pytest's own folders are private
     environment = {**os.environ, "SLURM_TEST_DIR": str(folder / "cluster"), "NODES": str(NODES), "DBD": "1"}
     environment |= {"PYXIS": "1", "PORT_BASE": str(_free_port_base())}
     if Path("/sys/fs/cgroup/freezer/slurm_n1").exists():  # another cluster of this kind is running
@@ -78,6 +80,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     finally:
         subprocess.run(["bash", str(SCRIPT), "stop"], env=environment, timeout=120, check=False)
         os.environ.pop("SLURM_CONF", None)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
