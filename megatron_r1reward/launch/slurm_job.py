@@ -104,6 +104,11 @@ class SlurmJob:
             raise ValueError("SLURM_JOB_ID is not set: this is not a Slurm job")
         self.job_id = environment.get("SLURM_HET_JOB_ID") or job_id
         self.restarts = int(environment.get("SLURM_RESTART_COUNT", "0"))
+        self._environment = environment
+
+    def id_of_group(self, group: int) -> str:
+        """The job id that the steps of a group of a heterogeneous job have."""
+        return self._environment.get(f"SLURM_JOB_ID_HET_GROUP_{group}", self.job_id)
 
     def records(self) -> tuple[JobRecord, ...]:
         records = parse_jobs(run_tool("env", "-u", "SLURM_TIME_FORMAT", "scontrol", "show", "job", "-d", self.job_id))
