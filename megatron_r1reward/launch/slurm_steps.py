@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import signal
 import subprocess
@@ -13,19 +12,12 @@ from pathlib import Path
 
 from megatron_r1reward.config.schema import ClusterSection
 from megatron_r1reward.launch.layout import Placement, Site
-from megatron_r1reward.launch.slurm_job import SlurmJob, run_tool, silent_nodes
+from megatron_r1reward.launch.slurm_job import SlurmJob, clean_environment, run_tool, silent_nodes
 from megatron_r1reward.launch.steps import StepEnd, code_of, name_of
 from megatron_r1reward.monitor.run_state import RunDir
 
 log = logging.getLogger(__name__)
 
-# What sbatch's options leave in the environment, and every srun would take for its own.
-_INHERITED = re.compile(
-    r"SLURM_(GPUS|GPUS_PER_\w+|NTASKS|NPROCS|NTASKS_PER_\w+|TASKS_PER_NODE|CPUS_PER_TASK|CPUS_PER_GPU|MEM_PER_\w+"
-    r"|DISTRIBUTION|EXPORT_ENV|TRES_PER_TASK|CPU_BIND\w*|NNODES|EXCLUSIVE|JOB_NAME|TIMELIMIT|SIGNAL)"
-)
-# The trainer's own launch variables, should the submitting shell have had any.
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # $1: where the first task publishes the step's id. Signals go to steps: SIGTERM to srun would kill the tasks at once.
 # $2: the step's job, which in a heterogeneous job is not what SLURM_JOB_ID says.
 # $3: which of the visible GPUs to keep ("3-4"), for steps that share a node's GPUs.
@@ -187,12 +179,3 @@ class SlurmLauncher:
             return f"{error}; submit the same command again to continue"
         time.sleep(1)
         return None
-
-
-def clean_environment() -> dict[str, str]:
-    """Our environment without what belongs to the batch step alone."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if not _INHERITED.fullmatch(name) and name not in _RANK_VARIABLES
-    }

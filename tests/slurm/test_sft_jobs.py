@@ -35,7 +35,7 @@ def undisturbed(running: dict[str, Future[Any]]) -> Job:
 
 
 @pytest.mark.scenario("reference")
-def test_two_jobs_on_one_node_finish_and_agree(ended: tuple[Job, Job]) -> None:
+def test_two_jobs_on_one_node_finish_and_agree_also_in_a_container(ended: tuple[Job, Job]) -> None:
     first, second = ended
     for job in ended:
         assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", 0, 0), job.output()
