@@ -14,6 +14,8 @@ from megatron_r1reward.checkpoint.hf import save_hf_folder
 from megatron_r1reward.config.load import dump_config
 from megatron_r1reward.files import write_text
 from megatron_r1reward.training.data_parallel import synchronize_parameters
+from megatron_r1reward.monitor.sinks import Monitor
+from megatron_r1reward.training.control import RunControl
 from megatron_r1reward.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -94,6 +96,14 @@ def export(state: TrainState, out: Path) -> None:
     synchronize_parameters(state.model)
     exporter, write = state.exporter, state.topology.is_main
     save_hf_folder(out, exporter.metas, exporter.tensors(), template=state.config.model.path, write=write)
+
+
+def leave(control: RunControl, monitor: Monitor | None) -> None:
+    """The stage stops before its last step; everything is saved. The next start continues here."""
+    if monitor is not None:
+        monitor.close()
+    control.stopped()
+    log.info("saved and stopped on request")
 
 
 def mark_done(state: TrainState, **result: object) -> None:
