@@ -1,0 +1,68 @@
+"""All checks that apply here, one group after the other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_r1reward.launch.doctor import commands, imports, nodes, packages, servers, slurm, storage
+from megatron_r1reward.launch.doctor.finding import Finding
+from megatron_r1reward.launch.doctor.pins import Build
+
+Place = Literal["machine", "login node", "job"]
+Announce = Callable[[str], None]  # takes the name of the group that begins
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """What was found, and where."""
+
+    place: Place
+    build: Build
+    findings: tuple[Finding, ...]
+
+
+def where(environment: Mapping[str, str] = os.environ) -> Place:
+    if "SLURM_JOB_ID" in environment:
+        return "job"
+    return "machine" if commands.run(["scontrol", "--version"]).missing else "login node"
+
+
+def wanted_build() -> Build:
+    """The kind of packages this machine needs: an environment for GPUs also loads on a login node without any."""
+    if Path("/proc/driver/nvidia/version").exists() or {"vllm", "transformer-engine"} & packages.installed().keys():
+        return "gpu"
+    return "cpu"
+
+
+def examine(
+    folder: Path, *, run_dir: Path | None = None, announce: Announce = lambda group: None, quick: bool = False
+) -> Examination:
+    """Run the checks.
+
+    Args:
+        folder: on the file system that runs will use; exists.
+        run_dir: also ask the servers of this run.
+        announce: told before each group of checks.
+        quick: leave out the imports of the heavy packages, which take half a minute.
+    """
+    place, build = where(), wanted_build()
+    groups: list[tuple[str, Callable[[], list[Finding]]]] = [("packages", lambda: packages.check_packages(build))]
+    if not quick:
+        groups.append(("imports", lambda: [*imports.check_torch()[0], *imports.check_imports(build)]))
+    groups.append(("storage", lambda: storage.check_folder(folder, on_cluster=place != "machine")))
+    groups.append(("slurm", slurm.check_slurm))
+    if place == "job" and not commands.run(["srun", "--version"]).missing:
+        groups.append(("nodes of the job", lambda: nodes.check_nodes(folder)))
+    else:
+        groups.append(("this machine", nodes.check_node))
+    if run_dir is not None:
+        groups.append(("servers", lambda: servers.check_servers(run_dir)))
+    findings: list[Finding] = []
+    for name, check in groups:
+        announce(name)
+        findings += check()
+    return Examination(place=place, build=build, findings=tuple(findings))

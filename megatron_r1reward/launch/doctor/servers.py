@@ -1,0 +1,56 @@
+"""The rollout and judge servers of a run directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+
+from megatron_r1reward.launch.doctor.finding import Finding, error, note, ok, warning
+from megatron_r1reward.monitor.run_state import Address, RunDir
+
+_TIMEOUT_S = 5.0
+
+
+def health(url: str) -> str | None:
+    """None where a vLLM server answers that it is well, else what is wrong."""
+    try:
+        response = httpx.get(f"{url}/health", timeout=_TIMEOUT_S, trust_env=False)
+    except httpx.HTTPError as problem:
+        return f"{type(problem).__name__}: {problem}"
+    return None if response.is_success else f"answers {response.status_code}"
+
+
+def check_servers(run_dir: Path) -> list[Finding]:
+    """Every server that has published its address answers, and takes no longer than a run could wait."""
+    run = RunDir(root=run_dir)
+    if run.done.exists():
+        return [ok("servers", f"{run_dir}: the stage is done, no server is needed")]
+    found: list[Address] = []
+    findings: list[Finding] = []
+    for path in sorted(run.live.glob("*.address.json")):
+        try:
+            address = Address.read(path)
+        except ValueError as problem:
+            findings.append(warning("servers", str(problem), f"rm {path}"))
+            continue
+        if address is not None:
+            found.append(address)
+    for address in found:
+        problem = health(address.url)
+        if problem is None:
+            findings.append(ok(f"servers.{address.component}", f"{address.url} on {address.host} is healthy"))
+            continue
+        findings.append(
+            error(
+                f"servers.{address.component}",
+                f"{address.url} on {address.host}: {problem}",
+                f"from a login node the port may be closed: try inside the job; the log is {_log(run, address.component)}",
+            )
+        )
+    return findings or [note("servers", f"{run_dir}: no server has published an address")]
+
+
+def _log(run: RunDir, component: str) -> Path:
+    lives = run.lives()
+    return run.log(lives[-1] if lives else 0, component)
