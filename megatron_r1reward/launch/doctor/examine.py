@@ -28,7 +28,7 @@ class Examination:
 def where(environment: Mapping[str, str] = os.environ) -> Place:
     if "SLURM_JOB_ID" in environment:
         return "job"
-    return "machine" if commands.run(["scontrol", "--version"]).missing else "login node"
+    return "machine" if slurm.not_configured(slurm.controller_configuration()[1]) else "login node"
 
 
 def wanted_build() -> Build:

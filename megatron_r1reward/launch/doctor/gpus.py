@@ -42,9 +42,9 @@ def check_driver(*, gpus_expected: bool) -> tuple[list[Finding], list[dict[str, 
             return [error("gpu.driver", f"the job has GPUs, but nvidia-smi {output.problem}", fix)], []
         fix = "reboot the node, or have the site match the kernel module and the driver libraries"
         return [error("gpu.driver", f"nvidia-smi fails: {output.problem}", fix)], []
-    findings = (
-        [ok("gpu.driver", f"{len(gpus)} x {gpus[0]['name']}, driver {gpus[0]['driver_version']}")] if gpus else []
-    )
+    if not gpus:
+        return [note("gpu.driver", "an NVIDIA driver, but no GPU that this process may use")], []
+    findings = [ok("gpu.driver", f"{len(gpus)} x {gpus[0]['name']}, driver {gpus[0]['driver_version']}")]
     for gpu in gpus:
         findings += _check_gpu(gpu)
     return findings, gpus

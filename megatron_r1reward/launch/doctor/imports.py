@@ -21,7 +21,8 @@ for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus.append({"name": p.name, "free": free, "total": total, "capability": [p.major, p.minor]})
 peers = all(torch.cuda.can_device_access_peer(a, b) for a in range(len(gpus)) for b in range(len(gpus)) if a != b)
 nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.version.cuda else None
-print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "nccl": nccl, "gpus": gpus, "peers": peers}))
+seen = {"version": torch.__version__, "cuda": torch.version.cuda, "nccl": nccl, "gpus": gpus, "peers": peers}
+print(json.dumps(seen))
 """
 _VLLM = """
 import json, torch, torchvision, vllm

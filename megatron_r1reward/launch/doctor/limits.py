@@ -69,8 +69,8 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
     if usage.free >= _SHM_GOOD:
         return ok("limits.shm", message)
     fix = (
-        f"start the container with --shm-size=16g or --ipc=host; on bare metal remove what earlier jobs left in {folder}, "
-        "or have the site enlarge it"
+        f"start the container with --shm-size=16g or --ipc=host; on bare metal remove what earlier jobs left in "
+        f"{folder}, or have the site enlarge it"
     )
     return (error if usage.free < _SHM_MIN else warning)("limits.shm", f"{message}; vLLM and NCCL need some GiB", fix)
 

@@ -89,7 +89,7 @@ def check_variables(
         findings.append(
             warning(
                 "network.allocator",
-                "expandable_segments is on: vLLM's sleep mode, which the colocated layout uses, refuses to start with it",
+                "expandable_segments is on: vLLM's sleep mode (the colocated layout) refuses to start with it",
                 "unset PYTORCH_CUDA_ALLOC_CONF, or set it for the trainer only",
             )
         )
@@ -98,7 +98,7 @@ def check_variables(
         findings.append(
             warning(
                 "network.proxy",
-                f"{', '.join(sorted(proxies))} is set without no_proxy: requests to a judge by URL leave through the proxy",
+                f"{', '.join(sorted(proxies))} is set without no_proxy: requests to servers go through the proxy",
                 "export no_proxy=localhost,127.0.0.1,.the.cluster.domain in the site file",
             )
         )

@@ -1,7 +1,7 @@
 """Every node of a job: the checks that need no controller run on each, and the nodes are compared.
 
-The doctor starts `python -m megatron_r1reward.launch.doctor.nodes FOLDER CANARY HOST:PORT` once per node; each prints one
-line of JSON.
+The doctor starts `python -m megatron_r1reward.launch.doctor.nodes FOLDER CANARY HOST:PORT` once per node; each prints
+one line of JSON.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def check_nodes(folder: Path, environment: Mapping[str, str] = os.environ) -> li
         findings.append(
             error(
                 "nodes.answer",
-                f"{len(reports)} of {nodes} nodes answered ({answered}); srun {output.problem or 'ended without a word'}",
-                "start srun --overlap --ntasks-per-node=1 hostname by hand; a node that hangs is left out with --exclude",
+                f"{len(reports)} of {nodes} nodes answered ({answered}); srun: {output.problem or 'no message'}",
+                "try srun --overlap --ntasks-per-node=1 hostname; a node that hangs is left out with --exclude",
             )
         )
     else:

@@ -31,8 +31,8 @@ def check_servers(run_dir: Path) -> list[Finding]:
     for path in sorted(run.live.glob("*.address.json")):
         try:
             address = Address.read(path)
-        except ValueError as problem:
-            findings.append(warning("servers", str(problem), f"rm {path}"))
+        except ValueError as unreadable:
+            findings.append(warning("servers", str(unreadable), f"rm {path}"))
             continue
         if address is not None:
             found.append(address)
@@ -45,7 +45,7 @@ def check_servers(run_dir: Path) -> list[Finding]:
             error(
                 f"servers.{address.component}",
                 f"{address.url} on {address.host}: {problem}",
-                f"from a login node the port may be closed: try inside the job; the log is {_log(run, address.component)}",
+                f"look at {_log(run, address.component)}; from a login node the port may be closed: ask inside the job",
             )
         )
     return findings or [note("servers", f"{run_dir}: no server has published an address")]

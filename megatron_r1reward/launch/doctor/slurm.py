@@ -22,21 +22,24 @@ def controller_configuration() -> tuple[dict[str, str] | None, commands.Output]:
     return {key.strip().lower(): value.strip() for key, value in pairs}, output
 
 
+def not_configured(output: commands.Output) -> bool:
+    """`output` of an scontrol call: the commands are missing, or installed without any slurm.conf."""
+    return output.missing or "configuration source" in (output.problem or "")
+
+
 def check_slurm(environment: Mapping[str, str] = os.environ) -> list[Finding]:
     """Empty where there is no Slurm and no job."""
     config, output = controller_configuration()
     if config is None:
-        if output.missing and "SLURM_JOB_ID" not in environment:
-            return [note("slurm.commands", "no Slurm here: stages run with r1reward directly")]
+        if not_configured(output) and "SLURM_JOB_ID" not in environment:
+            return [note("slurm.commands", "no Slurm cluster is configured here: stages run with r1reward directly")]
         if output.missing:
             fix = "call the doctor outside the container, or mount the site's Slurm commands into it"
             return [note("slurm.commands", "inside a job, but Slurm's commands are not visible", fix)]
         fix = "scontrol ping shows whether slurmctld is up; is SLURM_CONF right on this machine?"
         return [error("slurm.controller", f"scontrol {output.problem}", fix)]
     findings = [
-        ok("slurm.controller", f"Slurm {config.get('slurm_version', '?')}, cluster {config.get('clustername')}")
-    ]
-    findings += [
+        ok("slurm.controller", f"cluster {config.get('clustername', '?')}"),
         _version(config),
         _accounting(config),
         _requeue(config),
@@ -145,7 +148,7 @@ def _this_job(job: str) -> list[Finding]:
         findings.append(
             warning(
                 "slurm.job-requeue",
-                f"job {job} was submitted without --requeue: it does not come back after a node failure or its time limit",
+                f"job {job} was submitted without --requeue: it does not come back after a node failure",
                 "submit with slurm/*.sh, which ask for it, or add #SBATCH --requeue",
             )
         )

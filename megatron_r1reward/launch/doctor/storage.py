@@ -96,7 +96,7 @@ def check_skew(modified: float, before: float, after: float) -> Finding:
         return ok("clock.file-server", "this node's clock and the file server's agree")
     return warning(
         "clock.file-server",
-        f"this node's clock and the file server's differ by {skew:.0f} s: heartbeats look stale, walltime saves come late",
+        f"this node's clock and the file server's differ by {skew:.0f} s: heartbeats look stale, saves come late",
         "have the site synchronise the clocks (chronyc tracking, timedatectl)",
     )
 
@@ -147,7 +147,7 @@ def _space(folder: Path) -> list[Finding]:
         findings.append(warning("storage.space", message, fix))
     else:
         findings.append(ok("storage.space", message))
-    if 0 < inodes.f_files and inodes.f_favail < _INODES_GOOD:
+    if inodes.f_files > 0 and inodes.f_favail < _INODES_GOOD:
         inode_fix = "remove many small files (embedded images, old logs), or ask for a larger inode quota"
         findings.append(warning("storage.inodes", f"only {inodes.f_favail} inodes free in {folder}", inode_fix))
     return findings
