@@ -157,6 +157,18 @@ def report(run_dir: Annotated[Path, typer.Argument(help="directory with the stag
 
 
 @app.command()
+def status(
+    run_dir: Annotated[Path, typer.Argument(help="run.output_dir of a stage")],
+    json_output: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
+) -> None:
+    """What a run is doing, its last metrics, how long it still takes, and why it stopped; from its files alone."""
+    with _user_errors():
+        from megatron_r1reward.launch.status.show import run_status
+
+        raise typer.Exit(run_status(run_dir, as_json=json_output))
+
+
+@app.command()
 def doctor(
     folder: Annotated[Path, typer.Option(help="a folder on the file system that runs will use")] = Path("."),
     run_dir: Annotated[Path | None, typer.Option(help="also ask the servers of this run")] = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_r1reward.launch.doctor import commands
+from megatron_r1reward.launch import commands
 from megatron_r1reward.launch.doctor.finding import Finding, note, ok, warning
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_r1reward.launch.doctor import commands, imports, nodes, packages, servers, slurm, storage
+from megatron_r1reward.launch import commands
+from megatron_r1reward.launch.doctor import imports, nodes, packages, servers, slurm, storage
 from megatron_r1reward.launch.doctor.finding import Finding
 from megatron_r1reward.launch.doctor.pins import Build
 

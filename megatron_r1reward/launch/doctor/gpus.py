@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_r1reward.launch.doctor import commands
+from megatron_r1reward.launch import commands
 from megatron_r1reward.launch.doctor.finding import Finding, error, note, ok, warning
 
 _FIELDS = (

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_r1reward.launch.doctor import commands
+from megatron_r1reward.launch import commands
 from megatron_r1reward.launch.doctor.finding import Finding, error, ok
 from megatron_r1reward.launch.doctor.pins import Build
 

@@ -18,7 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_r1reward.launch.doctor import commands, gpus, imports, limits, network, packages, storage
+from megatron_r1reward.launch import commands
+from megatron_r1reward.launch.doctor import gpus, imports, limits, network, packages, storage
 from megatron_r1reward.launch.doctor.clock import check_clock
 from megatron_r1reward.launch.doctor.finding import Finding, error, merge_nodes, ok, warning
 

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 
-from megatron_r1reward.launch.doctor import commands
+from megatron_r1reward.launch import commands
 from megatron_r1reward.launch.doctor.finding import Finding, error, note, ok, warning
 
 _OLDEST = (20, 11)  # the first with srun --exact
