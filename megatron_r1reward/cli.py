@@ -12,6 +12,9 @@ from typing import Annotated
 
 import typer
 
+from megatron_r1reward.launch.layout import ServerKind, Stage
+from megatron_r1reward.monitor.run_state import EXIT_REQUEUE
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 data_app = typer.Typer(no_args_is_help=True, help="Build, import and inspect preference data.")
 app.add_typer(data_app, name="data")
@@ -24,7 +27,8 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=val
 def _user_errors() -> Iterator[None]:
     """ValueError is the user's to fix: one message without a traceback, exit code 2."""
     # One voice: the other ranks speak up only when something is wrong.
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
+    level = logging.INFO if rank == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     for chatty in ("httpx", "httpx2", "megatron"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -39,18 +43,27 @@ def _user_errors() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
-def _run_stage(stage: str, run_file: Path, overrides: list[str] | None) -> None:
+def _run_stage(stage: Stage, run_file: Path, overrides: list[str] | None) -> None:
     """Load the run file and run one of the functions of `launch.stages`, imported only now: it takes seconds."""
     with _user_errors():
         from megatron_r1reward.config.load import load_config
-        from megatron_r1reward.launch.local import run_local_ranks, under_a_launcher
+        from megatron_r1reward.launch.launch import launch as launch_stage
+        from megatron_r1reward.launch.local import forget_stop_request, under_a_launcher
 
         config = load_config(run_file, overrides or [])
         if stage in ("sft", "rl") and config.run.local_ranks > 1 and not under_a_launcher():
-            raise typer.Exit(run_local_ranks([stage, str(run_file), *(overrides or [])], config.run.local_ranks))
+            raise typer.Exit(launch_stage(stage, run_file, overrides or [], local=True))
         from megatron_r1reward.launch import stages
 
-        {"sft": stages.sft, "annotate": stages.annotate, "rl": stages.rl, "eval": stages.evaluate}[stage](config)
+        if stage == "annotate":
+            stages.annotate(config)
+        elif stage == "eval":
+            stages.evaluate(config)
+        else:
+            forget_stop_request(config)
+            finished = stages.sft(config) if stage == "sft" else stages.rl(config)
+            if not finished:
+                raise typer.Exit(EXIT_REQUEUE)
 
 
 @app.command()
@@ -75,6 +88,44 @@ def rl(run_file: RunFile, overrides: Overrides = None) -> None:
 def evaluate(run_file: RunFile, overrides: Overrides = None) -> None:
     """Held-out accuracy in both answer orders, voting@K, any-correct@K."""
     _run_stage("eval", run_file, overrides)
+
+
+@app.command()
+def launch(
+    stage: Annotated[Stage, typer.Argument(help="sft, rl, eval, annotate or judge")],
+    run_file: RunFile,
+    overrides: Overrides = None,
+    local: Annotated[bool, typer.Option(help="processes of this machine, also inside a Slurm job")] = False,
+) -> None:
+    """One stage with all its components under a supervisor: job steps in a Slurm job, processes elsewhere."""
+    with _user_errors():
+        from megatron_r1reward.launch.launch import launch as launch_stage
+
+        raise typer.Exit(launch_stage(stage, run_file, overrides or [], local=local))
+
+
+@app.command(hidden=True)
+def worker(stage: Stage, run_file: RunFile, overrides: Overrides = None) -> None:
+    """One task of a supervised stage's driver."""
+    with _user_errors():
+        from megatron_r1reward.config.load import load_config
+        from megatron_r1reward.launch.worker import allow_stack_dumps, run_driver
+
+        allow_stack_dumps()
+        run_driver(load_config(run_file, overrides or []), stage)
+
+
+@app.command(hidden=True)
+def server(
+    stage: Stage, kind: ServerKind, index: int, run_file: RunFile, overrides: Overrides = None, life: int = 0
+) -> None:
+    """One server of a supervised stage."""
+    with _user_errors():
+        from megatron_r1reward.config.load import load_config
+        from megatron_r1reward.launch.worker import allow_stack_dumps, run_server
+
+        allow_stack_dumps()
+        raise typer.Exit(run_server(load_config(run_file, overrides or []), stage, kind, index, life=life))
 
 
 @data_app.command("digits")

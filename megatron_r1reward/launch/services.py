@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.launch.paths import media_root
 from megatron_r1reward.reward.consistency import ConsistencyJudge
 from megatron_r1reward.rollout.pool import RolloutPool, open_rollout_pool
 from megatron_r1reward.rollout.server import VllmServer, start_servers
@@ -99,7 +99,7 @@ def _open_pool(config: RunConfig, *, takes_weights: bool) -> RolloutPool:
         model_path=config.model.path,
         tokenizer=AutoTokenizer.from_pretrained(config.model.path, local_files_only=True),
         log_dir=_log_dir(config),
-        media_root=_media_root(config),
+        media_root=media_root(config),
         pixels=(config.data.min_pixels, config.data.max_pixels),
         weight_transfer="gloo" if takes_weights else None,
         sender_host=config.rollout.sender_host,
@@ -109,11 +109,3 @@ def _open_pool(config: RunConfig, *, takes_weights: bool) -> RolloutPool:
 
 def _log_dir(config: RunConfig) -> Path:
     return config.run.output_dir / "logs"
-
-
-def _media_root(config: RunConfig) -> Path:
-    """The deepest folder that holds every image a request may name."""
-    roots = [config.data.image_root or config.data.train.parent, config.run.output_dir]
-    if config.evaluation.data is not None:
-        roots.append(config.evaluation.image_root or config.evaluation.data.parent)
-    return Path(os.path.commonpath([root.resolve() for root in roots]))

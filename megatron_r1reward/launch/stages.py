@@ -7,6 +7,8 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
 
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -19,8 +21,10 @@ from megatron_r1reward.data.prompt import PromptBuilder
 from megatron_r1reward.evaluation.annotate import annotate as annotate_preferences
 from megatron_r1reward.evaluation.evaluate import evaluate as evaluate_pairs
 from megatron_r1reward.evaluation.result import EvaluationResult
+from megatron_r1reward.launch.addresses import connected, node_address
 from megatron_r1reward.launch.services import open_annotator, open_evaluation_pool, open_rl_services
 from megatron_r1reward.parallel import setup
+from megatron_r1reward.parallel.rendezvous import Rendezvous
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.pool import RolloutPool
@@ -32,34 +36,46 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def _ranks(config: RunConfig) -> Iterator[Topology]:
-    topology = setup.initialize(config.parallel, seed=config.run.seed)
+def _ranks(config: RunConfig, rendezvous: Path | None) -> Iterator[Topology]:
+    topology = setup.initialize(
+        config.parallel,
+        seed=config.run.seed,
+        timeout=timedelta(seconds=config.cluster.stall_timeout_s),
+        rendezvous=Rendezvous(path=rendezvous, host=node_address()) if rendezvous is not None else None,
+    )
     try:
         yield topology
     finally:
         setup.shutdown()
 
 
-def sft(config: RunConfig) -> None:
-    """Stage 1, on every rank."""
-    with _ranks(config) as topology:
+def sft(config: RunConfig, *, rendezvous: Path | None = None) -> bool:
+    """Stage 1, on every rank. False: it has saved and stopped on request."""
+    with _ranks(config, rendezvous) as topology:
         folder = sft_stage.run(config, topology)
-    log.info("SFT finished: %s", folder)
+    if folder is not None:
+        log.info("SFT finished: %s", folder)
+    return folder is not None
 
 
-def rl(config: RunConfig) -> None:
-    """Stage 2, on every rank; the main rank also runs the servers and the reward."""
-    with _ranks(config) as topology, ExitStack() as stack:
+def rl(config: RunConfig, *, rendezvous: Path | None = None, supervised: bool = False) -> bool:
+    """Stage 2, on every rank; the main rank also has the servers and the reward. False: saved and stopped on request.
+
+    With `supervised` the servers are those whose addresses the run directory holds.
+    """
+    with _ranks(config, rendezvous) as topology, ExitStack() as stack:
         services = None
         if topology.is_main:
-            opened = stack.enter_context(open_rl_services(config))
+            opened = stack.enter_context(open_rl_services(connected(config, "rl") if supervised else config))
             services = rl_stage.Services(
                 pool=opened.pool,
                 scorer=RewardScorer(config.reward, opened.judge),
                 probe=_heldout_probe(config, opened.pool),
             )
         folder = rl_stage.run(config, topology, services)
-    log.info("RL finished: %s", folder)
+    if folder is not None:
+        log.info("RL finished: %s", folder)
+    return folder is not None
 
 
 def _heldout_probe(config: RunConfig, pool: RolloutPool) -> Callable[[], float] | None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from megatron_r1reward.config.schema import ParallelSection
 from megatron_r1reward.parallel import cpu
+from megatron_r1reward.parallel.rendezvous import Rendezvous
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +65,19 @@ def _launch_from_environment() -> _Launch:
     return _Launch(rank=0, world_size=1, local_rank=0)
 
 
-def _init_process_group(launch: _Launch, timeout: timedelta) -> None:
+def _init_process_group(launch: _Launch, rendezvous: Rendezvous | None, timeout: timedelta) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if launch.world_size > 1:
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if name not in os.environ:
-                raise ValueError(f"{launch.world_size} ranks but {name} is not set: start with torchrun or set it")
-        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    if launch.world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
-    store = Path(tempfile.mkdtemp(prefix="r1reward-")) / "store"
-    dist.init_process_group(backend, init_method=f"file://{store}", rank=0, world_size=1, timeout=timeout)
+    if rendezvous is not None:
+        store = rendezvous.store(launch.rank, launch.world_size, timeout)
+        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+        return
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ValueError(f"{launch.world_size} ranks but {name} is not set: start with torchrun or set it")
+    dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
 
 
 def check_world_size(section: ParallelSection, world_size: int) -> None:
@@ -89,8 +91,19 @@ def check_world_size(section: ParallelSection, world_size: int) -> None:
         )
 
 
-def initialize(section: ParallelSection, *, seed: int, timeout: timedelta = timedelta(minutes=10)) -> Topology:
-    """Create megatron-core's process groups. Call once per process, before any model is built."""
+def initialize(
+    section: ParallelSection,
+    *,
+    seed: int,
+    timeout: timedelta = timedelta(minutes=10),
+    rendezvous: Rendezvous | None = None,
+) -> Topology:
+    """Create megatron-core's process groups. Call once per process, before any model is built.
+
+    Args:
+        timeout: of the start and of every collective.
+        rendezvous: how several ranks meet; None: at MASTER_ADDR and MASTER_PORT, as torchrun sets them.
+    """
     cpu.install()
     from megatron.core import parallel_state, tensor_parallel
 
@@ -99,7 +112,7 @@ def initialize(section: ParallelSection, *, seed: int, timeout: timedelta = time
     if torch.cuda.is_available():
         torch.cuda.set_device(launch.local_rank)
     if not dist.is_initialized():
-        _init_process_group(launch, timeout)
+        _init_process_group(launch, rendezvous, timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=section.tensor_model_parallel_size,
         pipeline_model_parallel_size=section.pipeline_model_parallel_size,

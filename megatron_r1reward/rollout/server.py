@@ -173,6 +173,11 @@ class VllmServer:
         return self._process.pid if self._process is not None else None
 
     @property
+    def returncode(self) -> int | None:
+        """Exit code of a server that has ended by itself (-n: killed by signal n); None otherwise."""
+        return self._process.poll() if self._process is not None else None
+
+    @property
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 

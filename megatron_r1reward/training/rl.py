@@ -29,6 +29,7 @@ from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.rollout.weights import TensorMeta
 from megatron_r1reward.training import health, rundir
+from megatron_r1reward.training.control import RunControl
 from megatron_r1reward.training.policy_update import update_policy
 from megatron_r1reward.training.rl_metrics import advantage_metrics, mismatch, rollout_metrics
 from megatron_r1reward.training.rollout_batch import add_advantages, add_log_probs, pack
@@ -123,8 +124,10 @@ def prepare(
     return state, PromptLoader(preferences, builder, config.data, seed=config.run.seed)
 
 
-def run(config: RunConfig, topology: Topology, services: Services | None) -> Path:
-    """Train to the last step and return the exported Hugging Face folder. `services` is None on all but the main rank.
+def run(config: RunConfig, topology: Topology, services: Services | None) -> Path | None:
+    """Train to the last step and return the exported Hugging Face folder; None when it was asked to save and stop.
+
+    `services` is None on all but the main rank.
 
     Raises:
         ValueError: the configuration or the data cannot be used.
@@ -140,6 +143,8 @@ def run(config: RunConfig, topology: Topology, services: Services | None) -> Pat
     )
     preferences = keep_selected(data.preferences, config.data.select)
     log.info("%d of %d preferences are trained on", len(preferences), len(data.preferences))
+    control = RunControl(output, topology, total_steps=config.rl.steps)
+    control.loading()
     state, loader = prepare(config, topology, preferences)
     resumed = rundir.resume(state)
     rundir.prepare(state)
@@ -147,30 +152,47 @@ def run(config: RunConfig, topology: Topology, services: Services | None) -> Pat
     if topology.is_main:
         monitor = build_monitor(config.monitor, output, "rl", resumed_step=state.step if resumed else None)
     push_weights(state, services)  # the servers' weights are the trainer's from the first token on
-    _train(state, loader, services, monitor)
+    control.begin(state.step, resumed=resumed)
+    if not _train(state, loader, services, monitor, control):
+        rundir.leave(control, monitor)
+        return None
+    control.exporting()
     folder = output / "hf"
     rundir.export(state, folder)
     rundir.mark_done(state, hf=folder)
+    control.done()
     if monitor is not None:
         monitor.close()
     return folder
 
 
-def _train(state: TrainState, loader: PromptLoader, services: Services | None, monitor: Monitor | None) -> None:
+def _train(
+    state: TrainState,
+    loader: PromptLoader,
+    services: Services | None,
+    monitor: Monitor | None,
+    control: RunControl,
+) -> bool:
+    """Step by step to the last one: True. False: asked to stop, and saved."""
     config = state.config
     progress = tqdm(
         total=config.rl.steps, initial=state.step, desc="RL", unit="step", disable=monitor is None, dynamic_ncols=True
     )
     timer = PhaseTimer()
-    while state.step < config.rl.steps:
+    stopped = False
+    while state.step < config.rl.steps and not stopped:
         timer.reset()
         with timer.phase("step"):
             metrics = train_step(state, loader, services, timer)
             if state.topology.is_main:
                 health.check(metrics, config.algorithm, state.step)
-            if state.step % config.checkpoint.save_every == 0 or state.step == config.rl.steps:
+            control.finished_step(state.step)
+            stopped = state.step < config.rl.steps and control.stop_requested()
+            if state.step % config.checkpoint.save_every == 0 or state.step == config.rl.steps or stopped:
+                control.saving()
                 with timer.phase("save"):
                     rundir.save(state)
+                control.saved(state.step)
         if services is not None and services.probe is not None and _probe_is_due(config, state.step):
             metrics["heldout/accuracy"] = services.probe()
         if monitor is not None:
@@ -178,6 +200,7 @@ def _train(state: TrainState, loader: PromptLoader, services: Services | None, m
         progress.set_postfix(reward=f"{metrics['reward/mean']:.2f}", right=f"{metrics['reward/result']:.2f}")
         progress.update()
     progress.close()
+    return not stopped
 
 
 def _probe_is_due(config: RunConfig, step: int) -> bool:

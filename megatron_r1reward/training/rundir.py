@@ -10,6 +10,8 @@ from pathlib import Path
 from megatron_r1reward.checkpoint.dist import atomic_write, find_checkpoint, load_checkpoint, save_checkpoint
 from megatron_r1reward.checkpoint.hf import export_hf_tensors, save_hf_folder
 from megatron_r1reward.config.load import dump_config
+from megatron_r1reward.monitor.sinks import Monitor
+from megatron_r1reward.training.control import RunControl
 from megatron_r1reward.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -63,6 +65,14 @@ def export(state: TrainState, out: Path) -> None:
     """Write the current weights as a Hugging Face folder; collective."""
     tensors = export_hf_tensors(state.module, state.table, state.topology)
     save_hf_folder(out, tensors, template=state.config.model.path, write=state.topology.is_main)
+
+
+def leave(control: RunControl, monitor: Monitor | None) -> None:
+    """The stage stops before its last step; everything is saved. The next start continues here."""
+    if monitor is not None:
+        monitor.close()
+    control.stopped()
+    log.info("saved and stopped on request")
 
 
 def mark_done(state: TrainState, **result: object) -> None:

@@ -17,6 +17,7 @@ from megatron_r1reward.data.prompt import render_chat
 from megatron_r1reward.monitor.sinks import build_monitor
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training import rundir
+from megatron_r1reward.training.control import RunControl
 from megatron_r1reward.training.schedule import LossOutput, reduce_statistics, train_micro_batches
 from megatron_r1reward.training.state import TrainState, build_state
 from megatron_r1reward.types import PackedBatch, Prompt, Sequence
@@ -75,8 +76,8 @@ def train_step(state: TrainState, examples: tuple[SftExample, ...], sampler: Epo
     }
 
 
-def run(config: RunConfig, topology: Topology) -> Path:
-    """Run the stage to its end and return the exported Hugging Face folder.
+def run(config: RunConfig, topology: Topology) -> Path | None:
+    """Run the stage to its end and return the exported Hugging Face folder; None when it was asked to save and stop.
 
     Raises:
         ValueError: the configuration or the data cannot be used.
@@ -98,6 +99,8 @@ def run(config: RunConfig, topology: Topology) -> Path:
     examples = data.examples
     epoch_steps = math.ceil(len(examples) / config.sft.global_batch_size)
     steps = config.sft.steps or config.sft.epochs * epoch_steps
+    control = RunControl(output, topology, total_steps=steps)
+    control.loading()
     state = build_state(config, topology, optimizer_steps=steps)
     resumed = rundir.resume(state)
     rundir.prepare(state)
@@ -110,18 +113,29 @@ def run(config: RunConfig, topology: Topology) -> Path:
     progress = tqdm(
         total=steps, initial=state.step, desc="SFT", unit="step", disable=not topology.is_main, dynamic_ncols=True
     )
-    while state.step < steps:
+    control.begin(state.step, resumed=resumed)
+    stopped = False
+    while state.step < steps and not stopped:
         metrics = train_step(state, examples, sampler)
         if monitor is not None:
             monitor.log(state.step, metrics)
         progress.set_postfix(loss=f"{metrics['sft/loss']:.3f}")
         progress.update()
-        if state.step % config.checkpoint.save_every == 0 or state.step == steps:
+        control.finished_step(state.step)
+        stopped = state.step < steps and control.stop_requested()
+        if state.step % config.checkpoint.save_every == 0 or state.step == steps or stopped:
+            control.saving()
             rundir.save(state)
+            control.saved(state.step)
     progress.close()
+    if stopped:
+        rundir.leave(control, monitor)
+        return None
+    control.exporting()
     folder = output / "hf"
     rundir.export(state, folder)
     rundir.mark_done(state, hf=folder)
+    control.done()
     if monitor is not None:
         monitor.close()
     return folder

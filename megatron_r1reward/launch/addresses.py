@@ -1,0 +1,74 @@
+"""Where the servers of a supervised stage are: published by them in `live/`, read by supervisor and driver."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.launch.layout import ServerKind, Stage, servers_of
+from megatron_r1reward.monitor.run_state import Address, RunDir
+
+
+def node_address() -> str:
+    """A name of this machine that the other nodes of the job resolve; the loopback address outside Slurm.
+
+    Raises:
+        ValueError: neither Slurm's name of the node nor its host name can be resolved.
+    """
+    if "SLURM_JOB_ID" not in os.environ:
+        return "127.0.0.1"
+    names = [name for name in (os.environ.get("SLURMD_NODENAME"), socket.gethostname()) if name]
+    for name in names:
+        try:
+            socket.getaddrinfo(name, None)
+        except OSError:
+            continue
+        return name
+    raise ValueError(f"none of the names {names} of this node can be resolved: add it to DNS or to /etc/hosts")
+
+
+def missing(config: RunConfig, stage: Stage, run: RunDir) -> list[str]:
+    """Servers of the stage that have not published their address yet."""
+    wanted = [f"{kind}-{index}" for kind, count in servers_of(config, stage).items() for index in range(count)]
+    return [name for name in wanted if not run.address(name).exists()]
+
+
+def connected(config: RunConfig, stage: Stage) -> RunConfig:
+    """The configuration with the URLs of the servers that the supervisor started for it.
+
+    Raises:
+        ValueError: a shared judge is asked for that is not running.
+    """
+    run = RunDir(root=config.run.output_dir)
+    wanted = servers_of(config, stage)
+    rollout, judge, annotate = config.rollout, config.judge, config.annotate
+    rollout = rollout.model_copy(update={"sender_host": node_address()})
+    if wanted["rollout"] and stage == "annotate":
+        annotate = annotate.model_copy(update={"url": _urls(run, "rollout")[0] + "/v1"})
+    elif wanted["rollout"]:
+        rollout = rollout.model_copy(update={"urls": _urls(run, "rollout")})
+    if wanted["judge"]:
+        judge = judge.model_copy(update={"urls": _urls(run, "judge")})
+    elif stage == "rl" and config.reward.use_judge and not judge.urls and config.cluster.shared_judge is not None:
+        judge = judge.model_copy(update={"urls": shared_judge_urls(config.cluster.shared_judge)})
+    return config.model_copy(update={"rollout": rollout, "judge": judge, "annotate": annotate})
+
+
+def shared_judge_urls(root: Path) -> tuple[str, ...]:
+    """Addresses of a judge job's servers.
+
+    Raises:
+        ValueError: it has not published any.
+    """
+    run = RunDir(root=root)
+    if not run.addresses("judge") or run.exit_report.exists():
+        raise ValueError(f"cluster.shared_judge {root}: no judge is running there; submit slurm/judge.sh first")
+    return _urls(run, "judge")
+
+
+def _urls(run: RunDir, kind: ServerKind) -> tuple[str, ...]:
+    addresses: list[Address] = run.addresses(kind)
+    assert addresses, f"the supervisor starts the driver only after every {kind} server has published its address"
+    return tuple(address.url for address in addresses)

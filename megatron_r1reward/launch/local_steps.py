@@ -1,0 +1,148 @@
+"""Job steps as processes of this machine."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from megatron_r1reward.launch.layout import Placement
+from megatron_r1reward.launch.steps import StepEnd, code_of, name_of
+from megatron_r1reward.monitor.run_state import RunDir
+
+_PR_SET_PDEATHSIG = 1
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class LocalStep:
+    """All tasks of one step. The first that fails ends the others."""
+
+    def __init__(
+        self, placement: Placement, processes: Sequence[subprocess.Popen[bytes]], tees: Sequence[threading.Thread]
+    ) -> None:
+        self.name = placement.component.name
+        self._processes = processes
+        self._tees = tees
+        self._failed: StepEnd | None = None
+
+    def poll(self) -> StepEnd | None:
+        codes = [process.poll() for process in self._processes]
+        if self._failed is None:
+            for rank, code in enumerate(codes):
+                if code:
+                    what = f"task {rank} {name_of(code_of(code))}" if len(codes) > 1 else name_of(code_of(code))
+                    self._failed = StepEnd(code=code_of(code), what=what)
+                    self.signal(signal.SIGTERM)
+                    break
+        if self._failed is not None:
+            return self._failed
+        if any(code is None for code in codes):
+            return None
+        for tee in self._tees:
+            tee.join(timeout=5)
+        return StepEnd(code=0, what="exited with code 0")
+
+    @property
+    def running(self) -> bool:
+        """Whether any task is left, also after a failure was reported."""
+        return any(process.poll() is None for process in self._processes)
+
+    def signal(self, number: signal.Signals) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def kill(self) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        for tee in self._tees:
+            tee.join(timeout=5)
+
+
+class LocalLauncher:
+    """Starts tasks as children of this process; they die with it."""
+
+    def __init__(self, run: RunDir, *, console: bool = True) -> None:
+        self._run = run
+        self._console = console
+
+    def start(self, placement: Placement, command: Sequence[str], log: Path) -> LocalStep:
+        part = placement.component
+        log.parent.mkdir(parents=True, exist_ok=True)
+        processes, tees = [], []
+        show = self._console and placement.kind == "driver"
+        for rank in range(part.tasks):
+            environment = dict(os.environ)
+            if placement.kind == "driver" and part.tasks > 1:
+                environment |= {"RANK": str(rank), "WORLD_SIZE": str(part.tasks), "LOCAL_RANK": str(rank)}
+            if placement.gpu_ids:
+                environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, _visible(placement.gpu_ids)))
+            with log.open("ab") as handle:
+                process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE if show else handle,
+                    stderr=subprocess.STDOUT,
+                    preexec_fn=_die_with_parent,
+                )
+            processes.append(process)
+            if show:
+                assert process.stdout is not None
+                tee = threading.Thread(target=_tee, args=(process.stdout, log), name=f"tee-{rank}", daemon=True)
+                tee.start()
+                tees.append(tee)
+        self._run.step_id(part.name).write_text("\n".join(f"pid {process.pid}" for process in processes) + "\n")
+        return LocalStep(placement, processes, tees)
+
+    def lost_nodes(self) -> tuple[str, ...]:
+        return ()
+
+    def ends(self) -> float | None:
+        return None
+
+    def why_ending(self) -> str:
+        return "interrupted"
+
+    def requeue(self) -> str | None:
+        return "start the same command again to continue"
+
+
+def _tee(source: BinaryIO, log: Path) -> None:
+    """Copy a task's output to the log and to our own standard error."""
+    with log.open("ab") as handle:
+        while chunk := source.read1(1 << 16):  # type: ignore[attr-defined]  # a buffered pipe
+            handle.write(chunk)
+            handle.flush()
+            sys.stderr.buffer.write(chunk)
+            sys.stderr.buffer.flush()
+
+
+def _visible(gpu_ids: Sequence[int]) -> list[str]:
+    """Names of these GPUs for CUDA_VISIBLE_DEVICES, where that variable already restricts this process."""
+    outer = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = outer.split(",") if outer else None
+    return [names[index] if names else str(index) for index in gpu_ids]
+
+
+def count_gpus() -> int:
+    """GPUs that this process may use."""
+    outer = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if outer is not None:
+        return len([name for name in outer.split(",") if name.strip() and name.strip() != "-1"])
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())

@@ -1,0 +1,360 @@
+"""Starts the components of a stage, watches them, ends them together, and says why.
+
+A server's address is awaited before the driver (the trainer, say) starts, so nothing waits in a collective for a model
+that is still loading. Whatever ends, everything ends: a job never idles on a component that is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_r1reward.config.schema import ClusterSection
+from megatron_r1reward.launch.health import last_lines, unhealthy
+from megatron_r1reward.launch.layout import Placement
+from megatron_r1reward.launch.steps import RunningStep, StepEnd, StepLauncher
+from megatron_r1reward.launch.walltime import WalltimeGuard
+from megatron_r1reward.monitor.run_state import (
+    EXIT_DONE,
+    EXIT_REQUEUE,
+    Address,
+    ExitReport,
+    Heartbeat,
+    Outcome,
+    RunDir,
+    RunInfo,
+    StopRequest,
+)
+
+log = logging.getLogger(__name__)
+Command = Callable[[Placement], Sequence[str]]
+
+EXIT_STALLED = 70  # no progress within cluster.stall_timeout_s
+EXIT_UNFINISHED = 71  # a component left with exit code 0, but its work was not done
+EXIT_LOST_NODE = 72  # a node stopped answering, and the job was not requeued
+EXIT_TIME = 73  # the time limit is reached and another turn would not help
+_POLL_INTERVAL_S = 0.2
+_SETTLE_S = 1.0  # what dies within this time of the first death is looked at together with it
+_STEP_START_TIMEOUT_S = 180.0  # from srun to the first task
+_STACK_DUMP_S = 5.0
+_ENDS_INTERVAL_S = 60.0
+_LIVES_WITHOUT_PROGRESS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a supervisor needs to know about a stage."""
+
+    info: RunInfo
+    placements: tuple[Placement, ...]
+    command: Command
+    startup_timeout_s: float  # of a server
+    resumes: bool  # the driver writes heartbeats, saves when asked to, and continues where an earlier life stopped
+    requeues: bool  # whether another turn brings the stage further
+    finished: Callable[[], bool]  # asked when the driver has left with exit code 0
+
+
+class LifeEndedError(Exception):
+    """Why this life is over."""
+
+    def __init__(self, outcome: Outcome, code: int, reason: str, component: str | None = None) -> None:
+        super().__init__(reason)
+        self.outcome: Outcome = outcome
+        self.code = code
+        self.reason = reason
+        self.component = component
+
+
+class Supervisor:
+    """One life of one stage. `run()` returns the report that it has written to `exit.json`."""
+
+    def __init__(self, run: RunDir, section: ClusterSection, plan: Plan, launcher: StepLauncher) -> None:
+        self._run = run
+        self._section = section
+        self._plan = plan
+        self._launcher = launcher
+        self._steps: dict[str, RunningStep] = {}
+        self._started: dict[str, float] = {}
+        self._signals: list[signal.Signals] = []
+        self._stop_requested = False
+        self._guard = WalltimeGuard(
+            ends=plan.info.ends, margin_s=section.walltime_margin_s, grace_s=section.grace_s
+        )  # fmt: skip
+        self._guard_read = time.time()
+
+    # --- the life, from top to bottom ---
+
+    def run(self) -> ExitReport:
+        """Until the driver is done or anything fails; no step is left when this returns."""
+        previous = {n: signal.signal(n, self._take) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        try:
+            try:
+                self._live()
+                raise AssertionError("a life ends with a reason")
+            except LifeEndedError as end:
+                report = self._report(self._final(end))
+            report.write(self._run.logs(report.life) / "exit.json")
+            report.write(self._run.exit_report)
+            self._stop_all()
+        finally:
+            for step in self._steps.values():
+                step.kill()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return report
+
+    def _take(self, number: int, frame: object) -> None:
+        self._signals.append(signal.Signals(number))
+
+    def _live(self) -> None:
+        servers = [placement for placement in self._plan.placements if placement.kind != "driver"]
+        drivers = [placement for placement in self._plan.placements if placement.kind == "driver"]
+        for placement in servers:
+            self._start(placement)
+        self._await_servers([placement.component.name for placement in servers])
+        for placement in drivers:
+            self._start(placement)
+        while True:
+            self._check()
+            time.sleep(_POLL_INTERVAL_S)
+
+    def _start(self, placement: Placement) -> None:
+        name = placement.component.name
+        log.info("starting %s on %s", name, ",".join(placement.component.nodes))
+        self._started[name] = time.time()
+        command = self._plan.command(placement)
+        self._steps[name] = self._launcher.start(placement, command, self._run.log(self._plan.info.life, name))
+
+    def _await_servers(self, names: Sequence[str]) -> None:
+        waiting = list(names)
+        while waiting:
+            self._check()
+            for name in list(waiting):
+                address = Address.read(self._run.address(name))
+                if address is None:
+                    if time.time() - self._started[name] > self._plan.startup_timeout_s:
+                        limit = f"{self._plan.startup_timeout_s:g} s"
+                        raise LifeEndedError("failed", 1, f"{name} was not ready after {limit}", name)
+                    continue
+                if (problem := unhealthy(address.url)) is not None:
+                    raise LifeEndedError(
+                        "failed",
+                        1,
+                        f"{name} is ready on {address.host}, but {address.url} cannot be reached from "
+                        f"{self._plan.info.host} ({problem}): the node's name must resolve to an address that other "
+                        "nodes reach, and no firewall may stand between them (docs/cluster.md)",
+                        name,
+                    )
+                log.info("%s is ready at %s", name, address.url)
+                waiting.remove(name)
+            time.sleep(_POLL_INTERVAL_S)
+
+    # --- one look at everything ---
+
+    def _check(self) -> None:
+        """Raises LifeEndedError when there is a reason."""
+        self._check_signals()
+        ended = {name: end for name, step in self._steps.items() if (end := step.poll()) is not None}
+        if ended:
+            self._explain(ended)
+        heartbeat = self._heartbeat()
+        self._check_time(heartbeat)
+        self._check_progress(heartbeat)
+        self._check_steps_began()
+
+    def _heartbeat(self) -> Heartbeat | None:
+        return Heartbeat.read(self._run.heartbeat)
+
+    def _check_signals(self) -> None:
+        while self._signals:
+            number = self._signals.pop(0)
+            if number != signal.SIGUSR1:
+                reason = self._launcher.why_ending()
+                raise LifeEndedError("cancelled", 128 + number, f"told to end by {number.name}: {reason}")
+            self._ask_to_stop("SIGUSR1: preemption, or the time limit is near")
+
+    def _ask_to_stop(self, reason: str) -> None:
+        """Save and leave. Without a trainer at work there is nothing to save."""
+        if self._stop_requested:
+            return
+        self._stop_requested = True
+        log.info("asked to save and stop: %s", reason)
+        if not self._plan.resumes or not any(
+            p.kind == "driver" and p.component.name in self._steps for p in self._plan.placements
+        ):
+            raise LifeEndedError("requeue", EXIT_REQUEUE, reason)
+        StopRequest(reason=reason).write(self._run.stop)
+
+    def _check_time(self, heartbeat: Heartbeat | None) -> None:
+        now = time.time()
+        latest, last = self._guard.latest_stop(heartbeat), self._guard.last_moment()
+        if latest is None or last is None or now < latest:
+            return
+        if now - self._guard_read > _ENDS_INTERVAL_S:  # an administrator may have extended the job
+            self._guard_read = now
+            ends = self._launcher.ends()
+            if ends is not None and ends != self._guard.ends:
+                log.info("the time limit has moved by %+.0f s", ends - (self._guard.ends or ends))
+                self._guard = WalltimeGuard(ends=ends, margin_s=self._guard.margin_s, grace_s=self._guard.grace_s)
+                return
+        if now >= last:
+            raise LifeEndedError("requeue", EXIT_REQUEUE, "the time limit came before the trainer had saved")
+        self._ask_to_stop(f"the time limit is {last - now + self._guard.grace_s:.0f} s away")
+
+    def _check_progress(self, heartbeat: Heartbeat | None) -> None:
+        if heartbeat is None or heartbeat.phase in ("stopped", "done"):
+            return
+        limit = max(self._section.stall_timeout_s, 10 * (heartbeat.longest_step_s + heartbeat.longest_save_s))
+        silent = time.time() - heartbeat.time
+        if silent < limit:
+            return
+        log.error("no progress for %.0f s: asking every process of %s for its stacks", silent, heartbeat.component)
+        if heartbeat.component in self._steps:
+            self._steps[heartbeat.component].signal(signal.SIGUSR2)
+            time.sleep(_STACK_DUMP_S)
+        raise LifeEndedError(
+            "failed",
+            EXIT_STALLED,
+            f"no progress for {silent:.0f} s while {heartbeat.phase} after step {heartbeat.step}; the stacks of all "
+            "processes are at the end of the log",
+            heartbeat.component,
+        )
+
+    def _check_steps_began(self) -> None:
+        for name, started in self._started.items():
+            if time.time() - started > _STEP_START_TIMEOUT_S and not self._run.step_id(name).exists():
+                raise LifeEndedError(
+                    "failed",
+                    1,
+                    f"{name} has not begun within {_STEP_START_TIMEOUT_S:g} s: Slurm finds no room for it, or its "
+                    f"container does not start; see {name}.srun.log",
+                    name,
+                )
+
+    # --- what an end means ---
+
+    def _explain(self, ended: dict[str, StepEnd]) -> None:
+        """Find the root cause among the steps that have ended; always raises."""
+        driver = next((p.component.name for p in self._plan.placements if p.kind == "driver"), None)
+        if driver in ended and ended[driver].code == 0:
+            self._driver_left(driver)
+        settle = time.time() + _SETTLE_S
+        while time.time() < settle:
+            self._check_signals()
+            time.sleep(_POLL_INTERVAL_S)
+        self._poll_into(ended)
+        if driver in ended and all(name == driver for name in ended):
+            self._blame_sick_server(ended)
+        if lost := self._launcher.lost_nodes():
+            self._check_signals()
+            raise LifeEndedError("requeue", EXIT_LOST_NODE, f"node(s) {','.join(lost)} do not answer any more")
+        # A trainer that loses its server fails too; a server does not mind losing its trainer.
+        name = min(ended, key=lambda name: name == driver)
+        end = ended[name]
+        if end.code == 0:
+            raise LifeEndedError("failed", EXIT_UNFINISHED, f"{name} left while it was needed", name)
+        raise LifeEndedError("failed", end.code, f"{name}: {end.what}", name)
+
+    def _poll_into(self, ended: dict[str, StepEnd]) -> None:
+        for name, step in self._steps.items():
+            if name not in ended and (end := step.poll()) is not None:
+                ended[name] = end
+
+    def _blame_sick_server(self, ended: dict[str, StepEnd]) -> None:
+        """A server that has stopped answering, but takes a while to end, is why the driver failed."""
+        for name in self._steps:
+            address = Address.read(self._run.address(name))
+            if address is None or unhealthy(address.url, attempts=1) is None:
+                continue
+            deadline = time.time() + self._section.grace_s
+            while name not in ended and time.time() < deadline:
+                self._poll_into(ended)
+                time.sleep(_POLL_INTERVAL_S)
+            ended.setdefault(name, StepEnd(code=1, what="does not answer any more"))
+
+    def _driver_left(self, driver: str) -> None:
+        heartbeat = self._heartbeat()
+        if self._plan.finished():
+            raise LifeEndedError("done", EXIT_DONE, "finished")
+        if self._plan.resumes and heartbeat is not None and heartbeat.phase == "stopped":
+            request = StopRequest.read(self._run.stop)
+            reason = request.reason if request is not None else "stopped on request"
+            raise LifeEndedError("requeue", EXIT_REQUEUE, f"{reason}; saved after step {heartbeat.saved_step}")
+        raise LifeEndedError(
+            "failed", EXIT_UNFINISHED, f"{driver} left with exit code 0, but neither finished nor saved", driver
+        )
+
+    def _final(self, end: LifeEndedError) -> LifeEndedError:
+        """A wish for another turn is refused where turns do not help."""
+        if end.outcome != "requeue":
+            return end
+        if not self._plan.requeues and self._is_late():
+            return LifeEndedError(
+                "failed", EXIT_TIME, "the time limit is reached, and this stage starts from the beginning each time: "
+                "ask for more time (--time)"
+            )  # fmt: skip
+        if self._plan.resumes and (turns := self._turns_without_progress()) >= _LIVES_WITHOUT_PROGRESS:
+            return LifeEndedError(
+                "failed", EXIT_TIME, f"{turns} turns in a row ended without a new checkpoint ({end.reason}): one step "
+                "and a save do not fit into the time that is left after starting; ask for more time (--time)"
+            )  # fmt: skip
+        return end
+
+    def _is_late(self) -> bool:
+        latest = self._guard.latest_stop(None)
+        return latest is not None and time.time() > latest - _STEP_START_TIMEOUT_S
+
+    def _turns_without_progress(self) -> int:
+        """How many lives in a row, this one included, have left the newest checkpoint where it was."""
+        heartbeat = self._heartbeat()
+        saved = heartbeat.saved_step if heartbeat is not None else None
+        first = heartbeat.first_step if heartbeat is not None else None
+        if saved is not None and first is not None and saved > first:
+            return 0
+        turns = 1
+        for life in range(self._plan.info.life - 1, -1, -1):
+            earlier = ExitReport.read(self._run.logs(life) / "exit.json")
+            if earlier is None or earlier.outcome != "requeue" or earlier.saved_step != saved:
+                break
+            turns += 1
+        return turns
+
+    def _report(self, end: LifeEndedError) -> ExitReport:
+        heartbeat = self._heartbeat()
+        path = self._log_of(end.component) if end.component is not None else None
+        return ExitReport(
+            outcome=end.outcome,
+            code=end.code,
+            reason=end.reason,
+            life=self._plan.info.life,
+            time=time.time(),
+            component=end.component,
+            log=str(path.relative_to(self._run.root)) if path is not None else None,
+            log_tail=last_lines(path) if path is not None else (),
+            job_id=self._plan.info.job_id,
+            step=heartbeat.step if heartbeat is not None else None,
+            saved_step=heartbeat.saved_step if heartbeat is not None else None,
+        )
+
+    def _log_of(self, component: str) -> Path:
+        """The component's log; where it never came to write one, what srun had to say."""
+        path = self._run.log(self._plan.info.life, component)
+        messages = path.with_suffix(".srun.log")
+        return path if path.exists() and path.stat().st_size else messages if messages.exists() else path
+
+    # --- the end ---
+
+    def _stop_all(self) -> None:
+        """SIGTERM to every step, then the hard way."""
+        for step in self._steps.values():
+            step.signal(signal.SIGTERM)
+        deadline = time.time() + self._section.grace_s
+        while any(step.running for step in self._steps.values()) and time.time() < deadline:
+            time.sleep(_POLL_INTERVAL_S)
+        late = [name for name, step in self._steps.items() if step.running]
+        if late:
+            log.warning("killing %s: still there %g s after SIGTERM", ", ".join(late), self._section.grace_s)
