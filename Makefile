@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # What the environment depends on; the stamp makes a second call cost nothing.
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test test-slurm lint format clean
 
 setup: $(STAMP)
 
@@ -23,6 +23,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Real jobs on a real Slurm cluster of virtual nodes. Part of `make test`; says why where it is skipped.
+test-slurm: $(STAMP)
+	$(BIN)/python -m pytest tests/slurm
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -49,6 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Ranks first: they are forked from this process, which must not have started threads by then. Servers last."""
 
     def stage(item: pytest.Item) -> int:
-        return 0 if item.get_closest_marker("parallel") else 2 if item.get_closest_marker("e2e") else 1
+        order = {"parallel": 0, "e2e": 2, "slurm": 3}
+        return next((place for marker, place in order.items() if item.get_closest_marker(marker)), 1)
 
     items.sort(key=stage)

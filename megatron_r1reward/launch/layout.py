@@ -112,7 +112,7 @@ def place(config: RunConfig, stage: Stage, site: Site) -> tuple[Placement, ...]:
     site.group(home, "trainer")
     for kind in SERVER_KINDS:
         if wanted[kind]:
-            site.group(groups[kind], kind)
+            _check_size(kind, _section(config, kind), site.group(groups[kind], kind))
     placements: list[Placement] = []
     driver = DRIVERS[stage]
     trainer_rooms: list[_Room] = []
@@ -131,6 +131,15 @@ def place(config: RunConfig, stage: Stage, site: Site) -> tuple[Placement, ...]:
                 "take: ask for more (--cpus-per-task), or lower cluster.cpus_per_rank or cluster.cpus_per_server"
             )
     return tuple(sorted(placements, key=lambda placement: placement.kind == "driver"))
+
+
+def _check_size(kind: ServerKind, section: ServerSection, nodes: Sequence[Node]) -> None:
+    largest = max(node.gpus for node in nodes)
+    if 0 < largest < section.tensor_parallel_size:
+        raise ValueError(
+            f"{kind}.tensor_parallel_size is {section.tensor_parallel_size}, and no node has more than {largest} GPUs "
+            "in this job: one server does not span nodes; ask for more GPUs per node, or lower it"
+        )
 
 
 def _section(config: RunConfig, kind: str) -> ServerSection:
@@ -272,8 +281,9 @@ def _first_with(rooms: Sequence[_Room], size: int, kind: str, index: int, count:
             return room
     free = {room.node.name: len(room.gpus) for room in rooms}
     raise ValueError(
-        f"no node has {size} free GPUs for {kind} server {index} of {count} ({kind}.tensor_parallel_size {size}; free "
-        f"GPUs: {free}): ask for more nodes, or lower {kind}.count, {kind}.tensor_parallel_size or cluster.trainer_nodes"
+        f"no node has {size} free GPUs for {kind} server {index} of {count} (free GPUs: {free}; "
+        f"{kind}.tensor_parallel_size {size}): ask for more nodes, or lower {kind}.count, "
+        f"{kind}.tensor_parallel_size or cluster.trainer_nodes"
     )
 
 

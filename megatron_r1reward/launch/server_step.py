@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from types import FrameType
@@ -33,6 +34,9 @@ def serve(config: RunConfig, stage: Stage, kind: ServerKind, index: int, *, life
     run = RunDir(root=config.run.output_dir)
     name = f"{kind}-{index}"
     signal.signal(signal.SIGTERM, _end)
+    log.info(
+        "%s on %s, CUDA_VISIBLE_DEVICES=%s", name, node_address(), os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+    )
     server = None
     try:
         server = _server(config, stage, kind, run, life, name)

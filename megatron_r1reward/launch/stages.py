@@ -18,7 +18,6 @@ from megatron_r1reward.data.difficulty import select_hard, summary
 from megatron_r1reward.data.files import write_text
 from megatron_r1reward.data.preference import read_preferences
 from megatron_r1reward.data.prompt import PromptBuilder
-from megatron_r1reward.evaluation.annotate import annotate as annotate_preferences
 from megatron_r1reward.evaluation.evaluate import evaluate as evaluate_pairs
 from megatron_r1reward.evaluation.result import EvaluationResult
 from megatron_r1reward.launch.addresses import connected, node_address
@@ -91,6 +90,8 @@ def _heldout_probe(config: RunConfig, pool: RolloutPool) -> Callable[[], float] 
 
 def annotate(config: RunConfig) -> None:
     """Difficulty of every training preference, and the hard set that RL trains on."""
+    from megatron_r1reward.evaluation.annotate import annotate as annotate_preferences  # openai loads for seconds
+
     output = config.run.output_dir
     output.mkdir(parents=True, exist_ok=True)
     section = config.annotate

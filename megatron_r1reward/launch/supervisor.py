@@ -41,7 +41,7 @@ _POLL_INTERVAL_S = 0.2
 _SETTLE_S = 1.0  # what dies within this time of the first death is looked at together with it
 _STEP_START_TIMEOUT_S = 180.0  # from srun to the first task
 _STACK_DUMP_S = 5.0
-_ENDS_INTERVAL_S = 60.0
+_ENDS_INTERVAL_S = 20.0  # an administrator may move the limit either way
 _LIVES_WITHOUT_PROGRESS = 3
 
 
@@ -191,19 +191,18 @@ class Supervisor:
 
     def _check_time(self, heartbeat: Heartbeat | None) -> None:
         now = time.time()
-        latest, last = self._guard.latest_stop(heartbeat), self._guard.last_moment()
-        if latest is None or last is None or now < latest:
-            return
-        if now - self._guard_read > _ENDS_INTERVAL_S:  # an administrator may have extended the job
+        if self._guard.ends is not None and now - self._guard_read > _ENDS_INTERVAL_S:
             self._guard_read = now
             ends = self._launcher.ends()
             if ends is not None and ends != self._guard.ends:
-                log.info("the time limit has moved by %+.0f s", ends - (self._guard.ends or ends))
+                log.info("the time limit has moved by %+.0f s", ends - self._guard.ends)
                 self._guard = WalltimeGuard(ends=ends, margin_s=self._guard.margin_s, grace_s=self._guard.grace_s)
-                return
+        latest, last = self._guard.latest_stop(heartbeat), self._guard.last_moment()
+        if latest is None or last is None or self._guard.ends is None or now < latest:
+            return
         if now >= last:
             raise LifeEndedError("requeue", EXIT_REQUEUE, "the time limit came before the trainer had saved")
-        self._ask_to_stop(f"the time limit is {last - now + self._guard.grace_s:.0f} s away")
+        self._ask_to_stop(f"the time limit is {self._guard.ends - now:.0f} s away")
 
     def _check_progress(self, heartbeat: Heartbeat | None) -> None:
         if heartbeat is None or heartbeat.phase in ("stopped", "done"):

@@ -1,0 +1,114 @@
+"""A real Slurm cluster on this machine: slurmctld, accounting, seven virtual nodes with fake GPUs, a pyxis stand-in.
+
+Scenarios (one or more real jobs each) run two at a time in the background, since much of what they do is waiting; the
+tests look at how they ended. Only the scenarios of selected tests run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import Cluster, tool, until
+from scenarios import SCENARIOS, Bench
+
+SCRIPT = Path(__file__).parent / "cluster.sh"
+NODES = 7
+INSTALL = "as root: bash tests/slurm/cluster.sh install (Debian/Ubuntu packages of Slurm, MUNGE and MariaDB)"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "scenario(name): the background scenario whose end a test looks at")
+
+
+def _obstacle() -> str | None:
+    """Why no cluster can be started here; installs the packages where root may."""
+    if os.geteuid() != 0:
+        return "virtual nodes need root"
+    if not all(shutil.which(name) for name in ("slurmctld", "slurmdbd", "mariadbd", "munged", "gcc")):
+        if shutil.which("apt-get") is None:
+            return f"Slurm is not installed, and there is no apt-get: install slurmctld, slurmd, slurmdbd, {INSTALL}"
+        done = subprocess.run(["bash", str(SCRIPT), "install"], capture_output=True, text=True, check=False)
+        if done.returncode:
+            return f"Slurm could not be installed ({done.stderr.strip().splitlines()[-1:]}): {INSTALL}"
+    if subprocess.run(["unshare", "--uts", "--mount", "true"], capture_output=True, check=False).returncode:
+        return "namespaces (unshare --uts --mount) are not allowed here: run in a privileged container or on a machine"
+    return None
+
+
+def _free_port_base() -> int:
+    for base in range(21_000, 30_000, 50):
+        sockets = [socket.socket() for _ in range(NODES + 12)]
+        try:
+            for offset, probe in enumerate(sockets):
+                probe.bind(("0.0.0.0", base + offset))
+        except OSError:
+            continue
+        finally:
+            for probe in sockets:
+                probe.close()
+        return base
+    raise AssertionError("no free range of ports")
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    if (obstacle := _obstacle()) is not None:
+        pytest.skip(f"no Slurm cluster for tests: {obstacle}")
+    folder = Path(tempfile.mkdtemp(prefix="r1reward-slurm-"))
+    folder.chmod(0o755)  # MUNGE's socket must be reachable for all users; pytest's own folders are private
+    environment = {**os.environ, "SLURM_TEST_DIR": str(folder / "cluster"), "NODES": str(NODES), "DBD": "1"}
+    environment |= {"PYXIS": "1", "PORT_BASE": str(_free_port_base())}
+    if Path("/sys/fs/cgroup/freezer/slurm_n1").exists():  # another cluster of this kind is running
+        environment["PROCTRACK"] = "linuxproc"
+    config = folder / "cluster" / "etc" / "slurm.conf"
+    try:
+        started = subprocess.run(
+            ["bash", str(SCRIPT), "start"], env=environment, capture_output=True, text=True, timeout=240, check=False
+        )
+        assert started.returncode == 0, started.stdout + started.stderr
+        os.environ["SLURM_CONF"] = str(config)
+        yield Cluster(script=SCRIPT, environment=environment, config=config)
+    finally:
+        subprocess.run(["bash", str(SCRIPT), "stop"], env=environment, timeout=120, check=False)
+        os.environ.pop("SLURM_CONF", None)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def bench(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """Data, a tiny model and run files, made once."""
+    return Bench.make(cluster, tmp_path_factory.mktemp("jobs"))
+
+
+@pytest.fixture(scope="session")
+def running(bench: Bench, request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Any]]]:
+    markers = (item.get_closest_marker("scenario") for item in request.session.items)
+    wanted = [name for name in SCENARIOS if name in {marker.args[0] for marker in markers if marker}]
+    pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="scenario")
+    yield {name: pool.submit(SCENARIOS[name], bench) for name in wanted}
+    pool.shutdown(wait=True, cancel_futures=True)
+
+
+@pytest.fixture
+def ended(running: dict[str, Future[Any]], request: pytest.FixtureRequest) -> Any:
+    """The result of the test's scenario."""
+    marker = request.node.get_closest_marker("scenario")
+    return running[marker.args[0]].result()
+
+
+@pytest.fixture(scope="session")
+def all_over(running: dict[str, Future[Any]], cluster: Cluster) -> Callable[[], str | None]:
+    """After the last scenario: what is left behind."""
+    for future in running.values():
+        future.exception()
+    until(lambda: not tool("squeue", "-h").strip(), "empty queue", timeout_s=60)
+    return cluster.left_behind
