@@ -1,7 +1,7 @@
 """Every node of a job: the checks that need no controller run on each, and the nodes are compared.
 
 The doctor starts `python -m megatron_r1reward.launch.doctor.nodes FOLDER CANARY HOST:PORT` once per node; each prints
-one line of JSON.
+its report as JSON, cut into short lines: srun mixes the output of tasks, but never within a short line.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from megatron_r1reward.launch.doctor.finding import Finding, error, merge_nodes,
 
 _TIMEOUT_S = 300.0
 _CANARY_PATIENCE_S = 30.0  # attribute caches of network file systems live that long
-_MARK = "r1reward-node-report "
+_MARK = "r1reward-node-report"
+_LINE_LENGTH = 500
 _SKEW_S = 2.0
 # srun takes these for its own options; the step of the doctor wants one task per node, whatever the job asked for.
 _JOB_SHAPE = (
@@ -80,7 +81,7 @@ def check_nodes(folder: Path, environment: Mapping[str, str] = os.environ) -> li
             after = time.time()
     finally:
         canary.unlink(missing_ok=True)
-    reports = _reports(output.stdout)
+    reports = read_reports(output.stdout)
     findings = merge_nodes(
         [Finding.from_json(row) for report in reports for row in report["findings"]], nodes=len(reports)
     )
@@ -123,9 +124,25 @@ def compare_nodes(reports: list[dict[str, Any]], before: float, after: float) ->
     return findings
 
 
-def _reports(text: str) -> list[dict[str, Any]]:
-    """The nodes' lines among whatever else a login shell or srun printed."""
-    return [json.loads(line.partition(_MARK)[2]) for line in text.splitlines() if _MARK in line]
+def report_lines(report: Mapping[str, Any]) -> list[str]:
+    """`<mark> <node> <number> <of> <piece>` per line."""
+    text = json.dumps(report)
+    pieces = [text[start : start + _LINE_LENGTH] for start in range(0, len(text), _LINE_LENGTH)]
+    return [f"{_MARK} {report['node']} {number} {len(pieces)} {piece}" for number, piece in enumerate(pieces)]
+
+
+def read_reports(text: str) -> list[dict[str, Any]]:
+    """The nodes' reports among whatever else a login shell or srun printed; an incomplete one is left out."""
+    pieces: dict[str, dict[int, str]] = {}
+    totals: dict[str, int] = {}
+    for line in text.splitlines():
+        if not line.startswith(_MARK + " "):
+            continue
+        _, node, number, total, piece = line.split(" ", 4)
+        pieces.setdefault(node, {})[int(number)] = piece
+        totals[node] = int(total)
+    complete = (parts for node, parts in pieces.items() if len(parts) == totals[node])
+    return [json.loads("".join(parts[number] for number in sorted(parts))) for parts in complete]
 
 
 class _Listener:
@@ -199,7 +216,8 @@ def main(folder: str, canary: str, address: str) -> None:
     findings = [check_canary(Path(folder), canary), check_reachable(address), *check_node(several_nodes=several)]
     versions = {name: found.version for name, found in packages.installed().items() if name in packages.COMPARED}
     rows = [replace(finding, node=node).to_json() for finding in findings]
-    print(_MARK + json.dumps({"node": node, "time": now, "versions": versions, "findings": rows}), flush=True)
+    for line in report_lines({"node": node, "time": now, "versions": versions, "findings": rows}):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -101,6 +101,15 @@ class TestNodes:
         assert levels(found) == {"nodes.versions": "error", "nodes.clock": "warning"}
         assert "n2" in found[1].message
 
+    def test_reports_survive_being_mixed(self):
+        first = {"node": "n1", "text": "a b" * 700}
+        second = {"node": "n2", "text": "c" * 1200}
+        one, two = nodes.report_lines(first), nodes.report_lines(second)
+        assert max(map(len, one + two)) < 600
+        mixed = [one[0], two[0], "slurmstepd: noise", *one[1:], *two[1:]]
+        assert nodes.read_reports("\n".join(mixed)) == [first, second]
+        assert nodes.read_reports("\n".join([*one, *two[:-1]])) == [first]
+
     def test_a_folder_that_is_not_shared(self, tmp_path):
         (tmp_path / "seen").write_text("seen")
         assert nodes.check_canary(tmp_path, "seen").level == "ok"
@@ -118,7 +127,8 @@ class TestNodes:
     def test_a_node_that_does_not_answer(self, tmp_path, command):
         row = ok("a", "fine").to_json() | {"node": "n1"}
         report = {"node": "n1", "time": time.time(), "versions": {}, "findings": [row]}
-        command("srun", f"echo 'a message of the day'; echo '{nodes._MARK}{json.dumps(report)}'; exit 1")
+        lines = "\n".join(["a message of the day", *nodes.report_lines(report)])
+        command("srun", f"cat <<'E'\n{lines}\nE\nexit 1")
         environment = {"SLURM_JOB_NUM_NODES": "2", "PATH": os.environ["PATH"]}
         findings = nodes.check_nodes(tmp_path, environment)
         assert Finding(check="a", level="ok", message="fine", node="n1") in findings
