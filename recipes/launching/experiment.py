@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ def run_experiment(tasks: Sequence[Task], request: Request) -> int:
             if request.dry_run:
                 _show(tasks, experiment, console)
                 return 0
+            for job in experiment.jobs:  # where NeMo-Run starts a task; without code to ship nobody makes it
+                Path(job.executor.job_dir, "code").mkdir(parents=True)
             experiment.run(detach=request.detach, tail_logs=request.tail_logs)
         if request.detach and request.executor == "slurm":
             _tell_jobs(experiment, tasks, console)
@@ -66,11 +69,14 @@ def _add(experiment: run.Experiment, task: Task, request: Request, done: dict[st
 
 
 def _show(tasks: Sequence[Task], experiment: run.Experiment, console: Console) -> None:
-    """The scripts that would run, and for Slurm the sbatch scripts around them."""
-    experiment.dryrun(delete_exp_dir=True)
-    for task in tasks:
+    """The scripts that would run, and for Slurm the sbatch scripts around them; nothing is left behind."""
+    experiment.dryrun(log=False, delete_exp_dir=False)
+    folder = Path(experiment.jobs[0].executor.job_dir).parent
+    for task, job in zip(tasks, experiment.jobs, strict=True):
         console.rule(f"{task.name}" + (f", after {', '.join(task.after)}" if task.after else ""))
-        console.print(task.script(), markup=False, highlight=False, soft_wrap=True)
+        for path in (*folder.glob(f"*{job.id}_sbatch.sh"), *folder.glob(f"{task.name}/scripts/*.sh")):
+            console.print(f"# {path}\n{path.read_text()}", markup=False, highlight=False, soft_wrap=True)
+    shutil.rmtree(folder)
 
 
 def _tell_jobs(experiment: run.Experiment, tasks: Sequence[Task], console: Console) -> None:
