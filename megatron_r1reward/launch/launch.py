@@ -149,7 +149,12 @@ def _is_alive(info: RunInfo, job: SlurmJob | None) -> bool:
         if shutil.which("squeue") is None:
             return False
         return (job is None or job.job_id != info.job_id) and is_running(info.job_id)
-    return info.host == socket.gethostname() and info.pid != os.getpid() and Path(f"/proc/{info.pid}").exists()
+    if info.host != socket.gethostname() or info.pid == os.getpid():
+        return False
+    try:  # the number may belong to something else by now
+        return b"r1reward" in Path(f"/proc/{info.pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def _log_to(path: Path) -> logging.Handler:

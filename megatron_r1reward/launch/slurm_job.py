@@ -6,6 +6,7 @@ One source, because the SLURM_* variables differ between versions, job kinds and
 from __future__ import annotations
 
 import logging
+import os
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,25 @@ from megatron_r1reward.launch.layout import Node, Site
 
 log = logging.getLogger(__name__)
 _TIMEOUT_S = 60.0
+
+# What sbatch's options leave in the environment, and every srun would take for its own.
+_INHERITED = re.compile(
+    r"SLURM_(GPUS|GPUS_PER_\w+|NTASKS|NPROCS|NTASKS_PER_\w+|TASKS_PER_NODE|CPUS_PER_TASK|CPUS_PER_GPU|MEM_PER_\w+"
+    r"|DISTRIBUTION|EXPORT_ENV|TRES_PER_TASK|CPU_BIND\w*|NNODES|EXCLUSIVE|JOB_NAME|TIMELIMIT|SIGNAL)"
+)
+# The trainer's own launch variables, should the submitting shell have had any.
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PER_NODE = re.compile(r"^\s*Nodes=(\S+) CPU_IDs=(\S+) Mem=\S+ GRES=(\S*)", re.MULTILINE)
 _GPUS = re.compile(r"gpu(?::[^:,(]+)?:(\d+)")
+
+
+def clean_environment() -> dict[str, str]:
+    """Our environment without what belongs to the batch step alone."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not _INHERITED.fullmatch(name) and name not in _RANK_VARIABLES
+    }
 
 
 def run_tool(*command: str, timeout_s: float = _TIMEOUT_S) -> str:
@@ -104,6 +122,11 @@ class SlurmJob:
             raise ValueError("SLURM_JOB_ID is not set: this is not a Slurm job")
         self.job_id = environment.get("SLURM_HET_JOB_ID") or job_id
         self.restarts = int(environment.get("SLURM_RESTART_COUNT", "0"))
+        self._environment = environment
+
+    def id_of_group(self, group: int) -> str:
+        """The job id that the steps of a group of a heterogeneous job have."""
+        return self._environment.get(f"SLURM_JOB_ID_HET_GROUP_{group}", self.job_id)
 
     def records(self) -> tuple[JobRecord, ...]:
         records = parse_jobs(run_tool("env", "-u", "SLURM_TIME_FORMAT", "scontrol", "show", "job", "-d", self.job_id))
@@ -131,9 +154,6 @@ class SlurmJob:
         """Ask for another turn. ValueError when Slurm refuses (job submitted with --no-requeue)."""
         run_tool("scontrol", "requeue", self.job_id)
 
-    def is_queued_again(self) -> bool:
-        return any(record.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD") for record in self.records())
-
 
 def expand(hostlist: str) -> list[str]:
     """Names in a hostlist expression such as "n[1-2,4]"."""
@@ -156,7 +176,11 @@ def silent_nodes(nodes: Sequence[tuple[int | None, str]], timeout_s: float) -> t
         command = ["srun", "--overlap", "--mem=0", "-N1", "-n1", "-c1", "-w", node, "--input=none", "-J", "probe"]
         command += [] if group is None else [f"--het-group={group}"]
         probes[node] = subprocess.Popen(
-            [*command, "true"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
+            [*command, "true"],
+            env=clean_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
     lost = []
     for node, probe in probes.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import signal
 import subprocess
@@ -13,25 +12,19 @@ from pathlib import Path
 
 from megatron_r1reward.config.schema import ClusterSection
 from megatron_r1reward.launch.layout import Placement, Site
-from megatron_r1reward.launch.slurm_job import SlurmJob, run_tool, silent_nodes
+from megatron_r1reward.launch.slurm_job import SlurmJob, clean_environment, run_tool, silent_nodes
 from megatron_r1reward.launch.steps import StepEnd, code_of, name_of
 from megatron_r1reward.monitor.run_state import RunDir
 
 log = logging.getLogger(__name__)
 
-# What sbatch's options leave in the environment, and every srun would take for its own.
-_INHERITED = re.compile(
-    r"SLURM_(GPUS|GPUS_PER_\w+|NTASKS|NPROCS|NTASKS_PER_\w+|TASKS_PER_NODE|CPUS_PER_TASK|CPUS_PER_GPU|MEM_PER_\w+"
-    r"|DISTRIBUTION|EXPORT_ENV|TRES_PER_TASK|CPU_BIND\w*|NNODES|EXCLUSIVE|JOB_NAME|TIMELIMIT|SIGNAL)"
-)
-# The trainer's own launch variables, should the submitting shell have had any.
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # $1: where the first task publishes the step's id. Signals go to steps: SIGTERM to srun would kill the tasks at once.
-# $2: which of the visible GPUs to keep ("3-4"), for steps that share a node's GPUs.
+# $2: the step's job, which in a heterogeneous job is not what SLURM_JOB_ID says.
+# $3: which of the visible GPUs to keep ("3-4"), for steps that share a node's GPUs.
 _BEGIN = """
-if [ "$SLURM_PROCID" = 0 ]; then printf "%s.%s\\n" "$SLURM_JOB_ID" "$SLURM_STEP_ID" >"$1.tmp" && mv "$1.tmp" "$1"; fi
-if [ -n "$2" ]; then CUDA_VISIBLE_DEVICES=$(printf %s "$CUDA_VISIBLE_DEVICES" | cut -d, -f"$2"); fi
-shift 2; exec "$@"
+if [ "$SLURM_PROCID" = 0 ]; then printf "%s.%s\\n" "$2" "$SLURM_STEP_ID" >"$1.tmp" && mv "$1.tmp" "$1"; fi
+if [ -n "$3" ]; then CUDA_VISIBLE_DEVICES=$(printf %s "$CUDA_VISIBLE_DEVICES" | cut -d, -f"$3"); fi
+shift 3; exec "$@"
 """
 _FIRST_FAILURE = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.*)")
 _PROBE_TIMEOUT_S = 30.0
@@ -67,7 +60,7 @@ class SlurmStep:
         try:
             run_tool("scancel", "-Q", "-s", number.name.removeprefix("SIG"), step)
         except ValueError as error:  # it ended meanwhile
-            log.info("%s: %s", self.name, error)
+            log.debug("%s: %s", self.name, error)
 
     def kill(self) -> None:
         if self.running:
@@ -113,12 +106,13 @@ class SlurmLauncher:
         group = placement.group if self._heterogeneous else None
         self._nodes |= {(group, node) for node in part.nodes}
         step_file = self._run.step_id(part.name)
+        job = self._job.id_of_group(placement.group)
         shares = placement.overlap and placement.kind != "driver"
         keep = f"{placement.gpu_ids[0] + 1}-{placement.gpu_ids[-1] + 1}" if shares else ""
         messages = log.with_suffix(".srun.log")
         with messages.open("wb") as handle:
             process = subprocess.Popen(
-                [*self.srun(placement, log), "sh", "-c", _BEGIN, "step", str(step_file), keep, *command],
+                [*self.srun(placement, log), "sh", "-c", _BEGIN, "step", str(step_file), job, keep, *command],
                 env=clean_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=handle,
@@ -185,12 +179,3 @@ class SlurmLauncher:
             return f"{error}; submit the same command again to continue"
         time.sleep(1)
         return None
-
-
-def clean_environment() -> dict[str, str]:
-    """Our environment without what belongs to the batch step alone."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if not _INHERITED.fullmatch(name) and name not in _RANK_VARIABLES
-    }

@@ -11,12 +11,19 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_r1reward.config.schema import ClusterSection
-from megatron_r1reward.launch.health import last_lines, unhealthy
+from megatron_r1reward.launch.health import unhealthy
 from megatron_r1reward.launch.layout import Placement
 from megatron_r1reward.launch.steps import RunningStep, StepEnd, StepLauncher
+from megatron_r1reward.launch.verdict import (
+    EXIT_LOST_NODE,
+    EXIT_STALLED,
+    EXIT_UNFINISHED,
+    LifeEndedError,
+    another_turn,
+    write_report,
+)
 from megatron_r1reward.launch.walltime import WalltimeGuard
 from megatron_r1reward.monitor.run_state import (
     EXIT_DONE,
@@ -24,7 +31,6 @@ from megatron_r1reward.monitor.run_state import (
     Address,
     ExitReport,
     Heartbeat,
-    Outcome,
     RunDir,
     RunInfo,
     StopRequest,
@@ -33,16 +39,11 @@ from megatron_r1reward.monitor.run_state import (
 log = logging.getLogger(__name__)
 Command = Callable[[Placement], Sequence[str]]
 
-EXIT_STALLED = 70  # no progress within cluster.stall_timeout_s
-EXIT_UNFINISHED = 71  # a component left with exit code 0, but its work was not done
-EXIT_LOST_NODE = 72  # a node stopped answering, and the job was not requeued
-EXIT_TIME = 73  # the time limit is reached and another turn would not help
 _POLL_INTERVAL_S = 0.2
 _SETTLE_S = 1.0  # what dies within this time of the first death is looked at together with it
 _STEP_START_TIMEOUT_S = 180.0  # from srun to the first task
 _STACK_DUMP_S = 5.0
 _ENDS_INTERVAL_S = 20.0  # an administrator may move the limit either way
-_LIVES_WITHOUT_PROGRESS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,17 +57,6 @@ class Plan:
     resumes: bool  # the driver writes heartbeats, saves when asked to, and continues where an earlier life stopped
     requeues: bool  # whether another turn brings the stage further
     finished: Callable[[], bool]  # asked when the driver has left with exit code 0
-
-
-class LifeEndedError(Exception):
-    """Why this life is over."""
-
-    def __init__(self, outcome: Outcome, code: int, reason: str, component: str | None = None) -> None:
-        super().__init__(reason)
-        self.outcome: Outcome = outcome
-        self.code = code
-        self.reason = reason
-        self.component = component
 
 
 class Supervisor:
@@ -96,9 +86,7 @@ class Supervisor:
                 self._live()
                 raise AssertionError("a life ends with a reason")
             except LifeEndedError as end:
-                report = self._report(self._final(end))
-            report.write(self._run.logs(report.life) / "exit.json")
-            report.write(self._run.exit_report)
+                report = self._verdict(end)
             self._stop_all()
         finally:
             for step in self._steps.values():
@@ -106,6 +94,25 @@ class Supervisor:
             for number, handler in previous.items():
                 signal.signal(number, handler)
         return report
+
+    def _verdict(self, end: LifeEndedError) -> ExitReport:
+        heartbeat, info = self._heartbeat(), self._plan.info
+        if end.outcome == "requeue":
+            end = another_turn(
+                end,
+                self._run,
+                info.life,
+                heartbeat,
+                resumes=self._plan.resumes,
+                requeues=self._plan.requeues,
+                late=self._is_late(),
+            )
+        return write_report(end, self._run, info, heartbeat)
+
+    def _is_late(self) -> bool:
+        """Whether the time limit, and not a preemption, is what this life makes room for."""
+        latest = self._guard.latest_stop(None)
+        return latest is not None and time.time() > latest - _STEP_START_TIMEOUT_S
 
     def _take(self, number: int, frame: object) -> None:
         self._signals.append(signal.Signals(number))
@@ -286,64 +293,6 @@ class Supervisor:
         raise LifeEndedError(
             "failed", EXIT_UNFINISHED, f"{driver} left with exit code 0, but neither finished nor saved", driver
         )
-
-    def _final(self, end: LifeEndedError) -> LifeEndedError:
-        """A wish for another turn is refused where turns do not help."""
-        if end.outcome != "requeue":
-            return end
-        if not self._plan.requeues and self._is_late():
-            return LifeEndedError(
-                "failed", EXIT_TIME, "the time limit is reached, and this stage starts from the beginning each time: "
-                "ask for more time (--time)"
-            )  # fmt: skip
-        if self._plan.resumes and (turns := self._turns_without_progress()) >= _LIVES_WITHOUT_PROGRESS:
-            return LifeEndedError(
-                "failed", EXIT_TIME, f"{turns} turns in a row ended without a new checkpoint ({end.reason}): one step "
-                "and a save do not fit into the time that is left after starting; ask for more time (--time)"
-            )  # fmt: skip
-        return end
-
-    def _is_late(self) -> bool:
-        latest = self._guard.latest_stop(None)
-        return latest is not None and time.time() > latest - _STEP_START_TIMEOUT_S
-
-    def _turns_without_progress(self) -> int:
-        """How many lives in a row, this one included, have left the newest checkpoint where it was."""
-        heartbeat = self._heartbeat()
-        saved = heartbeat.saved_step if heartbeat is not None else None
-        first = heartbeat.first_step if heartbeat is not None else None
-        if saved is not None and first is not None and saved > first:
-            return 0
-        turns = 1
-        for life in range(self._plan.info.life - 1, -1, -1):
-            earlier = ExitReport.read(self._run.logs(life) / "exit.json")
-            if earlier is None or earlier.outcome != "requeue" or earlier.saved_step != saved:
-                break
-            turns += 1
-        return turns
-
-    def _report(self, end: LifeEndedError) -> ExitReport:
-        heartbeat = self._heartbeat()
-        path = self._log_of(end.component) if end.component is not None else None
-        return ExitReport(
-            outcome=end.outcome,
-            code=end.code,
-            reason=end.reason,
-            life=self._plan.info.life,
-            time=time.time(),
-            component=end.component,
-            log=str(path.relative_to(self._run.root)) if path is not None else None,
-            log_tail=last_lines(path) if path is not None else (),
-            job_id=self._plan.info.job_id,
-            step=heartbeat.step if heartbeat is not None else None,
-            saved_step=heartbeat.saved_step if heartbeat is not None else None,
-        )
-
-    def _log_of(self, component: str) -> Path:
-        """The component's log; where it never came to write one, what srun had to say."""
-        path = self._run.log(self._plan.info.life, component)
-        messages = path.with_suffix(".srun.log")
-        return path if path.exists() and path.stat().st_size else messages if messages.exists() else path
 
     # --- the end ---
 

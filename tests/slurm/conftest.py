@@ -24,6 +24,8 @@ SCRIPT = Path(__file__).parent / "cluster.sh"
 NODES = 7
 INSTALL = "as root: bash tests/slurm/cluster.sh install (Debian/Ubuntu packages of Slurm, MUNGE and MariaDB)"
 
+COMPARISONS = {"undisturbed": "reference", "finished": "rl_finished"}  # fixtures that need another test's scenario
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "scenario(name): the background scenario whose end a test looks at")
@@ -91,8 +93,10 @@ def bench(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @pytest.fixture(scope="session")
 def running(bench: Bench, request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Any]]]:
-    markers = (item.get_closest_marker("scenario") for item in request.session.items)
-    wanted = [name for name in SCENARIOS if name in {marker.args[0] for marker in markers if marker}]
+    asked = {marker.args[0] for item in request.session.items if (marker := item.get_closest_marker("scenario"))}
+    used = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    asked |= {scenario for fixture, scenario in COMPARISONS.items() if fixture in used}
+    wanted = [name for name in SCENARIOS if name in asked]
     pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="scenario")
     yield {name: pool.submit(SCENARIOS[name], bench) for name in wanted}
     pool.shutdown(wait=True, cancel_futures=True)

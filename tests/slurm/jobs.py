@@ -91,7 +91,7 @@ class Job:
     def output(self) -> str:
         """What the job script wrote, for messages of failing tests."""
         path = self.folder / f"job-{self.id}.out"
-        return path.read_text() if path.exists() else ""
+        return path.read_text(errors="replace") if path.exists() else ""
 
     def accounting(self) -> dict[str, str]:
         """State by name of the steps of the last life, as sacct keeps them; the job itself under "job"."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from jobs import REPOSITORY, Cluster, Job, tool, until
 
 from megatron_r1reward.data.digits import build_digits
 from megatron_r1reward.launch.demo import write_demo_model
+from megatron_r1reward.monitor.run_state import RunDir
 
 SFT_TOML = """
 [run]
@@ -124,9 +126,19 @@ class Bench:
 
 
 def reference(bench: Bench) -> tuple[Job, Job]:
-    """A run that nobody disturbs, and the same run file at the same time on the same two nodes."""
+    """A run that nobody disturbs, and its twin at the same time on the same two nodes, in a container.
+
+    The twin's data is at a place that only its mounts make: it could not train without them.
+    """
     shared = (*NOT_THE_DOOMED, "--nodelist=n1,n2")
-    first, second = bench.sft("reference", options=shared), bench.sft("twin", options=shared)
+    first = bench.sft("reference", options=shared)
+    container = {
+        "cluster.container_image": "any.sqsh",
+        "cluster.container_python": sys.executable,
+        "cluster.container_mounts": json.dumps([f"{bench.folder}/data:{bench.folder}/mounted"]),
+        "data.train": f"{bench.folder}/mounted/sft.jsonl",
+    }
+    second = bench.sft("twin", *(f"{key}={value}" for key, value in container.items()), options=shared)
     return first.wait(), second.wait()
 
 
@@ -167,18 +179,11 @@ def crashed_in_a_chain(bench: Bench) -> tuple[Job, Job]:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     ids = dict(line.split() for line in done.stdout.splitlines())
-    parent, child = (
-        Job(id=ids[stage], run=bench_run(folder / "run"), folder=folder) for stage in ("sft", "eval")
-    )  # fmt: skip
+    run = RunDir(root=folder / "run")
+    parent, child = (Job(id=ids[stage], run=run, folder=folder) for stage in ("sft", "eval"))
     parent.wait_step(2)
     parent.kill_one(signal.SIGSEGV, "worker", "sft", procid=3)
     return parent.wait(), child.wait()
-
-
-def bench_run(path: Path) -> Any:
-    from megatron_r1reward.monitor.run_state import RunDir
-
-    return RunDir(root=path)
 
 
 def cancelled(bench: Bench) -> Job:

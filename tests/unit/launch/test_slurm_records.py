@@ -7,8 +7,8 @@ from pathlib import Path
 
 from megatron_r1reward.config.schema import ClusterSection
 from megatron_r1reward.launch.layout import Node, Placement, Site
-from megatron_r1reward.launch.slurm_job import SlurmJob, parse_jobs
-from megatron_r1reward.launch.slurm_steps import SlurmLauncher, clean_environment, first_failure
+from megatron_r1reward.launch.slurm_job import SlurmJob, clean_environment, parse_jobs
+from megatron_r1reward.launch.slurm_steps import SlurmLauncher, first_failure
 from megatron_r1reward.launch.steps import StepEnd
 from megatron_r1reward.monitor.run_state import Component, RunDir
 

@@ -15,14 +15,8 @@ import pytest
 from megatron_r1reward.config.schema import ClusterSection
 from megatron_r1reward.launch.layout import Placement
 from megatron_r1reward.launch.local_steps import LocalLauncher
-from megatron_r1reward.launch.supervisor import (
-    EXIT_LOST_NODE,
-    EXIT_STALLED,
-    EXIT_TIME,
-    EXIT_UNFINISHED,
-    Plan,
-    Supervisor,
-)
+from megatron_r1reward.launch.supervisor import Plan, Supervisor
+from megatron_r1reward.launch.verdict import EXIT_LOST_NODE, EXIT_STALLED, EXIT_TIME, EXIT_UNFINISHED
 from megatron_r1reward.launch.walltime import WalltimeGuard
 from megatron_r1reward.monitor.run_state import Address, Component, ExitReport, Heartbeat, RunDir, RunInfo
 
