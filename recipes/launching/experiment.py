@@ -49,8 +49,6 @@ def run_experiment(tasks: Sequence[Task], request: Request) -> int:
             if request.dry_run:
                 _show(tasks, experiment, console)
                 return 0
-            for job in experiment.jobs:  # where NeMo-Run starts a task; without code to ship nobody makes it
-                Path(job.executor.job_dir, "code").mkdir(parents=True)
             experiment.run(detach=request.detach, tail_logs=request.tail_logs)
         if request.detach and request.executor == "slurm":
             _tell_jobs(experiment, tasks, console)
@@ -91,6 +89,7 @@ def _look(task: Task) -> str:
 
 def _tell_end(experiment: run.Experiment, tasks: Sequence[Task], console: Console) -> int:
     states = experiment.status(return_dict=True)
+    console.print()
     code = 0
     for task in tasks:
         state = states[task.name]["status"].name

@@ -4,21 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import httpx
-
 from megatron_r1reward.launch.doctor.finding import Finding, error, note, ok, warning
+from megatron_r1reward.launch.health import unhealthy
 from megatron_r1reward.monitor.run_state import Address, RunDir
-
-_TIMEOUT_S = 5.0
-
-
-def health(url: str) -> str | None:
-    """None where a vLLM server answers that it is well, else what is wrong."""
-    try:
-        response = httpx.get(f"{url}/health", timeout=_TIMEOUT_S, trust_env=False)
-    except httpx.HTTPError as problem:
-        return f"{type(problem).__name__}: {problem}"
-    return None if response.is_success else f"answers {response.status_code}"
 
 
 def check_servers(run_dir: Path) -> list[Finding]:
@@ -37,7 +25,7 @@ def check_servers(run_dir: Path) -> list[Finding]:
         if address is not None:
             found.append(address)
     for address in found:
-        problem = health(address.url)
+        problem = unhealthy(address.url, attempts=1)
         if problem is None:
             findings.append(ok(f"servers.{address.component}", f"{address.url} on {address.host} is healthy"))
             continue

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_r1reward.launch import commands
+from megatron_r1reward.launch.health import last_lines
 from megatron_r1reward.monitor.run_state import Address, Component, ExitReport, Heartbeat, RunDir, RunInfo
 from megatron_r1reward.monitor.sinks import HEADLINE
 
@@ -89,7 +90,7 @@ def read_status(run_dir: Path, *, now: float | None = None) -> RunStatus:
         lives=lives,
         why=last if state in ("waiting", "done", "failed", "cancelled") else None,
         log=str(log.relative_to(run_dir)) if log is not None else None,
-        log_tail=tail(log) if log is not None else (),
+        log_tail=last_lines(log)[-_LOG_LINES:] if log is not None else (),
     )
 
 
@@ -214,13 +215,3 @@ def _last_log(run: RunDir, info: RunInfo | None) -> Path | None:
 def _driver(components: tuple[Component, ...]) -> str:
     named = [part.name for part in components if "-" not in part.name]
     return named[0] if named else components[0].name
-
-
-def tail(path: Path, lines: int = _LOG_LINES) -> tuple[str, ...]:
-    """The last lines of a log; of a progress bar only its last state."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - _TAIL_BYTES))
-        text = file.read().decode(errors="replace")
-    shown = (line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n"))
-    return tuple([line for line in shown if line][-lines:])
