@@ -46,13 +46,13 @@ class Task:
         for name, file in wanted:
             text = f"{self.name} is not started: {name} failed"
             lines.append(f"if [[ ! -e {shlex.quote(str(file))} ]]; then echo {shlex.quote(text)} >&2; exit 1; fi")
-        # No `exec`: the lines after it would be lost. PYTHONPATH: the checkout that submits is the one that runs.
-        lines.append(
-            f"export PYTHONPATH={shlex.quote(str(REPOSITORY))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONUNBUFFERED=1"
-        )
-        lines.append(shlex.join(self.command))
-        if done is not None:
-            lines.append(f"touch {shlex.quote(str(done))}")
+        # The checkout that submits is the one that runs.
+        lines.append(f"export PYTHONPATH={shlex.quote(str(REPOSITORY))}${{PYTHONPATH:+:$PYTHONPATH}}")
+        lines.append("export PYTHONUNBUFFERED=1")
+        if done is None:
+            lines.append(f"exec {shlex.join(self.command)}")  # signals of Slurm reach the supervisor itself
+        else:
+            lines += [shlex.join(self.command), f"touch {shlex.quote(str(done))}"]
         return "\n".join(lines) + "\n"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 import nemo_run as run
 from rich.console import Console
+from rich.markup import escape
 
 from launching.chain import Task
 from launching.factories import script, slurm_executor
@@ -40,6 +42,7 @@ def run_experiment(tasks: Sequence[Task], request: Request) -> int:
         ValueError: a setting cannot be used.
     """
     console = Console()
+    started = time.time()
     # On one machine NeMo-Run starts the next task although the one before has failed: each looks for itself.
     with tempfile.TemporaryDirectory(prefix="r1reward-chain-") as folder:
         done = {task.name: Path(folder) / task.name for task in tasks} if request.executor == "local" else {}
@@ -53,7 +56,7 @@ def run_experiment(tasks: Sequence[Task], request: Request) -> int:
         if request.detach and request.executor == "slurm":
             _tell_jobs(experiment, tasks, console)
             return 0
-        return _tell_end(experiment, tasks, console)
+        return _tell_end(experiment, tasks, console, since=started)
 
 
 def _add(experiment: run.Experiment, task: Task, request: Request, done: dict[str, Path]) -> None:
@@ -87,14 +90,16 @@ def _look(task: Task) -> str:
     return f"; r1reward status {task.run_dir}" if task.run_dir is not None else ""
 
 
-def _tell_end(experiment: run.Experiment, tasks: Sequence[Task], console: Console) -> int:
+def _tell_end(experiment: run.Experiment, tasks: Sequence[Task], console: Console, *, since: float) -> int:
     states = experiment.status(return_dict=True)
     console.print()
     code = 0
     for task in tasks:
         state = states[task.name]["status"].name
         good = state == _SUCCESS
-        console.print(f"[{'green' if good else 'bold red'}]{task.name}: {state}[/]{_look(task)}", highlight=False)
+        console.print(
+            f"[{'green' if good else 'bold red'}]{task.name}: {state}[/]{escape(_look(task))}", highlight=False
+        )
         if not good:
             code = 1
             _explain(task, Path(states[task.name]["local_dir"]), console)
