@@ -33,11 +33,14 @@ $(RECIPES)/.ready: pyproject.toml
 demo: $(STAMP)
 	$(BIN)/r1reward demo --out runs/demo
 
+# Tests of the recipes are skipped, and say so, where NeMo-Run's environment cannot be built.
 test: $(STAMP)
+	-@$(MAKE) --no-print-directory recipes
 	$(BIN)/python -m pytest
 
 # Real jobs on a real Slurm cluster of virtual nodes. Part of `make test`; says why where it is skipped.
 test-slurm: $(STAMP)
+	-@$(MAKE) --no-print-directory recipes
 	$(BIN)/python -m pytest tests/slurm
 
 lint: $(STAMP)

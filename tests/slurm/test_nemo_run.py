@@ -104,4 +104,4 @@ def test_a_failing_task_makes_the_command_fail_and_stops_the_chain(run_files: Pa
     assert not (out / "eval").exists()
     if executor == "slurm":
         assert "rl: CANCELLED" in done.stdout
-        assert tool("squeue", "-h").strip() == ""
+        assert tool("squeue", "-h", "--account=r1reward").strip() == ""
