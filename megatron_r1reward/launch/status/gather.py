@@ -23,6 +23,8 @@ from megatron_r1reward.monitor.sinks import HEADLINE
 State = Literal["unknown", "starting", "running", "silent", "waiting", "done", "failed", "cancelled", "died"]
 BAD: frozenset[State] = frozenset({"failed", "cancelled", "died", "silent"})
 
+# Stages without a trainer say no more than that their servers are ready.
+_WITHOUT_HEARTBEAT = ("eval", "annotate", "judge")
 _SILENT_MIN_S = 300.0
 _SILENT_STEPS = 10
 _START_MAX_S = 1800.0
@@ -110,6 +112,8 @@ def _state(
         return "unknown"
     if _is_gone(info, heartbeat, queue_state):
         return "waiting" if queue_state == "PENDING" else "died"
+    if info is not None and info.stage in _WITHOUT_HEARTBEAT and _servers_are_ready(run, info):
+        return "running"
     if heartbeat is None or heartbeat.phase == "loading":
         began = heartbeat.time if heartbeat is not None else info.started if info is not None else now
         return "starting" if now - began < _START_MAX_S else "silent"
@@ -117,6 +121,15 @@ def _state(
         return "done"
     patience = max(_SILENT_MIN_S, _SILENT_STEPS * (heartbeat.longest_step_s + heartbeat.longest_save_s))
     return "silent" if now - heartbeat.time > patience else "running"
+
+
+def _servers_are_ready(run: RunDir, info: RunInfo) -> bool:
+    return all(run.address(part.name).exists() for part in info.components if _is_server(part))
+
+
+def _is_server(part: Component) -> bool:
+    """Servers are numbered; drivers ("trainer", "evaluate") are not."""
+    return "-" in part.name
 
 
 def _is_gone(info: RunInfo | None, heartbeat: Heartbeat | None, queue_state: str | None) -> bool:
@@ -213,5 +226,5 @@ def _last_log(run: RunDir, info: RunInfo | None) -> Path | None:
 
 
 def _driver(components: tuple[Component, ...]) -> str:
-    named = [part.name for part in components if "-" not in part.name]
+    named = [part.name for part in components if not _is_server(part)]
     return named[0] if named else components[0].name

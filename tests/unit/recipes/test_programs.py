@@ -54,7 +54,6 @@ def test_dry_run_on_this_machine(tmp_path):
         (["sft_stage.py", "--run=none.toml"], "none.toml does not exist"),
         (["eval.py", "--run=recipes/demo/eval.toml", "rl.stepz=1"], "did you mean 'steps'"),
         (["rl_stage.py", "--run=recipes/demo/rl.toml", "--executor=slurm"], "no account"),
-        (["rl_stage.py", "--run=recipes/demo/rl.toml", "--executor=slurm", "--slurm=node=4"], "did you mean 'nodes'"),
         (["rl_stage.py", "--run=recipes/demo/rl.toml", "--python=/none"], "/none does not exist"),
         (["pipeline.py"], "no stage"),
     ],

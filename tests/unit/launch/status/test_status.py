@@ -106,6 +106,16 @@ def test_starting_and_silent(run):
     assert read_status(run.root, now=NOW + 400).state == "running"  # its steps take that long
 
 
+@pytest.mark.parametrize("stage", ["judge", "eval"])
+def test_a_stage_without_a_trainer_runs_once_its_servers_are_ready(run, stage):
+    server = Component(name="judge-0", nodes=("n1",), tasks=1, gpus_per_node=1)
+    write(run, info=replace(INFO, stage=stage, components=(server,)), beat=None)
+    assert read_status(run.root, now=NOW).state == "starting"
+    address = Address(component="judge-0", url="http://n1:1", served_name="judge", host="n1", ready_at=NOW)
+    address.write(run.address("judge-0"))
+    assert read_status(run.root, now=NOW + 1e6).state == "running"
+
+
 def test_a_supervisor_that_was_killed(run):
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
