@@ -143,7 +143,7 @@ def reference(bench: Bench) -> tuple[Job, Job]:
 
 
 def preempted(bench: Bench) -> Job:
-    job = bench.sft("preempted")
+    job = bench.sft("preempted", "checkpoint.save_every=1000")  # only the request saves
     job.wait_step(3)
     tool("scancel", "-b", "-s", "USR1", job.id)
     return job.wait()
@@ -217,7 +217,7 @@ def rl_local(bench: Bench) -> Path:
     command = [sys.executable, "-m", "megatron_r1reward.cli", "launch", "--local", "rl", str(bench.folder / "rl.toml")]
     with _one_with_servers:
         done = subprocess.run(
-            [*command, f"run.output_dir={output}"], capture_output=True, text=True, timeout=480, check=False
+            [*command, f"run.output_dir={output}"], capture_output=True, text=True, timeout=900, check=False
         )
     assert done.returncode == 0, done.stderr[-3000:]
     return output

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from jobs import Job, is_listening
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
 COMPARED = ("loss", "grad_norm", "lr", "entropy", "reward/mean", "response/mean_tokens")
 ALL_STEPS = {"rollout-0", "judge-0", "trainer"}
 
