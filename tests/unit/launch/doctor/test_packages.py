@@ -76,6 +76,21 @@ def test_a_gpu_machine_needs_gpu_packages(install, packages_folder):
     assert checks["packages.torch-build"] == "error"
 
 
+def test_a_cpu_environment_on_a_gpu_machine_is_left_as_it_is(install, packages_folder):
+    install_all(install)
+    found = packages.installed([str(packages_folder)])
+    assert packages.build_of(found, has_gpus=True) == "cpu"
+    assert levels(packages.check_build(found, "cpu", has_gpus=True)) == {"packages.torch-build": "warning"}
+    assert packages.check_build(found, "cpu", has_gpus=False) == []
+
+
+def test_without_packages_the_machine_decides(install, packages_folder):
+    found = packages.installed([str(packages_folder)])
+    assert (packages.build_of(found, has_gpus=True), packages.build_of(found, has_gpus=False)) == ("gpu", "cpu")
+    install("vllm", "0.32.0")
+    assert packages.build_of(packages.installed([str(packages_folder)]), has_gpus=False) == "gpu"  # a login node
+
+
 def test_cuda_packages_beside_a_cpu_torch(install, packages_folder):
     install_all(install, torchaudio="2.13.0", vllm="0.32.0")
     findings = packages.check_build(packages.installed([str(packages_folder)]), "cpu")
