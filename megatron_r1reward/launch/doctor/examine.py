@@ -54,7 +54,9 @@ def examine(
         ("packages", lambda: packages.check_packages(build, has_gpus=has_gpus()))
     ]
     if not quick:
-        groups.append(("imports", lambda: [*imports.check_torch()[0], *imports.check_imports(build)]))
+        groups.append(
+            ("imports", lambda: [*imports.check_torch()[0], *imports.check_imports(build, has_gpus=has_gpus())])
+        )
     groups.append(("storage", lambda: storage.check_folder(folder, on_cluster=place != "machine")))
     groups.append(("slurm", slurm.check_slurm))
     if place == "job" and not commands.run(["srun", "--version"]).missing:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_r1reward.launch import commands
-from megatron_r1reward.launch.doctor.finding import Finding, error, ok
+from megatron_r1reward.launch.doctor.finding import Finding, error, note, ok
 from megatron_r1reward.launch.doctor.pins import Build
 
 _TORCH = """
@@ -61,31 +61,28 @@ def check_torch(environment: Mapping[str, str] | None = None) -> tuple[list[Find
     return [ok("imports.torch", f"torch {seen['version']} ({cuda}) loads")], seen
 
 
-def check_imports(build: Build) -> list[Finding]:
-    """vLLM, megatron-core and, on a GPU machine, Transformer Engine load in this environment."""
+def check_imports(build: Build, *, has_gpus: bool) -> list[Finding]:
+    """vLLM, megatron-core and, in a GPU environment, Transformer Engine load here."""
     programs = {"vllm": _VLLM, "megatron-core": _MEGATRON}
     if build == "gpu":
         programs["transformer-engine"] = _TRANSFORMER_ENGINE
-    findings = []
-    for name, program in programs.items():
-        seen, problem = probe(program)
-        if seen is None:
-            findings.append(
-                error(
-                    f"imports.{name}",
-                    f"importing {name} fails: {problem}",
-                    "an undefined symbol or missing library means that it was built for another torch or CUDA: install "
-                    "the pinned versions together (r1reward doctor names them), or use the container",
-                )
-            )
-        elif seen.get("device", build) not in (build, "cuda" if build == "gpu" else build):
-            findings.append(
-                error(
-                    f"imports.{name}",
-                    f"vLLM takes this machine for a {seen['device']!r} platform, expected {build}",
-                    "install the extra that belongs to the machine: [cpu] or [gpu]",
-                )
-            )
-        else:
-            findings.append(ok(f"imports.{name}", f"{name} {seen['version']} loads"))
-    return findings
+    return [_judge(name, *probe(program), build=build, has_gpus=has_gpus) for name, program in programs.items()]
+
+
+def _judge(name: str, seen: dict[str, Any] | None, problem: str | None, *, build: Build, has_gpus: bool) -> Finding:
+    check = f"imports.{name}"
+    if seen is None:
+        message = f"importing {name} fails: {problem}"
+        if "libcuda.so" in (problem or "") and not has_gpus:
+            return note(check, f"{message} (no driver on this machine: ask again inside a job with GPUs)")
+        return error(
+            check,
+            message,
+            "an undefined symbol or missing library means that it was built for another torch or CUDA: install "
+            "the pinned versions together (r1reward doctor names them), or use the container",
+        )
+    expected = "cuda" if build == "gpu" else "cpu"
+    if "device" in seen and seen["device"] != expected and (has_gpus or build == "cpu"):
+        fix = "install the extra that belongs to the machine, [cpu] or [gpu], into a fresh environment"
+        return error(check, f"vLLM takes this machine for a {seen['device']!r} platform, expected {expected!r}", fix)
+    return ok(check, f"{name} {seen['version']} loads")

@@ -84,6 +84,21 @@ class TestImports:
         assert "libcudart.so.13" in finding.message
         assert seen == {}
 
+    @pytest.mark.parametrize(
+        ("seen", "problem", "build", "has_gpus", "level"),
+        [
+            ({"version": "0.32.0", "device": "cpu"}, None, "cpu", False, "ok"),
+            ({"version": "0.32.0", "device": "cuda"}, None, "gpu", True, "ok"),
+            ({"version": "0.32.0", "device": "cpu"}, None, "gpu", True, "error"),
+            ({"version": "0.32.0", "device": ""}, None, "gpu", False, "ok"),  # a login node
+            (None, "exit code 1: undefined symbol: _ZN3c10", "gpu", True, "error"),
+            (None, "exit code 1: libcuda.so.1: cannot open shared object file", "gpu", False, "note"),
+            (None, "exit code 1: libcuda.so.1: cannot open shared object file", "gpu", True, "error"),
+        ],
+    )
+    def test_what_an_import_says(self, seen, problem, build, has_gpus, level):
+        assert imports._judge("vllm", seen, problem, build=build, has_gpus=has_gpus).level == level
+
     def test_a_crash_is_a_finding(self):
         seen, problem = imports.probe("import os; os.kill(os.getpid(), 11)")
         assert seen is None
