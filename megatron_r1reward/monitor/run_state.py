@@ -3,6 +3,8 @@
     RUN/config.toml                    resolved configuration                                      (trainer)
     RUN/logs-<life>/supervisor.log     what the supervisor did and why                             (supervisor)
     RUN/logs-<life>/<component>.log    "trainer", "rollout-0", "judge-0", ...                      (each component)
+    RUN/logs-<life>/<server>.vllm.log  vLLM's own words                                            (each server)
+    RUN/logs-<life>/<component>.srun.log  what srun had to say about the step                      (supervisor, Slurm)
     RUN/logs-<life>/exit.json          how that life ended: `ExitReport`                           (supervisor)
     RUN/metrics.jsonl                  one row per step                                            (trainer)
     RUN/checkpoints/                   step-<N>/ and latest                                        (trainer)

@@ -69,7 +69,7 @@ def cluster() -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="r1reward-slurm-"))
     folder.chmod(0o755)  # MUNGE's socket must be reachable for all users; pytest's own folders are private
     environment = {**os.environ, "SLURM_TEST_DIR": str(folder / "cluster"), "NODES": str(NODES), "DBD": "1"}
-    environment |= {"PYXIS": "1", "PORT_BASE": str(_free_port_base())}
+    environment |= {"PYXIS": "1", "PORT_BASE": str(_free_port_base()), "CPUS": "16", "MEM": "32000"}
     if Path("/sys/fs/cgroup/freezer/slurm_n1").exists():  # another cluster of this kind is running
         environment["PROCTRACK"] = "linuxproc"
     config = folder / "cluster" / "etc" / "slurm.conf"

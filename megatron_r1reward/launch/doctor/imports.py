@@ -39,7 +39,7 @@ _TRANSFORMER_ENGINE = """
 import json, transformer_engine, transformer_engine.pytorch
 print(json.dumps({"version": transformer_engine.__version__}))
 """
-_TIMEOUT_S = 180.0
+_TIMEOUT_S = 300.0
 
 
 def probe(program: str, environment: Mapping[str, str] | None = None) -> tuple[dict[str, Any] | None, str | None]:
