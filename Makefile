@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # What the environment depends on; the stamp makes a second call cost nothing.
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test test-slurm lint format clean
+.PHONY: setup recipes demo test test-slurm lint format clean
 
 setup: $(STAMP)
 
@@ -18,14 +18,29 @@ $(STAMP): pyproject.toml megatron_r1reward/torchvision_cpu.py
 	$(BIN)/python -m megatron_r1reward.torchvision_cpu install
 	touch $@
 
+# The launcher environment of recipes/*.py. NeMo-Run's pins contradict vLLM's, so it is not part of .venv.
+RECIPES := .venv-recipes
+recipes: $(RECIPES)/.ready
+
+$(RECIPES)/.ready: pyproject.toml
+	@echo "building $(RECIPES) (about a minute)"
+	test -x $(RECIPES)/bin/python || $(PYTHON) -m venv $(RECIPES)
+	$(RECIPES)/bin/pip install --quiet --upgrade "pip>=25.1" # the first with --group
+	$(RECIPES)/bin/pip install --quiet --group recipes
+	$(RECIPES)/bin/pip install --quiet --no-deps -e .
+	touch $@
+
 demo: $(STAMP)
 	$(BIN)/r1reward demo --out runs/demo
 
+# Tests of the recipes are skipped, and say so, where NeMo-Run's environment cannot be built.
 test: $(STAMP)
+	-@$(MAKE) --no-print-directory recipes
 	$(BIN)/python -m pytest
 
 # Real jobs on a real Slurm cluster of virtual nodes. Part of `make test`; says why where it is skipped.
 test-slurm: $(STAMP)
+	-@$(MAKE) --no-print-directory recipes
 	$(BIN)/python -m pytest tests/slurm
 
 lint: $(STAMP)
@@ -39,4 +54,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(RECIPES) runs build *.egg-info

@@ -211,6 +211,32 @@ def report(run_dir: Annotated[Path, typer.Argument(help="directory with the stag
         typer.echo(f"wrote {run_dir / 'report.html'} and {run_dir / 'report.json'}")
 
 
+@app.command()
+def status(
+    run_dir: Annotated[Path, typer.Argument(help="run.output_dir of a stage")],
+    json_output: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
+) -> None:
+    """What a run is doing, its last metrics, how long it still takes, and why it stopped; from its files alone."""
+    with _user_errors():
+        from megatron_r1reward.launch.status.show import run_status
+
+        raise typer.Exit(run_status(run_dir, as_json=json_output))
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Option(help="a folder on the file system that runs will use")] = Path("."),
+    run_dir: Annotated[Path | None, typer.Option(help="also ask the servers of this run")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
+    quick: Annotated[bool, typer.Option(help="do not import torch, vLLM and megatron-core")] = False,
+) -> None:
+    """Is this machine or cluster fit? Names every problem and its fix; exit code 1 when a stage would fail."""
+    with _user_errors():
+        from megatron_r1reward.launch.doctor.show import run_doctor
+
+        raise typer.Exit(run_doctor(folder, run_dir=run_dir, as_json=json_output, quick=quick))
+
+
 def main() -> None:
     app()
 

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from megatron_r1reward.data.digits_card import data_card
 from megatron_r1reward.data.digits_judge import judge_rows as make_judge_rows
 from megatron_r1reward.data.digits_pictures import DigitSources, PictureStore, choose_pictures, split_sources
@@ -57,8 +59,9 @@ def build_digits(
     judge_rows: int = 4000,
     categories: Sequence[str] = CATEGORIES,
     annotator_error_rate: float = 0.0,
+    show_progress: bool = True,
 ) -> DigitsSummary:
-    """Write the data set to `out`; the same arguments give the same bytes.
+    """Write the data set to `out`; the same arguments give the same bytes. `show_progress` draws a bar on stderr.
 
     Files: `sft.jsonl` (preferences with a target `response`), `pool.jsonl` and `heldout.jsonl` (preferences),
     `judge_sft.jsonl` and, a tenth of it, `judge_heldout.jsonl` (text only), `images/*.png`, `README.md` (data card)
@@ -86,13 +89,10 @@ def build_digits(
     assert not train.indices & heldout.indices, "a source picture is in both splits"
 
     store = PictureStore(out / IMAGE_FOLDER)
-    seen: set[tuple[object, ...]] = set()  # shared, so that the pool repeats nothing of the supervised rows
-    files: dict[str, list[dict[str, Any]]] = {}
-    for name, sources in (("sft", train), ("pool", train), ("heldout", heldout)):
-        examples = _examples(name, counts[name], categories, sources, random.Random(f"{name}/{seed}"), seen)
-        files[name] = [_row(f"{name}-{number:05d}", example, store) for number, example in enumerate(examples)]
-        if name == "sft":
-            _add_targets(files[name], examples, annotator_error_rate, random.Random(f"annotator/{seed}"))
+    splits = {"sft": train, "pool": train, "heldout": heldout}
+    total = sft_rows + pool_rows + heldout_pairs
+    with tqdm(total=total, desc="digits", unit="row", disable=not show_progress, dynamic_ncols=True) as progress:
+        files = _preference_files(seed, counts, categories, splits, store, progress, annotator_error_rate)
     files |= _judge_files(judge_rows, categories, seed)
 
     summary = DigitsSummary(
@@ -111,6 +111,29 @@ def build_digits(
     write_text(out / "README.md", data_card(asdict(summary)))
     write_text(out / "meta.json", json.dumps(asdict(summary), indent=2) + "\n")
     return summary
+
+
+def _preference_files(
+    seed: int,
+    counts: Mapping[str, int],
+    categories: Sequence[str],
+    splits: Mapping[str, DigitSources],
+    store: PictureStore,
+    progress: tqdm[Any],
+    annotator_error_rate: float,
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows by file name; their pictures are written to `store`."""
+    seen: set[tuple[object, ...]] = set()  # shared, so that the pool repeats nothing of the supervised rows
+    files: dict[str, list[dict[str, Any]]] = {}
+    for name, sources in splits.items():
+        examples = _examples(name, counts[name], categories, sources, random.Random(f"{name}/{seed}"), seen)
+        files[name] = []
+        for number, example in enumerate(examples):
+            files[name].append(_row(f"{name}-{number:05d}", example, store))
+            progress.update()
+        if name == "sft":
+            _add_targets(files[name], examples, annotator_error_rate, random.Random(f"annotator/{seed}"))
+    return files
 
 
 def _examples(
