@@ -193,6 +193,28 @@ class MonitorSection(Section):
     console_every: PositiveInt = 1
 
 
+class ClusterSection(Section):
+    """The machines a run is meant for: read by the planner and by launchers, not by training itself."""
+
+    nodes: PositiveInt = 1
+    gpus_per_node: PositiveInt = 8
+    device: Literal["a100", "h100", "h800", "h200", "b200", "l40s", "cpu"] = "h100"
+    memory_gib: Annotated[float, Field(gt=0)] | None = None  # usable memory of one device; None: the device's own
+    network_gbit: Annotated[float, Field(gt=0)] = 400.0  # per device, to other nodes, Gbit/s
+    trainer_gpus: PositiveInt | None = None  # None: what rollout and judge servers leave
+    placement: Literal["split", "colocated"] = "split"  # rollout servers beside the trainer or on its devices
+
+
+class PlanSection(Section):
+    """What the planner assumes about the data and the achieved speed; everything else it derives."""
+
+    text_tokens: PositiveInt = 1200  # mean prompt without images
+    images_per_prompt: Annotated[int, Field(ge=0)] = 1
+    image_pixels: PositiveInt | None = None  # mean size of an image; None: data.max_pixels
+    response_tokens: PositiveInt = 600  # mean; the paper's policy settles near 600
+    compute_efficiency: Fraction | None = None  # of the device's peak inside a layer; None: the device's default
+
+
 class RunConfig(Section):
     """One stage on one machine or cluster."""
 
@@ -212,3 +234,5 @@ class RunConfig(Section):
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     monitor: MonitorSection = MonitorSection()
+    cluster: ClusterSection = ClusterSection()
+    plan: PlanSection = PlanSection()
