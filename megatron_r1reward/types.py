@@ -94,7 +94,8 @@ class Sequence:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """One micro-batch: S sequences back to back in one row of T tokens, no padding between them.
+    """One micro-batch: S sequences back to back in one row of T tokens. Padding, where context or sequence parallelism
+    needs some, ends a sequence or the row and carries no loss.
 
     R response tokens carry a loss. Row r of the flat response axis is predicted from the hidden state at position
     `response_positions[r]` and belongs to sequence `response_sequence[r]` (index into the global batch).
@@ -108,8 +109,10 @@ class PackedBatch:
     targets: torch.Tensor  # int64 [R]
     response_sequence: torch.Tensor  # int64 [R]
     sequence_indices: tuple[int, ...]  # S indices into the global list of sequences
-    pixel_values: torch.Tensor | None  # float32 [P, patch_dim], patches of all images in order; None without images
+    pixel_values: torch.Tensor | None  # float32 [P, patch_dim], patches of the distinct images; None without images
     image_grid_thw: torch.Tensor | None  # int64 [I, 3]
+    # int64 [image tokens]: row of the I images' embeddings at each placeholder; None: every image stands once, in order
+    image_rows: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

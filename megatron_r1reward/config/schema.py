@@ -28,14 +28,80 @@ class RunSection(Section):
 class ModelSection(Section):
     path: Path  # HF checkpoint folder: config.json, safetensors, tokenizer, processor
     precision: Literal["fp32", "bf16"] = "bf16"
-    freeze_vision: bool = False
+    freeze_vision: bool = False  # tower and merger
+    freeze_vision_tower: bool = False
+    freeze_merger: bool = False
+    freeze_language: bool = False
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> ModelSection:
+        if self.freeze_language and (self.freeze_vision or (self.freeze_vision_tower and self.freeze_merger)):
+            raise ValueError("freeze_language and the frozen vision parts leave nothing to train: unfreeze one")
+        return self
 
 
 class ParallelSection(Section):
+    """The layout of one model replica and how replicas communicate; docs/parallelism.md."""
+
     tensor_model_parallel_size: PositiveInt = 1
     pipeline_model_parallel_size: PositiveInt = 1
+    virtual_pipeline_model_parallel_size: PositiveInt = 1  # model chunks per stage; above 1: interleaved schedule
+    context_parallel_size: PositiveInt = 1
+    context_parallel_comm: Literal["p2p", "all_gather", "a2a"] = "p2p"  # Transformer Engine only; local: all-gather
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    ddp_bucket_size: PositiveInt | None = None  # parameters per communication bucket; None: megatron-core's rule
+    vision: Literal["tensor_parallel", "image_sharded"] = "tensor_parallel"  # image_sharded: over TP x CP ranks
+    vision_placement: Literal["first_stage", "balanced", "own_stage"] = "first_stage"  # under pipeline parallelism
+    image_token_share: Fraction = 0.5  # of all tokens; weighs the tower for vision_placement "balanced"
+    recompute: Literal["none", "selective", "full"] = "none"  # activations; selective: core attention only
+    recompute_num_layers: PositiveInt = 1  # full: layers per checkpointed group
+    recompute_vision: bool = False  # the same inside the vision tower (always full there)
+
+    @model_validator(mode="after")
+    def _combinations(self) -> ParallelSection:
+        if self.virtual_pipeline_model_parallel_size > 1 and self.pipeline_model_parallel_size == 1:
+            raise ValueError(
+                f"virtual_pipeline_model_parallel_size {self.virtual_pipeline_model_parallel_size} interleaves "
+                "pipeline stages, but pipeline_model_parallel_size is 1: set it to at least 2"
+            )
+        if self.vision_placement != "first_stage" and self.pipeline_model_parallel_size == 1:
+            raise ValueError(
+                f"vision_placement {self.vision_placement!r} moves layers between pipeline stages, but "
+                "pipeline_model_parallel_size is 1: set it to at least 2, or use 'first_stage'"
+            )
+        if self.overlap_param_gather and not (self.overlap_grad_reduce and self.use_distributed_optimizer):
+            raise ValueError(
+                "overlap_param_gather needs overlap_grad_reduce and use_distributed_optimizer: set both to true"
+            )
+        return self
+
+
+class PrecisionSection(Section):
+    """Layer implementation, FP8 and reproducibility; docs/fp8.md. The base precision is model.precision."""
+
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    fp8: Literal["hybrid", "e4m3"] | None = None  # hybrid: e4m3 forward, e5m2 gradients; vision stays in bf16
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    fp8_param_gather: bool = False  # keep and all-gather parameters in FP8
+    fp8_margin: Annotated[int, Field(ge=0)] = 0  # delayed: head room in powers of two
+    fp8_amax_history_len: PositiveInt = 1024  # delayed
+    fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"  # delayed
+    first_last_layers_bf16: bool = False
+    layers_at_start_in_bf16: Annotated[int, Field(ge=0)] = 1
+    layers_at_end_in_bf16: Annotated[int, Field(ge=0)] = 1
+    deterministic: bool = False  # bitwise repeatable steps, slower
+
+
+class ProfileSection(Section):
+    """Profile some optimizer steps of the stage; off by default."""
+
+    start_step: PositiveInt | None = None  # the first profiled step, counted from 1; None: no profile
+    steps: PositiveInt = 1
+    ranks: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    tool: Literal["torch", "nsys"] = "torch"  # torch: Chrome traces in <output_dir>/profile; nsys: cudaProfilerStart
 
 
 class DataSection(Section):
@@ -59,6 +125,7 @@ class OptimizerSection(Section):
     eps: float = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    max_skipped_steps: PositiveInt = 20  # consecutive steps with a non-finite gradient before the run fails
 
 
 class SftSection(Section):
@@ -221,6 +288,8 @@ class RunConfig(Section):
     run: RunSection
     model: ModelSection
     parallel: ParallelSection = ParallelSection()
+    precision: PrecisionSection = PrecisionSection()
+    profile: ProfileSection = ProfileSection()
     data: DataSection
     optimizer: OptimizerSection = OptimizerSection()
     sft: SftSection = SftSection()

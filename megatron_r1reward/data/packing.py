@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_r1reward.data.images import ImageProcessor, ProcessedImage
-from megatron_r1reward.models.qwen2_5_vl.rotary import mrope_positions
+from megatron_r1reward.models.registry import Positions
 from megatron_r1reward.types import PackedBatch, Prompt, Sequence
 
 
@@ -28,15 +28,18 @@ def expand_images(token_ids: SequenceOf[int], image_tokens: SequenceOf[int], ima
 
 @dataclass(frozen=True, kw_only=True)
 class Packer:
-    """Builds micro-batches for one model. `pad_multiple` (tensor-parallel size under sequence parallelism) is met by
-    one short trailing sequence without loss."""
+    """Builds micro-batches for one model. A row is padded to `pad_multiple` (sequence parallelism, FP8) by one short
+    trailing sequence, each sequence to `sequence_multiple` (context parallelism) at its end; neither carries a loss."""
 
     image_processor: ImageProcessor
     image_token_id: int
+    positions: Positions
     pad_token_id: int
     token_budget: int
     device: torch.device
     pad_multiple: int = 1
+    sequence_multiple: int = 1
+    share_images: bool = False
 
     def sequence(self, prompt: Prompt, response_ids: SequenceOf[int]) -> Sequence:
         """A prompt and its response with image placeholders expanded.
@@ -57,53 +60,84 @@ class Packer:
     def plan(self, sequences: SequenceOf[Sequence], indices: SequenceOf[int]) -> list[list[int]]:
         """Group `indices` into micro-batches of at most `token_budget` tokens, longest first into the first that fits.
 
-        Deterministic. A sequence longer than the budget gets a micro-batch of its own.
+        Deterministic. A sequence longer than the budget gets a micro-batch of its own. With `share_images`, sequences
+        with the same images stand next to each other in that order, so that most of them share a micro-batch.
         """
-        order = sorted(indices, key=lambda i: (-len(sequences[i].token_ids), i))
+
+        def length(index: int) -> int:
+            return len(sequences[index].token_ids) + -len(sequences[index].token_ids) % self.sequence_multiple
+
+        longest: dict[tuple[str, ...], tuple[int, int]] = {}
+        for index in indices if self.share_images else ():
+            paths = sequences[index].image_paths
+            if paths:
+                longest[paths] = min(longest.get(paths, (0, index)), (-length(index), index))
+        order = sorted(
+            indices, key=lambda i: (longest.get(sequences[i].image_paths, (-length(i), i)), -length(i), i)
+        )
         bins: list[tuple[int, list[int]]] = []
         for index in order:
-            length = len(sequences[index].token_ids)
             for position, (used, members) in enumerate(bins):
-                if used + length <= self.token_budget:
-                    bins[position] = (used + length, [*members, index])
+                if used + length(index) <= self.token_budget:
+                    bins[position] = (used + length(index), [*members, index])
                     break
             else:
-                bins.append((length, [index]))
+                bins.append((length(index), [index]))
         return [sorted(members) for _, members in bins]
 
     def pack(self, sequences: SequenceOf[Sequence], indices: SequenceOf[int]) -> PackedBatch:
-        """One micro-batch of the sequences at `indices`."""
+        """One micro-batch of the sequences at `indices`; without any, a row of padding."""
         chosen = [sequences[i] for i in indices]
-        images = [[self.image_processor(path) for path in sequence.image_paths] for sequence in chosen]
-        positions = [self._positions(*pair) for pair in zip(chosen, images, strict=True)]
-        token_ids = [token for sequence in chosen for token in sequence.token_ids]
-        bounds = [0]
+        token_ids: list[int] = []
+        bounds, starts, positions = [0], [], []
         for sequence in chosen:
-            bounds.append(bounds[-1] + len(sequence.token_ids))
-        rows = [_response_rows(sequence, start) for sequence, start in zip(chosen, bounds, strict=False)]
-        targets = [token for sequence in chosen for token in sequence.token_ids[sequence.prompt_length :]]
-        owners = [i for i, sequence in zip(indices, chosen, strict=True) for _ in range(sequence.response_length)]
-        padding = -len(token_ids) % self.pad_multiple
+            images = [self.image_processor(path) for path in sequence.image_paths]
+            starts.append(bounds[-1])
+            token_ids += sequence.token_ids
+            padding = -len(sequence.token_ids) % self.sequence_multiple
+            token_ids += [self.pad_token_id] * padding
+            positions += [self._positions(sequence, images), torch.arange(padding).expand(3, -1)]
+            bounds.append(len(token_ids))
+        padding = -len(token_ids) % self.pad_multiple if chosen else max(self.pad_multiple, 1)
         if padding:
             token_ids += [self.pad_token_id] * padding
             bounds.append(len(token_ids))
             positions.append(torch.arange(padding).expand(3, -1))
-        flat = [image for sequence_images in images for image in sequence_images]
+        rows = [_response_rows(sequence, start) for sequence, start in zip(chosen, starts, strict=True)]
+        targets = [token for sequence in chosen for token in sequence.token_ids[sequence.prompt_length :]]
+        owners = [i for i, sequence in zip(indices, chosen, strict=True) for _ in range(sequence.response_length)]
         return PackedBatch(
             input_ids=torch.tensor([token_ids], device=self.device),
             position_ids=torch.cat(positions, dim=1)[:, None].to(self.device),
             cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=self.device),
             max_seqlen=max(end - start for start, end in itertools.pairwise(bounds)),
-            response_positions=torch.cat(rows).to(self.device),
-            targets=torch.tensor(targets, device=self.device),
-            response_sequence=torch.tensor(owners, device=self.device),
+            response_positions=torch.cat([torch.empty(0, dtype=torch.int64), *rows]).to(self.device),
+            targets=torch.tensor(targets, dtype=torch.int64, device=self.device),
+            response_sequence=torch.tensor(owners, dtype=torch.int64, device=self.device),
             sequence_indices=tuple(indices),
-            pixel_values=torch.cat([image.pixel_values for image in flat]).to(self.device) if flat else None,
-            image_grid_thw=torch.tensor([image.grid for image in flat], device=self.device) if flat else None,
+            **self._images(chosen),
         )
 
+    def _images(self, chosen: SequenceOf[Sequence]) -> dict[str, torch.Tensor | None]:
+        """Every distinct image once, and where its tokens go."""
+        paths = [path for sequence in chosen for path in sequence.image_paths]
+        if not paths:
+            return {"pixel_values": None, "image_grid_thw": None}
+        distinct = list(dict.fromkeys(paths))
+        images = [self.image_processor(path) for path in distinct]
+        rows = None
+        if len(distinct) < len(paths):
+            lengths = [self.image_processor.num_tokens(image) for image in images]
+            spans = dict(zip(distinct, torch.arange(sum(lengths)).split(lengths), strict=True))
+            rows = torch.cat([spans[path] for path in paths]).to(self.device)
+        return {
+            "pixel_values": torch.cat([image.pixel_values for image in images]).to(self.device),
+            "image_grid_thw": torch.tensor([image.grid for image in images], device=self.device),
+            "image_rows": rows,
+        }
+
     def _positions(self, sequence: Sequence, images: SequenceOf[ProcessedImage]) -> torch.Tensor:
-        return mrope_positions(
+        return self.positions(
             sequence.token_ids,
             [image.grid for image in images],
             image_token_id=self.image_token_id,

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_r1reward.config.schema import ParallelSection
 from megatron_r1reward.parallel import cpu
+from megatron_r1reward.parallel.apex import check_apex
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +28,25 @@ class Topology:
     tensor_parallel_size: int
     pipeline_parallel_rank: int
     pipeline_parallel_size: int
-    data_parallel_rank: int
+    data_parallel_rank: int  # context-parallel ranks share one: they work on the same sequences
     data_parallel_size: int
     solo: dist.ProcessGroup
+    virtual_pipeline_parallel_size: int = 1
+    context_parallel_rank: int = 0
+    context_parallel_size: int = 1
+
+    def holds_first_layer(self, chunk: int) -> bool:
+        """Whether model chunk `chunk` of this rank embeds tokens and images."""
+        return self.is_first_stage and chunk == 0
+
+    def holds_last_layer(self, chunk: int) -> bool:
+        """Whether model chunk `chunk` of this rank ends with log-probs."""
+        return self.is_last_stage and chunk == self.virtual_pipeline_parallel_size - 1
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank's statistics count: one rank per data-parallel replica, on the last stage."""
+        return self.is_last_stage and self.tensor_parallel_rank == 0 and self.context_parallel_rank == 0
 
     @property
     def is_first_stage(self) -> bool:
@@ -80,17 +97,21 @@ def _init_process_group(launch: _Launch, timeout: timedelta) -> None:
 
 def check_world_size(section: ParallelSection, world_size: int) -> None:
     """ValueError when the world does not hold a whole number of model replicas."""
-    model_ranks = section.tensor_model_parallel_size * section.pipeline_model_parallel_size
+    model_ranks = (
+        section.tensor_model_parallel_size * section.pipeline_model_parallel_size * section.context_parallel_size
+    )
     if world_size % model_ranks:
         raise ValueError(
             f"{world_size} ranks cannot hold replicas of tensor_model_parallel_size "
             f"{section.tensor_model_parallel_size} x pipeline_model_parallel_size "
-            f"{section.pipeline_model_parallel_size}: start a multiple of {model_ranks} ranks"
+            f"{section.pipeline_model_parallel_size} x context_parallel_size {section.context_parallel_size}: "
+            f"start a multiple of {model_ranks} ranks"
         )
 
 
 def initialize(section: ParallelSection, *, seed: int, timeout: timedelta = timedelta(minutes=10)) -> Topology:
     """Create megatron-core's process groups. Call once per process, before any model is built."""
+    check_apex()
     cpu.install()
     from megatron.core import parallel_state, tensor_parallel
 
@@ -100,9 +121,12 @@ def initialize(section: ParallelSection, *, seed: int, timeout: timedelta = time
         torch.cuda.set_device(launch.local_rank)
     if not dist.is_initialized():
         _init_process_group(launch, timeout)
+    virtual = section.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=section.tensor_model_parallel_size,
         pipeline_model_parallel_size=section.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        context_parallel_size=section.context_parallel_size,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     rank = dist.get_rank()
@@ -117,6 +141,9 @@ def initialize(section: ParallelSection, *, seed: int, timeout: timedelta = time
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         solo=dist.new_group([rank], use_local_synchronization=True),
+        virtual_pipeline_parallel_size=virtual,
+        context_parallel_rank=parallel_state.get_context_parallel_rank(),
+        context_parallel_size=section.context_parallel_size,
     )
 
 

@@ -2,13 +2,14 @@
 
 `local` uses megatron-core's own layers and works on any device. Two leaves have no such implementation in 0.16.1 and
 come from here: the norm (`WrappedTorchNorm` refuses sequence parallelism) and the core attention
-(`DotProductAttention` refuses packed sequences). Parameter and checkpoint names are those of the Transformer Engine
-spec, so checkpoints move between the two.
+(`DotProductAttention` refuses packed sequences). Checkpoint names are those of the Transformer Engine spec
+(`specs_te`), so checkpoints move between the two.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -23,6 +25,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_r1reward.parallel.context import gathered_order
 
 
 class TorchNorm:
@@ -43,7 +47,8 @@ class PackedAttention(MegatronModule):
     """Scaled dot-product attention over packed sequences (THD), causal or bidirectional, with grouped queries.
 
     One fused call per sequence, or one for all where they are equally long: no [T, T] mask is formed, nothing is
-    padded.
+    padded. Under context parallelism keys and values are gathered over the group, and each of a rank's two chunks of a
+    sequence attends to the keys up to its own end.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class PackedAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.attn_mask_type = attn_mask_type
+        self.context_group = pg_collection.cp if pg_collection is not None else None
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -71,9 +77,12 @@ class PackedAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """query [T, heads, dim]; key, value [T, groups, dim] -> [T, heads, dim]."""
+        """query [T, heads, dim]; key, value [T, groups, dim] -> [T, heads, dim]; T is this rank's share of tokens."""
         assert packed_seq_params is not None, "sequences are always packed"
         causal = (attn_mask_type or self.attn_mask_type) in (AttnMaskType.causal, AttnMaskType.padding_causal)
+        if self.context_group is not None and self.context_group.size() > 1:
+            assert causal, "only causal attention is context parallel"
+            return self._attend_in_context(query, key, value, packed_seq_params.cu_seqlens_q)
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
 
         def attend(q_SLHD: torch.Tensor, k_SLGD: torch.Tensor, v_SLGD: torch.Tensor) -> torch.Tensor:
@@ -88,6 +97,41 @@ class PackedAttention(MegatronModule):
         sequences = zip(*(x.unsqueeze(0).split(lengths, dim=1) for x in (query, key, value)), strict=True)
         return torch.cat([attend(*sequence) for sequence in sequences])
 
+    def _attend_in_context(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor
+    ) -> torch.Tensor:
+        group = self.context_group
+        assert group is not None
+        size, rank = group.size(), group.rank()
+        gathered = gather_from_sequence_parallel_region(
+            torch.cat([key, value], dim=-1).contiguous(), tensor_parallel_output_grad=True, group=group
+        )
+        key, value = gathered.index_select(0, gathered_order(cu_seqlens, size)).split(key.shape[-1], dim=-1)
+        gqa = query.shape[1] != key.shape[1]
+        outputs, begin = [], 0
+        bounds = cu_seqlens.tolist()
+        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+            chunk = (end - start) // (2 * size)
+            for number in (rank, 2 * size - 1 - rank):
+                seen = (number + 1) * chunk
+                q = query[begin : begin + chunk].transpose(0, 1)[None]
+                k, v = (x[start : start + seen].transpose(0, 1)[None] for x in (key, value))
+                # The chunk's last token sees all `seen` keys: the causal triangle is aligned to the lower right.
+                mask = torch.ones(chunk, seen, dtype=torch.bool, device=query.device).tril(diagonal=seen - chunk)
+                output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=gqa)
+                outputs.append(output[0].transpose(0, 1))
+                begin += chunk
+        return torch.cat(outputs)
+
+
+def final_norm(transformer_impl: str) -> Any:
+    """The norm after the last layer."""
+    if transformer_impl == "transformer_engine":
+        from megatron_r1reward.parallel import specs_te
+
+        return specs_te.final_norm()
+    return TorchNorm
+
 
 def packed(cu_seqlens: torch.Tensor) -> PackedSeqParams:
     """THD parameters for self-attention; cu_seqlens int32 [S + 1]."""
@@ -101,8 +145,17 @@ def packed(cu_seqlens: torch.Tensor) -> PackedSeqParams:
     )
 
 
-def layer_spec(attn_mask_type: AttnMaskType, *, self_attention: type[SelfAttention] = SelfAttention) -> ModuleSpec:
+def layer_spec(
+    attn_mask_type: AttnMaskType,
+    *,
+    self_attention: type[SelfAttention] = SelfAttention,
+    transformer_impl: str = "local",
+) -> ModuleSpec:
     """One transformer layer: pre-norm attention and a gated MLP."""
+    if transformer_impl == "transformer_engine":
+        from megatron_r1reward.parallel import specs_te
+
+        return specs_te.layer_spec(attn_mask_type, self_attention=self_attention)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

@@ -9,17 +9,15 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer.module import Float16Module
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLConfig
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from megatron_r1reward.checkpoint.hf import load_hf_weights
 from megatron_r1reward.config.schema import OptimizerSection, RunConfig
 from megatron_r1reward.data.images import ImageProcessor
 from megatron_r1reward.data.packing import Packer
 from megatron_r1reward.models.mapping import Entry
-from megatron_r1reward.models.qwen2_5_vl.config import build_configs
-from megatron_r1reward.models.qwen2_5_vl.mapping import weight_table
-from megatron_r1reward.models.qwen2_5_vl.model import Qwen25VL
+from megatron_r1reward.models.registry import family_of, load_hf_config
 from megatron_r1reward.parallel.setup import Topology
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -31,11 +29,11 @@ class TrainState:
 
     config: RunConfig
     topology: Topology
-    hf_config: Qwen2_5_VLConfig
+    hf_config: PretrainedConfig
     tokenizer: PreTrainedTokenizerFast
     packer: Packer
     table: list[Entry]
-    module: Qwen25VL  # the bare model of this stage
+    module: MegatronModule  # the bare model of this stage
     model: DistributedDataParallel  # what the schedule runs
     optimizer: Any
     scheduler: OptimizerParamScheduler
@@ -51,15 +49,16 @@ def build_state(
     `with_reference` keeps a frozen second copy of these initial weights.
 
     Raises:
-        ValueError: the folder is no Qwen2.5-VL checkpoint, or the layout does not divide the model.
+        ValueError: the folder is no checkpoint of a supported family, or the layout does not divide the model.
     """
-    hf_config = load_hf_config(config)
+    hf_config = load_hf_config(config.model.path)
+    family = family_of(hf_config)
     dtype = DTYPES[config.model.precision]
-    configs = build_configs(hf_config, config.parallel, dtype)
-    table = weight_table(hf_config)
+    configs = family.build_configs(hf_config, config.parallel, dtype)
+    table = family.weight_table(hf_config)
 
-    def load_policy() -> tuple[Qwen25VL, torch.nn.Module]:
-        module = Qwen25VL(configs, topology)
+    def load_policy() -> tuple[MegatronModule, torch.nn.Module]:
+        module = family.build_model(configs, topology)
         load_hf_weights(module, config.model.path, table, topology)
         return module, Float16Module(configs.language, module) if dtype == torch.bfloat16 else module
 
@@ -93,25 +92,15 @@ def build_state(
     )
 
 
-def load_hf_config(config: RunConfig) -> Qwen2_5_VLConfig:
-    """ValueError when model.path is not a local Qwen2.5-VL folder."""
-    path = config.model.path
-    if not (path / "config.json").is_file():
-        raise ValueError(f"model.path {path} holds no config.json: give a Hugging Face checkpoint folder")
-    hf_config = Qwen2_5_VLConfig.from_pretrained(path, local_files_only=True)
-    if hf_config.model_type != "qwen2_5_vl":
-        raise ValueError(f"model.path {path} is a {hf_config.model_type!r} model; supported: qwen2_5_vl")
-    return hf_config
-
-
 def build_packer(
-    config: RunConfig, hf_config: Qwen2_5_VLConfig, tokenizer: PreTrainedTokenizerFast, topology: Topology
+    config: RunConfig, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, topology: Topology
 ) -> Packer:
     return Packer(
         image_processor=ImageProcessor(
             config.model.path, min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels
         ),
         image_token_id=hf_config.image_token_id,
+        positions=family_of(hf_config).positions,
         pad_token_id=tokenizer.pad_token_id,
         token_budget=config.data.token_budget,
         device=topology.device,

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import Qwen2_5_VLConfig
 
-from megatron_r1reward.config.schema import ParallelSection
+from megatron_r1reward.config.schema import ParallelSection, PrecisionSection
+from megatron_r1reward.parallel.layout import ModelShape, check_layout, split_layers
+from megatron_r1reward.parallel.precision import fp8_arguments
+from megatron_r1reward.parallel.transformer import check_language_config, layout_arguments, recompute_arguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +24,9 @@ class ModelConfigs:
     language: TransformerConfig
     vision: TransformerConfig
     merger: TransformerConfig
+    parallel: ParallelSection
+    transformer_impl: str
+    chunk_layers: tuple[int, ...]  # language-model layers of every pipeline chunk, in model order
 
 
 def _common(dtype: torch.dtype) -> dict[str, Any]:
@@ -41,44 +47,49 @@ def _common(dtype: torch.dtype) -> dict[str, Any]:
         bias_dropout_fusion=False,
         apply_rope_fusion=False,  # wrong for M-RoPE
         gradient_accumulation_fusion=False,
+        cross_entropy_loss_fusion=False,  # casts the gradient of the logits to bf16
         persist_layer_norm=False,
     )
 
 
-def check_layout(hf: Qwen2_5_VLConfig, parallel: ParallelSection) -> None:
-    """ValueError with the nearest fix when a tensor- or pipeline-parallel size does not divide the model."""
+def model_shape(hf: Qwen2_5_VLConfig, *, freeze_language: bool = False) -> ModelShape:
+    """What layouts have to fit."""
     text, vision = hf.text_config, hf.vision_config
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    divisible = {
-        "num_attention_heads": text.num_attention_heads,
-        "intermediate_size": text.intermediate_size,
-        "vocab_size": text.vocab_size,
-        "vision num_heads": vision.num_heads,
-        "vision intermediate_size": vision.intermediate_size,
-    }
-    for name, size in divisible.items():
-        if size % tp:
-            legal = [n for n in range(tp, 0, -1) if all(s % n == 0 for s in divisible.values())]
-            raise ValueError(
-                f"tensor_model_parallel_size {tp} does not divide {name} {size}: the nearest legal size is {legal[0]}"
-            )
-    groups = text.num_key_value_heads
-    if groups % tp and tp % groups:
-        raise ValueError(f"tensor_model_parallel_size {tp} and num_key_value_heads {groups}: one must divide the other")
-    if text.num_hidden_layers % pp:
-        raise ValueError(f"pipeline_model_parallel_size {pp} does not divide {text.num_hidden_layers} layers")
+    # Multiplications per token and layer; windowed and causal attention scores are small beside them.
+    patch = vision.depth * (4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size)
+    key_value = 2 * text.hidden_size**2 * text.num_key_value_heads / text.num_attention_heads
+    layer = 2 * text.hidden_size**2 + key_value + 3 * text.hidden_size * text.intermediate_size
+    return ModelShape(
+        num_layers=text.num_hidden_layers,
+        num_attention_heads=text.num_attention_heads,
+        num_query_groups=text.num_key_value_heads,
+        vocab_size=text.vocab_size,
+        ffn_sizes=(text.intermediate_size,),
+        vision_num_heads=vision.num_heads,
+        vision_ffn_size=vision.intermediate_size,
+        vision_layers_per_token=vision.spatial_merge_size**2 * patch / layer,
+        freeze_language=freeze_language,
+    )
 
 
-def build_configs(hf: Qwen2_5_VLConfig, parallel: ParallelSection, dtype: torch.dtype) -> ModelConfigs:
+def build_configs(
+    hf: Qwen2_5_VLConfig,
+    parallel: ParallelSection,
+    dtype: torch.dtype,
+    precision: PrecisionSection = PrecisionSection(),  # noqa: B008 (frozen)
+) -> ModelConfigs:
     """Derive the language, vision and merger configurations.
 
     Raises:
-        ValueError: the layout does not divide the model.
+        ValueError: the layout or the precision does not fit the model.
     """
-    check_layout(hf, parallel)
+    shape = model_shape(hf)
+    check_layout(shape, parallel)
     text, vision = hf.text_config, hf.vision_config
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    common = _common(dtype)
+    tp = parallel.tensor_model_parallel_size
+    vision_tp = tp if parallel.vision == "tensor_parallel" else 1
+    common = _common(dtype) | dict(deterministic_mode=precision.deterministic)
+    vision_recompute = recompute_arguments("full") if parallel.recompute_vision else {}
     gated = dict(gated_linear_unit=True, activation_func=F.silu, normalization="RMSNorm")
     language = TransformerConfig(
         num_layers=text.num_hidden_layers,
@@ -90,16 +101,13 @@ def build_configs(hf: Qwen2_5_VLConfig, parallel: ParallelSection, dtype: torch.
         add_bias_linear=False,
         add_qkv_bias=True,
         mrope_section=list(text.rope_parameters["mrope_section"]),
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        pipeline_dtype=dtype,
-        sequence_parallel=parallel.sequence_parallel and tp > 1,
-        variable_seq_lengths=pp > 1,  # packed micro-batches differ in length
-        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths demands it even without experts
-        batch_p2p_comm=False,
+        **layout_arguments(shape, parallel, dtype),
+        **recompute_arguments(parallel.recompute, parallel.recompute_num_layers),
+        **fp8_arguments(precision, parallel, fp8_sizes(text, tp), dtype),
         **gated,
         **common,
     )
+    check_language_config(language)
     # The tower never takes part in the language model's pipeline or sequence parallelism: a config of its own says so.
     tower = TransformerConfig(
         num_layers=vision.depth,
@@ -110,7 +118,8 @@ def build_configs(hf: Qwen2_5_VLConfig, parallel: ParallelSection, dtype: torch.
         layernorm_epsilon=1e-6,
         add_bias_linear=True,
         add_qkv_bias=True,
-        tensor_model_parallel_size=tp,
+        tensor_model_parallel_size=vision_tp,
+        **vision_recompute,
         **gated,
         **common,
     )
@@ -122,7 +131,28 @@ def build_configs(hf: Qwen2_5_VLConfig, parallel: ParallelSection, dtype: torch.
         gated_linear_unit=False,
         activation_func=F.gelu,
         add_bias_linear=True,
-        tensor_model_parallel_size=tp,
+        tensor_model_parallel_size=vision_tp,
         **common,
     )
-    return ModelConfigs(hf=hf, language=language, vision=tower, merger=merger)
+    return ModelConfigs(
+        hf=hf,
+        language=language,
+        vision=tower,
+        merger=merger,
+        parallel=parallel,
+        transformer_impl=precision.transformer_impl,
+        chunk_layers=tuple(split_layers(shape, parallel)),
+    )
+
+
+def fp8_sizes(text: Any, tp: int) -> dict[str, int]:
+    """Inner and outer sizes of this rank's matrix products in a language-model layer."""
+    head_dim = text.hidden_size // text.num_attention_heads
+    return {
+        "hidden_size": text.hidden_size,
+        "attention output per rank": text.hidden_size // tp,
+        "query, key and value rows per rank": (text.num_attention_heads + 2 * max(text.num_key_value_heads, tp))
+        * head_dim
+        // tp,
+        "intermediate_size per rank": text.intermediate_size // tp,
+    }

@@ -14,7 +14,6 @@ import torch
 from megatron.core.models.common.vision_module.vision_module import VisionModule
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -23,7 +22,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 
 from megatron_r1reward.models.qwen2_5_vl.config import ModelConfigs
 from megatron_r1reward.parallel.setup import Topology
-from megatron_r1reward.parallel.specs import TorchNorm, layer_spec, packed
+from megatron_r1reward.parallel.specs import final_norm, layer_spec, packed
+from megatron_r1reward.parallel.vision import vision_sharding
 
 ROTARY_BASE = 10_000.0
 
@@ -103,15 +103,16 @@ class VisionTower(VisionModule):
         self.patch_embed = torch.nn.Linear(
             patch_dim, vision.hidden_size, bias=False, dtype=configs.vision.params_dtype, device=topology.device
         )
-        groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
-        groups.cp = groups.pp = topology.solo
-        windowed = layer_spec(AttnMaskType.no_mask)
-        full = layer_spec(AttnMaskType.no_mask, self_attention=FrameSelfAttention)
+        self.sharding = vision_sharding(configs.parallel, topology)
+        groups = self.sharding.groups
+        impl = configs.transformer_impl
+        windowed = layer_spec(AttnMaskType.no_mask, transformer_impl=impl)
+        full = layer_spec(AttnMaskType.no_mask, self_attention=FrameSelfAttention, transformer_impl=impl)
         self.decoder = TransformerBlock(
             configs.vision,
             TransformerBlockSubmodules(
                 layer_specs=[full if i in vision.fullatt_block_indexes else windowed for i in range(vision.depth)],
-                layer_norm=TorchNorm,
+                layer_norm=final_norm(impl),
             ),
             pre_process=True,
             post_process=True,
@@ -128,11 +129,27 @@ class VisionTower(VisionModule):
         quarter = vision.hidden_size // vision.num_heads // 2
         exponent = torch.arange(0, quarter, 2, dtype=torch.float32) / quarter
         self.register_buffer("inverse_frequency", 1.0 / ROTARY_BASE**exponent, persistent=False)
+        self.sharding.mark(self)
 
     def set_input_tensor(self, input_tensor: torch.Tensor) -> None:
         self.decoder.set_input_tensor(input_tensor)
 
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        return self.sharding.sharded_state_dict(super().sharded_state_dict(prefix, sharded_offsets, metadata))
+
     def forward(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
+        """Every image of a micro-batch on every rank, however the work is shared out."""
+        return self.sharding.encode(self, pixel_values, image_grid_thw, unit=self.unit)
+
+    def nothing(self) -> torch.Tensor:
+        """Zero, through every parameter of the tower."""
+        weight = self.patch_embed.weight
+        return self.sharding.blank(self, weight.shape[1], unit=self.unit, like=weight).sum() * 0.0
+
+    def encode(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
+        """The images given, on this rank's part of the tower."""
         vision = self.vision
         layout = patch_layout(
             image_grid_thw,

@@ -19,6 +19,7 @@ def packer(tiny_folder):
     return Packer(
         image_processor=ImageProcessor(tiny_folder, min_pixels=3136, max_pixels=28 * 28 * 64),
         image_token_id=IMAGE,
+        positions=mrope_positions,
         pad_token_id=0,
         token_budget=20,
         device=torch.device("cpu"),

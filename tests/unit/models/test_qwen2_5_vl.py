@@ -15,6 +15,7 @@ from megatron_r1reward.data.packing import Packer
 from megatron_r1reward.models.qwen2_5_vl.config import build_configs
 from megatron_r1reward.models.qwen2_5_vl.mapping import weight_table
 from megatron_r1reward.models.qwen2_5_vl.model import Qwen25VL
+from megatron_r1reward.models.qwen2_5_vl.rotary import mrope_positions
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.types import PackedBatch, Prompt, Sequence
 
@@ -39,6 +40,7 @@ def packer(tiny_folder: Path) -> Packer:
     return Packer(
         image_processor=ImageProcessor(tiny_folder, min_pixels=3136, max_pixels=28 * 28 * 64),
         image_token_id=config.image_token_id,
+        positions=mrope_positions,
         pad_token_id=0,
         token_budget=4096,
         device=torch.device("cpu"),
