@@ -261,25 +261,42 @@ class MonitorSection(Section):
 
 
 class ClusterSection(Section):
-    """The machines a run is meant for: read by the planner and by launchers, not by training itself."""
+    """Who runs where, and how long it may be silent, when `r1reward launch` starts a stage's components."""
+
+    # split: trainer and servers on different GPUs; colocated: rollout servers on the trainer's GPUs
+    layout: Literal["split", "colocated"] = "split"
+    trainer_nodes: PositiveInt | None = None  # None: all nodes of the job that the servers leave free
+    ranks_per_node: PositiveInt | None = None  # None: one per GPU of the trainer; without GPUs run.local_ranks
+    cpus_per_rank: PositiveInt | None = None  # None: the node's cores shared by its GPUs; without GPUs 1
+    cpus_per_server: PositiveInt | None = None  # None: as above; without GPUs the server's num_threads
+    # Heterogeneous job only: the group of the job (0, 1, ...) that each kind of component runs on.
+    trainer_het_group: Annotated[int, Field(ge=0)] = 0
+    rollout_het_group: Annotated[int, Field(ge=0)] = 0
+    judge_het_group: Annotated[int, Field(ge=0)] = 0
+    shared_judge: Path | None = None  # run directory of a judge job (slurm/judge.sh): its servers are used
+    stall_timeout_s: Annotated[float, Field(gt=0)] = 1800.0  # no progress for so long (or 10 steps) is a failure
+    grace_s: Annotated[float, Field(gt=0)] = 30.0  # from "please end" to SIGKILL
+    walltime_margin_s: Annotated[float, Field(ge=0)] = 120.0  # kept free before the time limit, after the save
+    requeue: bool = True  # under Slurm: ask for another turn after a save on request; false: only exit with 75
+    container_image: str | None = None  # pyxis: run every component in this image; None: on the node itself
+    container_mounts: tuple[str, ...] = ()  # "source:target[:flags]", besides working and run directory
+    container_python: str = "python3"  # the interpreter in the image that has this package
+    srun_args: tuple[str, ...] = ()  # further arguments of every srun, e.g. "--mpi=pmix"
+
+
+class PlanSection(Section):
+    """The machines that a run is planned for, and what the planner assumes of data and speed. Nothing else reads it."""
 
     nodes: PositiveInt = 1
     gpus_per_node: PositiveInt = 8
     device: Literal["a100", "h100", "h800", "h200", "b200", "l40s", "cpu"] = "h100"
     memory_gib: Annotated[float, Field(gt=0)] | None = None  # usable memory of one device; None: the device's own
     network_gbit: Annotated[float, Field(gt=0)] = 400.0  # per device, to other nodes, Gbit/s
-    trainer_gpus: PositiveInt | None = None  # None: what rollout and judge servers leave
-    placement: Literal["split", "colocated"] = "split"  # rollout servers beside the trainer or on its devices
-
-
-class PlanSection(Section):
-    """What the planner assumes about the data and the achieved speed; everything else it derives."""
-
     text_tokens: PositiveInt = 1200  # mean prompt without images
     images_per_prompt: Annotated[int, Field(ge=0)] = 1
     image_pixels: PositiveInt | None = None  # mean size of an image; None: data.max_pixels
     response_tokens: PositiveInt = 600  # mean; the paper's policy settles near 600
-    compute_efficiency: Fraction | None = None  # of the device's peak inside a layer; None: the device's default
+    compute_efficiency: Annotated[float, Field(gt=0, le=1)] | None = None  # of peak, inside layers; None: the device's
 
 
 class RunConfig(Section):
