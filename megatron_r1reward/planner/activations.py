@@ -50,10 +50,8 @@ def _attention(
 def language_layer(text: TextShape, layout: Layout, numerics: Numerics, *, sparse: bool) -> dict[str, float]:
     """Bytes per token of one decoder layer on one rank, without recomputation (selective: without the core)."""
     width, tp = numerics.width, layout.tp
-    stream = text.hidden / (tp if layout.sequence_parallel else 1)
-    rows = 1 / (tp if layout.sequence_parallel else 1)
-    norm = numerics.rms_norm(text.hidden) * rows
-    saved = {"norms": 2 * norm, "linear inputs": 2 * stream * width}
+    norm = numerics.rms_norm(text.hidden) / layout.stream_cut
+    saved = {"norms": 2 * norm, "linear inputs": 2 * text.hidden / layout.stream_cut * width}
     saved |= _attention(
         numerics,
         query=text.query / tp,
@@ -76,7 +74,7 @@ def _experts(text: TextShape, layout: Layout, numerics: Numerics) -> dict[str, f
     """Router in float32; each token's copies dispatched, expanded, and combined. Balanced load is assumed."""
     experts, width = text.experts, numerics.width
     assert experts is not None
-    cut = layout.tp if layout.sequence_parallel else 1  # tokens are spread over these before they are dispatched
+    cut = layout.stream_cut  # tokens are spread over these before they are dispatched
     router = (4 * text.hidden + 3 * 4 * experts.count) / cut
     copies = experts.top_k * (layout.etp / cut if cut > 1 else 1)
     return {
@@ -116,6 +114,10 @@ class Activations:
     working: float  # temporaries of the backward pass and one recomputed layer
     head: float  # logits of one chunk and the gradient of the LM head
 
+    @property
+    def total(self) -> float:
+        return self.language + self.vision + self.working + self.head
+
 
 def stage_activations(
     shape: ModelShape,
@@ -125,34 +127,42 @@ def stage_activations(
     *,
     stage: int,
     micro_batches: int,
-    freeze_vision: bool = False,
+    frozen: frozenset[str] = frozenset(),
 ) -> Activations:
     """Peak bytes of pipeline stage `stage` when every micro-batch is like `batch`."""
     text, vision = shape.text, shape.vision
     tokens = batch.tokens / layout.cp
     layers = layout.layers_of(stage, text.layers)
     per_layer = [sum(language_layer(text, layout, numerics, sparse=text.is_sparse(i)).values()) for i in layers]
-    stream = text.hidden * numerics.width / (layout.tp if layout.sequence_parallel else 1)
-    kept = [stream] * len(layers) if layout.recompute == "full" else per_layer
     in_flight = layout.chunks_in_flight(stage, micro_batches) / layout.vpp
-    language = in_flight * sum(kept) * tokens
-    working = _backward_temporaries(text, layout, numerics) * tokens
-    if layout.recompute == "full":
-        working += max(per_layer) * tokens
+    working = _backward_temporaries(text, layout, numerics) * tokens if layers else 0.0
+    if layout.recompute == "full":  # the input of every group of layers, and one group while it is recomputed
+        groups = -(-len(layers) // layout.recompute_num_layers)
+        kept = groups * text.hidden * numerics.width / layout.stream_cut
+        working += max(per_layer, default=0.0) * min(layout.recompute_num_layers, len(layers)) * tokens
+    else:
+        kept = sum(per_layer)
+    language = in_flight * kept * tokens
     tower = 0.0
-    if stage == 0 and batch.patches and not freeze_vision:
+    if stage == 0 and batch.patches and not {"vision tower", "vision merger"} <= frozen:
         patches = batch.patches / (layout.tp * layout.cp if layout.vision_replicated else 1)
-        per_patch = vision.blocks * vision_block(vision, layout, numerics) + vision_ends(vision, layout, numerics)
+        block = vision_block(vision, layout, numerics)
+        kept = block if not layout.recompute_vision else vision.hidden * numerics.width
+        per_patch = (0 if "vision tower" in frozen else vision.blocks * kept) + vision_ends(vision, layout, numerics)
         tower = layout.chunks_in_flight(0, micro_batches) / layout.vpp * per_patch * patches
+        if layout.recompute_vision:
+            working = max(working, 2 * block * patches)  # one block again, and its gradients
     last = stage == layout.pp - 1
     if last:
-        language += tokens * numerics.rms_norm(text.hidden) / (layout.tp if layout.sequence_parallel else 1)
+        language += tokens * numerics.rms_norm(text.hidden) / layout.stream_cut
         language += batch.responses * text.hidden * numerics.width
+    # The head is differentiated before the layers: only the larger of the two is alive at the peak.
+    head = head_workspace(text, layout, numerics, batch.responses) if last else 0.0
     return Activations(
         language=language,
         vision=tower,
-        working=working,
-        head=head_workspace(text, layout, numerics, batch.responses) if last else 0.0,
+        working=working if working >= head else 0.0,
+        head=head if head > working else 0.0,
     )
 
 

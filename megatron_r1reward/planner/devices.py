@@ -2,14 +2,14 @@
 
 Peaks are dense (vendors also print figures with 2:4 sparsity, twice as high). Memory is what `torch.cuda` reports as
 total on such a device, a little less than the name says. The efficiencies are assumptions, not measurements of this
-package; `plan.compute_efficiency` and `cluster.memory_gib` replace them.
+package; `plan.compute_efficiency` and `plan.memory_gib` replace them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_r1reward.config.schema import ClusterSection
+from megatron_r1reward.config.schema import PlanSection
 
 GIB = 2**30
 _HOPPER = "NVIDIA H100 Tensor Core GPU datasheet, SXM column, sparsity figures halved"
@@ -120,9 +120,11 @@ DEVICES: dict[str, Device] = {
 }
 
 
-def find_device(cluster: ClusterSection) -> Device:
-    """The device of [cluster], with its network and memory."""
-    device = replace(DEVICES[cluster.device], network_bytes=cluster.network_gbit * 1e9 / 8)
-    if cluster.memory_gib is not None:
-        device = replace(device, memory_bytes=cluster.memory_gib * GIB)
+def find_device(plan: PlanSection) -> Device:
+    """The device of [plan], with the network, memory and efficiency that the section gives."""
+    device = replace(DEVICES[plan.device], network_bytes=plan.network_gbit * 1e9 / 8)
+    if plan.memory_gib is not None:
+        device = replace(device, memory_bytes=plan.memory_gib * GIB)
+    if plan.compute_efficiency is not None:
+        device = replace(device, compute_efficiency=plan.compute_efficiency)
     return device

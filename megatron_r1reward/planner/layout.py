@@ -1,11 +1,13 @@
-"""How a run is laid out over devices: parallel sizes of the trainer, and which devices serve."""
+"""How the trainer of a run is laid out over its ranks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.config.schema import ModelSection, ParallelSection
+from megatron_r1reward.parallel import layout as legality
+from megatron_r1reward.planner.shapes import ModelShape
 
 Stage = Literal["sft", "rl"]
 Recompute = Literal["none", "selective", "full"]
@@ -13,8 +15,12 @@ Recompute = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Parallel sizes of the trainer. `dp` counts replicas of the whole model; the optimizer state is sharded over
-    `dp` x `cp` ranks, that of experts over what `etp`, `ep` and `pp` leave of the world."""
+    """Parallel sizes of the trainer. `dp` counts replicas of the whole model; gradients and optimizer state are shared
+    by `dp` x `cp` ranks, those of experts by what `etp`, `ep` and `pp` leave of the world.
+
+    `chunk_layers`: decoder layers of every pipeline chunk in model order (chunk v * pp + r is chunk v of stage r);
+    empty: an equal split.
+    """
 
     tp: int = 1
     pp: int = 1
@@ -27,8 +33,11 @@ class Layout:
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
-    vision_replicated: bool = False
+    vision_replicated: bool = False  # image-sharded: every rank holds the tower and encodes some images
     recompute: Recompute = "none"
+    recompute_num_layers: int = 1
+    recompute_vision: bool = False
+    chunk_layers: tuple[int, ...] = ()
 
     @property
     def world(self) -> int:
@@ -44,15 +53,16 @@ class Layout:
         return max(self.world // (self.etp * self.ep * self.pp), 1)
 
     @property
-    def sequence_ranks(self) -> int:
-        """Ranks over which the residual stream of one sequence is cut."""
-        return self.cp * (self.tp if self.sequence_parallel else 1)
+    def stream_cut(self) -> int:
+        """Tensor-parallel ranks over which norms and the residual stream are cut."""
+        return self.tp if self.sequence_parallel else 1
 
     def layers_of(self, stage: int, layers: int) -> list[int]:
-        """Decoder layers of a pipeline stage; interleaved stages hold `vpp` chunks each."""
-        chunk = layers // (self.pp * self.vpp)
-        starts = [(part * self.pp + stage) * chunk for part in range(self.vpp)]
-        return [layer for start in starts for layer in range(start, start + chunk)]
+        """Indices of the decoder layers of a pipeline stage."""
+        counts = self.chunk_layers or (layers // (self.pp * self.vpp),) * (self.pp * self.vpp)
+        starts = [sum(counts[:chunk]) for chunk in range(len(counts))]
+        chunks = range(stage, len(counts), self.pp)
+        return [layer for c in chunks for layer in range(starts[c], starts[c] + counts[c])]
 
     def chunks_in_flight(self, stage: int, micro_batches: int) -> int:
         """Model chunks (1/vpp of a stage) whose activations are alive at once, at the peak of a stage.
@@ -65,69 +75,84 @@ class Layout:
         return min(2 * (self.pp - stage - 1) + (self.vpp - 1) * self.pp + 1, micro_batches * self.vpp)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Devices:
-    """Devices of each component. Colocated: the rollout servers run on the trainer's devices."""
+def parallel_shape(shape: ModelShape, *, freeze_language: bool = False) -> legality.ModelShape:
+    """The sizes that `parallel.layout` checks layouts against."""
+    text, vision = shape.text, shape.vision
+    ffn_sizes = [text.experts.ffn] if text.experts else []
+    if not text.experts or text.experts.dense_layers:
+        ffn_sizes.append(text.ffn)
+    # Multiplications per token and layer; attention scores are small beside them.
+    patch = vision.blocks * (4 * vision.hidden**2 + (3 if vision.gated else 2) * vision.hidden * vision.ffn)
+    ffn = text.experts.ffn * text.experts.top_k if text.experts else text.ffn
+    layer = text.hidden * (2 * text.query + text.key_value + 3 * ffn)
+    return legality.ModelShape(
+        num_layers=text.layers,
+        num_attention_heads=text.heads,
+        num_query_groups=text.groups,
+        vocab_size=text.vocab,
+        ffn_sizes=tuple(ffn_sizes),
+        vision_num_heads=vision.heads,
+        vision_ffn_size=vision.ffn,
+        vision_layers_per_token=vision.unit * patch / layer,
+        freeze_language=freeze_language,
+    )
 
-    total: int
-    trainer: int
-    rollout: int
-    judge: int
-    colocated: bool
 
-
-def _started(section: Any) -> int:
-    return 0 if section.urls else section.count * section.tensor_parallel_size
-
-
-def place(config: RunConfig, stage: Stage) -> Devices:
-    """Devices per component from [cluster], [rollout] and [judge].
-
-    Raises:
-        ValueError: the components need more devices than there are.
-    """
-    cluster = config.cluster
-    total = cluster.nodes * cluster.gpus_per_node
-    rollout = _started(config.rollout) if stage == "rl" else 0
-    judge = _started(config.judge) if stage == "rl" and config.reward.use_judge else 0
-    colocated = cluster.placement == "colocated" and rollout > 0
-    taken = judge + (0 if colocated else rollout)
-    trainer = cluster.trainer_gpus if cluster.trainer_gpus is not None else total - taken
-    if trainer <= 0 or trainer + taken > total:
-        raise ValueError(
-            f"{total} devices (cluster.nodes {cluster.nodes} x cluster.gpus_per_node {cluster.gpus_per_node}) cannot "
-            f"hold {max(trainer, 1)} for the trainer, {rollout} for rollout (rollout.count x tensor_parallel_size) and "
-            f"{judge} for the judge: give {max(trainer, 1) + taken} devices or fewer servers"
+def check(shape: ModelShape, section: ParallelSection, model: ModelSection, world: int) -> str | None:
+    """Why the trainer cannot run `section` on `world` ranks, with the nearest legal layout; None when it can."""
+    sizes = parallel_shape(shape, freeze_language=model.freeze_language)
+    problem = legality.layout_problem(sizes, section, world)
+    if problem is not None:
+        return f"{problem}. The nearest legal layout: {legality.describe(legality.nearest_layout(sizes, section, world))}"
+    experts, ep, etp = shape.text.experts, expert_size(section), expert_tensor_size(section)
+    if ep == 1:
+        return None
+    if experts is None:
+        return f"expert_model_parallel_size {ep} needs a mixture of experts, {shape.family} has none: set it to 1"
+    if experts.count % ep:
+        legal = max(n for n in range(1, ep) if experts.count % n == 0)
+        return f"expert_model_parallel_size {ep} does not divide {experts.count} experts: the nearest legal size is {legal}"
+    needed = etp * ep * section.pipeline_model_parallel_size
+    if world % needed:
+        legal = max(n for n in range(1, ep) if experts.count % n == 0 and world % (needed // ep * n) == 0)
+        return (
+            f"{world} ranks cannot hold expert_model_parallel_size {ep} x expert tensor parallel {etp} x pipeline "
+            f"{section.pipeline_model_parallel_size}: the nearest legal expert_model_parallel_size is {legal}"
         )
-    if colocated and rollout > trainer:
-        raise ValueError(
-            f"{rollout} rollout devices do not fit on the trainer's {trainer} (cluster.placement 'colocated'): set "
-            f"rollout.count to {trainer // config.rollout.tensor_parallel_size} or less"
-        )
-    return Devices(total=total, trainer=trainer, rollout=rollout, judge=judge, colocated=colocated)
+    return None
 
 
-def parallel_sizes(config: RunConfig, world: int) -> Layout:
-    """The trainer's layout on `world` devices; `dp` is rounded down where `world` is no multiple (`legality` says so)."""
-    section = config.parallel
-    tp, pp = section.tensor_model_parallel_size, section.pipeline_model_parallel_size
+def expert_size(section: ParallelSection) -> int:
+    return getattr(section, "expert_model_parallel_size", None) or 1
 
-    def option(name: str, default: Any) -> Any:
-        value = getattr(section, name, default)
-        return default if value is None else value
 
-    cp = option("context_parallel_size", 1)
+def expert_tensor_size(section: ParallelSection) -> int:
+    """megatron-core cuts experts over the tensor-parallel ranks unless it is told otherwise."""
+    return getattr(section, "expert_tensor_parallel_size", None) or section.tensor_model_parallel_size
+
+
+def trainer_layout(shape: ModelShape, section: ParallelSection, world: int) -> Layout:
+    """The layout on `world` ranks; `check` has to accept it first."""
+    tp, pp, cp = (
+        section.tensor_model_parallel_size,
+        section.pipeline_model_parallel_size,
+        section.context_parallel_size,
+    )
     return Layout(
         tp=tp,
         pp=pp,
-        vpp=option("virtual_pipeline_model_parallel_size", 1),
+        vpp=section.virtual_pipeline_model_parallel_size,
         cp=cp,
-        ep=option("expert_model_parallel_size", 1),
-        etp=option("expert_tensor_parallel_size", 1),
-        dp=max(world // (tp * pp * cp), 1),
+        ep=expert_size(section),
+        etp=expert_tensor_size(section),
+        dp=world // (tp * pp * cp),
         sequence_parallel=section.sequence_parallel and tp > 1,
         distributed_optimizer=section.use_distributed_optimizer,
-        overlap_grad_reduce=option("overlap_grad_reduce", False),
-        overlap_param_gather=option("overlap_param_gather", False),
-        recompute=option("recompute", "none"),
+        overlap_grad_reduce=section.overlap_grad_reduce,
+        overlap_param_gather=section.overlap_param_gather,
+        vision_replicated=section.vision == "image_sharded",
+        recompute=section.recompute,
+        recompute_num_layers=section.recompute_num_layers,
+        recompute_vision=section.recompute_vision,
+        chunk_layers=tuple(legality.split_layers(parallel_shape(shape), section)),
     )

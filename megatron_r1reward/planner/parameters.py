@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from megatron_r1reward.planner.layout import Layout
@@ -22,11 +23,13 @@ class Tensor:
     component: str
     numel: int
     cut: Cut = "whole"
+    count: int = 1  # equal tensors; of experts, the tensors of all experts of a layer
 
-    def on_rank(self, layout: Layout) -> int:
-        """Elements that one rank holds."""
-        ranks = {"tensor": layout.tp, "expert": layout.ep * layout.etp, "whole": 1}[self.cut]
-        return self.numel // ranks
+    def on_rank(self, layout: Layout) -> tuple[int, int]:
+        """Elements of one tensor on a rank, and how many of them a rank holds."""
+        if self.cut == "expert":
+            return self.numel // layout.etp, self.count // layout.ep
+        return self.numel // (layout.tp if self.cut == "tensor" else 1), self.count
 
 
 def language_layer(text: TextShape, layer: int) -> Iterator[Tensor]:
@@ -35,19 +38,18 @@ def language_layer(text: TextShape, layer: int) -> Iterator[Tensor]:
     if text.qkv_bias:
         yield Tensor(component="attention", numel=text.query + text.key_value, cut="tensor")
     if text.qk_norm:
-        yield from [Tensor(component="norms", numel=text.head_dim)] * 2
+        yield Tensor(component="norms", numel=text.head_dim, count=2)
     yield Tensor(component="attention", numel=text.query * text.hidden, cut="tensor")
     if text.is_sparse(layer):
         experts = text.experts
         assert experts is not None
         yield Tensor(component="router", numel=experts.count * text.hidden)
-        for _ in range(experts.count):
-            yield Tensor(component="experts", numel=2 * experts.ffn * text.hidden, cut="expert")
-            yield Tensor(component="experts", numel=experts.ffn * text.hidden, cut="expert")
+        for numel in (2 * experts.ffn * text.hidden, experts.ffn * text.hidden):
+            yield Tensor(component="experts", numel=numel, cut="expert", count=experts.count)
     else:
         yield Tensor(component="mlp", numel=2 * text.ffn * text.hidden, cut="tensor")
         yield Tensor(component="mlp", numel=text.ffn * text.hidden, cut="tensor")
-    yield from [Tensor(component="norms", numel=text.hidden)] * 2
+    yield Tensor(component="norms", numel=text.hidden, count=2)
 
 
 def _linear(component: str, inputs: int, outputs: int, *, row: bool = False, cut: Cut = "tensor") -> list[Tensor]:
@@ -64,21 +66,21 @@ def _merger(vision: VisionShape, cut: Cut) -> list[Tensor]:
 
 def vision_tower(vision: VisionShape, *, cut: Cut = "tensor") -> Iterator[Tensor]:
     """Patch embedding, blocks and mergers. `cut="whole"`: every rank holds the tower (image-sharded)."""
-    norm = [Tensor(component="vision tower", numel=vision.hidden)] * (1 if vision.gated else 2)  # LayerNorm has a bias
+    per_norm = 1 if vision.gated else 2  # LayerNorm has a bias
     yield Tensor(component="vision tower", numel=vision.patch_values * vision.hidden)
     if not vision.gated:
         yield Tensor(component="vision tower", numel=vision.hidden)  # bias of the patch embedding
         yield Tensor(component="vision tower", numel=vision.position_embeddings * vision.hidden)
     for _ in range(vision.blocks):
-        yield from norm * 2
+        yield Tensor(component="vision tower", numel=vision.hidden, count=2 * per_norm)
         yield from _linear("vision tower", vision.hidden, 3 * vision.hidden, cut=cut)
         yield from _linear("vision tower", vision.hidden, vision.hidden, row=True, cut=cut)
         yield from _linear("vision tower", vision.hidden, vision.ffn * (2 if vision.gated else 1), cut=cut)
         yield from _linear("vision tower", vision.ffn, vision.hidden, row=True, cut=cut)
-    yield from norm
+    yield Tensor(component="vision tower", numel=vision.hidden, count=per_norm)
     yield from _merger(vision, cut)
     for _ in range(vision.deepstack):  # normalised after the merge, over unit x hidden values
-        yield from [Tensor(component="vision merger", numel=vision.hidden * vision.unit)] * 2
+        yield Tensor(component="vision merger", numel=vision.hidden * vision.unit, count=2)
         yield from _merger(vision, cut)
 
 
@@ -97,38 +99,40 @@ def _embedding(text: TextShape, component: str) -> Tensor:
     return Tensor(component=component, numel=text.vocab * text.hidden, cut="tensor")
 
 
-def stage_tensors(shape: ModelShape, layout: Layout, stage: int) -> Iterator[Tensor]:
+@lru_cache(maxsize=256)
+def stage_tensors(shape: ModelShape, layout: Layout, stage: int) -> tuple[Tensor, ...]:
     """Parameters of one pipeline stage. The first holds the vision tower and the embedding, the last the final norm and
     the head; a tied model in a pipeline keeps a second copy of the embedding there."""
     text = shape.text
+    tensors: list[Tensor] = []
     if stage == 0:
-        yield from vision_tower(shape.vision, cut="whole" if layout.vision_replicated else "tensor")
-        yield _embedding(text, "embedding")
+        tensors += vision_tower(shape.vision, cut="whole" if layout.vision_replicated else "tensor")
+        tensors.append(_embedding(text, "embedding"))
     for layer in layout.layers_of(stage, text.layers):
-        yield from language_layer(text, layer)
+        tensors += language_layer(text, layer)
     if stage == layout.pp - 1:
-        yield Tensor(component="norms", numel=text.hidden)
+        tensors.append(Tensor(component="norms", numel=text.hidden))
         if not text.tied or layout.pp > 1:
-            yield _embedding(text, "head")
+            tensors.append(_embedding(text, "head"))
+    return tuple(tensors)
 
 
 def by_component(tensors: Iterable[Tensor], layout: Layout | None = None) -> dict[str, int]:
     """Parameters per component: of the whole tensors, or of one rank of `layout`."""
     total: Counter[str] = Counter()
     for tensor in tensors:
-        total[tensor.component] += tensor.numel if layout is None else tensor.on_rank(layout)
+        numel, count = (tensor.numel, tensor.count) if layout is None else tensor.on_rank(layout)
+        total[tensor.component] += numel * count
     return dict(total)
 
 
-def active_per_token(shape: ModelShape) -> int:
-    """Parameters of the language layers that multiply one token: experts count `top_k` of them."""
-    text = shape.text
-    total = 0
-    for layer in range(text.layers):
-        for tensor in language_layer(text, layer):
-            share = 1.0
-            if tensor.component == "experts":
-                assert text.experts is not None
-                share = text.experts.top_k / text.experts.count
-            total += int(tensor.numel * share) if tensor.component != "norms" else 0
-    return total
+@lru_cache(maxsize=256)
+def active_per_token(text: TextShape, layers: tuple[int, ...]) -> int:
+    """Parameters of these decoder layers that multiply one token: of the experts, `top_k`."""
+    total = 0.0
+    for layer in layers:
+        parts = by_component(language_layer(text, layer))
+        experts = parts.pop("experts", 0)
+        share = text.experts.top_k / text.experts.count if text.experts else 0.0
+        total += sum(parts.values()) - parts["norms"] + experts * share
+    return round(total)
