@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megatron_r1reward.models.mapping import Entry, global_name
+from megatron_r1reward.parallel.chunks import chunks_of
 from megatron_r1reward.parallel.setup import Topology
 
 SIDE_FILES = (
@@ -106,7 +107,11 @@ def export_hf_tensors(
 
     One Megatron tensor is gathered at a time.
     """
-    local = {global_name(model, name): parameter.detach() for name, parameter in model.named_parameters()}
+    local = {
+        global_name(chunk, name): parameter.detach()
+        for chunk in chunks_of(model)
+        for name, parameter in chunk.named_parameters()
+    }
     stages = parallel_state.get_pipeline_model_parallel_group()
     owners: list[set[str]] = [set(local)] * topology.pipeline_parallel_size
     if topology.pipeline_parallel_size > 1:

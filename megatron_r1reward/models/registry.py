@@ -16,7 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron_r1reward.config.schema import ParallelSection
+from megatron_r1reward.config.schema import ParallelSection, PrecisionSection
 from megatron_r1reward.models import qwen2_5_vl
 from megatron_r1reward.models.mapping import Entry
 from megatron_r1reward.parallel.setup import Topology
@@ -38,8 +38,8 @@ class BuildConfigs(Protocol):
 
 class BuildModel(Protocol):
     def __call__(self, configs: Any, topology: Topology, /) -> MegatronModule:
-        """One pipeline stage. Its forward takes a PackedBatch; the last stage returns float32 [2, R]: log-probs and
-        entropies of the response tokens. `vision` is the tower, None on stages without one."""
+        """One pipeline stage. Its forward takes a PackedBatch; the last chunk returns float32 [2, R]: log-probs and
+        entropies of the response tokens. `vision` is the tower, None on chunks without one."""
 
 
 class Positions(Protocol):

@@ -29,6 +29,7 @@ from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.rollout.weights import TensorMeta
 from megatron_r1reward.training import health, rundir
+from megatron_r1reward.training.data_parallel import synchronize_parameters
 from megatron_r1reward.training.policy_update import update_policy
 from megatron_r1reward.training.rl_metrics import advantage_metrics, mismatch, rollout_metrics
 from megatron_r1reward.training.rollout_batch import add_advantages, add_log_probs, pack
@@ -92,6 +93,7 @@ def generate_and_score(
 
 def push_weights(state: TrainState, services: Services | None) -> None:
     """Make the current weights, under version `state.step`, current on every rollout server; collective."""
+    synchronize_parameters(state.model)
     tensors = export_hf_tensors(state.module, state.table, state.topology)
     if services is None:
         for _ in tensors:  # take part in the gathering

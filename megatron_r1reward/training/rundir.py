@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_r1reward.checkpoint.dist import atomic_write, find_checkpoint, load_checkpoint, save_checkpoint
 from megatron_r1reward.checkpoint.hf import export_hf_tensors, save_hf_folder
 from megatron_r1reward.config.load import dump_config
+from megatron_r1reward.training.data_parallel import synchronize_parameters
 from megatron_r1reward.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ def resume(state: TrainState) -> bool:
 def save(state: TrainState) -> float:
     """Checkpoint after `state.step` steps; returns the seconds it took."""
     started = time.monotonic()
+    synchronize_parameters(state.model)
     save_checkpoint(
         state.config.run.output_dir / "checkpoints",
         step=state.step,
@@ -61,6 +63,7 @@ def save(state: TrainState) -> float:
 
 def export(state: TrainState, out: Path) -> None:
     """Write the current weights as a Hugging Face folder; collective."""
+    synchronize_parameters(state.model)
     tensors = export_hf_tensors(state.module, state.table, state.topology)
     save_hf_folder(out, tensors, template=state.config.model.path, write=state.topology.is_main)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_r1reward.parallel.chunks import chunks_of
+from megatron_r1reward.parallel.setup import Topology
+from megatron_r1reward.training.data_parallel import zero_gradients
 from megatron_r1reward.training.state import TrainState
 from megatron_r1reward.types import PackedBatch
 from megatron_r1reward.types import Sequence as TokenSequence
@@ -40,23 +45,58 @@ def run_micro_batches(
 ) -> list[dict[str, Any]]:
     """Run every micro-batch through `model` (the policy by default); returns the statistics of each, nothing on all but
     the last pipeline stage."""
-    assert micro_batches, "a rank needs at least one sequence per step"
+    chunks = chunks_of(model or state.model)
+    topology = state.topology
+    multiple = topology.pipeline_parallel_size if len(chunks) > 1 else 1
+    micro_batches = complete(micro_batches, multiple)
 
-    def forward_step(iterator: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    def forward_step(iterator: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(iterator)
-        return model(batch), lambda output: loss(output, batch)
+        return chunk(batch), lambda output: _counted_once(loss, output, batch, topology)
 
     batches = (state.packer.pack(sequences, indices) for indices in micro_batches)
+    iterators = list(itertools.tee(batches, len(chunks)))
     with torch.set_grad_enabled(not forward_only):
-        return get_forward_backward_func()(
+        statistics = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=batches,
-            model=model or state.model,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(micro_batches),
             seq_length=state.config.data.token_budget,
             micro_batch_size=1,
             forward_only=forward_only,
         )
+    return [part for part in statistics if part]
+
+
+def complete(micro_batches: Sequence[Sequence[int]], multiple: int, at_least: int = 1) -> list[list[int]]:
+    """The micro-batches cut further, so that their number is a multiple of `multiple` and not below `at_least`.
+
+    The interleaved schedule needs a multiple of the pipeline stages, experts shared by several ranks need the same
+    number on all of them. The largest are halved; where there are not enough sequences, empty ones fill up.
+    """
+    parts = [list(indices) for indices in micro_batches]
+    wanted = max(len(parts), at_least)
+    wanted += -wanted % multiple
+    while len(parts) < wanted:
+        largest = max(range(len(parts)), key=lambda i: len(parts[i]), default=None)
+        if largest is None or len(parts[largest]) < 2:
+            parts.append([])
+        else:
+            whole = parts[largest]
+            parts[largest : largest + 1] = [whole[: len(whole) // 2], whole[len(whole) // 2 :]]
+    return parts
+
+
+def _counted_once(loss: Loss, output: torch.Tensor, batch: PackedBatch, topology: Topology) -> LossOutput:
+    """Context-parallel ranks compute the same loss over all rows and back-propagate into their own: its denominator
+    counts on one of them. A micro-batch without sequences adds nothing."""
+    if not batch.sequence_indices:
+        return output.sum(), torch.zeros((), dtype=torch.int, device=output.device), {}
+    total, count, statistics = loss(output, batch)
+    if topology.context_parallel_rank != 0:
+        count = torch.zeros_like(count)
+    return total, count, statistics
 
 
 def train_micro_batches(
@@ -64,23 +104,35 @@ def train_micro_batches(
 ) -> tuple[list[dict[str, Any]], StepOutcome]:
     """One optimizer step over the given micro-batches of this data-parallel rank."""
     state.model.train()
-    state.model.zero_grad_buffer()
+    zero_gradients(state.model)
     state.optimizer.zero_grad()
     statistics = run_micro_batches(state, sequences, micro_batches, loss, forward_only=False)
-    return statistics, _optimizer_step(state)
+    return statistics, optimizer_step(state)
 
 
-def _optimizer_step(state: TrainState) -> StepOutcome:
+def optimizer_step(state: TrainState) -> StepOutcome:
+    """Norm, clip and update from the finished gradients. A norm that is not finite skips the update on all ranks.
+
+    Raises:
+        FloatingPointError: `optimizer.max_skipped_steps` in a row were skipped.
+    """
+    section = state.config.optimizer
     lr = float(state.optimizer.param_groups[0]["lr"])
     found_inf = state.optimizer.prepare_grads()
     grad_norm = float(state.optimizer.get_grad_norm())
     # The norm is all-reduced, so every rank comes to the same decision.
-    skipped = bool(found_inf) or not torch.isfinite(torch.tensor(grad_norm))
+    skipped = bool(found_inf) or not math.isfinite(grad_norm)
     if not skipped:
-        if state.config.optimizer.clip_grad > 0:
-            state.optimizer.clip_grad_norm(state.config.optimizer.clip_grad)
+        if section.clip_grad > 0:
+            state.optimizer.clip_grad_norm(section.clip_grad)
         state.optimizer.step_with_ready_grads()
     state.scheduler.step(increment=1)
+    state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
+    if state.skipped_in_a_row >= section.max_skipped_steps:
+        raise FloatingPointError(
+            f"{state.skipped_in_a_row} optimizer steps in a row had a gradient norm of {grad_norm}: the run cannot "
+            "recover. Resume from the last checkpoint with a lower optimizer.lr, or look for broken data"
+        )
     return StepOutcome(grad_norm=grad_norm, skipped=skipped, lr=lr)
 
 
@@ -93,9 +145,8 @@ def reduce_statistics(state: TrainState, statistics: Sequence[dict[str, float]])
     topology = state.topology
     if topology.world_size == 1:
         return local
-    contributes = topology.is_last_stage and topology.tensor_parallel_rank == 0
     gathered: list[dict[str, float] | None] = [None] * topology.world_size
-    dist.all_gather_object(gathered, local if contributes else None)
+    dist.all_gather_object(gathered, local if topology.reports else None)
     return _combine([part for part in gathered if part is not None])
 
 

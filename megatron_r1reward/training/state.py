@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module, MegatronModule
@@ -18,7 +17,11 @@ from megatron_r1reward.data.images import ImageProcessor
 from megatron_r1reward.data.packing import Packer
 from megatron_r1reward.models.mapping import Entry
 from megatron_r1reward.models.registry import family_of, load_hf_config
+from megatron_r1reward.models.table import adapt_table
+from megatron_r1reward.parallel.chunks import chunks_of, join_chunks
+from megatron_r1reward.parallel.layout import row_multiple, sequence_multiple
 from megatron_r1reward.parallel.setup import Topology
+from megatron_r1reward.training.data_parallel import check_freezing, finalize_gradients, freeze, wrap_data_parallel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -33,12 +36,13 @@ class TrainState:
     tokenizer: PreTrainedTokenizerFast
     packer: Packer
     table: list[Entry]
-    module: MegatronModule  # the bare model of this stage
-    model: DistributedDataParallel  # what the schedule runs
+    module: Any  # the bare model of this rank: one chunk, or ModelChunks under the interleaved schedule
+    model: Any  # what the schedule runs: DistributedDataParallel, or ModelChunks of them
     optimizer: Any
     scheduler: OptimizerParamScheduler
     reference: torch.nn.Module | None = None  # the frozen initial policy, only when the reward holds a KL term
     step: int = 0
+    skipped_in_a_row: int = 0  # steps since the last one with a finite gradient
 
 
 def build_state(
@@ -54,28 +58,29 @@ def build_state(
     hf_config = load_hf_config(config.model.path)
     family = family_of(hf_config)
     dtype = DTYPES[config.model.precision]
-    configs = family.build_configs(hf_config, config.parallel, dtype)
-    table = family.weight_table(hf_config)
-
-    def load_policy() -> tuple[MegatronModule, torch.nn.Module]:
-        module = family.build_model(configs, topology)
-        load_hf_weights(module, config.model.path, table, topology)
-        return module, Float16Module(configs.language, module) if dtype == torch.bfloat16 else module
-
-    module, wrapped = load_policy()
-    if config.model.freeze_vision and module.vision is not None:
-        module.vision.requires_grad_(False)
-    model = DistributedDataParallel(
-        configs.language,
-        DistributedDataParallelConfig(
-            use_distributed_optimizer=config.parallel.use_distributed_optimizer, grad_reduce_in_fp32=True
-        ),
-        wrapped,
+    check_freezing(config)
+    configs = family.build_configs(hf_config, config.parallel, dtype, config.precision)
+    table = adapt_table(
+        family.weight_table(hf_config),
+        transformer_impl=config.precision.transformer_impl,
+        whole_vision=config.parallel.vision == "image_sharded",
     )
-    optimizer = get_megatron_optimizer(_optimizer_config(config, dtype), [model])
-    configs.language.finalize_model_grads_func = finalize_model_grads
+
+    def load_policy() -> tuple[list[MegatronModule], list[torch.nn.Module]]:
+        chunks = [family.build_model(configs, topology, n) for n in range(topology.virtual_pipeline_parallel_size)]
+        for chunk in chunks:
+            load_hf_weights(chunk, config.model.path, table, topology)
+        wrapped = [Float16Module(configs.language, chunk) if dtype == torch.bfloat16 else chunk for chunk in chunks]
+        return chunks, wrapped
+
+    chunks, wrapped = load_policy()
+    for chunk in chunks:
+        freeze(chunk, config.model)
+    model = wrap_data_parallel(wrapped, configs.language, config)
+    optimizer = get_megatron_optimizer(_optimizer_config(config, dtype), chunks_of(model))
+    configs.language.finalize_model_grads_func = finalize_gradients
     configs.language.grad_scale_func = optimizer.scale_loss
-    reference = load_policy()[1].requires_grad_(False) if with_reference else None
+    reference = join_chunks(load_policy()[1]).requires_grad_(False) if with_reference else None
     tokenizer = AutoTokenizer.from_pretrained(config.model.path, local_files_only=True)
     return TrainState(
         config=config,
@@ -84,7 +89,7 @@ def build_state(
         tokenizer=tokenizer,
         packer=build_packer(config, hf_config, tokenizer, topology),
         table=table,
-        module=module,
+        module=join_chunks(chunks),
         model=model,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optimizer, optimizer_steps),
@@ -104,7 +109,9 @@ def build_packer(
         pad_token_id=tokenizer.pad_token_id,
         token_budget=config.data.token_budget,
         device=topology.device,
-        pad_multiple=config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1,
+        pad_multiple=row_multiple(config.parallel, config.precision),
+        sequence_multiple=sequence_multiple(config.parallel),
+        share_images=config.algorithm.samples_per_prompt > 1,
     )
 
 
@@ -122,6 +129,8 @@ def _optimizer_config(config: RunConfig, dtype: torch.dtype) -> OptimizerConfig:
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+        fp8_recipe=config.precision.fp8_recipe if config.precision.fp8 else None,
     )
 
 

@@ -12,7 +12,7 @@ from megatron.core.transformer.enums import AttnMaskType, ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron_r1reward.kernels.linear_log_probs import linear_log_probs
+from megatron_r1reward.models.head import use_response_head
 from megatron_r1reward.models.images import place_images
 from megatron_r1reward.models.qwen2_5_vl.config import ModelConfigs
 from megatron_r1reward.models.qwen2_5_vl.rotary import PackedMultimodalRotary
@@ -53,6 +53,8 @@ def _language_model(configs: ModelConfigs, topology: Topology, chunk: int) -> He
         rotary_percent=1.0,
         rotary_base=int(text.rope_parameters["rope_theta"]),
     )
+    if model.post_process:
+        use_response_head(model)
     return model
 
 
@@ -72,8 +74,7 @@ class Qwen25VL(MegatronModule):
         self.share_embeddings_and_output_weights = configs.hf.tie_word_embeddings
         self.language_model = _language_model(configs, topology, chunk)
         self.vision = VisionTower(configs, topology) if self.pre_process else None
-        groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
-        self.tensor_parallel_group, self.context_parallel_group = groups.tp, groups.cp
+        self.context_parallel_group = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"]).cp
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Called by megatron-core's pipeline schedule with the previous stage's output."""
@@ -122,16 +123,11 @@ class Qwen25VL(MegatronModule):
         return self._log_probs(hidden_T1H[:, 0], batch, split)
 
     def _log_probs(self, hidden_TH: torch.Tensor, batch: PackedBatch, split: ContextSplit | None) -> torch.Tensor:
-        head = (
-            self.shared_embedding_or_output_weight()
-            if self.share_embeddings_and_output_weights
-            else self.language_model.output_layer.weight
-        )
         rows_R, targets_R = batch.response_positions, batch.targets
         if split is not None:
             here_A, rows_R = split.rows(rows_R)
             targets_R = targets_R[here_A]
-        output_2R = torch.stack(
-            linear_log_probs(hidden_TH[rows_R], head, targets_R, tensor_parallel_group=self.tensor_parallel_group)
-        )
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        output_2R = self.language_model.output_layer(hidden_TH[rows_R], targets_R, weight)
         return output_2R if split is None else split.collect(output_2R, here_A, batch.targets.numel())
