@@ -287,6 +287,7 @@ class ClusterSection(Section):
 class PlanSection(Section):
     """The machines that a run is planned for, and what the planner assumes of data and speed. Nothing else reads it."""
 
+    model: str | None = None  # shipped configuration that stands for model.path while that folder does not exist
     nodes: PositiveInt = 1
     gpus_per_node: PositiveInt = 8
     device: Literal["a100", "h100", "h800", "h200", "b200", "l40s", "cpu"] = "h100"

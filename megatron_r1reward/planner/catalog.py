@@ -32,8 +32,9 @@ def bundled_config(name: str) -> dict[str, object]:
     return tree
 
 
-def find_model(path: Path) -> Model:
-    """The model at `path`; where that folder does not exist, the shipped configuration named like its last part.
+def find_model(path: Path, stand_in: str | None = None) -> Model:
+    """The model at `path`; where that folder does not exist, the shipped configuration `stand_in`, or the one named like
+    the last part of `path`.
 
     Raises:
         ValueError: neither exists, or the configuration is of another family.
@@ -42,10 +43,11 @@ def find_model(path: Path) -> Model:
     if file.is_file():
         shape = read_shape(json.loads(file.read_text()), str(file))
         return Model(name=path.name, shape=shape, source=str(file), weights=any(path.glob("*.safetensors")))
-    if path.name in bundled_names():
-        shape = read_shape(bundled_config(path.name), path.name)
-        return Model(name=path.name, shape=shape, source="the configuration shipped with this package", weights=False)
+    name = stand_in if stand_in is not None else path.name
+    if name in bundled_names():
+        shape = read_shape(bundled_config(name), name)
+        return Model(name=name, shape=shape, source=f"the shipped configuration {name}", weights=False)
     raise ValueError(
-        f"{path} holds no config.json and {path.name!r} is not a shipped configuration: download the model, "
-        f"or end the path with one of {', '.join(bundled_names())}"
+        f"{path} holds no config.json and {name!r} is no shipped configuration: download the model, or set plan.model "
+        f"to one of {', '.join(bundled_names())}"
     )

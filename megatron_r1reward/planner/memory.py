@@ -106,7 +106,7 @@ def trainer_memory(
                 stage_activations(
                     shape, layout, numerics, batch, stage=stage, micro_batches=workload.micro_batches, frozen=frozen
                 )
-                for batch in (workload.filled, workload.worst)
+                for batch in workload.largest
             ),
             key=lambda activations: activations.total,
         )

@@ -94,7 +94,7 @@ def make_plan(config: RunConfig, stage: Stage) -> Plan:
         ValueError: the model is unknown, the components do not fit on the devices, or the layout is illegal; the
             message holds the reason and the nearest legal choice.
     """
-    model = find_model(config.model.path)
+    model = find_model(config.model.path, config.plan.model)
     device = find_device(config.plan)
     devices = place(config, stage)
     problem = layouts.check(model.shape, config.parallel, config.model, devices.trainer)
@@ -132,7 +132,7 @@ def make_plan(config: RunConfig, stage: Stage) -> Plan:
         memory=tuple(memory),
         servers=servers,
         communication=tuple(
-            volumes(model.shape, layout, workload.filled, numerics.width, stage=s) for s in range(layout.pp)
+            volumes(model.shape, layout, workload.mean, numerics.width, stage=s) for s in range(layout.pp)
         ),
         push_bytes=float(sum(parameters.values()) * numerics.width) if stage == "rl" else 0.0,
         time=_time(config, stage, model, layout, workload, device, numerics, servers),

@@ -50,12 +50,12 @@ def stage_forward(shape: ModelShape, layout: Layout, batch: MicroBatch, frame: i
 def _micro_batch_seconds(
     shape: ModelShape, layout: Layout, workload: Workload, device: Device, stage: int, *, train: bool
 ) -> float:
-    decoder, other = stage_forward(shape, layout, workload.filled, workload.frame_patches, stage)
+    decoder, other = stage_forward(shape, layout, workload.mean, workload.frame_patches, stage)
     work = decoder + other
     if train:
         work = 3 * work + (decoder if layout.recompute == "full" else 0.0)
         if stage == layout.pp - 1:  # linear_log_probs forms its logits again
-            work += flops.head(shape.text, workload.filled.responses) / layout.tp
+            work += flops.head(shape.text, workload.mean.responses) / layout.tp
     return work / (device.bf16_flops * device.compute_efficiency)
 
 
@@ -78,7 +78,7 @@ def update_time(
     near, far = _links(device, layout, node)
     stages = range(layout.pp)
     compute = max(_micro_batch_seconds(shape, layout, workload, device, s, train=True) for s in stages)
-    traffic = [volumes(shape, layout, workload.filled, width, stage=s) for s in stages]
+    traffic = [volumes(shape, layout, workload.mean, width, stage=s) for s in stages]
     exposed = max(_exposed(t, near, far) for t in traffic)
     count = workload.micro_batches
     bubble = (layout.pp - 1) / layout.vpp * (compute + exposed)
@@ -113,7 +113,7 @@ def log_prob_seconds(
     """Forward passes over all sequences of one rollout batch: log-probs of the policy, or of the reference."""
     near, far = _links(device, layout, node)
     compute = max(_micro_batch_seconds(shape, layout, workload, device, s, train=False) for s in range(layout.pp))
-    exposed = max(_exposed(volumes(shape, layout, workload.filled, width, stage=s), near, far) for s in range(layout.pp))
+    exposed = max(_exposed(volumes(shape, layout, workload.mean, width, stage=s), near, far) for s in range(layout.pp))
     count = workload.micro_batches * workload.optimizer_steps
     # a forward pass sends about a third of what a training step does
     return (count + (layout.pp - 1) / layout.vpp) * (compute + exposed / 3)

@@ -6,7 +6,7 @@ Lengths that the run file bounds are taken at their bound for memory; time uses 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.planner.layout import Layout, Stage
@@ -38,8 +38,8 @@ class Workload:
     sequences: int  # per optimizer step, all ranks
     optimizer_steps: int  # per step of the stage
     micro_batches: int  # per rank and optimizer step
-    filled: MicroBatch  # the token budget filled with mean sequences
-    worst: MicroBatch  # one longest sequence, or the filled one where that is larger
+    mean: MicroBatch  # as many mean sequences as the token budget holds
+    largest: tuple[MicroBatch, ...]  # the budget used to the last token; one sequence as long as the run file allows
 
     @property
     def sequence_tokens(self) -> int:
@@ -63,9 +63,9 @@ def describe(config: RunConfig, shape: ModelShape, layout: Layout, stage: Stage)
     longest = min(data.max_prompt_tokens + most_images // vision.unit + config.sampling.max_tokens, *bounds)
     mean = min(mean, longest)
     count = max(data.token_budget // mean, 1)
-    filled = MicroBatch(
-        name="token budget",
-        tokens=max(count * mean, min(data.token_budget, longest)),
+    typical = MicroBatch(
+        name="mean",
+        tokens=count * mean,
         sequences=count,
         patches=count * patches,
         responses=count * response,
@@ -92,6 +92,6 @@ def describe(config: RunConfig, shape: ModelShape, layout: Layout, stage: Stage)
         sequences=sequences,
         optimizer_steps=1 if stage == "sft" else config.rl.rollout_batch_size // config.rl.train_batch_size,
         micro_batches=math.ceil(per_rank / count),
-        filled=filled,
-        worst=single if single.tokens > filled.tokens else filled,
+        mean=typical,
+        largest=(replace(typical, name="full budget", tokens=max(data.token_budget, typical.tokens)), single),
     )
