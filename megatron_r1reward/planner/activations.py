@@ -180,7 +180,5 @@ def head_workspace(text: TextShape, layout: Layout, numerics: Numerics, response
     weights = columns * text.hidden
     forward = 16 * rows * columns
     product = 4 if numerics.width == 4 else numerics.width + 4  # the product, and its float32 copy where that is one
-    backward = max(
-        20 * rows * columns + 4 * weights, (12 + numerics.width) * rows * columns + (4 + product) * weights
-    )
+    backward = max(20 * rows * columns + 4 * weights, (12 + numerics.width) * rows * columns + (4 + product) * weights)
     return max(forward, backward)

@@ -1,4 +1,4 @@
-"""Where a model's `config.json` comes from: the folder that the run file names, or the copy shipped with the package."""
+"""Where a model's `config.json` comes from: the folder that the run file names, or a copy shipped with the package."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def bundled_config(name: str) -> dict[str, object]:
 
 
 def find_model(path: Path, stand_in: str | None = None) -> Model:
-    """The model at `path`; where that folder does not exist, the shipped configuration `stand_in`, or the one named like
-    the last part of `path`.
+    """The model at `path`. Where that folder does not exist: the shipped configuration `stand_in`, or the one named
+    like the last part of `path`.
 
     Raises:
         ValueError: neither exists, or the configuration is of another family.

@@ -103,7 +103,9 @@ def check(shape: ModelShape, section: ParallelSection, model: ModelSection, worl
     sizes = parallel_shape(shape, freeze_language=model.freeze_language)
     problem = legality.layout_problem(sizes, section, world)
     if problem is not None:
-        return f"{problem}. The nearest legal layout: {legality.describe(legality.nearest_layout(sizes, section, world))}"
+        return (
+            f"{problem}. The nearest legal layout: {legality.describe(legality.nearest_layout(sizes, section, world))}"
+        )
     experts, ep, etp = shape.text.experts, expert_size(section), expert_tensor_size(section)
     if ep == 1:
         return None
@@ -111,7 +113,10 @@ def check(shape: ModelShape, section: ParallelSection, model: ModelSection, worl
         return f"expert_model_parallel_size {ep} needs a mixture of experts, {shape.family} has none: set it to 1"
     if experts.count % ep:
         legal = max(n for n in range(1, ep) if experts.count % n == 0)
-        return f"expert_model_parallel_size {ep} does not divide {experts.count} experts: the nearest legal size is {legal}"
+        return (
+            f"expert_model_parallel_size {ep} does not divide {experts.count} experts: "
+            f"the nearest legal size is {legal}"
+        )
     needed = etp * ep * section.pipeline_model_parallel_size
     if world % needed:
         legal = max(n for n in range(1, ep) if experts.count % n == 0 and world % (needed // ep * n) == 0)

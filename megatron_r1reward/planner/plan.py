@@ -146,9 +146,7 @@ def _numerics(config: RunConfig) -> Numerics:
     return Numerics(width=width, fused_norm=config.plan.device != "cpu")
 
 
-def _servers(
-    config: RunConfig, stage: Stage, model: Model, device: Device
-) -> tuple[tuple[Server, ...], list[str]]:
+def _servers(config: RunConfig, stage: Stage, model: Model, device: Device) -> tuple[tuple[Server, ...], list[str]]:
     counts, notes = server_counts(config, stage), []
     servers = []
     if stage == "rl" and counts["rollout"]:

@@ -11,7 +11,9 @@ FAMILIES: tuple[Family, ...] = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
 # What transformers assumes where a Qwen2.5-VL file leaves a vision key out (Qwen2_5_VLVisionConfig).
 _VISION_DEFAULTS = {
-    "qwen2_5_vl": dict(depth=32, hidden_size=3584, intermediate_size=3420, num_heads=16, patch_size=14, window_size=112),
+    "qwen2_5_vl": dict(
+        depth=32, hidden_size=3584, intermediate_size=3420, num_heads=16, patch_size=14, window_size=112
+    ),
     "qwen3_vl": dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16, patch_size=16),
 }
 

@@ -9,7 +9,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_r1reward.config.schema import ParallelSection, RunConfig
-from megatron_r1reward.planner.layout import Stage
+from megatron_r1reward.parallel import layout as legality
+from megatron_r1reward.planner.catalog import find_model
+from megatron_r1reward.planner.layout import Stage, parallel_shape
+from megatron_r1reward.planner.placement import place
 from megatron_r1reward.planner.plan import Plan, make_plan
 
 MAX_EVALUATIONS = 600
@@ -87,19 +90,40 @@ def _fitting(config: RunConfig, stage: Stage, changes: dict[str, Any]) -> Plan |
     return plan if plan.fits else None
 
 
+def _legal_start(config: RunConfig, stage: Stage) -> dict[str, Any] | None:
+    """Changes that make the trainer's layout legal, none where it is; None where the model is not known."""
+    try:
+        shape = find_model(config.model.path, config.plan.model).shape
+    except ValueError:
+        return None
+    try:
+        world = place(config, stage).trainer
+    except ValueError:  # no room for all components: more nodes come first
+        return {}
+    sizes = parallel_shape(shape, freeze_language=config.model.freeze_language)
+    if legality.layout_problem(sizes, config.parallel, world) is None:
+        return {}
+    nearest = legality.nearest_layout(sizes, config.parallel, world).model_dump()
+    now = config.parallel.model_dump()
+    return {f"parallel.{key}": value for key, value in nearest.items() if value != now[key]}
+
+
 def nearest_fit(config: RunConfig, stage: Stage) -> tuple[dict[str, Any], Plan] | None:
     """The cheapest combination of changes with which the run fits, and its plan; None when the search finds none.
 
     Best first over a cost that prefers recomputation and sharding over more devices.
     """
-    knobs = _knobs(config, stage)
+    legal = _legal_start(config, stage)
+    if legal is None:
+        return None
+    knobs = _knobs(_changed(config, legal), stage)
     start = (0,) * len(knobs)
     queue, seen = [(0.0, start)], {start}
     for _ in range(MAX_EVALUATIONS):
         if not queue:
             return None
         cost, state = heapq.heappop(queue)
-        changes: dict[str, Any] = {}
+        changes = dict(legal)
         for knob, position in zip(knobs, state, strict=True):
             changes |= knob[position][1]
         plan = _fitting(config, stage, changes)
@@ -116,4 +140,6 @@ def nearest_fit(config: RunConfig, stage: Stage) -> tuple[dict[str, Any], Plan] 
 
 def as_overrides(changes: dict[str, Any]) -> str:
     """The changes as `section.key=value` arguments of any subcommand."""
-    return " ".join(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in changes.items())
+    return " ".join(
+        f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in changes.items()
+    )

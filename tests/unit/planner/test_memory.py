@@ -93,9 +93,7 @@ def test_earlier_pipeline_stages_keep_more_micro_batches():
 
 
 def test_the_longest_sequence_decides_where_it_exceeds_the_budget(make_config):
-    config = make_config(
-        "Qwen2.5-VL-7B-Instruct", **{"data.token_budget": 8192, "data.max_prompt_tokens": 20_480}
-    )
+    config = make_config("Qwen2.5-VL-7B-Instruct", **{"data.token_budget": 8192, "data.max_prompt_tokens": 20_480})
     work = describe(config, SEVEN, Layout(), "sft")
     # prompt without images, one image of 501,760 pixels, the response
     full, single = work.largest

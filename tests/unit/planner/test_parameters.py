@@ -99,7 +99,7 @@ def test_active_parameters_of_a_mixture_of_experts():
 @pytest.mark.parametrize("change", [{"model_type": "llama"}, {"hidden_size": None}])
 def test_unknown_or_incomplete_configurations_are_refused(change: dict[str, object]):
     config = {k: v for k, v in {**bundled_config("Qwen2.5-VL-7B-Instruct"), **change}.items() if v is not None}
-    with pytest.raises(ValueError, match="llama|hidden_size"):
+    with pytest.raises(ValueError, match=r"llama|hidden_size"):
         read_shape(config, "somewhere/config.json")
 
 
