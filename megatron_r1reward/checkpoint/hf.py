@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from megatron.core import parallel_state
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_r1reward.models.mapping import Entry, global_name
+from megatron_r1reward.models.mapping import Entry, WeightTable, global_name
 from megatron_r1reward.parallel.chunks import chunks_of
 from megatron_r1reward.parallel.setup import Topology
 
@@ -69,69 +70,113 @@ class HfReader:
             return opened.get_tensor(name)
 
 
+def tensor_parallel_place(entry: Entry) -> tuple[int, int]:
+    """(size, rank) of the tensor parallelism of a parameter: experts may have one of their own."""
+    if entry.expert is None:
+        return (
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_tensor_model_parallel_rank(),
+        )
+    return (
+        parallel_state.get_expert_tensor_parallel_world_size(),
+        parallel_state.get_expert_tensor_parallel_rank(),
+    )
+
+
 @torch.no_grad()
-def load_hf_weights(model: torch.nn.Module, folder: Path, table: list[Entry], topology: Topology) -> None:
+def load_hf_weights(model: torch.nn.Module, folder: Path, table: WeightTable) -> None:
     """Copy every parameter of this rank's stage from `folder`.
 
     Raises:
         ValueError: a tensor is missing or a parameter has no entry in the table.
     """
     reader = HfReader(folder)
-    by_name = {entry.megatron: entry for entry in table}
-    tied_head = by_name["language_model.embedding.word_embeddings.weight"]
-    by_name.setdefault("language_model.output_layer.weight", tied_head)  # the last stage's copy of tied embeddings
     for name, parameter in model.named_parameters():
-        entry = by_name.get(global_name(model, name))
+        entry = table.by_megatron.get(global_name(model, name))
         if entry is None:
             raise ValueError(f"parameter {name!r} has no entry in the weight table")
-        full = entry.layout.merge(tuple(reader[part] for part in entry.hf))
-        shard = entry.layout.shard(full, topology.tensor_parallel_size, topology.tensor_parallel_rank)
+        full = entry.layout.merge(tuple(entry.hf_part(reader[part]) for part in entry.hf))
+        size, rank = tensor_parallel_place(entry)
+        shard = entry.layout.shard(full, size, rank)
         if shard.shape != parameter.shape:
             raise ValueError(f"{entry.hf}: {tuple(shard.shape)} does not fit {name} {tuple(parameter.shape)}")
         parameter.copy_(shard)
 
 
-def _gather_tensor_parallel(entry: Entry, local: torch.Tensor, topology: Topology) -> torch.Tensor:
-    if topology.tensor_parallel_size == 1:
+class _Owners:
+    """Which ranks hold a parameter: pipeline stages, and within one the ranks of the expert-parallel group."""
+
+    def __init__(self, names: set[str]) -> None:
+        self.experts = parallel_state.get_expert_model_parallel_group()
+        self.stages = parallel_state.get_pipeline_model_parallel_group()
+        self._by_expert_rank = _gather_objects(names, self.experts)
+        self._by_stage = _gather_objects(set.union(*self._by_expert_rank), self.stages)
+
+    def stage(self, name: str) -> int:
+        return next(rank for rank, names in enumerate(self._by_stage) if name in names)
+
+    def expert_rank(self, name: str) -> int:
+        """Asked on the stage that holds the parameter."""
+        return next(rank for rank, names in enumerate(self._by_expert_rank) if name in names)
+
+
+def _gather_objects(value: set[str], group: dist.ProcessGroup) -> list[set[str]]:
+    gathered: list[set[str]] = [value] * group.size()
+    if group.size() > 1:
+        dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def _gather_tensor_parallel(entry: Entry, local: torch.Tensor) -> torch.Tensor:
+    is_expert = entry.expert is not None
+    group = (
+        parallel_state.get_expert_tensor_parallel_group()
+        if is_expert
+        else parallel_state.get_tensor_model_parallel_group()
+    )
+    if group.size() == 1:
         return local
-    shards = [torch.empty_like(local) for _ in range(topology.tensor_parallel_size)]
-    dist.all_gather(shards, local.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+    shards = [torch.empty_like(local) for _ in range(group.size())]
+    dist.all_gather(shards, local.contiguous(), group=group)
     return entry.layout.unshard(shards)
+
+
+def _gather(entry: Entry, local: torch.Tensor | None, owners: _Owners, topology: Topology) -> torch.Tensor:
+    """The full Megatron tensor of one entry on every rank."""
+    stage, full = owners.stage(entry.megatron), None
+    if stage == topology.pipeline_parallel_rank:
+        full = _gather_tensor_parallel(entry, local) if local is not None else None
+        if entry.expert is not None and owners.experts.size() > 1:
+            full = _broadcast(full, owners.expert_rank(entry.megatron), topology, owners.experts)
+    if topology.pipeline_parallel_size > 1:
+        full = _broadcast(full, stage, topology, owners.stages)
+    assert full is not None
+    return full
 
 
 @torch.no_grad()
 def export_hf_tensors(
-    model: torch.nn.Module, table: list[Entry], topology: Topology
+    model: torch.nn.Module, table: WeightTable, topology: Topology
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Full tensors under their Hugging Face names, in table order, on every rank; collective over the model's ranks.
 
-    One Megatron tensor is gathered at a time.
+    One Hugging Face tensor is gathered at a time: the experts of a layer together where they are stacked on disk.
     """
     local = {
         global_name(chunk, name): parameter.detach()
         for chunk in chunks_of(model)
         for name, parameter in chunk.named_parameters()
     }
-    stages = parallel_state.get_pipeline_model_parallel_group()
-    owners: list[set[str]] = [set(local)] * topology.pipeline_parallel_size
-    if topology.pipeline_parallel_size > 1:
-        owners = [set()] * topology.pipeline_parallel_size
-        dist.all_gather_object(owners, set(local), group=stages)
-    for entry in table:
-        stage = next(s for s, names in enumerate(owners) if entry.megatron in names)
-        full = None
-        if stage == topology.pipeline_parallel_rank:
-            full = _gather_tensor_parallel(entry, local[entry.megatron], topology)
-        if topology.pipeline_parallel_size > 1:
-            full = _broadcast_from_stage(full, stage, topology, stages)
-        assert full is not None
-        yield from zip(entry.hf, entry.layout.split(full), strict=True)
+    owners = _Owners(set(local))
+    for _, group in itertools.groupby(table, key=lambda entry: entry.hf):
+        entries = list(group)
+        parts = [e.layout.split(_gather(e, local.get(e.megatron), owners, topology)) for e in entries]
+        full = [torch.stack(p) for p in zip(*parts, strict=True)] if entries[0].stacked else parts[0]
+        yield from zip(entries[0].hf, full, strict=True)
 
 
-def _broadcast_from_stage(
-    full: torch.Tensor | None, stage: int, topology: Topology, group: dist.ProcessGroup
-) -> torch.Tensor:
-    source = dist.get_global_rank(group, stage)
+def _broadcast(full: torch.Tensor | None, rank: int, topology: Topology, group: dist.ProcessGroup) -> torch.Tensor:
+    source = dist.get_global_rank(group, rank)
     header = [(full.shape, full.dtype) if full is not None else None]
     dist.broadcast_object_list(header, src=source, group=group)
     assert header[0] is not None
@@ -141,11 +186,11 @@ def _broadcast_from_stage(
     return tensor
 
 
-def tensor_infos(folder: Path, table: list[Entry], dtype: torch.dtype) -> list[TensorInfo]:
+def tensor_infos(folder: Path, table: WeightTable, dtype: torch.dtype) -> list[TensorInfo]:
     """What `export_hf_tensors` will yield, from the headers of the original folder: nothing is read or gathered."""
     reader = HfReader(folder)
     infos = []
-    for name in (part for entry in table for part in entry.hf):
+    for name in table.hf_names:
         with safe_open(reader.files[name], framework="pt") as opened:
             infos.append(TensorInfo(name=name, dtype=dtype, shape=tuple(opened.get_slice(name).get_shape())))
     return infos

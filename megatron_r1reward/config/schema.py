@@ -25,6 +25,14 @@ class RunSection(Section):
     num_threads: PositiveInt | None = None  # intra-op threads of one trainer rank; None: leave torch's default
 
 
+class MoeSection(Section):
+    """Switches of mixture-of-experts models; dense models ignore them. The router always computes in float32."""
+
+    load_balancing: Literal["none", "aux_loss"] = "none"  # aux_loss: Switch Transformer's, over each micro-batch
+    aux_loss_coefficient: Annotated[float, Field(ge=0)] = 1e-3  # used with load_balancing = "aux_loss"
+    z_loss_coefficient: Annotated[float, Field(ge=0)] = 0.0  # 0: off
+
+
 class ModelSection(Section):
     path: Path  # HF checkpoint folder: config.json, safetensors, tokenizer, processor
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -32,6 +40,7 @@ class ModelSection(Section):
     freeze_vision_tower: bool = False
     freeze_merger: bool = False
     freeze_language: bool = False
+    moe: MoeSection = MoeSection()
 
     @model_validator(mode="after")
     def _something_trains(self) -> ModelSection:
@@ -48,6 +57,7 @@ class ParallelSection(Section):
     virtual_pipeline_model_parallel_size: PositiveInt = 1  # model chunks per stage; above 1: interleaved schedule
     context_parallel_size: PositiveInt = 1
     context_parallel_comm: Literal["p2p", "all_gather", "a2a"] = "p2p"  # Transformer Engine only; local: all-gather
+    expert_model_parallel_size: PositiveInt = 1  # mixture of experts: ranks that share the experts of a layer
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
@@ -59,6 +69,13 @@ class ParallelSection(Section):
     recompute: Literal["none", "selective", "full"] = "none"  # activations; selective: core attention only
     recompute_num_layers: PositiveInt = 1  # full: layers per checkpointed group
     recompute_vision: bool = False  # the same inside the vision tower (always full there)
+
+    @property
+    def expert_tensor_parallel_size(self) -> int:
+        """Ranks that cut each expert. Under expert parallelism experts stay whole. Without it they are cut like every
+        other layer: megatron-core 0.16.1 would not sum the gradients of experts that are whole on every tensor-parallel
+        rank."""
+        return self.tensor_model_parallel_size if self.expert_model_parallel_size == 1 else 1
 
     @model_validator(mode="after")
     def _combinations(self) -> ParallelSection:

@@ -72,9 +72,7 @@ class Packer:
             paths = sequences[index].image_paths
             if paths:
                 longest[paths] = min(longest.get(paths, (0, index)), (-length(index), index))
-        order = sorted(
-            indices, key=lambda i: (longest.get(sequences[i].image_paths, (-length(i), i)), -length(i), i)
-        )
+        order = sorted(indices, key=lambda i: (longest.get(sequences[i].image_paths, (-length(i), i)), -length(i), i))
         bins: list[tuple[int, list[int]]] = []
         for index in order:
             for position, (used, members) in enumerate(bins):

@@ -1,124 +1,309 @@
 """Weight tables: how Hugging Face tensors and megatron-core parameters correspond.
 
-A family is one list of `Entry`s. The layout of an entry says how Hugging Face tensors merge into one Megatron tensor,
-how that is split back, and how it is cut over tensor-parallel ranks; import, export and the weight push all read it.
+A family is one `WeightTable`. It drives the import, the export, the weight push, the offline converter and its
+verification; nothing else in the package knows how a weight is laid out.
+
+Adding a family
+---------------
+1. Write `models/<family>/mapping.py` with `weight_table(config) -> WeightTable`, where `config` is the transformers
+   configuration, and name the module in `models/families.py` under the configuration's `model_type`.
+2. One `Entry` per Megatron parameter, named as in a model on ONE rank: layer numbers and expert numbers are global
+   (`...decoder.layers.7.mlp.local_experts.93.linear_fc1.weight`). `hf` lists the tensors on disk it is made of.
+3. Choose the layout: `REPLICATED` (norms, router, q/k norms, position embeddings), `COLUMN`, `ROW`, `GroupedQKV`,
+   `GatedMLP`, `Vocabulary`. `Plain(hf_shape=..., megatron_shape=...)` reshapes (patch embedding).
+4. Experts: set `expert` to the global expert number. Published folders either have one tensor per expert (then `hf`
+   names those) or stack all experts of a layer along dim 0 (then `hf` names the stacked tensor in every one of the
+   layer's entries, with `stacked=True`). Where each element is stored [in, out], give `Plain` or `GatedMLP`
+   `transposed=True`; where gate and up are one tensor, `GatedMLP(fused=True)`. Keep the entries of one stacked tensor
+   next to each other: export assembles it from them.
+5. Set `saved_as` where the distributed checkpoint has another name than the module (norms that Transformer Engine fuses
+   into the next linear: `sharded_state_dict_keys_map` of the layer spec).
+6. Tied embeddings: one `Tie`, and no entry for the head.
+
+`WeightTable` checks on construction that no Megatron name and no Hugging Face element occurs twice. The tests of
+`tests/parallel/test_checkpoint_layouts.py` compare the table with the model's own `sharded_state_dict`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 Tensors = tuple[torch.Tensor, ...]
+Views = list[torch.Tensor]
 
 
-class Layout(Protocol):
-    def merge(self, parts: Tensors) -> torch.Tensor:
-        """Hugging Face tensors -> the full Megatron tensor."""
+class Layout(ABC):
+    """How the Hugging Face tensors of one entry make its Megatron tensor, and how ranks share that.
 
-    def split(self, full: torch.Tensor) -> Tensors:
-        """The full Megatron tensor -> Hugging Face tensors; inverse of `merge`."""
+    Both directions are given as views along dim 0, so that a converter can copy them to a file one after another
+    without building the result in memory.
+    """
 
+    @abstractmethod
+    def merge_views(self, parts: Tensors) -> Views:
+        """Hugging Face tensors -> pieces whose concatenation along dim 0 is the full Megatron tensor."""
+
+    @abstractmethod
+    def split_views(self, full: torch.Tensor) -> list[Views]:
+        """The full Megatron tensor -> for each Hugging Face tensor, the pieces that it is the concatenation of."""
+
+    @abstractmethod
     def shard(self, full: torch.Tensor, size: int, rank: int) -> torch.Tensor:
         """The part that tensor-parallel rank `rank` of `size` holds."""
 
+    @abstractmethod
     def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
         """The full tensor from all ranks' parts; inverse of `shard`."""
 
+    def merge(self, parts: Tensors) -> torch.Tensor:
+        """Hugging Face tensors -> the full Megatron tensor."""
+        return _join(self.merge_views(parts))
+
+    def split(self, full: torch.Tensor) -> Tensors:
+        """The full Megatron tensor -> Hugging Face tensors; inverse of `merge`."""
+        return tuple(_join(views) for views in self.split_views(full))
+
+
+def _join(views: Views) -> torch.Tensor:
+    return views[0] if len(views) == 1 else torch.cat(views)
+
+
+def _cut(full: torch.Tensor, size: int, rank: int, dim: int) -> torch.Tensor:
+    if full.shape[dim] % size:
+        raise ValueError(f"dimension {dim} of {tuple(full.shape)} does not divide by tensor-parallel size {size}")
+    return full.chunk(size, dim)[rank]
+
 
 @dataclass(frozen=True, kw_only=True)
-class Plain:
-    """One tensor on both sides, cut along `partition_dim` (None: replicated). `hf_shape` reshapes on export."""
+class Plain(Layout):
+    """One tensor on both sides, cut along `partition_dim` of the Megatron tensor (None: replicated).
+
+    `hf_shape` and `megatron_shape` reshape; `transposed` means that Hugging Face stores [in, out].
+    """
 
     partition_dim: int | None = None
     megatron_shape: tuple[int, ...] | None = None
     hf_shape: tuple[int, ...] | None = None
+    transposed: bool = False
 
-    def merge(self, parts: Tensors) -> torch.Tensor:
+    def merge_views(self, parts: Tensors) -> Views:
         (tensor,) = parts
-        return tensor if self.megatron_shape is None else tensor.reshape(self.megatron_shape)
+        tensor = tensor.T if self.transposed else tensor
+        return [tensor if self.megatron_shape is None else tensor.reshape(self.megatron_shape)]
 
-    def split(self, full: torch.Tensor) -> Tensors:
-        return (full if self.hf_shape is None else full.reshape(self.hf_shape),)
+    def split_views(self, full: torch.Tensor) -> list[Views]:
+        tensor = full if self.hf_shape is None else full.reshape(self.hf_shape)
+        return [[tensor.T if self.transposed else tensor]]
 
     def shard(self, full: torch.Tensor, size: int, rank: int) -> torch.Tensor:
-        return full if self.partition_dim is None else full.chunk(size, self.partition_dim)[rank]
+        return full if self.partition_dim is None else _cut(full, size, rank, self.partition_dim)
 
     def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
         return shards[0] if self.partition_dim is None else torch.cat(list(shards), self.partition_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupedQKV:
+class Vocabulary(Layout):
+    """Embedding or LM head with `rows` rows. Ranks hold equal parts; the last ones end in zero rows where `rows` does
+    not divide, and export drops those again."""
+
+    rows: int
+
+    def merge_views(self, parts: Tensors) -> Views:
+        return list(parts)
+
+    def split_views(self, full: torch.Tensor) -> list[Views]:
+        return [[full[: self.rows]]]
+
+    def shard(self, full: torch.Tensor, size: int, rank: int) -> torch.Tensor:
+        local = -(-self.rows // size)
+        part = full[rank * local : (rank + 1) * local]
+        missing = local - part.shape[0]
+        return torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
+
+    def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(list(shards))[: self.rows]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedQKV(Layout):
     """q, k, v (or one stacked qkv) <-> rows per key-value group: its queries, its key, its value. Column parallel."""
 
     groups: int
     head_dim: int
     stacked: bool = False  # Hugging Face keeps one [q; k; v] tensor (vision tower)
 
-    def merge(self, parts: Tensors) -> torch.Tensor:
+    def merge_views(self, parts: Tensors) -> Views:
         q, k, v = parts[0].chunk(3) if self.stacked else parts
-        grouped = [x.reshape(self.groups, -1, *x.shape[1:]) for x in (q, k, v)]
-        return torch.cat(grouped, dim=1).reshape(-1, *q.shape[1:])
+        return [rows for group in zip(*(x.chunk(self.groups) for x in (q, k, v)), strict=True) for rows in group]
 
-    def split(self, full: torch.Tensor) -> Tensors:
-        trailing = full.shape[1:]
+    def split_views(self, full: torch.Tensor) -> list[Views]:
         rows = full.shape[0] // self.groups
-        grouped = full.reshape(self.groups, rows, *trailing)
-        q, k, v = grouped.split([rows - 2 * self.head_dim, self.head_dim, self.head_dim], dim=1)
-        parts = tuple(x.reshape(-1, *trailing) for x in (q, k, v))
-        return (torch.cat(parts),) if self.stacked else parts
+        sizes = [rows - 2 * self.head_dim, self.head_dim, self.head_dim]
+        q, k, v = (list(x) for x in zip(*(group.split(sizes) for group in full.chunk(self.groups)), strict=True))
+        return [[*q, *k, *v]] if self.stacked else [q, k, v]
 
     def shard(self, full: torch.Tensor, size: int, rank: int) -> torch.Tensor:
-        return full.chunk(size)[rank]
+        return _cut(full, size, rank, 0)
 
     def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.cat(list(shards))
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatedMLP:
-    """gate, up <-> [gate; up]. A rank holds its slice of gate followed by its slice of up."""
+class GatedMLP(Layout):
+    """gate, up <-> [gate; up]. A rank holds its slice of gate followed by its slice of up.
 
-    def merge(self, parts: Tensors) -> torch.Tensor:
-        return torch.cat(parts)
+    `fused`: Hugging Face keeps one [gate; up] tensor; `transposed`: it stores [in, out], so fused it is [in, 2 * out].
+    """
 
-    def split(self, full: torch.Tensor) -> Tensors:
-        return full.chunk(2)
+    fused: bool = False
+    transposed: bool = False
+
+    def merge_views(self, parts: Tensors) -> Views:
+        return [part.T if self.transposed else part for part in parts]
+
+    def split_views(self, full: torch.Tensor) -> list[Views]:
+        halves = (full,) if self.fused else full.chunk(2)
+        return [[half.T if self.transposed else half] for half in halves]
 
     def shard(self, full: torch.Tensor, size: int, rank: int) -> torch.Tensor:
-        return torch.cat([half.chunk(size)[rank] for half in full.chunk(2)])
+        return torch.cat([_cut(half, size, rank, 0) for half in full.chunk(2)])
 
     def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
         halves = [shard.chunk(2) for shard in shards]
-        return torch.cat([torch.cat([half[i] for half in halves]) for i in (0, 1)])
+        return torch.cat([half[i] for i in (0, 1) for half in halves])
 
 
 REPLICATED = Plain()
 COLUMN = Plain(partition_dim=0)
 ROW = Plain(partition_dim=1)
+GATED = GatedMLP()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointKey:
+    """Where a parameter is in a distributed checkpoint: at `index` of the leading (layer, expert) axes of `key`."""
+
+    key: str
+    index: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """`megatron` is the parameter's name with global layer numbers, as if there were one pipeline stage."""
+    """One Megatron parameter. `megatron` has global layer and expert numbers, as if there were one rank."""
 
     megatron: str
     hf: tuple[str, ...]
     layout: Layout
+    expert: int | None = None  # global expert number; the layout's tensor parallelism is then the experts' own
+    stacked: bool = False  # the Hugging Face tensors hold all experts along dim 0; this entry is element `expert`
+    saved_as: str | None = None  # name in distributed checkpoints, where it is not `megatron`
+
+    def hf_part(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This entry's part of one of its Hugging Face tensors, a view."""
+        return tensor[self.expert] if self.stacked else tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tie:
+    """The LM head is the embedding. `megatron` is the last stage's copy, `hf` the redundant tensor that a folder may
+    hold; both equal entry `to`."""
+
+    to: str
+    megatron: str
+    hf: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightTable:
+    """All weights of one model, each exactly once.
+
+    `spellings` are (prefix on disk, prefix in the table): folders written by other library versions.
+    `separate_layers` are prefixes of blocks whose layers differ (e.g. dense and MoE mixed): megatron-core then saves
+    each layer under its own number instead of stacking them.
+
+    Raises:
+        ValueError: a name or element is described twice.
+    """
+
+    entries: tuple[Entry, ...]
+    tie: Tie | None = None
+    spellings: tuple[tuple[str, str], ...] = ()
+    separate_layers: tuple[str, ...] = ()
+    by_megatron: dict[str, Entry] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        by_megatron = {entry.megatron: entry for entry in self.entries}
+        consumed = [(name, e.expert if e.stacked else None) for e in self.entries for name in e.hf]
+        if len(by_megatron) != len(self.entries) or len(set(consumed)) != len(consumed):
+            raise ValueError("the weight table describes a tensor twice")
+        if self.tie is not None:
+            by_megatron[self.tie.megatron] = by_megatron[self.tie.to]
+        object.__setattr__(self, "by_megatron", by_megatron)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def hf_names(self) -> list[str]:
+        """Every Hugging Face tensor once, in table order."""
+        return list(dict.fromkeys(name for entry in self.entries for name in entry.hf))
+
+    def checkpoint_key(self, entry: Entry) -> CheckpointKey:
+        """Where the entry is in a distributed checkpoint. megatron-core stacks the layers of a block, and the experts
+        of a layer, along leading axes of one tensor."""
+        name = entry.saved_as or entry.megatron
+        stacks = [r"\.(local_experts)\.(\d+)\."]
+        if not name.startswith(self.separate_layers):
+            stacks.insert(0, r"\.(layers)\.(\d+)\.")
+        index = []
+        for stack in stacks:
+            if (found := re.search(stack, name)) is not None:
+                index.append(int(found[2]))
+                name = f"{name[: found.start()]}.{found[1].removeprefix('local_')}.{name[found.end() :]}"
+        return CheckpointKey(key=name, index=tuple(index))
+
+    def canonical(self, name: str) -> str:
+        """The table's spelling of a name found on disk."""
+        for on_disk, ours in self.spellings:
+            if name.startswith(on_disk):
+                return ours + name.removeprefix(on_disk)
+        return name
 
 
 def global_name(model: torch.nn.Module, name: str) -> str:
-    """Replace the stage-local layer number in a parameter name by the global one."""
+    """A parameter's name on this rank -> the name in the table.
+
+    Replaces the stage-local layer number and the rank-local expert number by the global ones; grouped experts
+    (`experts.linear_fc1.weight3`) get the name that sequential experts have.
+    """
     parts = name.split(".")
-    if "layers" not in parts:
-        return name
-    at = parts.index("layers")
-    block = model
-    for attribute in parts[:at]:
-        block = getattr(block, attribute)
-    parts[at + 1] = str(block.layers[int(parts[at + 1])].layer_number - 1)  # type: ignore[union-attr,index]
+    module: Any = model
+    for at, part in enumerate(parts[:-1]):
+        module = module[int(part)] if part.isdigit() else getattr(module, part)
+        if at > 0 and parts[at - 1] == "layers":
+            parts[at] = str(module.layer_number - 1)
+        if part == "experts" and hasattr(module, "num_local_experts"):
+            parts[at + 1 :] = _global_expert(module, parts[at + 1 :])
+            break
     return ".".join(parts)
+
+
+def _global_expert(experts: Any, parts: list[str]) -> list[str]:
+    """The rest of a parameter's name below `experts`, with the global expert number."""
+    first = experts.ep_group.rank() * experts.num_local_experts
+    if parts[0] == "local_experts":
+        return ["local_experts", str(first + int(parts[1])), *parts[2:]]
+    grouped = re.fullmatch(r"(weight|bias)(\d+)", parts[-1])
+    assert grouped is not None, parts
+    return ["local_experts", str(first + int(grouped[2])), *parts[:-1], grouped[1]]

@@ -16,9 +16,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron_r1reward.config.schema import ParallelSection, PrecisionSection
-from megatron_r1reward.models import qwen2_5_vl
-from megatron_r1reward.models.mapping import Entry
+from megatron_r1reward.config.schema import MoeSection, ParallelSection, PrecisionSection
+from megatron_r1reward.models import qwen2_5_vl, qwen3_vl
+from megatron_r1reward.models.mapping import WeightTable
 from megatron_r1reward.parallel.setup import Topology
 
 
@@ -32,14 +32,16 @@ class Configs(Protocol):
 
 
 class BuildConfigs(Protocol):
-    def __call__(self, hf: Any, parallel: ParallelSection, dtype: torch.dtype, /) -> Configs:
-        """Raises ValueError when the layout does not divide the model."""
+    def __call__(
+        self, hf: Any, parallel: ParallelSection, dtype: torch.dtype, precision: PrecisionSection, moe: MoeSection, /
+    ) -> Configs:
+        """`moe` says nothing to a dense model. Raises ValueError when the layout does not divide the model."""
 
 
 class BuildModel(Protocol):
-    def __call__(self, configs: Any, topology: Topology, /) -> MegatronModule:
-        """One pipeline stage. Its forward takes a PackedBatch; the last chunk returns float32 [2, R]: log-probs and
-        entropies of the response tokens. `vision` is the tower, None on chunks without one."""
+    def __call__(self, configs: Any, topology: Topology, chunk: int = 0, /) -> MegatronModule:
+        """Model chunk `chunk` of one pipeline stage. Its forward takes a PackedBatch; the last chunk returns float32
+        [2, R]: log-probs and entropies of the response tokens. `vision` is the tower, None on chunks without one."""
 
 
 class Positions(Protocol):
@@ -54,8 +56,8 @@ class Positions(Protocol):
         """M-RoPE positions of one sequence, before packing: int64 [3, T]."""
 
 
-class WeightTable(Protocol):
-    def __call__(self, hf: Any, /) -> list[Entry]:
+class BuildTable(Protocol):
+    def __call__(self, hf: Any, /) -> WeightTable:
         """Every weight exactly once, under the names that published checkpoints use on disk."""
 
 
@@ -63,17 +65,31 @@ class WeightTable(Protocol):
 class Family:
     build_configs: BuildConfigs
     build_model: BuildModel
-    weight_table: WeightTable
+    weight_table: BuildTable
     positions: Positions
 
 
+def _qwen2_5_vl_configs(
+    hf: Any, parallel: ParallelSection, dtype: torch.dtype, precision: PrecisionSection, moe: MoeSection
+) -> Configs:
+    return qwen2_5_vl.build_configs(hf, parallel, dtype, precision)
+
+
+_QWEN3_VL = Family(
+    build_configs=qwen3_vl.build_configs,
+    build_model=qwen3_vl.Qwen3VL,
+    weight_table=qwen3_vl.weight_table,
+    positions=qwen3_vl.positions,
+)
 FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": Family(
-        build_configs=qwen2_5_vl.build_configs,
+        build_configs=_qwen2_5_vl_configs,
         build_model=qwen2_5_vl.Qwen25VL,
         weight_table=qwen2_5_vl.weight_table,
         positions=qwen2_5_vl.mrope_positions,
     ),
+    "qwen3_vl": _QWEN3_VL,
+    "qwen3_vl_moe": _QWEN3_VL,
 }
 
 

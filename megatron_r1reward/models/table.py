@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_r1reward.models.mapping import Entry, Layout, Tensors
-from megatron_r1reward.parallel.specs_te import parameter_name
+from megatron_r1reward.models.mapping import Layout, Tensors, Views, WeightTable
 
 
 @dataclass(frozen=True, kw_only=True)
-class Whole:
+class Whole(Layout):
     """A layout whose tensor every tensor-parallel rank holds whole."""
 
     layout: Layout
 
-    def merge(self, parts: Tensors) -> torch.Tensor:
-        return self.layout.merge(parts)
+    def merge_views(self, parts: Tensors) -> Views:
+        return self.layout.merge_views(parts)
 
-    def split(self, full: torch.Tensor) -> Tensors:
-        return self.layout.split(full)
+    def split_views(self, full: torch.Tensor) -> list[Views]:
+        return self.layout.split_views(full)
 
     def shard(self, full: torch.Tensor, size: int, rank: int) -> torch.Tensor:
         return full
@@ -30,13 +29,14 @@ class Whole:
         return shards[0]
 
 
-def adapt_table(table: Iterable[Entry], *, transformer_impl: str, whole_vision: bool) -> list[Entry]:
-    """The family's table for this run: Transformer Engine's parameter names, and whole vision weights on every rank."""
+def adapt_table(table: WeightTable, *, transformer_impl: str, whole_vision: bool) -> WeightTable:
+    """The family's table for this run: Transformer Engine's parameter names, which are those of checkpoints, and whole
+    vision weights on every rank."""
     adapted = []
     for entry in table:
         if whole_vision and entry.megatron.startswith("vision."):
             entry = replace(entry, layout=Whole(layout=entry.layout))
-        if transformer_impl == "transformer_engine":
-            entry = replace(entry, megatron=parameter_name(entry.megatron))
+        if transformer_impl == "transformer_engine" and entry.saved_as is not None:
+            entry = replace(entry, megatron=entry.saved_as)
         adapted.append(entry)
-    return adapted
+    return replace(table, entries=tuple(adapted))

@@ -54,7 +54,7 @@ class VisionSharding:
             rank = self.tensor_parallel.rank()
             for item in state.values():
                 if isinstance(item, ShardedTensor | ShardedObject):
-                    item.replica_id = (0, rank, item.replica_id[-1])  # type: ignore[index]
+                    item.replica_id = (0, rank, item.replica_id[-1])
         return state
 
     def encode(

@@ -15,7 +15,7 @@ from megatron_r1reward.checkpoint.hf import load_hf_weights
 from megatron_r1reward.config.schema import OptimizerSection, RunConfig
 from megatron_r1reward.data.images import ImageProcessor
 from megatron_r1reward.data.packing import Packer
-from megatron_r1reward.models.mapping import Entry
+from megatron_r1reward.models.mapping import WeightTable
 from megatron_r1reward.models.registry import family_of, load_hf_config
 from megatron_r1reward.models.table import adapt_table
 from megatron_r1reward.parallel.chunks import chunks_of, join_chunks
@@ -35,7 +35,7 @@ class TrainState:
     hf_config: PretrainedConfig
     tokenizer: PreTrainedTokenizerFast
     packer: Packer
-    table: list[Entry]
+    table: WeightTable
     module: Any  # the bare model of this rank: one chunk, or ModelChunks under the interleaved schedule
     model: Any  # what the schedule runs: DistributedDataParallel, or ModelChunks of them
     optimizer: Any
@@ -59,7 +59,7 @@ def build_state(
     family = family_of(hf_config)
     dtype = DTYPES[config.model.precision]
     check_freezing(config)
-    configs = family.build_configs(hf_config, config.parallel, dtype, config.precision)
+    configs = family.build_configs(hf_config, config.parallel, dtype, config.precision, config.model.moe)
     table = adapt_table(
         family.weight_table(hf_config),
         transformer_impl=config.precision.transformer_impl,
@@ -69,7 +69,7 @@ def build_state(
     def load_policy() -> tuple[list[MegatronModule], list[torch.nn.Module]]:
         chunks = [family.build_model(configs, topology, n) for n in range(topology.virtual_pipeline_parallel_size)]
         for chunk in chunks:
-            load_hf_weights(chunk, config.model.path, table, topology)
+            load_hf_weights(chunk, config.model.path, table)
         wrapped = [Float16Module(configs.language, chunk) if dtype == torch.bfloat16 else chunk for chunk in chunks]
         return chunks, wrapped
 

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from transformers import Qwen2_5_VLConfig
 
-from megatron_r1reward.models.mapping import COLUMN, REPLICATED, ROW, Entry, GatedMLP, GroupedQKV, Plain
+from megatron_r1reward.models.mapping import (
+    COLUMN,
+    GATED,
+    REPLICATED,
+    ROW,
+    Entry,
+    GroupedQKV,
+    Layout,
+    Plain,
+    Tie,
+    Vocabulary,
+    WeightTable,
+)
 
-GATED = GatedMLP()
+EMBEDDING, HEAD = "language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"
+# transformers 4.52 and later name the parts of a saved model differently from the published folders.
+SPELLINGS = (("model.language_model.", "model."), ("model.visual.", "visual."))
 
 
 def _language_layer(index: int, qkv: GroupedQKV) -> list[Entry]:
@@ -25,8 +39,7 @@ def _language_layer(index: int, qkv: GroupedQKV) -> list[Entry]:
         _same(f"{megatron}self_attention.linear_proj.weight", f"{hf}self_attn.o_proj.weight", ROW),
         Entry(megatron=f"{megatron}mlp.linear_fc1.weight", hf=gate_up, layout=GATED),
         _same(f"{megatron}mlp.linear_fc2.weight", f"{hf}mlp.down_proj.weight", ROW),
-        _same(f"{megatron}input_layernorm.weight", f"{hf}input_layernorm.weight", REPLICATED),
-        _same(f"{megatron}pre_mlp_layernorm.weight", f"{hf}post_attention_layernorm.weight", REPLICATED),
+        *_norms(megatron, f"{hf}input_layernorm.weight", f"{hf}post_attention_layernorm.weight"),
     ]
 
 
@@ -42,26 +55,40 @@ def _vision_block(index: int, qkv: GroupedQKV) -> list[Entry]:
             Entry(megatron=f"{megatron}mlp.linear_fc1.{kind}", hf=gate_up, layout=GATED),
             _same(f"{megatron}mlp.linear_fc2.{kind}", f"{hf}mlp.down_proj.{kind}", row),
         ]
-    entries += [
-        _same(f"{megatron}input_layernorm.weight", f"{hf}norm1.weight", REPLICATED),
-        _same(f"{megatron}pre_mlp_layernorm.weight", f"{hf}norm2.weight", REPLICATED),
+    return entries + _norms(megatron, f"{hf}norm1.weight", f"{hf}norm2.weight")
+
+
+def _norms(layer: str, before_attention: str, before_mlp: str) -> list[Entry]:
+    """Checkpoints store the two norms of a layer where Transformer Engine has them: in the linear that follows."""
+    places = (
+        ("input_layernorm", "self_attention.linear_qkv", before_attention),
+        ("pre_mlp_layernorm", "mlp.linear_fc1", before_mlp),
+    )
+    return [
+        Entry(
+            megatron=f"{layer}{norm}.weight",
+            hf=(hf,),
+            layout=REPLICATED,
+            saved_as=f"{layer}{linear}.layer_norm_weight",
+        )
+        for norm, linear, hf in places
     ]
-    return entries
 
 
-def _same(megatron: str, hf: str, layout: Plain | GroupedQKV) -> Entry:
+def _same(megatron: str, hf: str, layout: Layout) -> Entry:
     return Entry(megatron=megatron, hf=(hf,), layout=layout)
 
 
-def weight_table(config: Qwen2_5_VLConfig) -> list[Entry]:
-    """Every weight of the model exactly once; tied models have no `lm_head`."""
+def weight_table(config: Qwen2_5_VLConfig) -> WeightTable:
+    """Every weight of the model exactly once; tied models have no entry for `lm_head`."""
     text, vision = config.text_config, config.vision_config
     text_qkv = GroupedQKV(groups=text.num_key_value_heads, head_dim=text.hidden_size // text.num_attention_heads)
     vision_qkv = GroupedQKV(groups=vision.num_heads, head_dim=vision.hidden_size // vision.num_heads, stacked=True)
     kernel = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+    vocabulary = Vocabulary(rows=text.vocab_size)
     patch_embed = Plain(megatron_shape=(vision.hidden_size, -1), hf_shape=(vision.hidden_size, *kernel))
     entries = [
-        _same("language_model.embedding.word_embeddings.weight", "model.embed_tokens.weight", COLUMN),
+        _same(EMBEDDING, "model.embed_tokens.weight", vocabulary),
         _same("language_model.decoder.final_layernorm.weight", "model.norm.weight", REPLICATED),
         _same("vision.patch_embed.weight", "visual.patch_embed.proj.weight", patch_embed),
         _same("vision.decoder.final_layernorm.weight", "visual.merger.ln_q.weight", REPLICATED),
@@ -71,9 +98,10 @@ def weight_table(config: Qwen2_5_VLConfig) -> list[Entry]:
         _same("vision.merger.encoder.linear_fc2.bias", "visual.merger.mlp.2.bias", REPLICATED),
     ]
     if not config.tie_word_embeddings:
-        entries.append(_same("language_model.output_layer.weight", "lm_head.weight", COLUMN))
+        entries.append(_same(HEAD, "lm_head.weight", vocabulary))
     for index in range(text.num_hidden_layers):
         entries += _language_layer(index, text_qkv)
     for index in range(vision.depth):
         entries += _vision_block(index, vision_qkv)
-    return entries
+    tie = Tie(to=EMBEDDING, megatron=HEAD, hf="lm_head.weight") if config.tie_word_embeddings else None
+    return WeightTable(entries=tuple(entries), tie=tie, spellings=SPELLINGS)

@@ -131,6 +131,10 @@ class VisionTower(VisionModule):
         self.register_buffer("inverse_frequency", 1.0 / ROTARY_BASE**exponent, persistent=False)
         self.sharding.mark(self)
 
+    def merger_parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters between tower and language model."""
+        return [*self.merger.parameters(), *self.decoder.final_layernorm.parameters()]
+
     def set_input_tensor(self, input_tensor: torch.Tensor) -> None:
         self.decoder.set_input_tensor(input_tensor)
 

@@ -30,7 +30,7 @@ def topology():
 def model(tiny_folder: Path, topology: setup.Topology) -> Qwen25VL:
     config = Qwen2_5_VLConfig.from_pretrained(tiny_folder)
     built = Qwen25VL(build_configs(config, ParallelSection(), torch.float32), topology)
-    load_hf_weights(built, tiny_folder, weight_table(config), topology)
+    load_hf_weights(built, tiny_folder, weight_table(config))
     return built
 
 

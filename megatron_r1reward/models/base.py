@@ -1,0 +1,68 @@
+"""What the families' models have in common: the interface to megatron-core's schedules, and the end of the forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_r1reward.parallel.context import ContextSplit
+from megatron_r1reward.parallel.setup import Topology
+from megatron_r1reward.types import PackedBatch
+
+
+class HeadlessGPT(GPTModel):
+    """GPTModel that ends with the final norm: the LM head is applied later, to response rows only."""
+
+    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+
+class VisionLanguageModel(MegatronModule):
+    """Model chunk `chunk` of one pipeline stage. A family sets `language_model` and `vision` (None on chunks without
+    the tower) and writes the forward."""
+
+    language_model: HeadlessGPT
+    vision: Any
+
+    def __init__(self, hf: Any, language: TransformerConfig, topology: Topology, chunk: int) -> None:
+        super().__init__(config=language)
+        self.hf = hf
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process = topology.holds_first_layer(chunk), topology.holds_last_layer(chunk)
+        self.vp_stage = chunk if topology.virtual_pipeline_parallel_size > 1 else None
+        self.share_embeddings_and_output_weights = hf.tie_word_embeddings
+        self.context_parallel_group = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"]).cp
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Called by megatron-core's pipeline schedule with the previous stage's output."""
+        self.language_model.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor:
+        return self.language_model.shared_embedding_or_output_weight()
+
+    @property
+    def decoder(self) -> torch.nn.Module:
+        return self.language_model.decoder
+
+    def log_probs(self, hidden_T1H: torch.Tensor, batch: PackedBatch, split: ContextSplit | None) -> torch.Tensor:
+        """Log-probs and entropies of the response tokens, float32 [2, R], on every rank of a replica's last chunk."""
+        if self.config.sequence_parallel:
+            # linear_log_probs all-reduces the hidden gradient itself, so every rank already holds all of it.
+            hidden_T1H = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden_T1H, tensor_parallel_output_grad=False
+            )
+        rows_R, targets_R = batch.response_positions, batch.targets
+        if split is not None:
+            here_A, rows_R = split.rows(rows_R)
+            targets_R = targets_R[here_A]
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        output_2R = self.language_model.output_layer(hidden_T1H[:, 0][rows_R], targets_R, weight)
+        return output_2R if split is None else split.collect(output_2R, here_A, batch.targets.numel())

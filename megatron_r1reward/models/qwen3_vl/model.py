@@ -1,0 +1,153 @@
+"""Qwen3-VL: vision tower and megatron-core GPTModel, from packed tokens and pixels to response log-probs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from megatron_r1reward.models.base import HeadlessGPT, VisionLanguageModel
+from megatron_r1reward.models.head import use_response_head
+from megatron_r1reward.models.qwen3_vl.config import ModelConfigs, deepstack_levels, moe_layers
+from megatron_r1reward.models.qwen3_vl.layers import DecoderSeqParams, decoder_layer_spec
+from megatron_r1reward.models.qwen3_vl.rotary import InterleavedMultimodalRotary
+from megatron_r1reward.models.qwen3_vl.vision import VisionTower
+from megatron_r1reward.parallel.context import ContextSplit, split_context
+from megatron_r1reward.parallel.setup import Topology
+from megatron_r1reward.parallel.specs import final_norm, packed
+from megatron_r1reward.types import PackedBatch
+
+
+def _language_model(configs: ModelConfigs, topology: Topology, chunk: int, layers: range) -> HeadlessGPT:
+    text, impl = configs.hf.text_config, configs.transformer_impl
+    is_moe = moe_layers(configs.hf)
+    specs = [
+        decoder_layer_spec(num_experts=text.num_experts if is_moe[layer] else 0, transformer_impl=impl)
+        for layer in layers
+    ]
+    theta = int(text.rope_parameters["rope_theta"])
+    model = HeadlessGPT(
+        configs.language,
+        TransformerBlockSubmodules(layer_specs=specs, layer_norm=final_norm(impl)),
+        vocab_size=text.vocab_size,
+        max_sequence_length=text.max_position_embeddings,
+        pre_process=topology.holds_first_layer(chunk),
+        post_process=topology.holds_last_layer(chunk),
+        parallel_output=True,
+        share_embeddings_and_output_weights=configs.hf.tie_word_embeddings,
+        position_embedding_type="mrope",
+        rotary_base=theta,
+        scatter_embedding_sequence_parallel=False,  # image embeddings are merged in first
+        vp_stage=chunk if topology.virtual_pipeline_parallel_size > 1 else None,
+    )
+    model.rotary_pos_emb = InterleavedMultimodalRotary(
+        kv_channels=configs.language.kv_channels, rotary_percent=1.0, rotary_base=theta
+    )
+    if model.post_process:
+        use_response_head(model)
+    return model
+
+
+class Qwen3VL(VisionLanguageModel):
+    """Model chunk `chunk` of one pipeline stage of Qwen3-VL. The first holds the vision tower and the embedding.
+
+    Deepstack features of decoder layers in later chunks travel to them below the hidden states, as further rows; the
+    chunks tell them apart by the number of tokens in the batch.
+    """
+
+    def __init__(self, configs: ModelConfigs, topology: Topology, chunk: int = 0) -> None:
+        super().__init__(configs.hf, configs.language, topology, chunk)
+        number = chunk * topology.pipeline_parallel_size + topology.pipeline_parallel_rank
+        first = sum(configs.chunk_layers[:number])
+        self.layers = range(first, first + configs.chunk_layers[number])
+        self.language_model = _language_model(configs, topology, chunk, self.layers)
+        self.vision = VisionTower(configs, topology) if self.pre_process else None
+        self.levels = deepstack_levels(configs.hf)
+        self._received: torch.Tensor | None = None
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Called by megatron-core's pipeline schedule with the previous stage's output."""
+        self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def _is_visual(self, batch: PackedBatch) -> torch.Tensor:
+        """bool [T]: image and video placeholders of the whole row."""
+        ids_T = batch.input_ids[0]
+        return (ids_T == self.hf.image_token_id) | (ids_T == self.hf.video_token_id)
+
+    def _share(self, positions_T: torch.Tensor) -> torch.Tensor:
+        """Under sequence parallelism, this rank's part of the positions of a context-parallel rank."""
+        if not self.config.sequence_parallel:
+            return positions_T
+        group = parallel_state.get_tensor_model_parallel_group()
+        return positions_T.chunk(group.size())[group.rank()]
+
+    def _embed(
+        self, batch: PackedBatch, positions_T: torch.Tensor, visual_T: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Token embeddings at `positions_T` of the row with image embeddings at the placeholders, [T, 1, H], and
+        deepstack features [K, V, H] for the V placeholders among this rank's hidden states (None without images)."""
+        assert self.vision is not None
+        embedding_T1H = self.language_model.embedding(input_ids=batch.input_ids[:, positions_T], position_ids=None)
+        features_KVH = None
+        if batch.pixel_values is not None:
+            assert batch.image_grid_thw is not None
+            features_MLH = self.vision(batch.pixel_values, batch.image_grid_thw).to(embedding_T1H.dtype)
+            rows = torch.arange(features_MLH.shape[0]) if batch.image_rows is None else batch.image_rows
+            if int(visual_T.sum()) != len(rows):
+                raise ValueError(f"{int(visual_T.sum())} image tokens in the batch, but its images have {len(rows)}")
+            row_T = torch.zeros_like(batch.input_ids[0]).masked_scatter(visual_T, rows.to(visual_T.device))
+            here_T = visual_T[positions_T]
+            images_VH = features_MLH[row_T[positions_T][here_T], 0]
+            embedding_T1H = embedding_T1H.masked_scatter(here_T[:, None, None], images_VH)
+            if self.config.sequence_parallel:
+                # Each rank back-propagates through its own rows only: their gradients have to be summed.
+                features_MLH = tensor_parallel.copy_to_tensor_model_parallel_region(features_MLH)
+            mine_T = self._share(positions_T)
+            features_KVH = features_MLH[row_T[mine_T][visual_T[mine_T]], 1:].transpose(0, 1)
+        elif self.vision.sharding.run_without_images and torch.is_grad_enabled():
+            embedding_T1H = embedding_T1H + self.vision.nothing()
+        if self.config.sequence_parallel:
+            embedding_T1H = tensor_parallel.scatter_to_sequence_parallel_region(embedding_T1H)
+        return embedding_T1H, features_KVH
+
+    def _receive(self, tokens: int, placeholders: int) -> torch.Tensor | None:
+        """Split what the previous stage sent: hidden states for the decoder, deepstack features [K, V, H]."""
+        assert self._received is not None
+        self.language_model.set_input_tensor(self._received[:tokens])
+        features = self._received[tokens:]
+        return features.reshape(-1, placeholders, features.shape[-1]) if features.shape[0] else None
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        """The last chunk returns float32 [2, R]: log-probs of the response tokens and the entropies of their
+        distributions, on every context-parallel rank. Other chunks return hidden states for the next one."""
+        split: ContextSplit | None = split_context(batch.cu_seqlens, self.context_parallel_group)
+        everything_T = torch.arange(batch.num_tokens, device=batch.input_ids.device)
+        positions_T = everything_T if split is None else split.positions
+        visual_T = self._is_visual(batch)
+        mine_T = self._share(positions_T)
+        visual_rows_V = visual_T[mine_T].nonzero()[:, 0]
+        if self.pre_process:
+            embedding_T1H, features_KVH = self._embed(batch, positions_T, visual_T)
+        else:
+            embedding_T1H, features_KVH = None, self._receive(len(mine_T), len(visual_rows_V))
+        hidden_T1H = self.language_model(
+            input_ids=None,
+            position_ids=batch.position_ids,
+            attention_mask=None,
+            decoder_input=embedding_T1H,
+            packed_seq_params=DecoderSeqParams(
+                **vars(packed(batch.cu_seqlens)),
+                visual_rows=visual_rows_V,
+                first_level=self.layers.start,
+                loss_tokens=batch.targets.numel(),
+            ),
+            extra_block_kwargs={"context": features_KVH},
+        )
+        if self.post_process:
+            return self.log_probs(hidden_T1H, batch, split)
+        later = max(self.levels - self.layers.stop, 0)
+        if later and features_KVH is not None:
+            hidden_T1H = torch.cat([hidden_T1H, features_KVH[-later:].flatten(0, 1)[:, None]])
+        return hidden_T1H

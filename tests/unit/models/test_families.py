@@ -1,0 +1,101 @@
+"""Every tiny member of both families against transformers on the same folder, images and tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import CORPUS
+from family import (
+    MEMBERS,
+    Member,
+    exported_gradients,
+    odd_images,
+    reference_gradients,
+    reference_log_probs,
+    reference_model,
+)
+
+from megatron_r1reward.checkpoint.hf import HfReader, export_hf_tensors
+from megatron_r1reward.config.schema import ParallelSection
+from megatron_r1reward.models.registry import family_of
+from megatron_r1reward.models.tiny import write_tiny_checkpoint
+from megatron_r1reward.parallel import setup
+from megatron_r1reward.types import Sequence
+
+
+@pytest.fixture(scope="module")
+def topology():
+    yield setup.initialize(ParallelSection(), seed=0)
+    setup.shutdown()
+
+
+@pytest.fixture(scope="module", params=MEMBERS)
+def member(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Member:
+    folder = tmp_path_factory.mktemp("member") / "checkpoint"
+    write_tiny_checkpoint(folder, corpus=CORPUS, spec=MEMBERS[request.param], init_std=0.15)
+    return Member(folder)
+
+
+@pytest.fixture(scope="module")
+def model(member: Member, topology: setup.Topology) -> torch.nn.Module:
+    return member.build(topology)
+
+
+@pytest.fixture(scope="module")
+def sequences(member: Member, image_paths: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> list[Sequence]:
+    """Text only, one image, two images, three images with odd grids; responses of different lengths."""
+    odd = odd_images(tmp_path_factory.mktemp("odd"))
+    return [member.sequence(i, paths) for i, paths in enumerate([(), image_paths[:1], image_paths[1:], odd])]
+
+
+@pytest.fixture(scope="module")
+def expected(member: Member, sequences: list[Sequence]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """transformers' log-probs, one sequence at a time, and the gradients of their sum."""
+    reference = reference_model(member)
+    log_probs_R = torch.cat([reference_log_probs(reference, member, sequence) for sequence in sequences])
+    log_probs_R.sum().backward()
+    assert log_probs_R.std() > 0.5, "the reference must be far from uniform for this test to mean anything"
+    return log_probs_R.detach(), reference_gradients(reference, member)
+
+
+def test_packed_log_probs_are_those_of_transformers(model, member, sequences, expected):
+    log_probs_R, entropy_R = model(member.packer.pack(sequences, range(4)))
+    torch.testing.assert_close(log_probs_R, expected[0], atol=1e-4, rtol=0)
+    assert (entropy_R > 0).all()
+
+
+def test_unpacked_log_probs_are_those_of_transformers(model, member, sequences, expected):
+    log_probs_R = torch.cat([model(member.packer.pack(sequences, [i]))[0] for i in range(4)])
+    torch.testing.assert_close(log_probs_R, expected[0], atol=1e-4, rtol=0)
+
+
+def test_gradients_are_those_of_transformers(model, member, sequences, expected):
+    model.zero_grad()
+    model(member.packer.pack(sequences, range(4)))[0].sum().backward()
+    gradients = exported_gradients(model, member)
+    assert set(gradients) == set(expected[1])
+    for name, gradient in gradients.items():
+        scale = expected[1][name].abs().max()
+        assert scale > 0, name
+        torch.testing.assert_close(gradient, expected[1][name], atol=float(1e-4 * scale) + 1e-6, rtol=1e-3, msg=name)
+
+
+def test_the_policy_sees_the_image(model, member, sequences):
+    """log_prob(with image) != log_prob(with other pixels) != log_prob(without pixels)."""
+    batch = member.packer.pack(sequences, [1])
+    seen, again = (model(batch)[0] for _ in range(2))
+    assert torch.equal(seen, again), "same input, same result"
+    changed = replace(batch, pixel_values=batch.pixel_values.flip(0))
+    blind = replace(batch, pixel_values=None, image_grid_thw=None)
+    assert (model(changed)[0] - seen).abs().max() > 1e-2
+    assert (model(blind)[0] - seen).abs().max() > 1e-2
+
+
+def test_export_returns_every_tensor_of_the_folder_unchanged(model, member, topology):
+    reader = HfReader(member.folder)
+    exported = dict(export_hf_tensors(model, family_of(member.config).weight_table(member.config), topology))
+    assert set(exported) == {family_of(member.config).weight_table(member.config).canonical(n) for n in reader.files}
+    for name, tensor in exported.items():
+        assert torch.equal(tensor, reader[name]), name
