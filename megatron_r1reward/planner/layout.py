@@ -75,16 +75,22 @@ class Layout:
         return min(2 * (self.pp - stage - 1) + (self.vpp - 1) * self.pp + 1, micro_batches * self.vpp)
 
 
-def parallel_shape(shape: ModelShape, *, freeze_language: bool = False) -> legality.ModelShape:
-    """The sizes that `parallel.layout` checks layouts against."""
+def parallel_shape(
+    shape: ModelShape, *, whole_experts: bool = False, freeze_language: bool = False
+) -> legality.ModelShape:
+    """The sizes that `parallel.layout` checks layouts against. Under expert parallelism experts are whole: tensor
+    parallelism does not cut them."""
     text, vision = shape.text, shape.vision
-    ffn_sizes = [text.experts.ffn] if text.experts else []
-    if not text.experts or text.experts.dense_layers:
-        ffn_sizes.append(text.ffn)
+    sparse = sum(text.is_sparse(layer) for layer in range(text.layers))
+    ffn_sizes = [text.ffn] if sparse < text.layers else []
+    routed = 0
+    if text.experts is not None and sparse:
+        routed = text.experts.top_k * text.experts.ffn * sparse
+        ffn_sizes += [] if whole_experts else [text.experts.ffn]
     # Multiplications per token and layer; attention scores are small beside them.
     patch = vision.blocks * (4 * vision.hidden**2 + (3 if vision.gated else 2) * vision.hidden * vision.ffn)
-    ffn = text.experts.ffn * text.experts.top_k if text.experts else text.ffn
-    layer = text.hidden * (2 * text.query + text.key_value + 3 * ffn)
+    ffn = (text.ffn * (text.layers - sparse) + routed) / text.layers
+    layer = text.hidden * (2 * text.query + text.key_value) + 3 * text.hidden * ffn
     return legality.ModelShape(
         num_layers=text.layers,
         num_attention_heads=text.heads,
@@ -100,40 +106,24 @@ def parallel_shape(shape: ModelShape, *, freeze_language: bool = False) -> legal
 
 def check(shape: ModelShape, section: ParallelSection, model: ModelSection, world: int) -> str | None:
     """Why the trainer cannot run `section` on `world` ranks, with the nearest legal layout; None when it can."""
-    sizes = parallel_shape(shape, freeze_language=model.freeze_language)
+    experts, ep = shape.text.experts, section.expert_model_parallel_size
+    sizes = parallel_shape(shape, whole_experts=ep > 1, freeze_language=model.freeze_language)
     problem = legality.layout_problem(sizes, section, world)
     if problem is not None:
-        return (
-            f"{problem}. The nearest legal layout: {legality.describe(legality.nearest_layout(sizes, section, world))}"
-        )
-    experts, ep, etp = shape.text.experts, expert_size(section), expert_tensor_size(section)
-    if ep == 1:
-        return None
+        nearest = legality.nearest_layout(sizes, section, world)
+        return f"{problem}. The nearest legal layout: {legality.describe(nearest)}"
     if experts is None:
-        return f"expert_model_parallel_size {ep} needs a mixture of experts, {shape.family} has none: set it to 1"
-    if experts.count % ep:
-        legal = max(n for n in range(1, ep) if experts.count % n == 0)
+        return f"expert_model_parallel_size {ep}, but the model has no experts: set it to 1" if ep > 1 else None
+    if section.tensor_model_parallel_size > 1 and not section.sequence_parallel:
+        return "experts with tensor_model_parallel_size > 1 need sequence_parallel: set it to true"
+    needed = section.expert_tensor_parallel_size * section.pipeline_model_parallel_size
+    if experts.count % ep or world % (needed * ep):
+        legal = next((n for n in range(ep, 0, -1) if experts.count % n == 0 and world % (needed * n) == 0), 1)
         return (
-            f"expert_model_parallel_size {ep} does not divide {experts.count} experts: "
-            f"the nearest legal size is {legal}"
-        )
-    needed = etp * ep * section.pipeline_model_parallel_size
-    if world % needed:
-        legal = max(n for n in range(1, ep) if experts.count % n == 0 and world % (needed // ep * n) == 0)
-        return (
-            f"{world} ranks cannot hold expert_model_parallel_size {ep} x expert tensor parallel {etp} x pipeline "
-            f"{section.pipeline_model_parallel_size}: the nearest legal expert_model_parallel_size is {legal}"
+            f"expert_model_parallel_size {ep} has to divide {experts.count} experts and, times {needed} (expert tensor "
+            f"x pipeline ranks), the {world} ranks: the nearest legal size is {legal}"
         )
     return None
-
-
-def expert_size(section: ParallelSection) -> int:
-    return getattr(section, "expert_model_parallel_size", None) or 1
-
-
-def expert_tensor_size(section: ParallelSection) -> int:
-    """megatron-core cuts experts over the tensor-parallel ranks unless it is told otherwise."""
-    return getattr(section, "expert_tensor_parallel_size", None) or section.tensor_model_parallel_size
 
 
 def trainer_layout(shape: ModelShape, section: ParallelSection, world: int) -> Layout:
@@ -148,8 +138,8 @@ def trainer_layout(shape: ModelShape, section: ParallelSection, world: int) -> L
         pp=pp,
         vpp=section.virtual_pipeline_model_parallel_size,
         cp=cp,
-        ep=expert_size(section),
-        etp=expert_tensor_size(section),
+        ep=section.expert_model_parallel_size,
+        etp=section.expert_tensor_parallel_size,
         dp=world // (tp * pp * cp),
         sequence_parallel=section.sequence_parallel and tp > 1,
         distributed_optimizer=section.use_distributed_optimizer,

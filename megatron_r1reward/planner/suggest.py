@@ -8,12 +8,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_r1reward.config.schema import ParallelSection, RunConfig
+from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.parallel import layout as legality
 from megatron_r1reward.planner.catalog import find_model
 from megatron_r1reward.planner.layout import Stage, parallel_shape
 from megatron_r1reward.planner.placement import place
 from megatron_r1reward.planner.plan import Plan, make_plan
+from megatron_r1reward.planner.shapes import ModelShape
 
 MAX_EVALUATIONS = 600
 
@@ -31,7 +32,7 @@ def _switch(key: str, value: Any, cost: float, *, useful: bool) -> Knob:
     return [(0.0, {}), (cost, {key: value})] if useful else [(0.0, {})]
 
 
-def _knobs(config: RunConfig, stage: Stage) -> list[Knob]:
+def _knobs(config: RunConfig, stage: Stage, *, moe: bool) -> list[Knob]:
     """What may be changed, cheap in speed first: recomputation and sharding before more devices."""
     parallel, node = config.parallel, config.plan.gpus_per_node
     modes = ["none", "selective", "full"]
@@ -47,9 +48,8 @@ def _knobs(config: RunConfig, stage: Stage) -> list[Knob]:
         _sizes("parallel.context_parallel_size", parallel.context_parallel_size, 1.5, node),
         _sizes("plan.nodes", config.plan.nodes, 3.0, 16 * config.plan.nodes),
     ]
-    if "expert_model_parallel_size" in ParallelSection.model_fields:
-        now = getattr(parallel, "expert_model_parallel_size", 1)
-        knobs.append(_sizes("parallel.expert_model_parallel_size", now, 0.8, 64))
+    if moe:
+        knobs.append(_sizes("parallel.expert_model_parallel_size", parallel.expert_model_parallel_size, 0.8, 64))
     if stage == "rl":
         knobs += _server_knobs(config)
     return knobs
@@ -90,17 +90,14 @@ def _fitting(config: RunConfig, stage: Stage, changes: dict[str, Any]) -> Plan |
     return plan if plan.fits else None
 
 
-def _legal_start(config: RunConfig, stage: Stage) -> dict[str, Any] | None:
-    """Changes that make the trainer's layout legal, none where it is; None where the model is not known."""
-    try:
-        shape = find_model(config.model.path, config.plan.model).shape
-    except ValueError:
-        return None
+def _legal_start(config: RunConfig, stage: Stage, shape: ModelShape) -> dict[str, Any]:
+    """Changes that make the trainer's layout legal, none where it is."""
     try:
         world = place(config, stage).trainer
     except ValueError:  # no room for all components: more nodes come first
         return {}
-    sizes = parallel_shape(shape, freeze_language=config.model.freeze_language)
+    whole_experts = config.parallel.expert_model_parallel_size > 1
+    sizes = parallel_shape(shape, whole_experts=whole_experts, freeze_language=config.model.freeze_language)
     if legality.layout_problem(sizes, config.parallel, world) is None:
         return {}
     nearest = legality.nearest_layout(sizes, config.parallel, world).model_dump()
@@ -113,10 +110,12 @@ def nearest_fit(config: RunConfig, stage: Stage) -> tuple[dict[str, Any], Plan] 
 
     Best first over a cost that prefers recomputation and sharding over more devices.
     """
-    legal = _legal_start(config, stage)
-    if legal is None:
-        return None
-    knobs = _knobs(_changed(config, legal), stage)
+    try:
+        shape = find_model(config.model.path, config.plan.model).shape
+    except ValueError:
+        return None  # no layout helps
+    legal = _legal_start(config, stage, shape)
+    knobs = _knobs(_changed(config, legal), stage, moe=shape.text.experts is not None)
     start = (0,) * len(knobs)
     queue, seen = [(0.0, start)], {start}
     for _ in range(MAX_EVALUATIONS):

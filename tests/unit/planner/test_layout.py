@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
-from transformers import Qwen2_5_VLConfig
+from transformers import AutoConfig
 
 from megatron_r1reward.config.schema import ModelSection, ParallelSection
-from megatron_r1reward.models.qwen2_5_vl.config import model_shape
+from megatron_r1reward.models.qwen2_5_vl import config as qwen2_5_vl
+from megatron_r1reward.models.qwen3_vl import config as qwen3_vl
 from megatron_r1reward.planner.catalog import bundled_config, bundled_names
 from megatron_r1reward.planner.layout import Layout, check, parallel_shape, trainer_layout
 from megatron_r1reward.planner.shapes import read_shape
@@ -14,10 +18,16 @@ from megatron_r1reward.planner.shapes import read_shape
 MODEL = ModelSection(path="x")
 
 
-@pytest.mark.parametrize("name", [n for n in bundled_names() if n.startswith("Qwen2.5")])
-def test_the_trainer_checks_the_same_sizes(name: str):
+@pytest.mark.parametrize("name", bundled_names())
+def test_the_trainer_checks_the_same_sizes(name: str, tmp_path: Path):
     config = bundled_config(name)
-    assert parallel_shape(read_shape(config)) == model_shape(Qwen2_5_VLConfig.from_dict(config))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    hf = AutoConfig.from_pretrained(tmp_path)
+    module = qwen2_5_vl if hf.model_type == "qwen2_5_vl" else qwen3_vl
+    assert parallel_shape(read_shape(config)) == module.model_shape(hf)
+    if hf.model_type == "qwen3_vl_moe":
+        whole = qwen3_vl.model_shape(hf, whole_experts=True)
+        assert parallel_shape(read_shape(config), whole_experts=True) == whole
 
 
 def test_a_tensor_parallel_size_that_does_not_divide_names_the_nearest():
@@ -44,21 +54,20 @@ def test_uneven_stages_follow_the_trainers_split():
     assert [len(layout.layers_of(stage, 28)) for stage in range(4)] == [0, 9, 9, 10]
 
 
-def test_expert_sizes(monkeypatch: pytest.MonkeyPatch):
-    moe = read_shape(bundled_config("Qwen3-VL-30B-A3B-Instruct"))
-    dense = read_shape(bundled_config("Qwen3-VL-8B-Instruct"))
-    module = "megatron_r1reward.planner.layout"
-
-    def expert_size(size: int) -> None:
-        monkeypatch.setattr(f"{module}.expert_size", lambda section: size)
-
-    expert_size(8)
-    assert check(moe, ParallelSection(), MODEL, 16) is None
-    assert "dense" in check(dense, ParallelSection(), MODEL, 16) or "none" in check(dense, ParallelSection(), MODEL, 16)
-    expert_size(6)
-    assert "nearest legal size is 4" in check(moe, ParallelSection(), MODEL, 12)
-    expert_size(8)
-    assert "is 4" in check(moe, ParallelSection(), MODEL, 12)
+@pytest.mark.parametrize(
+    ("model", "keys", "world", "words"),
+    [
+        ("Qwen3-VL-30B-A3B-Instruct", {"expert_model_parallel_size": 8}, 16, None),
+        ("Qwen3-VL-30B-A3B-Instruct", {"expert_model_parallel_size": 6}, 12, "nearest legal size is 4"),
+        ("Qwen3-VL-30B-A3B-Instruct", {"expert_model_parallel_size": 8}, 12, "nearest legal size is 4"),
+        ("Qwen3-VL-30B-A3B-Instruct", {"tensor_model_parallel_size": 2}, 8, "sequence_parallel"),
+        ("Qwen3-VL-8B-Instruct", {"expert_model_parallel_size": 2}, 8, "no experts"),
+    ],
+)
+def test_expert_parallel_sizes(model: str, keys: dict[str, int], world: int, words: str | None):
+    problem = check(read_shape(bundled_config(model)), ParallelSection(**keys), MODEL, world)
+    assert (problem is None) == (words is None)
+    assert words is None or words in str(problem)
 
 
 def test_layers_of_an_equal_split():

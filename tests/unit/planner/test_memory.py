@@ -117,21 +117,36 @@ def test_more_ranks_never_need_more_memory_each(make_config):
     assert peak(Layout(tp=4, cp=2)) < peak(Layout(tp=4, dp=2))
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_what_autograd_keeps(recompute: str, tiny_folder: Path, image_paths: tuple[str, ...]):
+@pytest.mark.parametrize(
+    ("member", "recompute"),
+    [
+        ("qwen2_5_vl", "none"),
+        ("qwen2_5_vl", "selective"),
+        ("qwen2_5_vl", "full"),
+        ("qwen3_vl", "none"),
+        ("qwen3_vl_moe", "none"),
+    ],
+)
+def test_what_autograd_keeps(member: str, recompute: str, tmp_path: Path, image_paths: tuple[str, ...]):
     """One forward pass of the real model: the storages that autograd keeps, against the list of the planner."""
     from megatron_r1reward.config.schema import ParallelSection
+    from megatron_r1reward.models.tiny import TINY_SPECS, write_tiny_checkpoint
     from megatron_r1reward.parallel import setup
 
+    write_tiny_checkpoint(tmp_path / "model", corpus=["Which digit is shown? 7"] * 4, spec=TINY_SPECS[member])
     section = ParallelSection(recompute=recompute)
     topology = setup.initialize(section, seed=0)
     try:
-        measured, batch = _saved_bytes(tiny_folder, image_paths, section, topology)
+        measured, batch = _saved_bytes(tmp_path / "model", image_paths, section, topology)
     finally:
         setup.shutdown()
-    shape = find_model(tiny_folder).shape
     planned = stage_activations(
-        shape, Layout(recompute=recompute), Numerics(width=4, fused_norm=False), batch, stage=0, micro_batches=1
+        find_model(tmp_path / "model").shape,
+        Layout(recompute=recompute),
+        Numerics(width=4, fused_norm=False),
+        batch,
+        stage=0,
+        micro_batches=1,
     )
     assert planned.language + planned.vision == pytest.approx(measured, rel=0.03)
 
@@ -139,7 +154,7 @@ def test_what_autograd_keeps(recompute: str, tiny_folder: Path, image_paths: tup
 def _saved_bytes(folder: Path, image_paths, section, topology) -> tuple[int, MicroBatch]:
     from transformers import AutoTokenizer
 
-    from megatron_r1reward.config.schema import RunConfig
+    from megatron_r1reward.config.schema import MoeSection, PrecisionSection, RunConfig
     from megatron_r1reward.models.registry import family_of, load_hf_config
     from megatron_r1reward.training.state import build_packer
     from megatron_r1reward.types import Prompt
@@ -162,7 +177,9 @@ def _saved_bytes(folder: Path, image_paths, section, topology) -> tuple[int, Mic
         sequences.append(packer.sequence(prompt, range(30, 60)))
     batch = packer.pack(sequences, range(len(sequences)))
     family = family_of(hf)
-    model = family.build_model(family.build_configs(hf, section, torch.float32), topology).train()
+    model = family.build_model(
+        family.build_configs(hf, section, torch.float32, PrecisionSection(), MoeSection()), topology
+    ).train()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
