@@ -14,33 +14,38 @@ import socket
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from reporting import print_table, write_json
 
-from megatron_r1reward.models.tiny import TinySpec, write_tiny_checkpoint
+from megatron_r1reward.models.tiny import TinyQwen3Spec, TinySpec, write_tiny_checkpoint
 
 EXACT = ("parameters", "gradients", "optimizer")
 # Goals: state to the byte; tensors that autograd keeps within 5 %; the peak within 25 %: temporaries of the backward
 # pass and of the allocator are estimated, not listed.
 GOALS = {**dict.fromkeys(EXACT, 0.0), "saved by one forward": 0.05, "peak of a step": 0.25}
 MICRO_BATCHES = 4
-MODEL = TinySpec(
-    hidden_size=256,
-    intermediate_size=704,
-    num_layers=4,
-    num_heads=8,
-    num_key_value_heads=4,
-    mrope_section=(4, 6, 6),
-    vision_depth=4,
-    vision_hidden_size=128,
-    vision_intermediate_size=320,
-    vision_full_attention_blocks=(1, 3),
-    max_pixels=28 * 28 * 256,
-)
+EP2 = {"expert_model_parallel_size": 2}
+QWEN3 = TinyQwen3Spec(hidden_size=256, intermediate_size=704, num_layers=4, num_heads=8, num_key_value_heads=4)
+MODELS = {
+    "qwen3_vl": QWEN3,
+    "qwen3_vl_moe": replace(QWEN3, num_experts=8, moe_intermediate_size=192),
+    "qwen2_5_vl": TinySpec(
+        hidden_size=256,
+        intermediate_size=704,
+        num_layers=4,
+        num_heads=8,
+        num_key_value_heads=4,
+        vision_depth=4,
+        vision_hidden_size=128,
+        vision_intermediate_size=320,
+        vision_full_attention_blocks=(1, 3),
+        max_pixels=28 * 28 * 256,
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,7 @@ class Case:
     name: str
     ranks: int = 1
     precision: str = "fp32"
+    member: str = "qwen2_5_vl"
     parallel: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
 
@@ -69,6 +75,8 @@ CASES = (
     Case(name="CP 2", ranks=2, parallel={"context_parallel_size": 2}),
     Case(name="DP 2, distributed optimizer, bf16", ranks=2, precision="bf16"),
     Case(name="DP 2, whole optimizer", ranks=2, parallel={"use_distributed_optimizer": False}),
+    Case(name="Qwen3-VL, 1 rank", member="qwen3_vl"),
+    Case(name="Qwen3-VL experts, EP 2, bf16", ranks=2, member="qwen3_vl_moe", precision="bf16", parallel=EP2),
 )
 
 
@@ -154,14 +162,14 @@ def main() -> None:
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
-        model = Path(name) / "model"
         corpus = ["Which digit is shown? Response 1 says 7, Response 2 says 3. <think></think><answer>1</answer>"] * 4
-        write_tiny_checkpoint(model, corpus=corpus, spec=MODEL)
+        for member, spec in MODELS.items():
+            write_tiny_checkpoint(Path(name) / member, corpus=corpus, spec=spec)
         available = torch.cuda.device_count() if torch.cuda.is_available() else None
         for case in CASES:
             if (arguments.only and arguments.only not in case.name) or (available and case.ranks > available):
                 continue
-            rows += compare(case, measure(case, model))
+            rows += compare(case, measure(case, Path(name) / case.member))
     print_table(["case", "part", "rank", "planned MB", "measured MB", "error %", "within goal"], rows)
     how = "torch.cuda allocator" if torch.cuda.is_available() else "CPU allocator events of torch.profiler"
     write_json(arguments.json, "planner_error", rows, peak_measured_by=how, goals=GOALS)

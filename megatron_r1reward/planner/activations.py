@@ -71,16 +71,18 @@ def language_layer(text: TextShape, layout: Layout, numerics: Numerics, *, spars
 
 
 def _experts(text: TextShape, layout: Layout, numerics: Numerics) -> dict[str, float]:
-    """Router in float32; each token's copies dispatched, expanded, and combined. Balanced load is assumed."""
+    """Router in float32, the copies of each token that its experts get, and inside an expert the MLP's tensors before
+    and after they are weighed. Balanced load is assumed."""
     experts, width = text.experts, numerics.width
     assert experts is not None
     cut = layout.stream_cut  # tokens are spread over these before they are dispatched
-    router = (4 * text.hidden + 3 * 4 * experts.count) / cut
-    copies = experts.top_k * (layout.etp / cut if cut > 1 else 1)
+    copies = experts.top_k / cut * layout.etp
+    promoted = 4 * text.hidden if width < 4 else 0  # float32 copy of the router's input
+    chosen = 20 * experts.top_k  # two int64 indices and a float32 weight per copy
     return {
-        "router": router,
-        "dispatched tokens": 2 * copies * text.hidden * width,
-        "experts": copies * (5 * experts.ffn / layout.etp * width + 4),
+        "router": (promoted + 5 * experts.count + chosen) / cut,
+        "dispatched tokens": copies * text.hidden * width,
+        "experts": copies * (6 * experts.ffn / layout.etp * width + 4),
     }
 
 
