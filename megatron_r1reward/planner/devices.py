@@ -28,8 +28,9 @@ class Device:
     network_bytes: float  # to other nodes
     source: str
     # Share of peak that a training step reaches inside its layers, communication and pipeline bubble apart: large bf16
-    # products reach about 0.8 on Hopper; unfused norms, rotations and activations take about a third of the time.
-    compute_efficiency: float = 0.5
+    # products reach about 0.8 on Hopper; norms, rotations and activations, none of them fused, are taken to double
+    # the time.
+    compute_efficiency: float = 0.4
     prefill_efficiency: float = 0.4
     bandwidth_efficiency: float = 0.6  # of memory_rate, while a server decodes
     link_efficiency: float = 0.7
