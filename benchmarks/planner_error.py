@@ -28,6 +28,7 @@ EXACT = ("parameters", "gradients", "optimizer")
 # pass and of the allocator are estimated, not listed.
 GOALS = {**dict.fromkeys(EXACT, 0.0), "saved by one forward": 0.05, "peak of a step": 0.25}
 MICRO_BATCHES = 4
+TIMEOUT_S = 300.0
 EP2 = {"expert_model_parallel_size": 2}
 QWEN3 = TinyQwen3Spec(hidden_size=256, intermediate_size=704, num_layers=4, num_heads=8, num_key_value_heads=4)
 MODELS = {
@@ -121,12 +122,16 @@ def measure(case: Case, model: Path) -> list[dict[str, Any]]:
                     stderr=subprocess.STDOUT,
                 )
             )
-        for rank, process in enumerate(processes):
-            if process.wait(timeout=300):
-                for other in processes:
-                    other.kill()
-                tail = (folder / f"rank-{rank}.log").read_text()[-2000:]
-                raise SystemExit(f"{case.name}: rank {rank} failed\n{tail}")
+        try:
+            failed = next((rank for rank, process in enumerate(processes) if process.wait(timeout=TIMEOUT_S)), None)
+        except subprocess.TimeoutExpired:
+            failed = next(rank for rank, process in enumerate(processes) if process.poll() is None)
+        finally:
+            for process in processes:
+                process.kill()
+        if failed is not None:
+            tail = (folder / f"rank-{failed}.log").read_text()[-2000:]
+            raise SystemExit(f"{case.name}: rank {failed} failed or took more than {TIMEOUT_S} s\n{tail}")
         return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(case.ranks)]
 
 
@@ -169,6 +174,7 @@ def main() -> None:
         for case in CASES:
             if (arguments.only and arguments.only not in case.name) or (available and case.ranks > available):
                 continue
+            print(f"running {case.name}", file=sys.stderr, flush=True)
             rows += compare(case, measure(case, Path(name) / case.member))
     print_table(["case", "part", "rank", "planned MB", "measured MB", "error %", "within goal"], rows)
     how = "torch.cuda allocator" if torch.cuda.is_available() else "CPU allocator events of torch.profiler"

@@ -41,19 +41,21 @@ def volumes(shape: ModelShape, layout: Layout, batch: MicroBatch, width: int, *,
     tokens = batch.tokens / layout.cp
     layers = layout.layers_of(stage, text.layers)
     stream = tokens * text.hidden * width
-    # Two linear pairs per layer. Sequence parallel: all-gather before and reduce-scatter after each, the same in the
-    # backward pass, and the inputs gathered once more for the weight gradients. Otherwise one all-reduce each way.
-    passes = 10 if layout.sequence_parallel else 8
+    # Per linear pair. Sequence parallel: all-gather before and reduce-scatter after it, the same in the backward pass,
+    # and the input gathered once more for the weight gradient. Otherwise one all-reduce each way.
+    passes = 5 if layout.sequence_parallel else 4
     if layout.recompute == "full":
-        passes += 4
+        passes += 2
     sparse = sum(text.is_sparse(layer) for layer in layers)
-    tensor = len(layers) * passes * stream * _share(layout.tp)
+    pairs = 2 * len(layers) - sparse  # experts are no linear pair of the residual stream
+    tensor = pairs * passes * stream * _share(layout.tp)
     keys = tokens * text.key_value / layout.tp * width
     context = len(layers) * 3 * (layout.cp - 1) * keys  # forward, and keys with gradients in the backward pass
     pipeline = 2 * stream / layout.stream_cut * layout.vpp if layout.pp > 1 else 0.0
     copies = 0.0
-    if text.experts is not None:  # dispatch and combine, forward and backward
-        copies = 4 * stream / layout.stream_cut * text.experts.top_k * _share(layout.ep) * sparse
+    if text.experts is not None:  # dispatched and combined, forward and backward; gathered where experts are cut
+        sent = stream / layout.stream_cut * text.experts.top_k
+        copies = 4 * sparse * sent * (_share(layout.ep) + layout.etp - 1)
     return Communication(
         tensor_parallel=tensor,
         vision=_vision(shape, layout, batch, width) if stage == 0 else 0.0,

@@ -59,30 +59,43 @@ def _micro_batch_seconds(
     return work / (device.bf16_flops * device.compute_efficiency)
 
 
-def _links(device: Device, layout: Layout, node: int) -> tuple[float, float]:
-    """Achieved bytes per second inside a replica's tensor x context group, and between replicas and stages."""
-    near = device.link_bytes if layout.tp * layout.cp <= node else min(device.link_bytes, device.network_bytes)
-    far = device.link_bytes if layout.world <= node else min(device.link_bytes, device.network_bytes)
-    return near * device.link_efficiency, far * device.link_efficiency
+@dataclass(frozen=True, kw_only=True)
+class _Links:
+    """Achieved bytes per second inside a tensor x context group, between expert-parallel ranks, and between replicas
+    and stages. megatron-core numbers tensor-parallel ranks first, pipeline stages last."""
+
+    inside: float
+    experts: float
+    outside: float
+
+    def exposed(self, traffic: Communication) -> float:
+        inside = traffic.tensor_parallel + traffic.vision + traffic.context_parallel
+        return inside / self.inside + traffic.experts / self.experts + traffic.pipeline / self.outside
 
 
-def _exposed(traffic: Communication, near: float, far: float) -> float:
-    inside = traffic.tensor_parallel + traffic.vision + traffic.context_parallel
-    return inside / near + (traffic.pipeline + traffic.experts) / far
+def _links(device: Device, layout: Layout, node: int) -> _Links:
+    def rate(ranks: int) -> float:
+        peak = device.link_bytes if ranks <= node else min(device.link_bytes, device.network_bytes)
+        return peak * device.link_efficiency
+
+    inside = layout.tp * layout.cp
+    return _Links(
+        inside=rate(inside), experts=rate(max(layout.ep * layout.etp, layout.ep * inside)), outside=rate(layout.world)
+    )
 
 
 def update_time(
     shape: ModelShape, layout: Layout, workload: Workload, device: Device, *, width: int, node: int
 ) -> UpdateTime:
     """One optimizer step on all ranks; `node` devices share a node."""
-    near, far = _links(device, layout, node)
+    links = _links(device, layout, node)
     stages = range(layout.pp)
     compute = max(_micro_batch_seconds(shape, layout, workload, device, s, train=True) for s in stages)
     traffic = [volumes(shape, layout, workload.mean, width, stage=s) for s in stages]
-    exposed = max(_exposed(t, near, far) for t in traffic)
+    exposed = max(links.exposed(t) for t in traffic)
     count = workload.micro_batches
     bubble = (layout.pp - 1) / layout.vpp * (compute + exposed)
-    replicas = max(t.data_parallel for t in traffic) / far
+    replicas = max(t.data_parallel for t in traffic) / links.outside
     if layout.overlap_grad_reduce:  # hidden behind the backward pass of the last micro-batch, two thirds of it
         replicas = max(replicas - 2 / 3 * compute, 0.0)
     model = 3 * workload.sequences * _mean_sequence(shape, workload)
@@ -111,9 +124,9 @@ def log_prob_seconds(
     shape: ModelShape, layout: Layout, workload: Workload, device: Device, *, width: int, node: int
 ) -> float:
     """Forward passes over all sequences of one rollout batch: log-probs of the policy, or of the reference."""
-    near, far = _links(device, layout, node)
+    links = _links(device, layout, node)
     compute = max(_micro_batch_seconds(shape, layout, workload, device, s, train=False) for s in range(layout.pp))
-    exposed = max(_exposed(volumes(shape, layout, workload.mean, width, stage=s), near, far) for s in range(layout.pp))
+    exposed = max(links.exposed(volumes(shape, layout, workload.mean, width, stage=s)) for s in range(layout.pp))
     count = workload.micro_batches * workload.optimizer_steps
     # a forward pass sends about a third of what a training step does
     return (count + (layout.pp - 1) / layout.vpp) * (compute + exposed / 3)

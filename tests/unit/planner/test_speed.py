@@ -59,7 +59,10 @@ def test_context_pipeline_and_expert_volumes_appear_with_their_sizes():
     assert volumes(SEVEN.shape, Layout(cp=2), BATCH, 2).context_parallel == 28 * 3 * 4096 * 1024 * 2
     assert volumes(SEVEN.shape, Layout(pp=2), BATCH, 2).pipeline == 2 * 8192 * 3584 * 2
     moe = find_model(Path("Qwen3-VL-30B-A3B-Instruct")).shape
-    assert volumes(moe, Layout(ep=4, dp=4), BATCH, 2).experts == 48 * 4 * 8192 * 2048 * 2 * 8 * 3 / 4
+    found = volumes(moe, Layout(tp=2, sequence_parallel=True, ep=4, dp=2), BATCH, 2)
+    assert found.experts == 48 * 4 * 8192 / 2 * 2048 * 2 * 8 * 3 / 4
+    # tensor parallelism is left with the attention
+    assert found.tensor_parallel == 48 * 5 * 8192 * 2048 * 2 / 2
 
 
 def test_a_servers_cache_by_hand():
