@@ -1,17 +1,14 @@
 """How far the planner is from the memory of real, small runs: weights, gradients and optimizer state to the byte, what
 autograd keeps, and the allocator's peak over one training step.
 
-Every run is the trainer's own (build_state, micro-batches, optimizer step) in fresh processes, with gloo ranks on a
-CPU or NCCL ranks on GPUs. Usage: planner_error.py [--json FILE] [--check] [--only NAME]
+Every run is the trainer's own (build_state, micro-batches, optimizer step) in processes of their own, forked before any
+training, with gloo ranks on a CPU or NCCL ranks on GPUs. Usage: planner_error.py [--json FILE] [--check] [--only NAME]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field, replace
@@ -19,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forked_ranks import run_ranks
+from planner_measure import measure
 from reporting import print_table, write_json
 
 from megatron_r1reward.models.tiny import TinyQwen3Spec, TinySpec, write_tiny_checkpoint
@@ -96,43 +95,11 @@ def _write_run_file(folder: Path, model: Path, case: Case) -> Path:
     return run_file
 
 
-def _port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def measure(case: Case, model: Path) -> list[dict[str, Any]]:
-    """One result per rank. A failed rank ends the program with its last lines."""
+def run(case: Case, model: Path) -> list[dict[str, Any]]:
+    """One result per rank, each from a process of its own."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        run_file = _write_run_file(folder, model, case)
-        command = [sys.executable, str(Path(__file__).with_name("planner_measure.py")), str(run_file)]
-        port = str(_port())
-        processes = []
-        for rank in range(case.ranks):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.ranks)}
-            environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            log = (folder / f"rank-{rank}.log").open("w")
-            processes.append(
-                subprocess.Popen(
-                    [*command, str(MICRO_BATCHES)],
-                    env={**environment, "OMP_NUM_THREADS": "1"},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-        try:
-            failed = next((rank for rank, process in enumerate(processes) if process.wait(timeout=TIMEOUT_S)), None)
-        except subprocess.TimeoutExpired:
-            failed = next(rank for rank, process in enumerate(processes) if process.poll() is None)
-        finally:
-            for process in processes:
-                process.kill()
-        if failed is not None:
-            tail = (folder / f"rank-{failed}.log").read_text()[-2000:]
-            raise SystemExit(f"{case.name}: rank {failed} failed or took more than {TIMEOUT_S} s\n{tail}")
-        return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(case.ranks)]
+        run_file = _write_run_file(Path(name), model, case)
+        return run_ranks(measure, case.ranks, run_file, MICRO_BATCHES, timeout_s=TIMEOUT_S)
 
 
 def compare(case: Case, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -165,6 +132,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--only", help="only cases whose name holds this")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # ranks are forked from here
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         corpus = ["Which digit is shown? Response 1 says 7, Response 2 says 3. <think></think><answer>1</answer>"] * 4
@@ -175,7 +143,7 @@ def main() -> None:
             if (arguments.only and arguments.only not in case.name) or (available and case.ranks > available):
                 continue
             print(f"running {case.name}", file=sys.stderr, flush=True)
-            rows += compare(case, measure(case, Path(name) / case.member))
+            rows += compare(case, run(case, Path(name) / case.member))
     print_table(["case", "part", "rank", "planned MB", "measured MB", "error %", "within goal"], rows)
     how = "torch.cuda allocator" if torch.cuda.is_available() else "CPU allocator events of torch.profiler"
     write_json(arguments.json, "planner_error", rows, peak_measured_by=how, goals=GOALS)

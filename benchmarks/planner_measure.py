@@ -1,4 +1,4 @@
-"""One rank of a small run that measures its own memory: started by planner_error.py, once per rank, in a fresh process.
+"""One rank of a small run that measures its own memory, in a process of its own (planner_error.py starts it).
 
 On a CPU the allocator's events (torch.profiler) give live bytes exactly; on a GPU `torch.cuda` does.
 """
@@ -6,7 +6,6 @@ On a CPU the allocator's events (torch.profiler) give live bytes exactly; on a G
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -169,9 +168,9 @@ def _planned(config: RunConfig, state: TrainState, sequences: list[Sequence], mi
     }
 
 
-def main(run_file: Path, micro_batches: int) -> None:
+def measure(run_file: Path, micro_batches: int) -> dict[str, Any]:
+    """Measured and planned bytes of this rank of a run."""
     config = load_config(run_file)
-    torch.set_num_threads(1)
     topology = setup.initialize(config.parallel, seed=0)
     state = build_state(config, topology, optimizer_steps=10)
     sequences = _sequences(state, run_file.parent)
@@ -182,12 +181,8 @@ def main(run_file: Path, micro_batches: int) -> None:
         train_micro_batches(state, sequences, one, cross_entropy)
     with _Peak() as peak:
         train_micro_batches(state, sequences, one * micro_batches, cross_entropy)
-    measured = {**_state(state), "saved by one forward": sum(saved.values()), "peak of a step": peak.bytes}
-    planned = _planned(config, state, sequences, micro_batches)
-    result = {"rank": topology.rank, "stage": topology.pipeline_parallel_rank, "planned": planned, "measured": measured}
-    (run_file.parent / f"rank-{topology.rank}.json").write_text(json.dumps(result))
-    setup.shutdown()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    return {
+        "rank": topology.rank,
+        "planned": _planned(config, state, sequences, micro_batches),
+        "measured": {**_state(state), "saved by one forward": sum(saved.values()), "peak of a step": peak.bytes},
+    }
