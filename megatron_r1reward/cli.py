@@ -130,6 +130,24 @@ def server(
         raise typer.Exit(run_server(load_config(run_file, overrides or []), stage, kind, index, life=life))
 
 
+@app.command()
+def plan(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help="sft or rl; default: the section that the run file has")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="write the plan there; - prints it instead")] = None,
+) -> None:
+    """Memory, communication and predicted time before any GPU is spent; exit code 1 where the run does not fit."""
+    with _user_errors():
+        from megatron_r1reward.config.load import load_config
+        from megatron_r1reward.launch.plan import run_plan
+
+        if stage not in (None, "sft", "rl"):
+            raise ValueError(f"--stage {stage!r}: give sft or rl")
+        fits = run_plan(load_config(run_file, overrides or []), stage=stage, json_path=json_path)  # type: ignore[arg-type]
+        raise typer.Exit(0 if fits else 1)
+
+
 @data_app.command("digits")
 def data_digits(
     out: Annotated[Path, typer.Option(help="folder to write")],

@@ -312,6 +312,22 @@ class ClusterSection(Section):
     srun_args: tuple[str, ...] = ()  # further arguments of every srun, e.g. "--mpi=pmix"
 
 
+class PlanSection(Section):
+    """The machines that a run is planned for, and what the planner assumes of data and speed. Nothing else reads it."""
+
+    model: str | None = None  # shipped configuration that stands for model.path while that folder does not exist
+    nodes: PositiveInt = 1
+    gpus_per_node: PositiveInt = 8
+    device: Literal["a100", "h100", "h800", "h200", "b200", "l40s", "cpu"] = "h100"
+    memory_gib: Annotated[float, Field(gt=0)] | None = None  # usable memory of one device; None: the device's own
+    network_gbit: Annotated[float, Field(gt=0)] = 400.0  # per device, to other nodes, Gbit/s
+    text_tokens: PositiveInt = 1200  # mean prompt without images
+    images_per_prompt: Annotated[int, Field(ge=0)] = 1
+    image_pixels: PositiveInt | None = None  # mean size of an image; None: data.max_pixels
+    response_tokens: PositiveInt = 600  # mean; the paper's policy settles near 600
+    compute_efficiency: Annotated[float, Field(gt=0, le=1)] | None = None  # of peak, inside layers; None: the device's
+
+
 class RunConfig(Section):
     """One stage on one machine or cluster."""
 
@@ -335,3 +351,4 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     monitor: MonitorSection = MonitorSection()
     cluster: ClusterSection = ClusterSection()
+    plan: PlanSection = PlanSection()

@@ -1,0 +1,53 @@
+"""Where a model's `config.json` comes from: the folder that the run file names, or a copy shipped with the package."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from megatron_r1reward.planner.shapes import ModelShape, read_shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Sizes of a model and what is known about its files. `weights` says whether safetensors lie in the folder."""
+
+    name: str
+    shape: ModelShape
+    source: str
+    weights: bool
+
+
+def bundled_names() -> tuple[str, ...]:
+    """Names of the shipped configurations, e.g. "Qwen2.5-VL-7B-Instruct"."""
+    folder = resources.files(__package__) / "configs"
+    return tuple(sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json")))
+
+
+def bundled_config(name: str) -> dict[str, object]:
+    """The parsed `config.json` of a shipped model."""
+    tree: dict[str, object] = json.loads((resources.files(__package__) / "configs" / f"{name}.json").read_text())
+    return tree
+
+
+def find_model(path: Path, stand_in: str | None = None) -> Model:
+    """The model at `path`. Where that folder does not exist: the shipped configuration `stand_in`, or the one named
+    like the last part of `path`.
+
+    Raises:
+        ValueError: neither exists, or the configuration is of another family.
+    """
+    file = path / "config.json"
+    if file.is_file():
+        shape = read_shape(json.loads(file.read_text()), str(file))
+        return Model(name=path.name, shape=shape, source=str(file), weights=any(path.glob("*.safetensors")))
+    name = stand_in if stand_in is not None else path.name
+    if name in bundled_names():
+        shape = read_shape(bundled_config(name), name)
+        return Model(name=name, shape=shape, source=f"the shipped configuration {name}", weights=False)
+    raise ValueError(
+        f"{path} holds no config.json and {name!r} is no shipped configuration: download the model, or set plan.model "
+        f"to one of {', '.join(bundled_names())}"
+    )
