@@ -25,12 +25,13 @@ from megatron_r1reward.data.prompt import PromptBuilder
 from megatron_r1reward.monitor.sinks import Monitor, build_monitor
 from megatron_r1reward.monitor.timers import PhaseTimer
 from megatron_r1reward.parallel.setup import Topology
+from megatron_r1reward.reward.consistency import JudgeDownError
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.rollout.weights import TensorMeta
 from megatron_r1reward.training import health, rundir
 from megatron_r1reward.training.policy_update import update_policy
-from megatron_r1reward.training.rl_metrics import advantage_metrics, mismatch, rollout_metrics
+from megatron_r1reward.training.rl_metrics import advantage_metrics, mismatch, rollout_metrics, server_metrics
 from megatron_r1reward.training.rollout_batch import add_advantages, add_log_probs, pack
 from megatron_r1reward.training.state import DTYPES, TrainState, build_state
 from megatron_r1reward.types import Preference, ScoredRollout
@@ -80,13 +81,18 @@ def generate_and_score(
             )
         for failure in generated.failed:
             log.warning("no rollout for prompt %s: %s", failure.prompt.id, failure.reason)
+        log.debug("step %d: %s", state.step + 1, generated.accounting)
         with timer.phase("score"):
-            scored, counts = services.scorer.score(generated.rollouts)
-        metrics = rollout_metrics(scored, counts)
-        metrics |= {"rollout/failed": len(generated.failed), "rollout/quarantined": len(generated.quarantined)}
-        message = [(scored, metrics)]
+            try:
+                scored, counts = services.scorer.score(generated.rollouts)
+                metrics = rollout_metrics(scored, counts) | server_metrics(generated, services.pool.status())
+                message = [(scored, metrics)]
+            except JudgeDownError as error:  # all ranks save together
+                message = [error]
     if state.topology.world_size > 1:
         dist.broadcast_object_list(message, src=0)
+    if isinstance(message[0], JudgeDownError):
+        raise message[0]
     return message[0]
 
 
@@ -165,7 +171,13 @@ def _train(state: TrainState, loader: PromptLoader, services: Services | None, m
     while state.step < config.rl.steps:
         timer.reset()
         with timer.phase("step"):
-            metrics = train_step(state, loader, services, timer)
+            try:
+                metrics = train_step(state, loader, services, timer)
+            except JudgeDownError:
+                if state.step % config.checkpoint.save_every:  # else it has just been saved
+                    rundir.save(state)
+                log.error("saved after step %d; the run stops because the judge is down", state.step)
+                raise
             if state.topology.is_main:
                 health.check(metrics, config.algorithm, state.step)
             if state.step % config.checkpoint.save_every == 0 or state.step == config.rl.steps:

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from fake_vllm import FakeVllm
-
 from megatron_r1reward.rollout.gloo_wire import GlooGroup, GlooRendezvous, GlooUpdate, listen
+
 from megatron_r1reward.rollout.weights import TensorMeta, WeightPusher, WeightPushError, bucketize
 from megatron_r1reward.rollout.weights_gloo import _pack
 
