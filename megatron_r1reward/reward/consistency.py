@@ -123,7 +123,7 @@ class ConsistencyJudge:
         limit = self._section.max_steps_without_judge
         if self._steps_without > limit:
             raise JudgeDownError(
-                f"the judge gave no verdict on {asked} questions, or in the {limit} steps before: see its log; "
+                f"the judge gave no verdict on {asked} questions, nor in the {limit} steps before; see its log; "
                 "the run may go on without it if reward.use_judge = false"
             )
         if self._steps_without:
@@ -173,10 +173,6 @@ class ConsistencyJudge:
         self, question: _Question, servers: Sequence[JudgeEndpoint], slots: asyncio.Semaphore
     ) -> JudgeVerdict | Exception | None:
         """The verdict, or why there is none; None when the breaker is open."""
-        async with slots:
-            if not self._breaker.admits():
-                self.counts["not_tried"] += 1
-                return None
         server = cycle(servers)
         attempts = AsyncRetrying(
             retry=retry_if_exception_type(_FAILURES),
@@ -189,6 +185,9 @@ class ConsistencyJudge:
             async for attempt in attempts:
                 with attempt:
                     async with slots:
+                        if attempt.retry_state.attempt_number == 1 and not self._breaker.admits():
+                            self.counts["not_tried"] += 1
+                            return None
                         self.counts["calls"] += 1
                         verdict = _read_verdict(await next(server).reply(question.messages))
         except _FAILURES as failure:

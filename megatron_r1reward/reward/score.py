@@ -40,8 +40,8 @@ class RewardScorer:
 
         Counts: `judge_asked`, `judge_consistent`, `judge_inconsistent`, `judge_unknown`, `unparsable` (no answer that
         is exactly 1 or 2) and `answer_1` (a drift away from half of the rollouts means position bias); of the judge
-        also `judge_cached` (questions it need not be asked), `judge_over_budget` and `judge_not_tried` (unknown for these
-        reasons), and `judge_steps_without` (batches in a row without any verdict).
+        also `judge_cached` (questions it need not be asked), `judge_over_budget` and `judge_not_tried` (unknown for
+        these reasons), and `judge_steps_without` (batches in a row without any verdict).
 
         Raises:
             JudgeDownError: the judge has been silent for too long.

@@ -305,7 +305,7 @@ class RolloutPool:
             request.counts["withdrawn"] += 1
             raise ServerUnavailableError(f"{url} was taken out of service during the request")
         rollouts = call.result()
-        if current is not None and (wrong := current.wrong(rollouts)):
+        if current is not None and (wrong := current.wrong(rollouts)) is not None:
             request.counts["stale"] += 1
             raise StaleWeightsError(f"{url} answered with weight version {wrong}, which is not current there")
         return rollouts

@@ -61,7 +61,7 @@ class BroadcastGroup:
         options = dist.BroadcastOptions()
         options.rootRank = SENDER_RANK
         options.rootTensor = 0
-        self._group.broadcast([tensor], options).wait()  # type: ignore[attr-defined]  # absent from torch's stubs
+        self._group.broadcast([tensor], options).wait()
         if tensor.is_cuda:
             torch.cuda.current_stream(tensor.device).synchronize()  # nccl's wait() only orders streams
 
