@@ -28,6 +28,7 @@ class RlServices:
 
     pool: RolloutPool
     judge: ConsistencyJudge | None
+    judge_servers: ServerGroup | None = None  # those that were started here
 
 
 @contextmanager
@@ -44,8 +45,8 @@ def open_rl_services(config: RunConfig) -> Iterator[RlServices]:
             stack.callback(server.close)
             server.start()
         pool = stack.enter_context(_open_pool(config, takes_weights=True))
-        judge = stack.enter_context(_open_judge(config, judges)) if config.reward.use_judge else None
-        yield RlServices(pool=pool, judge=judge)
+        judge, group = stack.enter_context(_open_judge(config, judges)) if config.reward.use_judge else (None, None)
+        yield RlServices(pool=pool, judge=judge, judge_servers=group)
 
 
 @contextmanager
@@ -56,16 +57,16 @@ def open_judge(config: RunConfig) -> Iterator[ConsistencyJudge | None]:
         for server in judges:
             stack.callback(server.close)
             server.start()
-        yield stack.enter_context(_open_judge(config, judges)) if config.reward.use_judge else None
+        yield stack.enter_context(_open_judge(config, judges))[0] if config.reward.use_judge else None
 
 
 @contextmanager
-def _open_judge(config: RunConfig, servers: list[VllmServer]) -> Iterator[ConsistencyJudge]:
+def _open_judge(config: RunConfig, servers: list[VllmServer]) -> Iterator[tuple[ConsistencyJudge, ServerGroup | None]]:
     section = config.judge
     cache = section.cache or config.run.output_dir / "judge-verdicts.sqlite"
     with closing(VerdictCache(cache)) as verdicts:
         if section.urls:
-            yield ConsistencyJudge(section, section.urls, cache=verdicts)
+            yield ConsistencyJudge(section, section.urls, cache=verdicts), None
             return
         for server in servers:
             server.wait_ready(log.info)
@@ -77,7 +78,7 @@ def _open_judge(config: RunConfig, servers: list[VllmServer]) -> Iterator[Consis
             status_file=_live_dir(config) / "judge-servers.json",
         )
         with closing(group):
-            yield ConsistencyJudge(section, group.endpoints, cache=verdicts)
+            yield ConsistencyJudge(section, group.endpoints, cache=verdicts), group
 
 
 @contextmanager

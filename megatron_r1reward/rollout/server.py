@@ -26,6 +26,7 @@ Report = Callable[[str], None]  # takes a line for the user
 _SIGTERM_GRACE_S = 15.0
 _POLL_INTERVAL_S = 0.2
 _PORT_ATTEMPTS = 3
+_HEALTH_TIMEOUT_S = 5.0
 
 
 class ServerError(RuntimeError):
@@ -221,8 +222,8 @@ class VllmServer:
 
     def _answers_health(self, http: httpx.Client) -> bool:
         try:
-            return http.get(f"{self.url}/health").is_success
-        except httpx.TransportError:  # not listening yet
+            return http.get(f"{self.url}/health", timeout=_HEALTH_TIMEOUT_S).is_success
+        except httpx.TransportError:  # not listening yet, or somebody else is
             return False
 
     def _complete_one_request(self, http: httpx.Client) -> None:
