@@ -13,12 +13,14 @@ checksums on both ends, load into the layers, finish, verify, resume.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
+import json
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,33 +57,24 @@ def memory_copy_s(num_bytes: int, repeats: int) -> float:
     return best_of(repeats, lambda: target.copy_(source))
 
 
-def _receive(meeting: Rendezvous, rank: int, sizes: list[int], rounds: int) -> None:
-    torch.set_num_threads(1)
-    group = BroadcastGroup.join(meeting, rank)
-    buffer = torch.empty(max(sizes), dtype=torch.uint8)
-    for _ in range(rounds):
-        for size in sizes:
-            group.broadcast(buffer[:size])
-
-
 def plain_gloo_s(num_bytes: int, receivers: int, bucket_bytes: int, repeats: int) -> float:
     """Seconds of a bare broadcast to `receivers` processes that do nothing else with the bytes."""
     sizes = [min(bucket_bytes, num_bytes - start) for start in range(0, num_bytes, bucket_bytes)]
-    store = listen("127.0.0.1", 60)
+    store = listen("127.0.0.1", 300)
     meeting = Rendezvous(
-        backend="gloo", host="127.0.0.1", port=store.port, rank_offset=0, world_size=receivers + 1, timeout_s=60
+        backend="gloo", host="127.0.0.1", port=store.port, rank_offset=0, world_size=receivers + 1, timeout_s=300
     )
-    context = multiprocessing.get_context("spawn")
+    given = {"meeting": asdict(meeting), "sizes": sizes, "rounds": repeats + 1}
+    program = str(Path(__file__).with_name("gloo_receiver.py"))
     children = [
-        context.Process(target=_receive, args=(meeting, rank, sizes, repeats + 1)) for rank in range(1, receivers + 1)
+        subprocess.Popen([sys.executable, program, json.dumps(given | {"rank": rank})])
+        for rank in range(1, receivers + 1)
     ]
-    for child in children:
-        child.start()
     group = BroadcastGroup(store, meeting, 0)
     source = torch.ones(max(sizes), dtype=torch.uint8)
     seconds = best_of(repeats, lambda: [group.broadcast(source[:size]) for size in sizes])
     for child in children:
-        child.join()
+        child.wait()
     return seconds
 
 

@@ -60,6 +60,7 @@ class GroupReceiver(_Receiver):
 
     init_info_cls = Rendezvous
     _group: BroadcastGroup | None = None
+    _arena: torch.Tensor | None = None  # CPU only: fresh pages for every push would cost more than the transfer
 
     def init_transfer_engine(self, init_info: Rendezvous) -> None:
         self.shutdown()
@@ -70,7 +71,7 @@ class GroupReceiver(_Receiver):
     def _receive(self, update: WeightUpdate, message: UpdateMessage) -> None:
         buckets = update.buckets()
         got = []
-        for bucket, flat in zip(buckets, self._incoming([bucket.num_bytes for bucket in buckets]), strict=False):
+        for bucket, flat in zip(buckets, self._incoming(buckets), strict=True):
             got.append(checksums(bucket, flat))
             self._load(bucket, flat)
         metas = [meta for bucket in buckets for meta in bucket.metas]
@@ -83,25 +84,32 @@ class GroupReceiver(_Receiver):
     def _wire_device(self) -> torch.device:
         return self.device if self.device.type == "cuda" else torch.device("cpu")
 
-    def _incoming(self, sizes: list[int]) -> Iterator[torch.Tensor]:
+    def _incoming(self, buckets: list[Bucket]) -> Iterator[torch.Tensor]:
+        """uint8 [num_bytes] of each bucket; while the caller has one, the next one is received."""
         group = self._group
         if group is None:
             raise WeightPushError("no weight sender is connected: call /init_weight_transfer_engine first")
-        device = self._wire_device
 
-        def receive(size: int) -> torch.Tensor:
-            flat = torch.empty(size, dtype=torch.uint8, device=device)
+        def receive(bucket: Bucket) -> torch.Tensor:
+            flat = self._buffer(bucket, buckets[-1].start + buckets[-1].num_bytes)
             group.broadcast(flat)
             return flat
 
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights") as thread:
-            coming = thread.submit(receive, sizes[0]) if sizes else None
-            for size in [*sizes[1:], None]:
-                if coming is None:
-                    return
-                flat = coming.result()
-                coming = thread.submit(receive, size) if size is not None else None
+            coming = [thread.submit(receive, bucket) for bucket in buckets[:1]]
+            for bucket in buckets[1:]:
+                flat = coming.pop().result()
+                coming.append(thread.submit(receive, bucket))
                 yield flat
+            for last in coming:
+                yield last.result()
+
+    def _buffer(self, bucket: Bucket, total_bytes: int) -> torch.Tensor:
+        if self._wire_device.type != "cpu":
+            return torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._wire_device)
+        if self._arena is None or self._arena.numel() != total_bytes:
+            self._arena = torch.empty(total_bytes, dtype=torch.uint8)
+        return self._arena[bucket.start : bucket.start + bucket.num_bytes]
 
     def shutdown(self) -> None:
         if self._group is not None:
