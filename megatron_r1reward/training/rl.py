@@ -154,6 +154,8 @@ def run(config: RunConfig, topology: Topology, services: Services | None) -> Pat
         monitor = build_monitor(config.monitor, output, "rl", resumed_step=state.step if resumed else None)
     push_weights(state, services)  # the servers' weights are the trainer's from the first token on
     _train(state, loader, services, monitor)
+    if services is not None:
+        log.info("rollouts: %s", services.pool.total)
     folder = output / "hf"
     rundir.export(state, folder)
     rundir.mark_done(state, hf=folder)
