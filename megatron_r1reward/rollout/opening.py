@@ -85,8 +85,7 @@ def open_rollout_pool(
     Args:
         model_path: HF folder of the policy.
         log_dir: server i writes to rollout-<i>.log in it.
-        media_roots: folders that images must be in; none: text only. vLLM, which takes one folder, gets the one
-            above all of them; the client sees to the rest.
+        media_roots: folders that images must be in; none: text only. vLLM gets the one folder above all of them.
         pixels: (min, max) of the image processor (see `server_command`).
         takes_weights: False for a policy that does not change (evaluation).
 
