@@ -96,10 +96,14 @@ class RolloutPool:
             admit=self._admit,
             status_file=status_file,
         )
-        if transport is not None:
-            self._pusher = PoolPusher(transport, section, self.group)
-        for member in self.group.members:
-            self._client(member)  # complains about impossible settings now
+        try:
+            if transport is not None:
+                self._pusher = PoolPusher(transport, section, self.group)
+            for member in self.group.members:
+                self._client(member)  # complains about impossible settings now
+        except BaseException:
+            self.group.close()
+            raise
 
     @property
     def urls(self) -> tuple[str, ...]:
