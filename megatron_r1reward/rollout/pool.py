@@ -293,7 +293,7 @@ class RolloutPool:
         return rollouts
 
     async def _ask(self, member: Member, prompt: Prompt, request: _Request) -> list[Rollout]:
-        url, current = member.url, self._pusher.versions_of(member) if self._pusher is not None else None
+        url, current = member.url, self._pusher.current() if self._pusher is not None else None
         call = asyncio.create_task(
             self._client(member).generate(prompt, request.sampling, n=request.n, seed=request.seed)
         )

@@ -27,7 +27,7 @@ _ATTEMPTS = 2  # of one push, on servers that are alive
 
 
 class CurrentVersions:
-    """The weight versions that were current on one server since this object was made."""
+    """The weight versions that were current in the pool since this object was made."""
 
     def __init__(self, pushed: list[int]) -> None:
         self._pushed = pushed
@@ -36,7 +36,8 @@ class CurrentVersions:
     def wrong(self, rollouts: Sequence[Rollout]) -> int | None:
         """A version under which a token was sampled without being current; None when all is well.
 
-        That happens when a server that is not ours was restarted behind our back.
+        That happens when a server that is not ours was restarted behind our back, or when a server came back into
+        service during a push that it took no part in.
         """
         if self._first < 0:  # nothing had been pushed: whatever it started with
             return None
@@ -64,10 +65,12 @@ class PoolPusher:
         self._device = transport.device
         self._lock = threading.Lock()  # one push at a time
         self._pushed: dict[Member, list[int]] = {member: [] for member in group.members}
+        self._current: list[int] = []  # versions in the order in which they became current
         self._version: int | None = None  # of the last push
 
-    def versions_of(self, member: Member) -> CurrentVersions:
-        return CurrentVersions(self._pushed[member])
+    def current(self) -> CurrentVersions:
+        """What answers to requests that are sent now may have been sampled under."""
+        return CurrentVersions(self._current)
 
     def push(self, metas: Sequence[TensorMeta], tensors: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
         """Send all tensors and make `version` current on every server that is in service.
@@ -139,7 +142,7 @@ class PoolPusher:
                     recording.update,
                     recording,
                     version=version,
-                    loaded=lambda target: self._pushed[targets[target]].append(version),
+                    loaded=lambda target: self._loaded(targets[target], version),
                 )
             if recording.error is None:
                 recording.drain()
@@ -169,8 +172,14 @@ class PoolPusher:
             self._snapshot.update,
             self._snapshot,
             version=version,
-            loaded=lambda target: self._pushed[members[target.name]].append(version),
+            loaded=lambda target: self._loaded(members[target.name], version),
         )
+
+    def _loaded(self, member: Member, version: int) -> None:
+        """A server holds the version, and answers nothing yet."""
+        self._pushed[member].append(version)
+        if not self._current or self._current[-1] != version:
+            self._current.append(version)
 
     def _push_dead(self, failures: Failures) -> list[Target]:
         alive = self._push.alive(tuple(failures)) if failures else []

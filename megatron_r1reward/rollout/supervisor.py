@@ -157,6 +157,10 @@ class Supervisor:
         problem = await self._problem(member, "POST", "/v1/completions", body, self._section.probe_timeout_s)
         if problem is not None:
             return problem
+        try:
+            await self._admit(member)  # costs nothing, unless there was a push in between
+        except AdmissionError as error:
+            return str(error)
         member.failures_in_a_row = member.missed_health_checks = 0
         member.state = "ready"
         log.info("server %s (%s) is in service", member.name, member.url)
