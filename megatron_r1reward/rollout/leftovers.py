@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from megatron_r1reward.rollout.vllm_main import SCRATCH_PREFIX
+
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -35,7 +37,7 @@ class ScratchFolder:
     """A server's TMPDIR: sockets and files of one life, gone with it."""
 
     def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="r1reward-server-"))
+        self.path = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX))
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
