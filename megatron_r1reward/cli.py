@@ -148,6 +148,25 @@ def plan(
         raise typer.Exit(0 if fits else 1)
 
 
+@app.command()
+def serve(run_file: RunFile, overrides: Overrides = None) -> None:
+    """The released remote-reward protocol (POST /get_reward_mllm) for the original training code."""
+    with _user_errors():
+        from megatron_r1reward.config.load import load_config
+        from megatron_r1reward.launch.serve import serve as run_service
+
+        run_service(load_config(run_file, overrides or []))
+
+
+@app.command()
+def servers(run_dir: Annotated[Path, typer.Argument(help="run directory of a stage")]) -> None:
+    """State of each rollout and judge server of a running stage."""
+    with _user_errors():
+        from megatron_r1reward.rollout.status import status_table
+
+        typer.echo(status_table(run_dir / "live"))
+
+
 @data_app.command("digits")
 def data_digits(
     out: Annotated[Path, typer.Option(help="folder to write")],

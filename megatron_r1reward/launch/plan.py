@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.data.files import write_text
+from megatron_r1reward.files import write_text
 from megatron_r1reward.planner.layout import Stage
 from megatron_r1reward.planner.memory import GIB
 from megatron_r1reward.planner.plan import Plan, make_plan, stage_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,10 @@ from transformers import AutoTokenizer
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.launch.paths import media_root
 from megatron_r1reward.reward.consistency import ConsistencyJudge
-from megatron_r1reward.rollout.pool import RolloutPool, open_rollout_pool
+from megatron_r1reward.reward.verdict_cache import VerdictCache
+from megatron_r1reward.rollout.group import ServerGroup
+from megatron_r1reward.rollout.opening import build_servers, open_rollout_pool
+from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.rollout.server import VllmServer, start_servers
 
 log = logging.getLogger(__name__)
@@ -25,6 +28,7 @@ class RlServices:
 
     pool: RolloutPool
     judge: ConsistencyJudge | None
+    judge_servers: ServerGroup | None = None  # those that were started here
 
 
 @contextmanager
@@ -35,18 +39,46 @@ def open_rl_services(config: RunConfig) -> Iterator[RlServices]:
         ValueError: a judge is asked for, but neither judge.urls nor judge.model_path is set.
         ServerError: a server did not start.
     """
-    judges = _judge_servers(config)
-    try:
+    with ExitStack() as stack:
+        judges = _judge_servers(config)
         for server in judges:
+            stack.callback(server.close)
             server.start()
-        with _open_pool(config, takes_weights=True) as pool:
-            for server in judges:
-                server.wait_ready(log.info)
-            urls = config.judge.urls or tuple(server.url for server in judges)
-            yield RlServices(pool=pool, judge=ConsistencyJudge(config.judge, urls) if config.reward.use_judge else None)
-    finally:
+        pool = stack.enter_context(_open_pool(config, takes_weights=True))
+        judge, group = stack.enter_context(_open_judge(config, judges)) if config.reward.use_judge else (None, None)
+        yield RlServices(pool=pool, judge=judge, judge_servers=group)
+
+
+@contextmanager
+def open_judge(config: RunConfig) -> Iterator[ConsistencyJudge | None]:
+    """The judge alone; None when the reward does without."""
+    with ExitStack() as stack:
+        judges = _judge_servers(config)
         for server in judges:
-            server.stop()
+            stack.callback(server.close)
+            server.start()
+        yield stack.enter_context(_open_judge(config, judges))[0] if config.reward.use_judge else None
+
+
+@contextmanager
+def _open_judge(config: RunConfig, servers: list[VllmServer]) -> Iterator[tuple[ConsistencyJudge, ServerGroup | None]]:
+    section = config.judge
+    cache = section.cache or config.run.output_dir / "judge-verdicts.sqlite"
+    with closing(VerdictCache(cache)) as verdicts:
+        if section.urls:
+            yield ConsistencyJudge(section, section.urls, cache=verdicts), None
+            return
+        for server in servers:
+            server.wait_ready(log.info)
+        group = ServerGroup(
+            section,
+            name="judge",
+            servers=servers,
+            served_name=section.model or "judge",
+            status_file=_live_dir(config) / "judge-servers.json",
+        )
+        with closing(group):
+            yield ConsistencyJudge(section, group.endpoints, cache=verdicts), group
 
 
 @contextmanager
@@ -57,10 +89,10 @@ def open_evaluation_pool(config: RunConfig) -> Iterator[RolloutPool]:
 
 
 @contextmanager
-def open_annotator(config: RunConfig) -> Iterator[str]:
-    """Base URL of the annotator: `annotate.url`, or `model.path` served here."""
+def open_annotator(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Base URL and key of the annotator: `annotate.url`, or `model.path` served here."""
     if config.annotate.url is not None:
-        yield config.annotate.url
+        yield config.annotate.url, os.environ.get(config.annotate.api_key_variable, "none")
         return
     server = VllmServer(
         config.rollout,
@@ -71,9 +103,9 @@ def open_annotator(config: RunConfig) -> Iterator[str]:
     )
     try:
         start_servers([server], log.info)
-        yield f"{server.url}/v1"
+        yield f"{server.url}/v1", server.token
     finally:
-        server.stop()
+        server.close()
 
 
 def _judge_servers(config: RunConfig) -> list[VllmServer]:
@@ -82,15 +114,13 @@ def _judge_servers(config: RunConfig) -> list[VllmServer]:
         return []
     if section.model_path is None:
         raise ValueError("reward.use_judge is true: set judge.model_path or judge.urls, or reward.use_judge = false")
-    return [
-        VllmServer(
-            section,
-            model_path=section.model_path,
-            log_path=_log_dir(config) / f"judge-{index}.log",
-            served_name=section.model or "judge",
-        )
-        for index in range(section.count)
-    ]
+    return build_servers(
+        section,
+        name="judge",
+        log_dir=_log_dir(config),
+        model_path=section.model_path,
+        served_name=section.model or "judge",
+    )
 
 
 def _open_pool(config: RunConfig, *, takes_weights: bool) -> RolloutPool:
@@ -99,13 +129,25 @@ def _open_pool(config: RunConfig, *, takes_weights: bool) -> RolloutPool:
         model_path=config.model.path,
         tokenizer=AutoTokenizer.from_pretrained(config.model.path, local_files_only=True),
         log_dir=_log_dir(config),
-        media_root=media_root(config),
+        media_roots=_media_roots(config),
         pixels=(config.data.min_pixels, config.data.max_pixels),
-        weight_transfer="gloo" if takes_weights else None,
-        sender_host=config.rollout.sender_host,
+        takes_weights=takes_weights,
+        status_file=_live_dir(config) / "rollout-servers.json",
         progress=log.info,
     )
 
 
 def _log_dir(config: RunConfig) -> Path:
     return config.run.output_dir / "logs"
+
+
+def _live_dir(config: RunConfig) -> Path:
+    return config.run.output_dir / "live"
+
+
+def _media_roots(config: RunConfig) -> list[Path]:
+    """The folders that images may come from."""
+    roots = [config.data.image_root or config.data.train.parent, config.run.output_dir]
+    if config.evaluation.data is not None:
+        roots.append(config.evaluation.image_root or config.evaluation.data.parent)
+    return roots

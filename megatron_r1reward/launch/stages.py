@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -102,12 +101,15 @@ def annotate(config: RunConfig) -> None:
         media_dir=output / "media",
         quarantine=output / "quarantine.jsonl",
     ).preferences[: section.max_rows]
-    with open_annotator(config) as url, tqdm(total=len(preferences), desc="annotate", unit="sample") as progress:
+    with (
+        open_annotator(config) as (url, api_key),
+        tqdm(total=len(preferences), desc="annotate", unit="sample") as progress,
+    ):
         records = annotate_preferences(
             preferences,
             base_url=url,
             model=section.model,
-            api_key=os.environ.get(section.api_key_variable, "none"),
+            api_key=api_key,
             attempts=section.attempts,
             temperature=config.sampling.temperature,
             max_tokens=config.sampling.max_tokens,

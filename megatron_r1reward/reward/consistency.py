@@ -5,26 +5,33 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import random
-from collections.abc import Mapping, Sequence
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Final
+from typing import Any, Final
 
 import openai
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from megatron_r1reward.config.schema import JudgeSection
 from megatron_r1reward.data.prompt import judge_messages
+from megatron_r1reward.network.breaker import CircuitBreaker
 from megatron_r1reward.reward.judge_endpoint import JudgeEndpoint, UnusableReplyError
+from megatron_r1reward.reward.verdict_cache import VerdictCache, question_key
 from megatron_r1reward.types import JudgeVerdict, Label
 
 logger = logging.getLogger(__name__)
 
+Endpoints = Callable[[], Sequence[tuple[str, str | None]]]  # (url, token) of the servers in service
 _FAILURES = (openai.OpenAIError, json.JSONDecodeError, UnusableReplyError)
 _REPLIES: Final[Mapping[str, JudgeVerdict]] = {"1": "consistent", "0": "inconsistent"}
-_FIRST_PAUSE_S = 0.25
-_LONGEST_PAUSE_S = 8.0
+
+
+class JudgeDownError(RuntimeError):
+    """The judge has given no verdict for more steps than the run may go on without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,24 +39,41 @@ class _Question:
     tail: str  # the last lines of the reasoning
     answer: Label
 
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        return judge_messages(self.tail, f"Response {self.answer} is better.")
+
 
 class ConsistencyJudge:
-    """A pool of OpenAI-compatible servers that judge consistency from text alone: no image, no question.
+    """OpenAI-compatible servers that judge consistency from text alone: no image, no question.
 
-    A call is never fatal. It is tried `section.retries + 1` times, each time on the next server; when none of them gave
-    a usable reply the verdict is "unknown", and one log line per batch names a reason. Usable verdicts are remembered
-    by (last lines, answer); "unknown" is not.
+    A failed call is tried `section.retries` times more, each time on the next server; when none of them gave a usable
+    reply the verdict is "unknown", and one log line per batch names a reason. After `breaker_failures` questions in a
+    row without a verdict the rest of the batch is not asked; the next batch begins with one trial question. When no
+    question got a verdict in more than `max_steps_without_judge` batches in a row, `judge_many` raises.
+
+    Usable verdicts are remembered in `cache` by everything that decides them; "unknown" is not.
+
+    Args:
+        servers: base URLs, with the key in the environment variable `section.api_key_variable`; or a function that
+            gives those (url, token) that are in service now.
 
     Raises:
-        ValueError: no urls.
+        ValueError: no servers.
     """
 
-    def __init__(self, section: JudgeSection, urls: Sequence[str]) -> None:
-        if not urls:
+    def __init__(
+        self, section: JudgeSection, servers: Sequence[str] | Endpoints, *, cache: VerdictCache | None = None
+    ) -> None:
+        if not servers:
             raise ValueError("the judge has no server: set judge.urls or judge.model_path, or reward.use_judge = false")
         self._section = section
-        self._urls = tuple(urls)
-        self._verdicts: dict[_Question, JudgeVerdict] = {}
+        self._servers = servers
+        self._cache = cache or VerdictCache(None)
+        self._models: dict[str, str] = {}
+        self._breaker = CircuitBreaker(section.breaker_failures)
+        self._steps_without = 0
+        self.counts: Counter[str] = Counter()  # of the last batch: calls, cached, over_budget, not_tried, steps_without
 
     async def judge(self, reasoning: str, answer: Label) -> JudgeVerdict:
         """Whether `reasoning` ends up supporting "Response `answer` is better"."""
@@ -60,56 +84,117 @@ class ConsistencyJudge:
 
         The judge sees the last `section.reasoning_lines` non-empty lines, as in the released code. Empty reasoning
         supports nothing: it is "inconsistent" without a call.
+
+        Raises:
+            JudgeDownError: see the class.
         """
         questions = [
             _Question(tail=_last_lines(reasoning, self._section.reasoning_lines), answer=answer)
             for reasoning, answer in cases
         ]
-        answered = await self._ask_all(list(dict.fromkeys(q for q in questions if q.tail and q not in self._verdicts)))
-        self._verdicts |= {question: verdict for question, verdict in answered.items() if verdict != "unknown"}
-        known = self._verdicts | answered
-        return [known[question] if question.tail else "inconsistent" for question in questions]
+        keys = {question: self._key(question) for question in questions if question.tail}
+        known = self._cache.get(list(keys.values()))
+        new = [question for question, key in keys.items() if key not in known]
+        budget = self._section.max_calls_per_step
+        asked = new if budget is None else new[:budget]
+        self.counts = Counter(cached=len(keys) - len(new), over_budget=len(new) - len(asked))
+        answered = await self._ask_all(asked)
+        usable = {keys[question]: verdict for question, verdict in answered.items() if verdict != "unknown"}
+        self._cache.add(usable)
+        self._watch(asked=len(asked), usable=len(usable))
+        known |= usable
+        return [known.get(keys[q], "unknown") if q.tail else "inconsistent" for q in questions]
+
+    def _key(self, question: _Question) -> str:
+        section = self._section
+        # The name alone does not say which weights a server of ours serves.
+        judge = str(section.model_path) if section.model_path is not None and not section.urls else str(section.model)
+        if section.model is None and section.urls:
+            judge = " ".join(section.urls)
+        return question_key(
+            judge, {"temperature": section.temperature, "max_tokens": section.max_tokens}, question.messages
+        )
+
+    def _watch(self, *, asked: int, usable: int) -> None:
+        if asked == 0:
+            return  # says nothing about the judge
+        self._steps_without = 0 if usable else self._steps_without + 1
+        self.counts["steps_without"] = self._steps_without
+        limit = self._section.max_steps_without_judge
+        if self._steps_without > limit:
+            raise JudgeDownError(
+                f"the judge gave no verdict on {asked} questions, nor in the {limit} steps before; see its log; "
+                "the run may go on without it if reward.use_judge = false"
+            )
+        if self._steps_without:
+            logger.warning(
+                "judge: no verdict at all, C is 0; %d of at most %d such steps in a row", self._steps_without, limit
+            )
+
+    def _endpoints(self) -> Sequence[tuple[str, str | None]]:
+        if callable(self._servers):
+            return self._servers()
+        key = os.environ.get(self._section.api_key_variable)
+        return [(url, key) for url in self._servers]
 
     async def _ask_all(self, questions: Sequence[_Question]) -> dict[_Question, JudgeVerdict]:
         if not questions:
             return {}
+        self._breaker.half_open()
         # Connections belong to an event loop, and each call may run in a new one.
         async with AsyncExitStack() as stack:
-            servers = [await stack.enter_async_context(JudgeEndpoint(self._section, url)) for url in self._urls]
+            servers = [
+                await stack.enter_async_context(
+                    JudgeEndpoint(self._section, url, key=key or "none", models=self._models)
+                )
+                for url, key in self._endpoints()
+            ]
             slots = asyncio.Semaphore(self._section.max_concurrency * len(servers))
-            answers = await asyncio.gather(
-                *(self._ask(question, _rotated(servers, i), slots) for i, question in enumerate(questions))
-            )
+            first = []
+            if self._breaker.state == "half_open":  # one trial tells whether the others are worth their time-outs
+                first = [await self._ask(questions[0], servers, slots)]
+            rest = enumerate(questions[len(first) :], start=len(first))
+            answers = first + await asyncio.gather(*(self._ask(q, _rotated(servers, i), slots) for i, q in rest))
         failures = [answer for answer in answers if isinstance(answer, Exception)]
         if failures:
             logger.warning(
-                "judge: no verdict on %d of %d questions after %d attempts each; the last reason: %r",
-                len(failures),
+                "judge: no verdict on %d of %d questions after %d attempts each (%d not tried); the last reason: %r",
+                len(failures) + self.counts["not_tried"],
                 len(questions),
                 self._section.retries + 1,
+                self.counts["not_tried"],
                 failures[-1],
             )
         return {
-            question: "unknown" if isinstance(answer, Exception) else answer
-            for question, answer in zip(questions, answers, strict=True)
+            q: answer if isinstance(answer, str) else "unknown" for q, answer in zip(questions, answers, strict=True)
         }
 
     async def _ask(
         self, question: _Question, servers: Sequence[JudgeEndpoint], slots: asyncio.Semaphore
-    ) -> JudgeVerdict | Exception:
-        """The verdict, or why there is none."""
-        messages = judge_messages(question.tail, f"Response {question.answer} is better.")
-        reason: Exception | None = None
-        for attempt, server in zip(range(self._section.retries + 1), cycle(servers)):
-            if attempt:
-                await asyncio.sleep(_pause_s(attempt))
-            try:
-                async with slots:
-                    return _read_verdict(await server.reply(messages))
-            except _FAILURES as failure:
-                reason = failure
-        assert reason is not None, "retries >= 0: at least one attempt was made"
-        return reason
+    ) -> JudgeVerdict | Exception | None:
+        """The verdict, or why there is none; None when the breaker is open."""
+        server = cycle(servers)
+        attempts = AsyncRetrying(
+            retry=retry_if_exception_type(_FAILURES),
+            stop=stop_after_attempt(self._section.retries + 1),
+            # Full jitter: a restarted server is not hit by all callers at once.
+            wait=wait_random_exponential(multiplier=self._section.backoff_s, max=self._section.backoff_max_s),
+            reraise=True,
+        )
+        try:
+            async for attempt in attempts:
+                with attempt:
+                    async with slots:
+                        if attempt.retry_state.attempt_number == 1 and not self._breaker.admits():
+                            self.counts["not_tried"] += 1
+                            return None
+                        self.counts["calls"] += 1
+                        verdict = _read_verdict(await next(server).reply(question.messages))
+        except _FAILURES as failure:
+            self._breaker.failure()
+            return failure
+        self._breaker.success()
+        return verdict
 
 
 def _rotated(servers: Sequence[JudgeEndpoint], start: int) -> Sequence[JudgeEndpoint]:
@@ -128,8 +213,3 @@ def _read_verdict(reply: str) -> JudgeVerdict:
     if verdict is None:
         raise UnusableReplyError(f"expected exactly '1' or '0', got {reply[:200]!r}")
     return verdict
-
-
-def _pause_s(attempt: int) -> float:
-    """Exponential backoff with jitter: a restarted server is not hit by all callers at once."""
-    return random.uniform(0.5, 1.0) * min(_FIRST_PAUSE_S * 2 ** (attempt - 1), _LONGEST_PAUSE_S)

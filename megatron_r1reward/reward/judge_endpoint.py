@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import MutableMapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,18 +18,25 @@ class UnusableReplyError(Exception):
 
 
 class JudgeEndpoint:
-    """A connection to one server; an async context manager that belongs to one event loop."""
+    """A connection to one server; an async context manager that belongs to one event loop.
 
-    def __init__(self, section: JudgeSection, url: str) -> None:
+    Args:
+        key: the API key or bearer token.
+        models: names of the models that servers serve, by URL; filled when a server is asked for the first time, and
+            kept by the caller for the next connection.
+    """
+
+    def __init__(self, section: JudgeSection, url: str, *, key: str, models: MutableMapping[str, str]) -> None:
         root = url.rstrip("/")
+        self._url = root
         self._section = section
+        self._models = models
         self._client = AsyncOpenAI(
             base_url=root if root.endswith("/v1") else f"{root}/v1",
-            api_key=os.environ.get(section.api_key_variable, "none"),
+            api_key=key,
             timeout=section.request_timeout_s,
             max_retries=0,  # the caller retries, on another server where there is one
         )
-        self._model = section.model
 
     async def __aenter__(self) -> Self:
         return self
@@ -60,12 +67,14 @@ class JudgeEndpoint:
                 raise UnusableReplyError(f"not a chat completion: {str(completion)[:200]!r}")
 
     async def _model_name(self) -> str:
-        """`judge.model`, or the first model that the server lists."""
+        """`judge.model`, or the first model that the server lists; a server is asked once in its life."""
+        if self._section.model is not None:
+            return self._section.model
         # No lock: callers that start together may all ask, which is cheaper than queueing behind a server that hangs.
-        if self._model is None:
+        if self._url not in self._models:
             match await self._client.get("/models", cast_to=object):
                 case {"data": [{"id": str(name)}, *_]}:
-                    self._model = name
+                    self._models[self._url] = name
                 case listing:
                     raise UnusableReplyError(f"not a list of models: {str(listing)[:200]!r}")
-        return self._model
+        return self._models[self._url]

@@ -13,6 +13,8 @@ from megatron_r1reward.reward.parse import ParsedResponse, parse_response
 from megatron_r1reward.reward.rules import format_reward, result_reward
 from megatron_r1reward.types import JudgeVerdict, Label, Rollout, ScoredRollout
 
+_JUDGE_COUNTS = ("cached", "over_budget", "not_tried", "steps_without")
+
 
 class RewardScorer:
     """Scores rollouts with R = 0.5 F + A (1 + 0.5 C): the rules at once, the judge only where the result is right.
@@ -37,14 +39,20 @@ class RewardScorer:
         """Scored rollouts in the given order, and counts over them.
 
         Counts: `judge_asked`, `judge_consistent`, `judge_inconsistent`, `judge_unknown`, `unparsable` (no answer that
-        is exactly 1 or 2) and `answer_1` (a drift away from half of the rollouts means position bias).
+        is exactly 1 or 2) and `answer_1` (a drift away from half of the rollouts means position bias); of the judge
+        also `judge_cached` (questions it need not be asked), `judge_over_budget` and `judge_not_tried` (unknown for
+        these reasons), and `judge_steps_without` (batches in a row without any verdict).
+
+        Raises:
+            JudgeDownError: the judge has been silent for too long.
         """
         parsed = [parse_response(rollout.text) for rollout in rollouts]
         right = [i for i, rollout in enumerate(rollouts) if parsed[i].answer == rollout.prompt.label]
         cases = [(parsed[i].reasoning, rollouts[i].prompt.label) for i in right]
         verdicts = dict(zip(right, await self._verdicts(cases), strict=True))
         scored = [self._scored(rollouts[i], parsed[i], verdicts.get(i, "not_asked")) for i in range(len(rollouts))]
-        return scored, _count(scored)
+        judge = self._judge.counts if self._judge is not None else Counter[str]()
+        return scored, _count(scored) | {f"judge_{name}": judge[name] for name in _JUDGE_COUNTS}
 
     async def _verdicts(self, cases: Sequence[tuple[str, Label]]) -> Sequence[JudgeVerdict]:
         if self._judge is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import ssl
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from megatron_r1reward.config.schema import SamplingSection
+from megatron_r1reward.network.tokens import bearer
 from megatron_r1reward.types import Prompt, Rollout, WeightSpan
 
 INITIAL_WEIGHTS = "default"  # what vLLM calls the weights it was started with: version 0
@@ -82,6 +83,8 @@ class RolloutClient:
         model: the name under which it serves the policy.
         tokenizer: the policy's.
         banned_ids: never sampled (see `banned.banned_token_ids`). The returned log-probabilities do not know about it.
+        token: bearer token of the server.
+        media_roots: folders that images must be in, symbolic links resolved; None: no limit (tests).
         connect_timeout_s: longest wait for a connection; how long a whole request may take is the caller's business.
     """
 
@@ -92,6 +95,8 @@ class RolloutClient:
         model: str,
         tokenizer: PolicyTokenizer,
         banned_ids: Iterable[int] = (),
+        token: str | None = None,
+        media_roots: Sequence[Path] | None = None,
         connect_timeout_s: float = 60.0,
     ) -> None:
         self.url = url.rstrip("/")
@@ -104,7 +109,8 @@ class RolloutClient:
                 f"{len(self._logit_bias)} banned token ids, but vLLM takes at most {MAX_BANNED_IDS}: "
                 "check that vocab_size in config.json belongs to the tokenizer"
             )
-        self._connections = _Connections(connect_timeout_s=connect_timeout_s)
+        self._media_roots = None if media_roots is None else tuple(root.resolve() for root in media_roots)
+        self._connections = _Connections(headers=bearer(token), connect_timeout_s=connect_timeout_s)
 
     async def generate(self, prompt: Prompt, sampling: SamplingSection, *, n: int, seed: int) -> list[Rollout]:
         """Sample `n` responses, in the order of their sample index.
@@ -150,6 +156,9 @@ class RolloutClient:
                 raise RequestRefusedError(f"image {path} is a relative path, which means nothing to a server")
             if not path.is_file():
                 raise RequestRefusedError(f"image {path} does not exist")
+            if self._media_roots is not None and not any(map(path.resolve().is_relative_to, self._media_roots)):
+                roots = ", ".join(map(str, self._media_roots))
+                raise RequestRefusedError(f"image {path} is outside of the folders that images may come from ({roots})")
 
     def _request(self, prompt: Prompt, sampling: SamplingSection, n: int, seed: int) -> dict[str, Any]:
         return {
@@ -192,7 +201,8 @@ class _Connections:
     than anything else here.
     """
 
-    def __init__(self, *, connect_timeout_s: float) -> None:
+    def __init__(self, *, headers: Mapping[str, str], connect_timeout_s: float) -> None:
+        self._headers = dict(headers)
         self._timeout = httpx.Timeout(None, connect=connect_timeout_s)
         self._tls = ssl.create_default_context()  # shared: building one takes longer than a request
         self._idle: list[httpx.AsyncClient] = []
@@ -207,7 +217,7 @@ class _Connections:
             self._idle.append(http)
 
     def _new(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(timeout=self._timeout, verify=self._tls, trust_env=False)
+        return httpx.AsyncClient(headers=self._headers, timeout=self._timeout, verify=self._tls, trust_env=False)
 
     async def aclose(self) -> None:
         for http in self._idle:

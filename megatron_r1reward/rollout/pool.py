@@ -1,39 +1,38 @@
-"""Many prompts over several servers, with exact accounting: every sample is returned, set aside or explained."""
+"""Many prompts over several servers, in the background if wished, with exact accounting."""
 
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
 
 import torch
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from megatron_r1reward.config.schema import SamplingSection, ServerSection
-from megatron_r1reward.rollout.banned import banned_token_ids
+from megatron_r1reward.rollout import accounting
+from megatron_r1reward.rollout.accounting import Accounting, FailedPrompt
 from megatron_r1reward.rollout.client import PolicyTokenizer, RequestRefusedError, RolloutClient, ServerUnavailableError
-from megatron_r1reward.rollout.server import Report, VllmServer, start_servers
-from megatron_r1reward.rollout.weights import WeightPusher, WeightPushError
-from megatron_r1reward.rollout.weights_gloo import GlooWeightPusher
+from megatron_r1reward.rollout.group import ServerGroup
+from megatron_r1reward.rollout.member import Member, ServerStatus
+from megatron_r1reward.rollout.pushing import PoolPusher
+from megatron_r1reward.rollout.router import NoServerError
+from megatron_r1reward.rollout.server import ServerError, VllmServer
+from megatron_r1reward.rollout.transport import Transport
+from megatron_r1reward.rollout.weights import WeightPushError
 from megatron_r1reward.types import Prompt, Rollout, TensorMeta
 
-Progress = Callable[[int, int], None]  # (prompts done, prompts in all)
+Progress = Callable[[int, int], None]  # (prompts done, prompts in all); called on the pool's thread
 
 SERVED_NAME = "policy"
-_BACKOFF_BASE_S = 0.5
-_BACKOFF_CAP_S = 10.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class FailedPrompt:
-    """A prompt without rollouts, and why."""
-
-    prompt: Prompt
-    reason: str
+class StaleWeightsError(ServerUnavailableError):
+    """The answer was sampled under weights that are not current: the server was restarted behind our back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,67 +42,76 @@ class GenerateResult:
     rollouts: tuple[Rollout, ...]  # in the order of the prompts, then of the samples
     failed: tuple[FailedPrompt, ...]
     quarantined: tuple[Rollout, ...]  # hold a banned token id: not fit for training
+    accounting: Accounting
 
 
-class LeastOutstanding:
-    """Picks, among servers in service, the one with the fewest requests in flight."""
-
-    def __init__(self, count: int) -> None:
-        self.outstanding = [0] * count
-        self.in_service = [True] * count
-
-    def pick(self, avoid: set[int]) -> int | None:
-        """Index of the best server outside `avoid`; if all are to be avoided, of the best one; None if none is left."""
-        usable = [index for index, up in enumerate(self.in_service) if up]
-        preferred = [index for index in usable if index not in avoid] or usable
-        return min(preferred, key=self.outstanding.__getitem__, default=None)
-
-    @contextmanager
-    def hold(self, index: int) -> Iterator[None]:
-        """Counts one request as in flight on server `index`."""
-        self.outstanding[index] += 1
-        try:
-            yield
-        finally:
-            self.outstanding[index] -= 1
-
-    def retire(self, index: int) -> None:
-        self.in_service[index] = False
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    sampling: SamplingSection
+    n: int
+    seed: int
+    counts: Counter[str]  # of the `submit` call it belongs to
 
 
 class RolloutPool:
-    """A set of servers of one policy. One `generate` at a time; weights may be pushed from another thread meanwhile.
+    """Servers of one policy. Methods may be called from any thread, several `submit` may be under way at once, and
+    weights may be pushed meanwhile: requests in flight then go on with the new weights (`Rollout.weight_spans`).
 
     Args:
         section: limits (concurrency, time-outs, retries).
-        urls: the servers. All serve the model as `SERVED_NAME`.
-        servers: those of them that belong to the pool, in the order of `urls`; closed with it.
-        pusher: how weights get there; None for a pool whose weights never change.
+        urls: the servers, unless `servers` are given. All serve the model as `SERVED_NAME`.
+        servers: started and ready; they belong to the pool: supervised, and closed with it.
+        transport: how weights get there; None for a pool whose weights never change.
+        media_roots: folders that images must be in; None: no limit.
+        status_file: see `ServerGroup`.
     """
 
     def __init__(
         self,
         section: ServerSection,
         *,
-        urls: Sequence[str],
+        urls: Sequence[str] = (),
         tokenizer: PolicyTokenizer,
         banned_ids: Iterable[int],
         servers: Sequence[VllmServer] = (),
-        pusher: WeightPusher | None = None,
+        transport: Transport | None = None,
+        media_roots: Sequence[Path] | None = None,
+        status_file: Path | None = None,
     ) -> None:
-        if not urls:
+        if not urls and not servers:
             raise ValueError("a rollout pool needs at least one server: set rollout.urls or rollout.count")
-        assert not servers or len(servers) == len(urls)
         self._section = section
+        self._tokenizer = tokenizer
         self._banned_ids = frozenset(banned_ids)
-        self._clients = [
-            RolloutClient(url, model=SERVED_NAME, tokenizer=tokenizer, banned_ids=self._banned_ids) for url in urls
-        ]
-        self.urls = tuple(urls)
-        self._servers = tuple(servers)
-        self._pusher = pusher
-        self._router = LeastOutstanding(len(urls))
-        self._runner = asyncio.Runner()
+        self._media_roots = media_roots
+        self._clients: dict[tuple[str, str | None], RolloutClient] = {}
+        self.total = Accounting()  # of all `generate` calls so far
+        self._pusher: PoolPusher | None = None
+        self.group = ServerGroup(
+            section,
+            name="rollout",
+            urls=urls,
+            servers=servers,
+            served_name=SERVED_NAME,
+            admit=self._admit,
+            status_file=status_file,
+        )
+        try:
+            if transport is not None:
+                self._pusher = PoolPusher(transport, section, self.group)
+            for member in self.group.members:
+                self._client(member)  # complains about impossible settings now
+        except BaseException:
+            self.group.close()
+            raise
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        return tuple(member.url for member in self.group.members)
+
+    def status(self) -> list[ServerStatus]:
+        """The state of each server."""
+        return self.group.status()
 
     def generate(
         self,
@@ -114,15 +122,34 @@ class RolloutPool:
         seed: int,
         progress: Progress | None = None,
     ) -> GenerateResult:
-        """Sample `n` responses per prompt; a prompt whose server fails is retried on another.
+        """`submit` and wait. An interrupted wait cancels the requests."""
+        future = self.submit(prompts, sampling, n=n, seed=seed, progress=progress)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def submit(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingSection,
+        *,
+        n: int = 1,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> Future[GenerateResult]:
+        """Start sampling `n` responses per prompt and return at once; cancel the future to give up.
+
+        A prompt whose server fails is asked again on another one; while no server is in service it waits.
 
         Args:
             seed: with the prompt's id it determines the tokens, whichever server samples them.
 
-        Raises:
-            ValueError: n is impossible with these settings.
-            ServerError: all servers of the pool have died.
+        Raises (the first two at once, the last by the future):
+            ValueError: n is impossible with these settings, or two prompts have one id.
             WeightPushError: an earlier push failed, so the servers are paused.
+            ServerError: all servers of the pool have been given up.
         """
         if n > self._section.max_num_seqs:
             raise ValueError(
@@ -132,32 +159,29 @@ class RolloutPool:
             raise ValueError(
                 f"temperature 0 would draw {n} equal samples: set temperature > 0 or one sample per prompt"
             )
+        if len({prompt.id for prompt in prompts}) < len(prompts):
+            twice = next(name for name, count in Counter(prompt.id for prompt in prompts).items() if count > 1)
+            raise ValueError(f"prompt id {twice!r} occurs twice in one batch: its samples would be equal")
         if self._pusher is not None and self._pusher.broken is not None:
             raise WeightPushError(f"the servers are paused after a failed weight push: {self._pusher.broken}")
-        result = self._runner.run(self._generate(prompts, sampling, n, seed, progress))
-        if prompts and not any(self._router.in_service):
-            self._servers[0].check_alive()
-        return result
+        return self.group.loop.submit(self._generate(prompts, sampling, n, seed, progress))
 
     def push_weights(
         self, metas: Sequence[TensorMeta], named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int
     ) -> None:
-        """Replace the weights of all servers; see `WeightPusher.push`. Raises WeightPushError, servers then paused."""
+        """Replace the weights of all servers; see `PoolPusher.push`. Raises WeightPushError, servers then paused."""
         if self._pusher is None:
-            raise ValueError("this pool was opened without a weight transport: open it with weight_transfer='gloo'")
+            raise ValueError("this pool was opened without a weight transport: set weight_transfer")
         self._pusher.push(metas, named_tensors, version=version)
 
     def close(self) -> None:
-        """Close connections and stop the servers that the pool started. Safe to call twice."""
-        for client in self._clients:
-            self._runner.run(client.aclose())
-        self._clients = []
-        self._runner.close()
+        """Close connections and stop the servers that belong to the pool. Safe to call twice."""
+        clients, self._clients = self._clients, {}
+        for client in clients.values():
+            self.group.loop.run(client.aclose())
+        self.group.close()
         if self._pusher is not None:
             self._pusher.close()
-            self._pusher = None
-        for server in self._servers:
-            server.stop()
 
     def __enter__(self) -> RolloutPool:
         return self
@@ -167,114 +191,125 @@ class RolloutPool:
     ) -> None:
         self.close()
 
+    def _client(self, member: Member) -> RolloutClient:
+        """A client for the member's present address."""
+        address = (member.url, member.bearer_token)
+        if address not in self._clients:
+            self._clients[address] = RolloutClient(
+                member.url,
+                model=SERVED_NAME,
+                tokenizer=self._tokenizer,
+                banned_ids=self._banned_ids,
+                token=member.bearer_token,
+                media_roots=self._media_roots,
+            )
+        return self._clients[address]
+
+    async def _admit(self, member: Member) -> None:
+        if self._pusher is not None:
+            await self._pusher.admit(member)
+
     async def _generate(
         self, prompts: Sequence[Prompt], sampling: SamplingSection, n: int, seed: int, progress: Progress | None
     ) -> GenerateResult:
-        slots = asyncio.Semaphore(self._section.max_concurrency * len(self._clients))
+        request = _Request(sampling=sampling, n=n, seed=seed, counts=Counter())
         done = 0
 
         async def outcome_of(prompt: Prompt) -> list[Rollout] | FailedPrompt:
             nonlocal done
-            async with slots:
-                outcome = await self._sample(prompt, sampling, n, seed)
+            outcome = await self._sample(prompt, request)
             done += 1
             if progress is not None:
                 progress(done, len(prompts))
             return outcome
 
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(outcome_of(prompt)) for prompt in prompts]
-        outcomes = [task.result() for task in tasks]
-        rollouts = [rollout for outcome in outcomes if not isinstance(outcome, FailedPrompt) for rollout in outcome]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(outcome_of(prompt)) for prompt in prompts]
+        except* NoServerError as errors:
+            raise ServerError(str(errors.exceptions[0])) from None
+        return self._account(prompts, n, [task.result() for task in tasks], request.counts)
+
+    def _account(
+        self, prompts: Sequence[Prompt], n: int, outcomes: Sequence[list[Rollout] | FailedPrompt], counts: Counter[str]
+    ) -> GenerateResult:
+        samples = [rollout for outcome in outcomes if not isinstance(outcome, FailedPrompt) for rollout in outcome]
+        failed = tuple(outcome for outcome in outcomes if isinstance(outcome, FailedPrompt))
+        usable = tuple(rollout for rollout in samples if self._banned_ids.isdisjoint(rollout.token_ids))
+        account = Accounting(
+            asked=len(prompts),
+            answered=len(outcomes) - len(failed),
+            failed=len(failed),
+            samples=len(samples),
+            quarantined=len(samples) - len(usable),
+            **counts,
+        )
+        accounting.check(prompts, n, samples, failed, account)
+        self.total += account
         return GenerateResult(
-            rollouts=tuple(rollout for rollout in rollouts if self._banned_ids.isdisjoint(rollout.token_ids)),
-            failed=tuple(outcome for outcome in outcomes if isinstance(outcome, FailedPrompt)),
-            quarantined=tuple(rollout for rollout in rollouts if not self._banned_ids.isdisjoint(rollout.token_ids)),
+            rollouts=usable,
+            failed=failed,
+            quarantined=tuple(rollout for rollout in samples if not self._banned_ids.isdisjoint(rollout.token_ids)),
+            accounting=account,
         )
 
-    async def _sample(
-        self, prompt: Prompt, sampling: SamplingSection, n: int, seed: int
-    ) -> list[Rollout] | FailedPrompt:
+    async def _sample(self, prompt: Prompt, request: _Request) -> list[Rollout] | FailedPrompt:
         """All samples of one prompt from one server, or the reason why there are none."""
-        tried: set[int] = set()
-        reason = "no server is in service"
-        for attempt in range(self._section.retries + 1):
-            if attempt > 0:
-                await asyncio.sleep(_backoff_s(attempt))
-            index = self._router.pick(avoid=tried)
-            if index is None:
-                break
-            tried.add(index)
-            client = self._clients[index]
-            try:
-                async with asyncio.timeout(self._section.request_timeout_s):
-                    with self._router.hold(index):
-                        return await client.generate(prompt, sampling, n=n, seed=seed)
-            except RequestRefusedError as refusal:
-                return FailedPrompt(prompt=prompt, reason=str(refusal))
-            except TimeoutError:
-                reason = f"{client.url} gave no answer within {self._section.request_timeout_s:g} s"
-            except ServerUnavailableError as error:
-                reason = str(error)
-            if self._servers and not self._servers[index].alive:
-                self._router.retire(index)
-        return FailedPrompt(prompt=prompt, reason=f"not sampled after retries; the last error: {reason}")
-
-
-def _backoff_s(attempt: int) -> float:
-    """Exponential with full jitter, so that the prompts of a dead server do not all come back at once."""
-    return random.uniform(0, min(_BACKOFF_CAP_S, _BACKOFF_BASE_S * 2**attempt))
-
-
-def open_rollout_pool(
-    section: ServerSection,
-    *,
-    model_path: Path,
-    tokenizer: PolicyTokenizer,
-    log_dir: Path,
-    media_root: Path | None = None,
-    pixels: tuple[int, int] | None = None,
-    weight_transfer: Literal["gloo"] | None = "gloo",
-    sender_host: str = "127.0.0.1",
-    progress: Report | None = None,
-) -> RolloutPool:
-    """Use the servers at `section.urls`, or start `section.count` of them; returns when all are ready.
-
-    Args:
-        model_path: HF folder of the policy.
-        log_dir: server i writes to rollout-<i>.log in it.
-        media_root: folder above all image paths; pixels: (min, max) of the image processor (see `server_command`).
-        weight_transfer: None for a policy that does not change (evaluation).
-        sender_host: the address under which the servers reach this process for weights.
-
-    Raises:
-        ServerError: a server did not start.
-    """
-    policy_path = section.model_path or model_path
-    servers = [
-        VllmServer(
-            section,
-            model_path=policy_path,
-            log_path=log_dir / f"rollout-{index}.log",
-            served_name=SERVED_NAME,
-            weight_transfer=weight_transfer,
-            media_root=media_root,
-            pixels=pixels,
+        section = self._section
+        failed: set[Member] = set()
+        attempts = AsyncRetrying(
+            retry=retry_if_exception_type(ServerUnavailableError),
+            stop=stop_after_attempt(section.retries + 1),
+            # Full jitter, so that the prompts of a dead server do not all come back at once.
+            wait=wait_random_exponential(multiplier=section.backoff_s, max=section.backoff_max_s),
+            reraise=True,
         )
-        for index in range(0 if section.urls else section.count)
-    ]
-    urls = section.urls or tuple(server.url for server in servers)
-    pool = RolloutPool(
-        section,
-        urls=urls,
-        tokenizer=tokenizer,
-        banned_ids=banned_token_ids(policy_path),
-        servers=servers,
-        pusher=None if weight_transfer is None else GlooWeightPusher(urls, host=sender_host),
-    )
-    try:
-        start_servers(servers, progress)
-    except BaseException:
-        pool.close()
-        raise
-    return pool
+        try:
+            async for attempt in attempts:
+                with attempt:
+                    request.counts["retried"] += attempt.retry_state.attempt_number == 2
+                    return await self._attempt(prompt, request, failed)
+        except RequestRefusedError as refusal:
+            return FailedPrompt(prompt=prompt, reason=str(refusal))
+        except ServerUnavailableError as error:
+            return FailedPrompt(prompt=prompt, reason=f"not sampled after retries; the last error: {error}")
+        raise AssertionError("the last attempt raises")
+
+    async def _attempt(self, prompt: Prompt, request: _Request, failed: set[Member]) -> list[Rollout]:
+        """One request to one server; a failure is added to `failed` and reported to the supervisor."""
+        member = await self.group.router.acquire(prompt.preference_id, frozenset(failed))
+        request.counts["attempts"] += 1
+        try:
+            rollouts = await self._ask(member, prompt, request)
+        except ServerUnavailableError as error:
+            failed.add(member)
+            if isinstance(error, StaleWeightsError):
+                self.group.supervisor.quarantine(member, str(error))
+            self.group.supervisor.failed(member, str(error))
+            raise
+        finally:
+            self.group.router.release(member)
+        self.group.supervisor.succeeded(member)
+        return rollouts
+
+    async def _ask(self, member: Member, prompt: Prompt, request: _Request) -> list[Rollout]:
+        url, current = member.url, self._pusher.current() if self._pusher is not None else None
+        call = asyncio.create_task(
+            self._client(member).generate(prompt, request.sampling, n=request.n, seed=request.seed)
+        )
+        member.in_flight.add(call)
+        try:
+            done, _ = await asyncio.wait({call}, timeout=self._section.request_timeout_s)
+        finally:
+            member.in_flight.discard(call)
+            call.cancel()  # does nothing to a finished one
+        if not done:
+            raise ServerUnavailableError(f"{url} gave no answer within {self._section.request_timeout_s:g} s")
+        if call.cancelled():
+            request.counts["withdrawn"] += 1
+            raise ServerUnavailableError(f"{url} was taken out of service during the request")
+        rollouts = call.result()
+        if current is not None and (wrong := current.wrong(rollouts)) is not None:
+            request.counts["stale"] += 1
+            raise StaleWeightsError(f"{url} answered with weight version {wrong}, which is not current there")
+        return rollouts

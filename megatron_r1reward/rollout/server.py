@@ -1,129 +1,45 @@
-"""One vLLM server: its command line, its environment and its life.
-
-Serves rollouts (token ids in and out, weight transfer) and judges (plain OpenAI chat) alike.
-"""
+"""The life of one vLLM server: start, readiness by a real completion, restart, end."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
 
 import httpx
 import torch
 
 from megatron_r1reward.config.schema import ServerSection
-from megatron_r1reward.rollout.server_log import explain
-from megatron_r1reward.rollout.vllm_main import FORK_FLAG
+from megatron_r1reward.network.tokens import bearer, new_token
+from megatron_r1reward.rollout.leftovers import ScratchFolder, remove, shared_memory_of
+from megatron_r1reward.rollout.server_command import WeightTransport, server_command, server_environment
+from megatron_r1reward.rollout.server_log import address_in_use, explain
 
 Report = Callable[[str], None]  # takes a line for the user
 
-# The trainer's own distributed set-up, which vLLM's workers would take for theirs.
-_TRAINER_VARIABLES = (
-    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE",
-    "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
-)  # fmt: skip
-_MIN_BATCHED_TOKENS = 8192
 _SIGTERM_GRACE_S = 15.0
 _POLL_INTERVAL_S = 0.2
+_PORT_ATTEMPTS = 3
+_HEALTH_TIMEOUT_S = 5.0
 
 
 class ServerError(RuntimeError):
     """A server did not start, or died. The message names the log and ends with its last lines."""
 
 
-def server_command(
-    section: ServerSection,
-    *,
-    model_path: Path,
-    port: int,
-    served_name: str,
-    host: str = "127.0.0.1",
-    on_cpu: bool = False,
-    weight_transfer: Literal["gloo", "nccl", "ipc"] | None = None,
-    media_root: Path | None = None,
-    pixels: tuple[int, int] | None = None,
-) -> list[str]:
-    """The command that runs one server.
-
-    Args:
-        model_path: HF checkpoint folder.
-        served_name: what requests call the model.
-        weight_transfer: transport of weight pushes; None for a server whose weights never change (a judge).
-        media_root: folder below which requests may name images as file:// URLs; None forbids it.
-        pixels: (min_pixels, max_pixels) of the image processor, which must be the trainer's; None: the checkpoint's.
-    """
-    command = [sys.executable, "-m", "megatron_r1reward.rollout.vllm_main"]
-    if _forks_engine_core(section, on_cpu):
-        command += [FORK_FLAG]
-    command += ["--model", str(model_path), "--served-model-name", served_name, "--host", host, "--port", str(port)]
-    command += ["--dtype", section.dtype, "--tensor-parallel-size", str(section.tensor_parallel_size)]
-    command += ["--max-model-len", str(section.max_model_len), "--max-num-seqs", str(section.max_num_seqs)]
-    # Sampling parameters come from requests only; "auto" would add the checkpoint's generation_config.json.
-    command += ["--generation-config", "vllm"]
-    command += ["--enable-scale-out"]  # /inference/v1/generate: token ids in, token ids out
-    command += ["--limit-mm-per-prompt", json.dumps({"video": 0})]
-    command += ["--disable-uvicorn-access-log"]
-    if on_cpu:
-        command += ["--enforce-eager"]  # compiling takes a minute and gains nothing on small models
-        # vLLM cannot rewind a CPU generator: a seeded request whose prefill is split kills the engine.
-        command += ["--no-enable-chunked-prefill"]
-        command += ["--max-num-batched-tokens", str(max(section.max_model_len, _MIN_BATCHED_TOKENS))]
-        if section.kv_cache_bytes is not None:
-            command += ["--kv-cache-memory-bytes", str(section.kv_cache_bytes)]
-    else:
-        command += ["--gpu-memory-utilization", str(section.gpu_memory_utilization)]
-    if weight_transfer is not None:
-        command += ["--weight-transfer-config", json.dumps({"backend": weight_transfer})]
-    if media_root is not None:
-        command += ["--allowed-local-media-path", str(media_root.resolve())]
-    if pixels is not None:
-        command += ["--mm-processor-kwargs", json.dumps({"min_pixels": pixels[0], "max_pixels": pixels[1]})]
-    return [*command, *section.extra_args]
-
-
-def server_environment(
-    section: ServerSection, *, on_cpu: bool = False, gpu_ids: Sequence[int] = (), base: Mapping[str, str]
-) -> dict[str, str]:
-    """The server's environment: `base` without the trainer's distributed variables, plus what vLLM needs."""
-    environment = {name: value for name, value in base.items() if name not in _TRAINER_VARIABLES}
-    environment |= {
-        "VLLM_SERVER_DEV_MODE": "1",  # /pause, /resume, weight transfer and cache resets
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",  # clients keep connections between steps
-        "HF_HUB_OFFLINE": "1",  # models are folders; a missing file is an error, not a download
-    }
-    if on_cpu:
-        environment |= {
-            "OMP_NUM_THREADS": str(section.num_threads),
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # "auto" would put every server of a machine on the same cores
-            "TORCH_COMPILE_DISABLE": "1",  # otherwise the sampler is compiled at the first request: a minute
-        }
-        if section.tensor_parallel_size == 1:
-            environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the worker lives in the engine's process
-    if gpu_ids:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpu_ids))
-    return environment
-
-
-def _forks_engine_core(section: ServerSection, on_cpu: bool) -> bool:
-    return on_cpu and section.num_threads == 1 and section.tensor_parallel_size == 1
-
-
 class VllmServer:
     """A vLLM server as a child process in a process group of its own; ends with its parent.
 
     Use as a context manager, or `start()` several, then `wait_ready()` on each, and `stop()`; see `start_servers`.
-    Arguments are those of `server_command`; the port is the kernel's choice and reserved for the server's life.
+    Arguments are those of `server_command`. The port is the kernel's choice and reserved; should somebody else take
+    it all the same, the server starts on another one, so `url` is known for sure only when `wait_ready` has returned.
+    `token` is what requests must carry; None makes a new one.
     """
 
     def __init__(
@@ -133,39 +49,66 @@ class VllmServer:
         model_path: Path,
         log_path: Path,
         served_name: str = "policy",
-        host: str = "127.0.0.1",
+        host: str | None = None,
         on_cpu: bool | None = None,
         gpu_ids: Sequence[int] = (),
-        weight_transfer: Literal["gloo", "nccl", "ipc"] | None = None,
+        weight_transfer: WeightTransport | None = None,
         media_root: Path | None = None,
         pixels: tuple[int, int] | None = None,
+        token: str | None = None,
     ) -> None:
         if not (model_path / "config.json").is_file():
             raise ValueError(f"model path {model_path} has no config.json: give a Hugging Face checkpoint folder")
-        on_cpu = not torch.cuda.is_available() if on_cpu is None else on_cpu
-        # Bound but never listening: nobody else gets the port before the server has it, nor between restarts.
-        self._reservation = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-        self._reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._reservation.bind((host, 0))
-        port: int = self._reservation.getsockname()[1]
         self.served_name = served_name
         self.log_path = log_path
-        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        self._startup_timeout_s = section.startup_timeout_s
-        self._environment = server_environment(section, on_cpu=on_cpu, gpu_ids=gpu_ids, base=os.environ)
-        self._command = server_command(
+        self.token = token or new_token()
+        self._section = section
+        self._host = section.host if host is None else host
+        self._on_cpu = not torch.cuda.is_available() if on_cpu is None else on_cpu
+        self._model_path = model_path
+        self._weight_transfer = weight_transfer
+        self._media_root, self._pixels = media_root, pixels
+        self._environment = server_environment(
             section,
-            model_path=model_path,
-            port=port,
-            served_name=served_name,
-            host=host,
-            on_cpu=on_cpu,
-            weight_transfer=weight_transfer,
-            media_root=media_root,
-            pixels=pixels,
+            token=self.token,
+            developer_routes=weight_transfer is not None,
+            on_cpu=self._on_cpu,
+            gpu_ids=gpu_ids,
+            base=os.environ,
         )
         self._process: subprocess.Popen[bytes] | None = None
+        self._scratch: ScratchFolder | None = None
+        self._shared_memory: frozenset[Path] = frozenset()
         self._log_start = 0  # an earlier life's lines are not this one's
+        self._reservation: socket.socket | None = None
+        self._reserve_port()
+
+    def _reserve_port(self) -> None:
+        """Bound but never listening: nobody else is given the port before the server has it, nor between restarts."""
+        if self._reservation is not None:
+            self._reservation.close()
+        reservation = socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET, socket.SOCK_STREAM)
+        reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reservation.bind((self._host, 0))
+        self._reservation = reservation
+        self.port: int = reservation.getsockname()[1]
+        self._command = server_command(
+            self._section,
+            model_path=self._model_path,
+            port=self.port,
+            served_name=self.served_name,
+            host=self._host,
+            on_cpu=self._on_cpu,
+            weight_transfer=self._weight_transfer,
+            media_root=self._media_root,
+            pixels=self._pixels,
+        )
+
+    @property
+    def url(self) -> str:
+        # A server on all interfaces is reached from here by the loopback address.
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._host, self._host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     @property
     def pid(self) -> int | None:
@@ -182,19 +125,27 @@ class VllmServer:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Start the process and return at once."""
+        """Start the process and return at once; ServerError when the server has been closed meanwhile."""
         assert self._process is None, "the server was started already"
+        if self._reservation is None:
+            raise ServerError(f"server {self.served_name!r} ({self.url}) is closed")
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._scratch = ScratchFolder()
         with self.log_path.open("ab") as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
                 self._command,
-                env=self._environment,
+                env=self._environment | {"TMPDIR": str(self._scratch.path)},
                 stdin=subprocess.PIPE,  # the server ends when this pipe closes
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def restart(self) -> None:
+        """End what is left of the process, even if it hangs, and start a new one on the same port; returns at once."""
+        self.stop(grace_s=0.0)
+        self.start()
 
     def wait_ready(self, progress: Report | None = None) -> None:
         """Block until the server is healthy and has completed a request.
@@ -202,14 +153,32 @@ class VllmServer:
         Raises:
             ServerError: the process died, or `startup_timeout_s` passed.
         """
+        for attempt in range(1, _PORT_ATTEMPTS + 1):
+            try:
+                self._wait_ready(progress)
+                return
+            except ServerError:
+                if self.alive or attempt == _PORT_ATTEMPTS or not address_in_use(self.log_path, self._log_start):
+                    raise
+            if progress is not None:
+                progress(f"{self.served_name}: port {self.port} is taken by another process; trying another one")
+            self.stop()
+            self._reserve_port()
+            self.start()
+
+    def _wait_ready(self, progress: Report | None) -> None:
         started = time.monotonic()
-        with httpx.Client(timeout=self._startup_timeout_s, trust_env=False) as http:
+        limit_s = self._section.startup_timeout_s
+        with httpx.Client(timeout=limit_s, trust_env=False, headers=bearer(self.token)) as http:
             while not self._answers_health(http):
                 self.check_alive()
-                if time.monotonic() - started > self._startup_timeout_s:
-                    raise ServerError(self._describe(f"was not ready after {self._startup_timeout_s:g} s"))
+                if time.monotonic() - started > limit_s:
+                    raise ServerError(self._describe(f"was not ready after {limit_s:g} s"))
                 time.sleep(_POLL_INTERVAL_S)
+            self.check_alive()  # whoever answered might be somebody else on our port
             self._complete_one_request(http)
+        assert self.pid is not None
+        self._shared_memory = shared_memory_of(self.pid)  # who is killed cannot clean up
         if progress is not None:
             progress(f"{self.served_name} at {self.url} ready after {time.monotonic() - started:.1f} s")
 
@@ -219,21 +188,33 @@ class VllmServer:
             code = self._process.returncode if self._process is not None else None
             raise ServerError(self._describe(f"is not running (exit code {code})"))
 
-    def stop(self) -> None:
-        """End the server: SIGTERM, then SIGKILL for whatever is left of its process group. Safe to call twice."""
+    def stop(self, *, grace_s: float = _SIGTERM_GRACE_S) -> None:
+        """End the server: SIGTERM, then after `grace_s` SIGKILL for all its process group. Safe to call twice."""
         process, self._process = self._process, None
         if process is None:
             return
-        process.terminate()
         try:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(_SIGTERM_GRACE_S)
+            if grace_s > 0:
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(grace_s)
         finally:
             with suppress(ProcessLookupError):  # usually the whole group is gone by now
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             assert process.stdin is not None
             process.stdin.close()
+            remove(self._shared_memory)
+            self._shared_memory = frozenset()
+            assert self._scratch is not None
+            self._scratch.remove()
+
+    def close(self) -> None:
+        """`stop`, and give the port back."""
+        self.stop()
+        if self._reservation is not None:
+            self._reservation.close()
+            self._reservation = None
 
     def __enter__(self) -> VllmServer:
         start_servers([self])
@@ -242,12 +223,12 @@ class VllmServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop()
+        self.close()
 
     def _answers_health(self, http: httpx.Client) -> bool:
         try:
-            return http.get(f"{self.url}/health").is_success
-        except httpx.TransportError:  # not listening yet
+            return http.get(f"{self.url}/health", timeout=_HEALTH_TIMEOUT_S).is_success
+        except httpx.TransportError:  # not listening yet, or somebody else is
             return False
 
     def _complete_one_request(self, http: httpx.Client) -> None:

@@ -9,6 +9,7 @@ _ERROR = re.compile(r"\b\w+(?:Error|Exception|Interrupt): .*")
 _ENGINE = "(EngineCore"
 _NOISE = re.compile(r"nanobind|- leaked|skipped remainder")  # printed by triton's bindings at every exit
 _TAIL_LINES = 25
+_ADDRESS_IN_USE = re.compile(rb"\[Errno 98\]|Address already in use|address already in use")
 
 
 def explain(log_path: Path, start: int = 0) -> str:
@@ -29,3 +30,10 @@ def explain(log_path: Path, start: int = 0) -> str:
     cause = (of_engine or of_anyone or ["the log shows no error"])[0]
     tail = "\n".join(f"  | {line}" for line in lines[-_TAIL_LINES:])
     return f"{cause}\nthe end of its log {log_path}:\n{tail}"
+
+
+def address_in_use(log_path: Path, start: int = 0) -> bool:
+    """Whether a server found its port taken; `start` as in `explain`."""
+    with log_path.open("rb") as log:
+        log.seek(start)
+        return _ADDRESS_IN_USE.search(log.read()) is not None

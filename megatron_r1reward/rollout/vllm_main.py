@@ -11,12 +11,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
 import sys
 import threading
 
 FORK_FLAG = "--fork-engine-core"
+SCRATCH_PREFIX = "r1reward-server-"
 
 
 def _end_with_stdin() -> None:
@@ -24,6 +27,18 @@ def _end_with_stdin() -> None:
     while os.read(0, 4096):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _remove_scratch_folder_at_exit() -> None:
+    """The starter removes this server's TMPDIR, unless it was killed."""
+    folder, pid = os.environ.get("TMPDIR", ""), os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == pid:  # not in forked children
+            shutil.rmtree(folder, ignore_errors=True)
+
+    if os.path.basename(folder).startswith(SCRATCH_PREFIX):
+        atexit.register(remove)
 
 
 def _fork_engine_core() -> None:
@@ -35,6 +50,7 @@ def _fork_engine_core() -> None:
 
 
 def main() -> None:
+    _remove_scratch_folder_at_exit()
     threading.Thread(target=_end_with_stdin, name="end-with-stdin", daemon=True).start()
     if FORK_FLAG in sys.argv:
         sys.argv.remove(FORK_FLAG)

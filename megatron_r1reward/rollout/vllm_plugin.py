@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+_RECEIVERS = {"r1reward_gloo": "GroupReceiver", "r1reward_nccl": "GroupReceiver", "r1reward_ipc": "SharedReceiver"}
+
 
 def register() -> None:
-    """Make `--weight-transfer-config '{"backend": "gloo"}'` known. Called once or more per process."""
+    """Make our weight transports known to `--weight-transfer-config`. Called once or more per process."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    if "gloo" not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(
-            "gloo", "megatron_r1reward.rollout.vllm_gloo_engine", "GlooWeightTransferEngine"
-        )
+    for backend, receiver in _RECEIVERS.items():
+        if backend not in WeightTransferEngineFactory._registry:
+            WeightTransferEngineFactory.register_engine(backend, "megatron_r1reward.rollout.vllm_receiver", receiver)

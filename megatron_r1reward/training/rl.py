@@ -24,6 +24,7 @@ from megatron_r1reward.data.prompt import PromptBuilder
 from megatron_r1reward.monitor.sinks import Monitor, build_monitor
 from megatron_r1reward.monitor.timers import PhaseTimer
 from megatron_r1reward.parallel.setup import Topology
+from megatron_r1reward.reward.consistency import JudgeDownError
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.training import health, rundir
@@ -31,7 +32,7 @@ from megatron_r1reward.training.data_parallel import synchronize_parameters
 from megatron_r1reward.training.control import RunControl
 from megatron_r1reward.training.policy_update import update_policy
 from megatron_r1reward.training.profiling import StepProfiler
-from megatron_r1reward.training.rl_metrics import advantage_metrics, mismatch, rollout_metrics
+from megatron_r1reward.training.rl_metrics import advantage_metrics, mismatch, rollout_metrics, server_metrics
 from megatron_r1reward.training.rollout_batch import add_advantages, add_log_probs, pack
 from megatron_r1reward.training.state import TrainState, build_state
 from megatron_r1reward.types import Preference, ScoredRollout
@@ -81,13 +82,18 @@ def generate_and_score(
             )
         for failure in generated.failed:
             log.warning("no rollout for prompt %s: %s", failure.prompt.id, failure.reason)
+        log.debug("step %d: %s", state.step + 1, generated.accounting)
         with timer.phase("score"):
-            scored, counts = services.scorer.score(generated.rollouts)
-        metrics = rollout_metrics(scored, counts)
-        metrics |= {"rollout/failed": len(generated.failed), "rollout/quarantined": len(generated.quarantined)}
-        message = [(scored, metrics)]
+            try:
+                scored, counts = services.scorer.score(generated.rollouts)
+                metrics = rollout_metrics(scored, counts) | server_metrics(generated, services.pool.status())
+                message = [(scored, metrics)]
+            except JudgeDownError as error:  # all ranks save together
+                message = [error]
     if state.topology.world_size > 1:
         dist.broadcast_object_list(message, src=0)
+    if isinstance(message[0], JudgeDownError):
+        raise message[0]
     return message[0]
 
 
@@ -163,6 +169,8 @@ def run(config: RunConfig, topology: Topology, services: Services | None) -> Pat
     if not finished:
         rundir.leave(control, monitor)
         return None
+    if services is not None:
+        log.info("rollouts: %s", services.pool.total)
     control.exporting()
     folder = output / "hf"
     rundir.export(state, folder)
@@ -191,8 +199,15 @@ def _train(
     while state.step < config.rl.steps and not stopped:
         timer.reset()
         with timer.phase("step"):
-            with profiler.step(state.step + 1):
-                metrics = train_step(state, loader, services, timer)
+            try:
+                with profiler.step(state.step + 1):
+                    metrics = train_step(state, loader, services, timer)
+            except JudgeDownError:
+                if state.step % config.checkpoint.save_every:  # else it has just been saved
+                    rundir.save(state)
+                state.saver.close()
+                log.error("saved after step %d; the run stops because the judge is down", state.step)
+                raise
             if state.topology.is_main:
                 health.check(metrics, config.algorithm, state.step)
         if services is not None and services.probe is not None and _probe_is_due(config, state.step):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from megatron_r1reward.algorithm.correction import mismatch_metrics
+from megatron_r1reward.rollout.member import ServerStatus
+from megatron_r1reward.rollout.pool import GenerateResult
 from megatron_r1reward.training.rollout_batch import RolloutBatch
 from megatron_r1reward.training.schedule import reduce_statistics
 from megatron_r1reward.training.state import TrainState
@@ -35,6 +37,24 @@ def rollout_metrics(scored: Sequence[ScoredRollout], counts: Mapping[str, int]) 
         "judge/consistent": counts["judge_consistent"],
         "judge/inconsistent": counts["judge_inconsistent"],
         "judge/unknown": counts["judge_unknown"],
+        "judge/cached": counts["judge_cached"],
+        "judge/over_budget": counts["judge_over_budget"],
+        "judge/not_tried": counts["judge_not_tried"],
+        "judge/steps_without": counts["judge_steps_without"],
+    }
+
+
+def server_metrics(generated: GenerateResult, servers: Sequence[ServerStatus]) -> dict[str, float]:
+    """What the rollout servers went through to serve one step."""
+    account = generated.accounting
+    return {
+        "rollout/failed": account.failed,
+        "rollout/quarantined": account.quarantined,
+        "rollout/retried": account.retried,
+        "rollout/withdrawn": account.withdrawn,
+        "rollout/stale": account.stale,
+        "servers/ready": sum(server.state == "ready" for server in servers),
+        "servers/restarts": sum(server.restarts for server in servers),
     }
 
 

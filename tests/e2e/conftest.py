@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from reference import SERVER, Reference
 
-from megatron_r1reward.rollout.pool import RolloutPool, open_rollout_pool
+from megatron_r1reward.rollout.opening import open_rollout_pool
+from megatron_r1reward.rollout.pool import RolloutPool
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +24,6 @@ def shared_pool(
     """A pool with one server of `tiny_folder`. A test that pushes weights pushes the original ones afterwards."""
     logs = tmp_path_factory.mktemp("server-logs")
     with open_rollout_pool(
-        SERVER, model_path=tiny_folder, tokenizer=reference.tokenizer, log_dir=logs, media_root=Path("/")
+        SERVER, model_path=tiny_folder, tokenizer=reference.tokenizer, log_dir=logs, media_roots=[Path("/")]
     ) as pool:
         yield pool

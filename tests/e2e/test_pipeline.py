@@ -104,6 +104,15 @@ def server(finished: Path) -> Iterator[VllmServer]:
         yield running
 
 
+@pytest.fixture(autouse=True)
+def tokens(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the runs below need to use a server that they did not start."""
+    if "server" in request.fixturenames:
+        running: VllmServer = request.getfixturevalue("server")
+        monkeypatch.setenv("R1REWARD_SERVER_TOKEN", running.token)
+        monkeypatch.setenv("OPENAI_API_KEY", running.token)
+
+
 def rl_command(finished: Path, server: VllmServer, output: Path) -> list[str]:
     overrides = {
         "run.output_dir": output,
@@ -113,6 +122,7 @@ def rl_command(finished: Path, server: VllmServer, output: Path) -> list[str]:
         "rollout.urls": json.dumps([server.url]),
         "judge.urls": json.dumps([server.url]),
         "judge.retries": 0,
+        "judge.max_steps_without_judge": 100,  # its nonsense never is a verdict
         "rl.steps": 5,
         "rl.rollout_batch_size": 16,
         "rl.train_batch_size": 8,

@@ -14,6 +14,7 @@ import torch
 from reference import Reference
 
 from megatron_r1reward.config.schema import SamplingSection
+from megatron_r1reward.network.tokens import bearer
 from megatron_r1reward.rollout.banned import banned_token_ids
 from megatron_r1reward.rollout.client import RolloutClient
 from megatron_r1reward.rollout.pool import SERVED_NAME, GenerateResult, RolloutPool
@@ -109,7 +110,8 @@ def test_banned_ids_are_never_sampled(
     assert not result.quarantined
 
     async def without_ban() -> list[Rollout]:
-        client = RolloutClient(shared_pool.urls[0], model=SERVED_NAME, tokenizer=reference.tokenizer)
+        member = shared_pool.group.members[0]
+        client = RolloutClient(member.url, model=SERVED_NAME, tokenizer=reference.tokenizer, token=member.bearer_token)
         try:
             return await client.generate(prompts[0], SAMPLING, n=8, seed=0)
         finally:
@@ -175,7 +177,8 @@ def test_a_push_in_mid_response_switches_the_weights_at_the_span(
 def wait_until_running(pool: RolloutPool, count: int) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        metrics = httpx.get(f"{pool.urls[0]}/metrics").text
+        member = pool.group.members[0]
+        metrics = httpx.get(f"{member.url}/metrics", headers=bearer(member.bearer_token)).text
         running = [line for line in metrics.splitlines() if line.startswith("vllm:num_requests_running{")]
         if sum(float(line.split()[-1]) for line in running) >= count:
             return

@@ -20,6 +20,7 @@ class ScriptedServer:
         self.requests: list[dict] = []
         self.in_flight = self.most_in_flight = 0
         self.delay_s = self.models_delay_s = 0.0
+        self.model_lookups = 0
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -62,6 +63,7 @@ class ScriptedServer:
     def _handler(server: ScriptedServer) -> type[BaseHTTPRequestHandler]:  # noqa: N805
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                server.model_lookups += 1
                 server._stopping.wait(server.models_delay_s)
                 self._send(200, "application/json", json.dumps({"data": [{"id": "judge-model"}]}))
 

@@ -8,13 +8,15 @@ import pytest
 from scripted_server import BAD_JSON, HTML, WRONG_SHAPE
 
 from megatron_r1reward.config.schema import JudgeSection
-from megatron_r1reward.reward.consistency import ConsistencyJudge
+from megatron_r1reward.reward.consistency import ConsistencyJudge, JudgeDownError
+from megatron_r1reward.reward.verdict_cache import VerdictCache
 
 REASONING = "The image shows 7.\n\nResponse 1 says 7, right.\nResponse 2 says 3, wrong.\n\nResponse 1 is better.\n"
 
 
 def judge(*servers, **settings) -> ConsistencyJudge:
-    section = JudgeSection(**{"retries": 2, "request_timeout_s": 5.0} | settings)
+    defaults = {"retries": 2, "request_timeout_s": 10.0, "backoff_s": 0.01, "backoff_max_s": 0.1}
+    section = JudgeSection(**defaults | settings)
     return ConsistencyJudge(section, [server if isinstance(server, str) else server.url for server in servers])
 
 
@@ -121,6 +123,70 @@ def test_empty_reasoning_supports_nothing(serve) -> None:
     server = serve("1")
     assert asyncio.run(judge(server).judge(" \n", 1)) == "inconsistent"
     assert server.requests == []
+
+
+def test_a_model_is_looked_up_once_in_a_life(serve) -> None:
+    server = serve("1")
+    asked = judge(server)
+    for i in range(3):
+        asyncio.run(asked.judge(f"case {i}", 1))
+    assert server.model_lookups == 1
+
+
+def test_verdicts_outlive_the_run(serve, tmp_path) -> None:
+    server = serve("1", "0")
+    section = JudgeSection(model="m")
+    for step, expected in enumerate(["consistent", "consistent"]):
+        cache = VerdictCache(tmp_path / "new" / "verdicts.sqlite")
+        asked = ConsistencyJudge(section, [server.url], cache=cache)
+        assert asyncio.run(asked.judge(REASONING, 1)) == expected
+        assert asked.counts["cached"] == step
+        cache.close()
+    cache = VerdictCache(tmp_path / "new" / "verdicts.sqlite")
+    warmer = ConsistencyJudge(section.model_copy(update={"temperature": 0.5}), [server.url], cache=cache)
+    assert asyncio.run(warmer.judge(REASONING, 1)) == "inconsistent", "other settings, another question"
+    assert len(server.requests) == 2
+
+
+def test_a_foreign_cache_file_is_refused(tmp_path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("not a database, but longer than a header of one" * 30)
+    with pytest.raises(ValueError, match="name another file"):
+        VerdictCache(path)
+    assert path.read_text().startswith("not a database")
+
+
+def test_the_budget_of_a_step_is_kept(serve) -> None:
+    server = serve("1")
+    asked = judge(server, max_calls_per_step=3)
+    cases = [(f"case {i}", 1) for i in range(5)]
+    assert asyncio.run(asked.judge_many(cases)) == ["consistent"] * 3 + ["unknown"] * 2
+    assert asked.counts["over_budget"] == 2
+    assert asyncio.run(asked.judge_many(cases)) == ["consistent"] * 5, "the next step asks what is left"
+    assert len(server.requests) == 5
+
+
+def test_a_judge_that_is_down_costs_few_calls_and_is_tried_again(serve) -> None:
+    server = serve(*[500] * 4, "1")
+    asked = judge(server, retries=0, breaker_failures=3, max_concurrency=1)
+    first = asyncio.run(asked.judge_many([(f"case {i}", 1) for i in range(50)]))
+    assert first == ["unknown"] * 50
+    assert len(server.requests) == 3
+    assert asked.counts["not_tried"] == 47
+    asyncio.run(asked.judge_many([(f"case {i}", 1) for i in range(50)]))
+    assert len(server.requests) == 4, "one trial, which fails"
+    assert asyncio.run(asked.judge_many([(f"case {i}", 1) for i in range(50)])) == ["consistent"] * 50
+    assert asked.counts["steps_without"] == 0
+
+
+def test_the_run_stops_after_too_many_steps_without_a_judge() -> None:
+    asked = judge(dead_url(), retries=0, max_steps_without_judge=2)
+    for step in range(2):
+        assert asyncio.run(asked.judge(f"case {step}", 1)) == "unknown"
+        assert asked.counts["steps_without"] == step + 1
+    assert asyncio.run(asked.judge_many([])) == [], "a step without questions says nothing about the judge"
+    with pytest.raises(JudgeDownError, match="nor in the 2 steps before"):
+        asyncio.run(asked.judge("case 3", 1))
 
 
 def test_no_server_is_an_error() -> None:

@@ -43,6 +43,10 @@ def test_without_a_judge() -> None:
         "judge_unknown": 0,
         "unparsable": 1,
         "answer_1": 1,
+        "judge_cached": 0,
+        "judge_over_budget": 0,
+        "judge_not_tried": 0,
+        "judge_steps_without": 0,
     }
 
 

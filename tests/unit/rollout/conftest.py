@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterator
 import pytest
 from fake_vllm import FakeVllm, Fault
 
-from megatron_r1reward.rollout import pool
-
 
 @pytest.fixture
 def fake_vllm() -> Iterator[Callable[..., FakeVllm]]:
@@ -20,8 +18,3 @@ def fake_vllm() -> Iterator[Callable[..., FakeVllm]]:
     yield make
     for fake in fakes:
         fake.stop()
-
-
-@pytest.fixture(autouse=True)
-def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "_BACKOFF_BASE_S", 0.01)

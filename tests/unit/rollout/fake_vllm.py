@@ -8,6 +8,13 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import torch
+
+from megatron_r1reward.rollout.control import ControlPlane
+from megatron_r1reward.rollout.snapshot import BucketSource
+from megatron_r1reward.rollout.transport import Transport
+from megatron_r1reward.rollout.wire import WeightUpdate
+
 Fault = str | int  # "ok" or the name of a fault; an HTTP status
 
 
@@ -24,6 +31,7 @@ class FakeVllm:
         self.delay_s = delay_s
         self.refused: set[str] = set()
         self.version = "default"
+        self.keeps_version = False
         self.calls: list[str] = []  # "METHOD /path?query", in order of arrival
         self.in_flight = self.most_in_flight = 0
         self._lock = threading.Lock()
@@ -67,7 +75,7 @@ class FakeVllm:
     def _administer(self, method: str, path: str, body: dict[str, Any]) -> tuple[int, str]:
         if path in self.refused:
             return 500, json.dumps({"error": {"message": f"{path} refused"}})
-        if path == "/finish_weight_update":
+        if path == "/finish_weight_update" and not self.keeps_version:
             self.version = body["weight_version"]
         answers = {"/weight_info": {"weight_version": self.version}, "/get_world_size": {"world_size": 1}}
         return 200, json.dumps(answers.get(path, {}))
@@ -107,6 +115,22 @@ class FakeVllm:
                 pass
 
         return Handler
+
+
+class Silent(Transport):
+    """A transport that takes the tensors and carries them nowhere, to see the steps around it."""
+
+    device = torch.device("cpu")
+
+    def connect(self, control: ControlPlane, source: BucketSource) -> None:
+        pass
+
+    def send(self, control: ControlPlane, update: WeightUpdate, source: BucketSource) -> None:
+        for _ in source:
+            pass
+
+    def disconnect(self) -> None:
+        pass
 
 
 def _choice(index: int, seed: int, version: str) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +15,8 @@ import pytest
 
 from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.rollout.banned import banned_token_ids
-from megatron_r1reward.rollout.server import ServerError, VllmServer, server_command, server_environment, start_servers
+from megatron_r1reward.rollout.server import ServerError, VllmServer, start_servers
+from megatron_r1reward.rollout.server_command import server_command, server_environment
 from megatron_r1reward.rollout.server_log import explain
 
 
@@ -28,18 +31,25 @@ def value(words: list[str], option: str) -> str:
 def test_command_of_a_rollout_server_on_a_cpu() -> None:
     section = ServerSection(kv_cache_bytes=1 << 27, max_model_len=2048, extra_args=("--seed", "3"))
     words = command(section, on_cpu=True, weight_transfer="gloo", media_root=Path("/data"), pixels=(3136, 50176))
-    assert value(words, "--weight-transfer-config") == '{"backend": "gloo"}'
+    assert value(words, "--weight-transfer-config") == '{"backend": "r1reward_gloo"}'
     assert value(words, "--host") == "127.0.0.1", "never on the network unless asked"
     assert value(words, "--allowed-local-media-path") == "/data"
     assert value(words, "--mm-processor-kwargs") == '{"min_pixels": 3136, "max_pixels": 50176}'
     assert value(words, "--kv-cache-memory-bytes") == str(1 << 27)
+    assert value(words, "--middleware").endswith("BearerGuard"), "no route without the token"
+    assert "--trust-remote-code" not in words
     assert value(words, "--generation-config") == "vllm", "no sampling defaults from the checkpoint"
     assert {"--enforce-eager", "--enable-scale-out", "--no-enable-chunked-prefill", "--fork-engine-core"} <= set(words)
     assert words[-2:] == ["--seed", "3"], "the user has the last word"
 
 
 def test_command_of_a_judge_on_gpus() -> None:
-    words = command(ServerSection(tensor_parallel_size=4, gpu_memory_utilization=0.5))
+    section = ServerSection(
+        tensor_parallel_size=4, gpu_memory_utilization=0.5, quantization="fp8", trust_remote_code=True
+    )
+    words = command(section)
+    assert value(words, "--quantization") == "fp8"
+    assert "--trust-remote-code" in words
     assert value(words, "--tensor-parallel-size") == "4"
     assert value(words, "--gpu-memory-utilization") == "0.5"
     absent = {"--weight-transfer-config", "--allowed-local-media-path", "--enforce-eager", "--fork-engine-core"}
@@ -53,12 +63,16 @@ def test_the_engine_is_forked_only_without_openmp_threads(section: ServerSection
 
 def test_environment_hides_the_trainer_from_vllm() -> None:
     base = {"PATH": "/bin", "RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "node0", "OMP_NUM_THREADS": "8"}
-    environment = server_environment(ServerSection(num_threads=2), on_cpu=True, base=base)
+    base |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_SERVER_DEV_MODE": "1"}
+    environment = server_environment(ServerSection(num_threads=2), token="secret", on_cpu=True, base=base)
     assert environment["PATH"] == "/bin"
     assert environment["OMP_NUM_THREADS"] == "2"
     assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} & set(environment)
-    assert environment["VLLM_SERVER_DEV_MODE"] == "1"
-    assert server_environment(ServerSection(), gpu_ids=(2, 3), base=base)["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert not {"VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_SERVER_DEV_MODE"} & set(environment)
+    assert environment["R1REWARD_SERVER_TOKEN"] == "secret"
+    pushed_to = server_environment(ServerSection(), token="t", developer_routes=True, gpu_ids=(2, 3), base=base)
+    assert pushed_to["VLLM_SERVER_DEV_MODE"] == "1"
+    assert pushed_to["CUDA_VISIBLE_DEVICES"] == "2,3"
 
 
 def server_running(program: str, tmp_path: Path, **limits: float) -> VllmServer:
@@ -130,6 +144,68 @@ def test_a_server_ends_with_the_process_that_started_it() -> None:
     assert process.stdin is not None
     process.stdin.close()  # what the kernel does when the starter dies
     assert process.wait(30) == -15
+
+
+def test_a_taken_port_is_left_to_its_owner(tmp_path: Path) -> None:
+    """Another process took the port between reservation and start; it even answers HTTP."""
+    program = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def answer(self):
+        self.send_response(200); self.send_header("Content-Length", "2"); self.end_headers(); self.wfile.write(b"{}")
+    do_GET = do_POST = answer
+class Server(http.server.HTTPServer):
+    allow_reuse_address = True
+Server(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+    server = server_running("", tmp_path)
+    taken = server.port
+    intruder = subprocess.Popen([sys.executable, "-c", program, str(taken)])
+    while not answers(taken):
+        time.sleep(0.02)
+
+    def reserve_and_run(self: VllmServer = server) -> None:
+        VllmServer._reserve_port(self)
+        self._command = [sys.executable, "-c", program, str(self.port)]
+
+    server._command = [sys.executable, "-c", program, str(taken)]
+    server._reserve_port = reserve_and_run  # type: ignore[method-assign]
+    lines: list[str] = []
+    try:
+        server.start()
+        process = server._process
+        assert process is not None
+        process.wait(30)  # it dies; the owner of the port goes on answering
+        server.wait_ready(lines.append)
+        assert server.port != taken
+        assert f"port {taken} is taken by another process" in lines[0]
+        assert answers(server.port)
+    finally:
+        server.close()
+        intruder.kill()
+        intruder.wait()
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_restart_ends_a_hanging_process_and_keeps_the_port(tmp_path: Path) -> None:
+    server = server_running("import os, time; print(os.environ['TMPDIR'], flush=True); time.sleep(60)", tmp_path)
+    port = server.port
+    server.start()
+    scratch = Path(first_line(server.log_path))
+    first = server.pid
+    assert first is not None
+    os.kill(first, signal.SIGSTOP)
+    server.restart()
+    assert server.port == port
+    assert not psutil.pid_exists(first)
+    assert not scratch.exists(), "temporary files of the killed process"
+    server.close()
+    with pytest.raises(ServerError, match="is closed"):
+        server.start()
 
 
 def test_two_servers_never_get_one_port(tmp_path: Path) -> None:

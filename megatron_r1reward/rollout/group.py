@@ -1,0 +1,106 @@
+"""A supervised group of servers, with an event loop of its own; rollout pool and judge alike."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_r1reward.config.schema import ServerSection
+from megatron_r1reward.network.loop import EventLoopThread
+from megatron_r1reward.network.tokens import token_from
+from megatron_r1reward.rollout.member import Member, ServerStatus
+from megatron_r1reward.rollout.router import Router
+from megatron_r1reward.rollout.server import ServerError, VllmServer
+from megatron_r1reward.rollout.status import write_status
+from megatron_r1reward.rollout.supervisor import Admit, Supervisor
+
+
+async def _admit_everybody(member: Member) -> None:
+    """For servers whose weights never change."""
+
+
+class ServerGroup:
+    """Servers under supervision. Methods without `async` may be called from any thread.
+
+    Args:
+        servers: ours, in the order of their numbers, already started and ready; restarted when sick, closed with
+            the group. Empty: those at `section.urls`.
+        admit: what a server needs before it (again) gets work.
+        status_file: kept up to date with the state of each server (JSON), for `r1reward servers`.
+    """
+
+    def __init__(
+        self,
+        section: ServerSection,
+        *,
+        name: str,
+        urls: Sequence[str] = (),
+        servers: Sequence[VllmServer] = (),
+        served_name: str | None,
+        admit: Admit = _admit_everybody,
+        status_file: Path | None = None,
+    ) -> None:
+        token = token_from(section.token_variable)
+        self.members = tuple(
+            Member(name=f"{name}-{index}", server=server, state="ready") for index, server in enumerate(servers)
+        ) or tuple(
+            Member(name=f"{name}-{index}", fixed_url=url.rstrip("/"), token=token, state="ready")
+            for index, url in enumerate(urls)
+        )
+        self.router = Router(self.members, capacity=section.max_concurrency)
+        self.supervisor = Supervisor(
+            self.members, section, served_name=served_name, admit=admit, changed=self._state_changed
+        )
+        self.loop = EventLoopThread(f"{name}-servers")
+        self._status_file = status_file
+        self._probe_timeout_s = section.startup_timeout_s
+        self._watching = self.loop.submit(self.supervisor.watch())
+        self._closed = False
+
+    def status(self) -> list[ServerStatus]:
+        """The state of each server, in the order of their numbers."""
+        return [member.status() for member in self.members]
+
+    def endpoints(self) -> list[tuple[str, str | None]]:
+        """(url, token) of the servers in service; of all, when none is."""
+        serving = [member for member in self.members if member.state == "ready"] or self.members
+        return [(member.url, member.bearer_token) for member in serving]
+
+    def wait_until_ready(self) -> None:
+        """Probe every server that is not ours with a real completion.
+
+        Raises:
+            ServerError: one did not complete it within `startup_timeout_s`.
+        """
+        self.loop.run(self._wait_until_ready())
+
+    def close(self) -> None:
+        """End supervision, then the servers that are ours. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self.loop.cancel_all()
+        self.loop.run(self.supervisor.aclose())
+        for member in self.members:  # before the loop, which waits for restarts under way
+            if member.server is not None:
+                member.server.close()
+        self.loop.close()
+
+    async def _wait_until_ready(self) -> None:
+        for member in self.members:
+            if member.server is None:
+                member.state = "starting"
+                self.supervisor.recover(member)
+        try:
+            async with asyncio.timeout(self._probe_timeout_s):
+                while late := [member for member in self.members if member.state == "starting"]:
+                    await asyncio.sleep(0.05)
+        except TimeoutError as error:
+            reasons = "; ".join(f"{member.url}: {member.last_error}" for member in late)
+            raise ServerError(f"not ready after {self._probe_timeout_s:g} s: {reasons}") from error
+
+    def _state_changed(self) -> None:
+        self.router.wake()
+        if self._status_file is not None:
+            write_status(self._status_file, self.status())

@@ -1,0 +1,134 @@
+"""From a configuration to servers: which transport, which GPUs, started side by side and ready."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_r1reward.config.schema import ServerSection
+from megatron_r1reward.rollout.banned import banned_token_ids
+from megatron_r1reward.rollout.client import PolicyTokenizer
+from megatron_r1reward.rollout.pool import SERVED_NAME, RolloutPool
+from megatron_r1reward.rollout.server import Report, VllmServer, start_servers
+from megatron_r1reward.rollout.server_command import WeightTransport
+from megatron_r1reward.rollout.transport import Transport
+from megatron_r1reward.rollout.weights_gloo import GlooTransport
+from megatron_r1reward.rollout.weights_ipc import IpcTransport
+from megatron_r1reward.rollout.weights_nccl import NcclTransport
+
+
+def weight_transport(section: ServerSection) -> WeightTransport:
+    """`section.weight_transport`, "auto" resolved: nccl where this process sees a GPU, else gloo."""
+    if section.weight_transport != "auto":
+        return section.weight_transport
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def build_transport(section: ServerSection) -> Transport:
+    """The trainer's end of the configured transport.
+
+    Raises:
+        ValueError: it needs a GPU and there is none.
+    """
+    name = weight_transport(section)
+    if name == "ipc":
+        return IpcTransport()
+    if name == "nccl":
+        return NcclTransport(host=section.sender_host, timeout_s=section.push_timeout_s)
+    return GlooTransport(host=section.sender_host, timeout_s=section.push_timeout_s)
+
+
+def build_servers(section: ServerSection, *, name: str, log_dir: Path, **options: Any) -> list[VllmServer]:
+    """`section.count` servers, not started; server i logs to <name>-<i>.log and gets its share of `gpu_ids`.
+
+    Args:
+        options: further arguments of `VllmServer`.
+
+    Raises:
+        ValueError: `gpu_ids` are too few.
+    """
+    size = section.tensor_parallel_size
+    if section.gpu_ids and len(section.gpu_ids) < section.count * size:
+        raise ValueError(
+            f"{name}.gpu_ids names {len(section.gpu_ids)} GPUs, but {section.count} servers with tensor_parallel_size "
+            f"{size} need {section.count * size}"
+        )
+    return [
+        VllmServer(
+            section,
+            log_path=log_dir / f"{name}-{index}.log",
+            gpu_ids=section.gpu_ids[index * size : (index + 1) * size],
+            **options,
+        )
+        for index in range(section.count)
+    ]
+
+
+def open_rollout_pool(
+    section: ServerSection,
+    *,
+    model_path: Path,
+    tokenizer: PolicyTokenizer,
+    log_dir: Path,
+    media_roots: Sequence[Path] = (),
+    pixels: tuple[int, int] | None = None,
+    takes_weights: bool = True,
+    status_file: Path | None = None,
+    progress: Report | None = None,
+) -> RolloutPool:
+    """Use the servers at `section.urls`, or start `section.count` of them; returns when all have completed a request.
+
+    Args:
+        model_path: HF folder of the policy.
+        log_dir: server i writes to rollout-<i>.log in it.
+        media_roots: folders that images must be in; none: text only. vLLM gets the one folder above all of them.
+        pixels: (min, max) of the image processor (see `server_command`).
+        takes_weights: False for a policy that does not change (evaluation).
+
+    Raises:
+        ServerError: a server did not start.
+    """
+    policy_path = section.model_path or model_path
+    servers = []
+    if not section.urls:
+        servers = build_servers(
+            section,
+            name="rollout",
+            log_dir=log_dir,
+            model_path=policy_path,
+            served_name=SERVED_NAME,
+            weight_transfer=weight_transport(section) if takes_weights else None,
+            media_root=_common_folder(media_roots),
+            pixels=pixels,
+        )
+    transport = build_transport(section) if takes_weights else None
+    try:
+        start_servers(servers, progress)
+        pool = RolloutPool(
+            section,
+            urls=section.urls,
+            tokenizer=tokenizer,
+            banned_ids=banned_token_ids(policy_path),
+            servers=servers,
+            transport=transport,
+            media_roots=media_roots,
+            status_file=status_file,
+        )
+    except BaseException:
+        for server in servers:
+            server.close()
+        raise
+    try:
+        pool.group.wait_until_ready()
+    except BaseException:
+        pool.close()
+        raise
+    return pool
+
+
+def _common_folder(roots: Sequence[Path]) -> Path | None:
+    return Path(os.path.commonpath([root.resolve() for root in roots])) if roots else None

@@ -1,0 +1,180 @@
+"""vLLM's end of the weight transports; runs inside each of its workers. Written for vLLM 0.32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import WeightTransferEngine
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+from megatron_r1reward.rollout.weights import WeightPushError
+from megatron_r1reward.rollout.wire import Bucket, UpdateMessage, WeightUpdate, checksums, verify
+from megatron_r1reward.rollout.wire_group import BroadcastGroup, Rendezvous
+from megatron_r1reward.rollout.wire_shared import SharedBuffer, open_cuda, open_memory_file
+
+
+class _Receiver(WeightTransferEngine[Any, Any]):
+    """Loads checkpoint tensors layer by layer; an update that was broken off can be begun again.
+
+    Layerwise reload is not optional on a CPU: linear layers keep their weights in a packed form only, and
+    `load_weights` on its own would write into empty tensors.
+    """
+
+    update_info_cls = UpdateMessage
+    supports_draft_weight_update = False
+
+    def start_weight_update(self) -> None:
+        _forget_partial_layers(self.model)
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: UpdateMessage) -> None:
+        if update_info.abandon:
+            raise WeightPushError("the update is abandoned")  # the only way to end one without finishing it
+        assert update_info.update is not None
+        self._receive(WeightUpdate(**update_info.update), update_info)
+
+    def _receive(self, update: WeightUpdate, message: UpdateMessage) -> None:
+        raise NotImplementedError
+
+    def _load(self, bucket: Bucket, flat: torch.Tensor) -> None:
+        """`flat` must not change before the update is finished: incomplete layers keep views of it."""
+        self.model.load_weights([(name, tensor.to(self.device)) for name, tensor in bucket.tensors(flat)])
+
+    def finish_weight_update(self) -> None:
+        if incomplete := _incomplete_layers(self.model):
+            raise WeightPushError(
+                f"only a part of the weights of {', '.join(incomplete)} came: a fused layer (q, k and v; gate and up) "
+                "must be pushed as a whole"
+            )
+        finalize_layerwise_reload(self.model, self.model_config)
+        _repack_lm_head(self.model)
+
+
+class GroupReceiver(_Receiver):
+    """Receives by broadcast; the next bucket comes in while one is being loaded. The checksums come last."""
+
+    init_info_cls = Rendezvous
+    _group: BroadcastGroup | None = None
+    _arena: torch.Tensor | None = None  # CPU only: fresh pages for every push would cost more than the transfer
+
+    def init_transfer_engine(self, init_info: Rendezvous) -> None:
+        self.shutdown()
+        parallel = self.parallel_config
+        worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
+        self._group = BroadcastGroup.join(init_info, init_info.rank_offset + worker)
+
+    def _receive(self, update: WeightUpdate, message: UpdateMessage) -> None:
+        buckets = update.buckets()
+        got = []
+        for bucket, flat in zip(buckets, self._incoming(buckets), strict=True):
+            got.append(checksums(bucket, flat))
+            self._load(bucket, flat)
+        metas = [meta for bucket in buckets for meta in bucket.metas]
+        expected = torch.empty(len(metas), dtype=torch.int64, device=self._wire_device)
+        assert self._group is not None
+        self._group.broadcast(expected)
+        verify(metas, expected.cpu(), torch.cat(got))
+
+    @property
+    def _wire_device(self) -> torch.device:
+        return self.device if self.device.type == "cuda" else torch.device("cpu")
+
+    def _incoming(self, buckets: list[Bucket]) -> Iterator[torch.Tensor]:
+        """uint8 [num_bytes] of each bucket; while the caller has one, the next one is received."""
+        group = self._group
+        if group is None:
+            raise WeightPushError("no weight sender is connected: call /init_weight_transfer_engine first")
+
+        def receive(bucket: Bucket) -> torch.Tensor:
+            flat = self._buffer(bucket, buckets[-1].start + buckets[-1].num_bytes)
+            group.broadcast(flat)
+            return flat
+
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights") as thread:
+            coming = [thread.submit(receive, bucket) for bucket in buckets[:1]]
+            for bucket in buckets[1:]:
+                flat = coming.pop().result()
+                coming.append(thread.submit(receive, bucket))
+                yield flat
+            for last in coming:
+                yield last.result()
+
+    def _buffer(self, bucket: Bucket, total_bytes: int) -> torch.Tensor:
+        if self._wire_device.type != "cpu":
+            return torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._wire_device)
+        if self._arena is None or self._arena.numel() != total_bytes:
+            self._arena = torch.empty(total_bytes, dtype=torch.uint8)
+        return self._arena[bucket.start : bucket.start + bucket.num_bytes]
+
+    def shutdown(self) -> None:
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+
+
+class SharedReceiver(_Receiver):
+    """Reads a buffer that the sender has filled; one call per bucket."""
+
+    init_info_cls = SharedBuffer
+    _shared: torch.Tensor | None = None
+
+    def init_transfer_engine(self, init_info: SharedBuffer) -> None:
+        self.shutdown()
+        if init_info.cuda is not None:
+            self._shared = open_cuda(init_info, self.device)
+        else:
+            assert init_info.path is not None
+            self._shared = open_memory_file(init_info.path, init_info.num_bytes)
+
+    def _receive(self, update: WeightUpdate, message: UpdateMessage) -> None:
+        if self._shared is None:
+            raise WeightPushError("no weight sender is connected: call /init_weight_transfer_engine first")
+        assert message.offset is not None and message.checksums is not None
+        (bucket,) = update.buckets()
+        flat = self._shared[message.offset : message.offset + bucket.num_bytes]
+        if flat.is_cuda:  # a staging buffer, which the next bucket overwrites; a memory file holds all of them
+            flat = flat.clone()
+        verify(bucket.metas, torch.tensor(message.checksums), checksums(bucket, flat))
+        self._load(bucket, flat)
+
+    def shutdown(self) -> None:
+        self._shared = None
+
+
+def _forget_partial_layers(model: torch.nn.Module) -> None:
+    """Undo what an update that was broken off has left: tensors that wait for the rest of their layer."""
+    for layer in model.modules():
+        info = get_layerwise_info(layer)
+        if info.can_load():
+            info.loaded_weights.clear()
+            info.load_numel = 0
+
+
+def _incomplete_layers(model: torch.nn.Module) -> list[str]:
+    """Layers that got some but not all of their elements; finishing them would leave uninitialised memory inside.
+
+    Embeddings are exempt: their padding rows are never in a checkpoint.
+    """
+    names = []
+    for name, layer in model.named_modules():
+        info = get_layerwise_info(layer)
+        total = info.load_numel_total
+        started = total is not None and 0 < info.load_numel < total
+        if started and not isinstance(layer, VocabParallelEmbedding):
+            names.append(name)
+    return names
+
+
+def _repack_lm_head(model: torch.nn.Module) -> None:
+    """Refresh the packed copy of a tied LM head, which on a CPU layerwise reload leaves as it was.
+
+    The reload sees the shared parameter as the embedding's only; the head multiplies with a packed copy of it.
+    """
+    for layer in model.modules():
+        if isinstance(layer, ParallelLMHead) and hasattr(layer, "cpu_linear"):
+            layer.quant_method.process_weights_after_loading(layer)

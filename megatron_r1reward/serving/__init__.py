@@ -1,0 +1,1 @@
+"""HTTP services for programs that are not this one."""

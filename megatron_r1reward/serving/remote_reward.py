@@ -1,0 +1,112 @@
+"""POST /get_reward_mllm: the remote-reward protocol of the released training code, with this package's reward.
+
+Request {"query": [decoded sequence, ...], "prompts": [`message` of the data set, ...]}, response {"rewards": [R, ...]}
+in the same order, or 400 {"error": "..."}. A sequence is the whole dialogue with its special tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ValidationError, model_validator
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from megatron_r1reward.config.schema import RewardSection
+from megatron_r1reward.network.guard import BearerGuard
+from megatron_r1reward.reward.combine import combine, consistency_value
+from megatron_r1reward.reward.consistency import ConsistencyJudge, JudgeDownError
+from megatron_r1reward.reward.parse import parse_response
+from megatron_r1reward.reward.rules import format_reward, result_reward
+from megatron_r1reward.serving.labels import LabelTable, UnknownMessageError
+from megatron_r1reward.types import JudgeVerdict
+
+log = logging.getLogger(__name__)
+
+ROUTE = "/get_reward_mllm"
+_ASSISTANT = "<|im_start|>assistant\n"
+_END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+
+
+class RewardRequest(BaseModel):
+    """One micro-batch of rollouts."""
+
+    query: list[str]
+    prompts: list[str]
+
+    @model_validator(mode="after")
+    def _pairs(self) -> RewardRequest:
+        if len(self.query) != len(self.prompts):
+            raise ValueError(f"{len(self.query)} queries, but {len(self.prompts)} prompts")
+        return self
+
+
+class RemoteReward:
+    """R = 0.5 F + A (1 + 0.5 C) of decoded sequences; requests are independent and may run side by side."""
+
+    def __init__(self, section: RewardSection, labels: LabelTable, judge: ConsistencyJudge | None) -> None:
+        self._section = section
+        self._labels = labels
+        self._judge = judge if section.use_judge else None
+
+    async def rewards(self, queries: Sequence[str], messages: Sequence[str]) -> list[float]:
+        """Rewards in the order of the queries.
+
+        Raises:
+            UnknownMessageError: a message has no label.
+            JudgeDownError: the judge has been silent for too long.
+        """
+        labels = [self._labels.label(message) for message in messages]
+        parsed = [parse_response(response_of(query)) for query in queries]
+        right = [i for i, label in enumerate(labels) if parsed[i].answer == label]
+        verdicts: dict[int, JudgeVerdict] = {}
+        if self._judge is not None:
+            answers = await self._judge.judge_many([(parsed[i].reasoning, labels[i]) for i in right])
+            verdicts = dict(zip(right, answers, strict=True))
+        return [
+            combine(
+                format_reward(parsed[i]),
+                result_reward(parsed[i], label),
+                consistency_value(verdicts.get(i, "not_asked"), self._section.consistency_levels),
+                self._section,
+            )
+            for i, label in enumerate(labels)
+        ]
+
+
+def response_of(query: str) -> str:
+    """What the model wrote: after the first assistant header, without end and padding tokens."""
+    response = query.partition(_ASSISTANT)[2] if _ASSISTANT in query else query
+    for token in _END_TOKENS:
+        response = response.replace(token, "")
+    return response.strip()
+
+
+def reward_app(rewards: RemoteReward, *, token: str | None) -> Starlette:
+    """The service. With `token` every request but /health must carry it as a bearer token."""
+
+    async def get_reward(request: Request) -> JSONResponse:
+        try:
+            asked = RewardRequest.model_validate_json(await request.body())
+            return JSONResponse({"rewards": await rewards.rewards(asked.query, asked.prompts)})
+        except (ValidationError, UnknownMessageError) as error:
+            return _error(400, str(error))
+        except JudgeDownError as error:  # 500: the original client asks again, then stops
+            log.error("%s", error)
+            return _error(500, str(error))
+
+    async def health(request: Request) -> JSONResponse:
+        return JSONResponse({"status": "ok"})
+
+    return Starlette(
+        routes=[Route(ROUTE, get_reward, methods=["POST"]), Route("/health", health)],
+        middleware=[] if token is None else [Middleware(BearerGuard, token=token)],
+    )
+
+
+def _error(status: int, message: str) -> JSONResponse:
+    return JSONResponse({"error": message}, status_code=status)

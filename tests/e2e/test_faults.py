@@ -1,0 +1,320 @@
+"""Real servers that are killed, stopped, cut off and lied about. Nothing is lost, and the weights stay exact."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import torch
+from fault_proxy import ProxiedServer, garbage, internal_error, no_fault
+from reference import SERVER, Reference
+
+from megatron_r1reward.config.schema import JudgeSection, SamplingSection
+from megatron_r1reward.network.tokens import bearer
+from megatron_r1reward.reward.consistency import ConsistencyJudge
+from megatron_r1reward.rollout.banned import banned_token_ids
+from megatron_r1reward.rollout.group import ServerGroup
+from megatron_r1reward.rollout.pool import SERVED_NAME, GenerateResult, RolloutPool
+from megatron_r1reward.rollout.server import VllmServer, start_servers
+from megatron_r1reward.rollout.weights import WeightPushError
+from megatron_r1reward.rollout.weights_gloo import GlooTransport
+from megatron_r1reward.types import Prompt
+
+pytestmark = pytest.mark.e2e
+SECTION = SERVER.model_copy(
+    update={
+        "health_interval_s": 0.3,
+        "health_timeout_s": 4.0,
+        "health_failures": 2,
+        "request_failures": 2,
+        "backoff_s": 0.1,
+        "push_timeout_s": 60.0,
+        "weight_bucket_bytes": 100_000,
+        "max_restarts": 5,
+    }
+)
+LONG = SamplingSection(max_tokens=300)
+TOLERANCE = 1e-3
+
+
+CLOSED_ROUTES = (
+    ("POST", "/pause"),
+    ("POST", "/update_weights"),
+    ("POST", "/collective_rpc"),
+    ("GET", "/v1/models"),
+    ("GET", "/metrics"),
+    ("POST", "/inference/v1/generate"),
+)
+
+
+@dataclass(kw_only=True)
+class Setup:
+    servers: list[ProxiedServer]
+    pool: RolloutPool
+    transport: GlooTransport
+    judges: ServerGroup
+    judge_server: VllmServer
+    reference: Reference  # weights that are not the checkpoint's
+    prompts: list[Prompt]
+    version: int = 0
+
+    def push(self) -> None:
+        self.version += 1
+        self.pool.push_weights(*self.reference.weights(), version=self.version)
+
+    def check(self, result: GenerateResult, n: int) -> None:
+        """Every prompt came back, once, from the weights of this version."""
+        print(f"accounting: {result.accounting}")
+        assert result.accounting.failed == 0
+        keys = [(rollout.prompt.id, rollout.sample_index) for rollout in result.rollouts]
+        assert keys == [(prompt.id, index) for prompt in self.prompts for index in range(n)]
+        assert {span.version for r in result.rollouts for span in r.weight_spans} == {self.version}
+        assert max(self.reference.error(rollout) for rollout in result.rollouts[:: len(keys) // 6]) < TOLERANCE
+
+    def all_ready(self) -> None:
+        """Wait until every server is in service, then see that each serves the current weights."""
+        wait_until(lambda: {row.state for row in self.pool.status()} == {"ready"}, 180)
+        assert {row.weight_version for row in self.pool.status()} == {self.version}
+        for member in self.pool.group.members:
+            url, headers = f"{member.url}/weight_info", bearer(member.bearer_token)
+            assert httpx.get(url, headers=headers).json() == {"weight_version": str(self.version)}
+        served = [row.requests for row in self.pool.status()]
+        # One prompt per preference id and more prompts than affinity binds: both servers get some.
+        fresh = [Prompt(**{**vars(p), "preference_id": f"{p.id}-{time.monotonic_ns()}"}) for p in self.prompts]
+        result = self.pool.generate(fresh, SamplingSection(max_tokens=8), seed=1)
+        assert all(row.requests > before for row, before in zip(self.pool.status(), served, strict=True))
+        assert max(map(self.reference.error, result.rollouts)) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, image_paths: tuple[str, ...]) -> Iterator[Setup]:
+    logs = tmp_path_factory.mktemp("fault-logs")
+    options = {"model_path": tiny_folder, "media_root": Path(image_paths[0]).parent}
+    servers = [
+        ProxiedServer(SECTION, **options, log_path=logs / f"{i}.log", served_name=SERVED_NAME, weight_transfer="gloo")
+        for i in range(2)
+    ]
+    judge_server = VllmServer(SECTION, model_path=tiny_folder, log_path=logs / "judge.log", served_name="judge")
+    before = leftovers()
+    start_servers([*servers, judge_server])
+    reference = Reference(tiny_folder).redrawn(seed=3)
+    transport = GlooTransport(timeout_s=60)
+    pool = RolloutPool(
+        SECTION,
+        tokenizer=reference.tokenizer,
+        banned_ids=banned_token_ids(tiny_folder),
+        servers=servers,
+        transport=transport,
+        media_roots=[Path(image_paths[0]).parent],
+    )
+    judges = ServerGroup(SECTION, name="judge", servers=[judge_server], served_name="judge")
+    made = Setup(
+        servers=servers,
+        pool=pool,
+        transport=transport,
+        judges=judges,
+        judge_server=judge_server,
+        reference=reference,
+        prompts=[reference.prompt(f"{i}", f"Which digit? {i}", image_paths[i % 3]) for i in range(12)],
+    )
+    made.push()
+    yield made
+    print(f"all accounting: {pool.total}")
+    pool.close()
+    judges.close()
+    assert leftovers() == before, "processes, shared memory or temporary files are left behind"
+
+
+@pytest.fixture(autouse=True)
+def healthy(setup: Setup) -> Iterator[None]:
+    """Every test begins and ends with all servers in service."""
+    setup.all_ready()
+    yield
+    setup.all_ready()
+
+
+def leftovers() -> set[str]:
+    """Names of server processes, shared memory and scratch folders on this machine, of this process's children."""
+    children = {f"process {p.pid} {p.name()}" for p in psutil.Process().children(recursive=True)}
+    shared = {str(path) for path in Path("/dev/shm").glob("psm_*")}
+    return children | shared | {str(path) for path in Path("/tmp").glob("r1reward-server-*")}
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def generate_and_break(setup: Setup, break_it: Callable[[], None]) -> GenerateResult:
+    """Call `break_it` while both servers have requests in flight."""
+    generation = setup.pool.submit(setup.prompts, LONG, n=4, seed=setup.version)
+    wait_until(lambda: all(row.in_flight > 0 for row in setup.pool.status()) or generation.done())
+    time.sleep(0.2)
+    break_it()
+    return generation.result(300)
+
+
+def test_killed_while_generating_and_its_port_taken(setup: Setup) -> None:
+    server = setup.servers[0]
+    old_port, pid = server.port, server.pid
+    assert pid is not None
+    with socket.socket() as intruder:
+        intruder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+
+        def kill_and_take_port() -> None:
+            os.kill(pid, signal.SIGKILL)
+            deadline = time.monotonic() + 20
+            while True:
+                try:
+                    intruder.bind(("127.0.0.1", old_port))
+                    intruder.listen()
+                    return
+                except OSError:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+
+        result = generate_and_break(setup, kill_and_take_port)
+        setup.check(result, 4)
+        assert result.accounting.retried > 0
+        wait_until(lambda: setup.pool.status()[0].state == "ready", 180)
+        assert server.port != old_port
+
+
+def test_its_worker_killed(setup: Setup) -> None:
+    pid = setup.servers[1].pid
+    (worker,) = [p for p in psutil.Process(pid).children(recursive=True) if "EngineCore" in " ".join(p.cmdline())]
+    result = generate_and_break(setup, worker.kill)
+    setup.check(result, 4)
+    wait_until(lambda: setup.pool.status()[1].restarts == 1)
+
+
+def test_hanging(setup: Setup) -> None:
+    """SIGSTOP: the process is there and its port accepts connections."""
+    pid = setup.servers[0].pid
+    assert pid is not None
+    restarts = setup.pool.status()[0].restarts
+    result = generate_and_break(setup, lambda: os.killpg(pid, signal.SIGSTOP))
+    setup.check(result, 4)
+    assert result.accounting.withdrawn > 0, "taken back long before the time-out of a request"
+    wait_until(lambda: setup.pool.status()[0].restarts == restarts + 1)
+
+
+@pytest.mark.parametrize("fault", [internal_error, garbage])
+def test_failing_for_a_while(setup: Setup, fault) -> None:
+    """Quarantined and back without a restart."""
+    proxy = setup.servers[1].proxy
+    restarts = setup.pool.status()[1].restarts
+
+    async def fails_to_generate(request):
+        return await fault(request) if "generate" in request.url.path else None
+
+    proxy.fault = fails_to_generate
+    threading.Timer(3.0, lambda: setattr(proxy, "fault", no_fault)).start()
+    result = setup.pool.generate(setup.prompts, LONG, n=4, seed=77)
+    setup.check(result, 4)
+    assert result.accounting.retried > 0
+    wait_until(lambda: proxy.fault is no_fault)
+    assert setup.pool.status()[1].restarts == restarts
+
+
+def test_push_whose_tensors_end_early(setup: Setup) -> None:
+    """The servers stay paused, and the next complete push repairs them; nobody is restarted."""
+    restarts = [row.restarts for row in setup.pool.status()]
+    metas, tensors = setup.reference.weights()
+    with pytest.raises(WeightPushError, match=f"end before {metas[20].name}"):
+        setup.pool.push_weights(metas, islice(tensors, 20), version=setup.version + 1)
+    for member in setup.pool.group.members:
+        answer = httpx.get(f"{member.url}/is_paused", headers=bearer(member.bearer_token))
+        assert answer.json() == {"is_paused": True}
+    with pytest.raises(WeightPushError, match="paused after a failed weight push"):
+        setup.pool.generate(setup.prompts, LONG, seed=0)
+    setup.reference.redrawn(seed=setup.version + 10)
+    setup.push()
+    setup.check(setup.pool.generate(setup.prompts, LONG, n=2, seed=5), 2)
+    assert [row.restarts for row in setup.pool.status()] == restarts
+
+
+def test_push_that_loses_a_server_in_the_middle(setup: Setup) -> None:
+    """The survivor serves the new weights at once; the other one gets them after its restart."""
+    setup.reference.redrawn(seed=setup.version + 20)
+    metas, tensors = setup.reference.weights()
+    pid = setup.servers[1].pid
+    assert pid is not None
+
+    def killing() -> Iterator[tuple[str, torch.Tensor]]:
+        for index, item in enumerate(tensors):
+            if index == 20:
+                os.killpg(pid, signal.SIGKILL)
+            yield item
+
+    setup.version += 1
+    setup.pool.push_weights(metas, killing(), version=setup.version)
+    setup.check(setup.pool.generate(setup.prompts, LONG, n=2, seed=6), 2)
+
+
+def test_push_that_arrives_damaged(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte changes on the way; the workers refuse, and get the weights a second time."""
+    setup.reference.redrawn(seed=setup.version + 30)
+    original, damaged = setup.transport._broadcast, []
+
+    def damage(tensor: torch.Tensor):
+        if not damaged:
+            tensor = tensor.clone()
+            tensor[100] ^= 1
+            damaged.append(True)
+        return original(tensor)
+
+    monkeypatch.setattr(setup.transport, "_broadcast", damage)
+    setup.push()
+    assert damaged
+    setup.check(setup.pool.generate(setup.prompts, LONG, n=2, seed=7), 2)
+
+
+def test_judge_killed(setup: Setup) -> None:
+    """While it is away there is no verdict, quickly; then it is asked again. (A random model talks garbage.)"""
+    section = JudgeSection(retries=1, backoff_s=0.05, backoff_max_s=0.1, breaker_failures=2, model="judge")
+    judge = ConsistencyJudge(section, setup.judges.endpoints)
+    cases = [(f"case {i}", 1) for i in range(6)]
+    assert asyncio.run(judge.judge_many(cases)) == ["unknown"] * 6
+    served = requests_of(setup.judge_server)
+    assert served > 0
+    pid = setup.judge_server.pid
+    assert pid is not None
+    os.killpg(pid, signal.SIGKILL)
+    started = time.monotonic()
+    assert asyncio.run(judge.judge_many(cases)) == ["unknown"] * 6
+    assert time.monotonic() - started < 10
+    wait_until(lambda: setup.judges.status()[0].restarts == 1, 20)
+    wait_until(lambda: setup.judges.status()[0].state == "ready", 180)
+    asyncio.run(judge.judge_many(cases))
+    assert requests_of(setup.judge_server) > 0
+
+
+def requests_of(server: VllmServer) -> int:
+    text = httpx.get(f"{server.url}/metrics", headers=bearer(server.token)).text
+    lines = [line for line in text.splitlines() if line.startswith("vllm:request_success_total")]
+    return sum(int(float(line.split()[-1])) for line in lines)
+
+
+def test_developer_routes_are_closed(setup: Setup) -> None:
+    """Without the token nothing but /health answers; a server without weight transfer has no such routes."""
+    for server in [*setup.servers, setup.judge_server]:
+        for method, route in CLOSED_ROUTES:
+            assert httpx.request(method, server.url + route, json={}).status_code == 401, route
+            assert httpx.request(method, server.url + route, json={}, headers=bearer("guess")).status_code == 401
+        assert httpx.get(f"{server.url}/health").status_code == 200
+    judge = setup.judge_server
+    assert httpx.post(f"{judge.url}/pause", headers=bearer(judge.token)).status_code == 404

@@ -1,0 +1,108 @@
+"""Weight transports to real servers: over TCP to two tensor-parallel workers, and through shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from reference import SERVER, Reference
+
+from megatron_r1reward.config.schema import SamplingSection
+from megatron_r1reward.models.tiny import write_tiny_checkpoint
+from megatron_r1reward.network.tokens import bearer
+from megatron_r1reward.rollout.banned import banned_token_ids
+from megatron_r1reward.rollout.opening import build_transport
+from megatron_r1reward.rollout.pool import SERVED_NAME, RolloutPool
+from megatron_r1reward.rollout.server import VllmServer, start_servers
+from megatron_r1reward.rollout.weights import WeightPushError
+from megatron_r1reward.types import Prompt
+
+pytestmark = pytest.mark.e2e
+SAMPLING = SamplingSection(max_tokens=16)
+PIXELS = (56 * 56, 84 * 84)  # below the checkpoint's own limit, so that images are scaled down
+FUSED_PART = "model.language_model.layers.0.self_attn.q_proj."
+SECTIONS = {
+    "gloo": SERVER.model_copy(
+        update={"tensor_parallel_size": 2, "weight_transport": "gloo", "weight_bucket_bytes": 100_000}
+    ),
+    "ipc": SERVER.model_copy(update={"weight_transport": "ipc", "weight_bucket_bytes": 100_000}),
+}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Weights that are not the checkpoint's; tied embeddings."""
+    folder = tmp_path_factory.mktemp("tied")
+    write_tiny_checkpoint(folder, corpus=["Which digit is shown?"] * 4, tie_word_embeddings=True, init_std=0.15)
+    return Reference(folder, min_pixels=PIXELS[0], max_pixels=PIXELS[1]).redrawn(seed=2)
+
+
+@pytest.fixture(scope="module")
+def pools(reference: Reference, image_paths: tuple[str, ...]) -> Iterator[dict[str, RolloutPool]]:
+    """One pool of one server per transport; started side by side."""
+    servers = {
+        name: VllmServer(
+            section,
+            model_path=reference.folder,
+            log_path=reference.folder / f"server-{name}.log",
+            served_name=SERVED_NAME,
+            weight_transfer=name,
+            media_root=Path(image_paths[0]).parent,
+            pixels=PIXELS,
+        )
+        for name, section in SECTIONS.items()
+    }
+    shared = set(Path("/dev/shm").glob("psm_*"))
+    start_servers(servers.values())
+    assert set(Path("/dev/shm").glob("psm_*")) > shared, "tensor-parallel workers talk through shared memory"
+    pools = {
+        name: RolloutPool(
+            section,
+            tokenizer=reference.tokenizer,
+            banned_ids=banned_token_ids(reference.folder),
+            servers=[servers[name]],
+            transport=build_transport(section),
+        )
+        for name, section in SECTIONS.items()
+    }
+    yield pools
+    servers["gloo"].stop(grace_s=0.0)  # killed, and still nothing is left behind
+    for pool in pools.values():
+        pool.close()
+    assert set(Path("/dev/shm").glob("psm_*")) == shared
+
+
+@pytest.fixture(scope="module")
+def prompts(reference: Reference, image_paths: tuple[str, ...]) -> list[Prompt]:
+    return [reference.prompt(f"{i}", "Which digit?", image_paths[i % 3]) for i in range(6)]
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+class TestTransport:
+    def test_pushed_weights_are_served(
+        self, name: str, pools: dict[str, RolloutPool], reference: Reference, prompts: list[Prompt]
+    ) -> None:
+        pool = pools[name]
+        pool.generate(prompts, SAMPLING, seed=0)  # fills the caches
+        for version in (3, 4):  # the second push uses the connection of the first
+            reference.redrawn(seed=version)
+            pool.push_weights(*reference.weights(), version=version)
+            result = pool.generate(prompts, SAMPLING, seed=0)
+            assert {span.version for rollout in result.rollouts for span in rollout.weight_spans} == {version}
+            assert max(map(reference.error, result.rollouts)) < 1e-3
+
+    def test_a_part_of_a_fused_layer_is_refused_and_repaired(
+        self, name: str, pools: dict[str, RolloutPool], reference: Reference, prompts: list[Prompt]
+    ) -> None:
+        pool = pools[name]
+        member = pool.group.members[0]
+        with pytest.raises(WeightPushError, match=r"only a part of the weights of .*qkv_proj came"):
+            pool.push_weights(*reference.weights(FUSED_PART), version=5)
+        answer = httpx.get(f"{member.url}/is_paused", headers=bearer(member.bearer_token))
+        assert answer.json() == {"is_paused": True}
+        pool.push_weights(*reference.redrawn(seed=9).weights(), version=6)
+        result = pool.generate(prompts, SAMPLING, seed=0)
+        assert max(map(reference.error, result.rollouts)) < 1e-3
+        assert pool.status()[0].restarts == 0

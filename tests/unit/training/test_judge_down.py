@@ -1,0 +1,63 @@
+"""A judge that stays away: every rank saves what was trained, and the run stops with the reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.monitor.timers import PhaseTimer
+from megatron_r1reward.reward.consistency import JudgeDownError
+from megatron_r1reward.rollout.accounting import Accounting
+from megatron_r1reward.training import rl, rundir
+
+
+class DownScorer:
+    def score(self, rollouts: object) -> object:
+        raise JudgeDownError("no verdict in 6 steps")
+
+
+def state_at(step: int, tmp_path: Path) -> Any:
+    config = RunConfig.model_validate(
+        {
+            "run": {"output_dir": tmp_path},
+            "model": {"path": tmp_path},
+            "data": {"train": tmp_path / "train.jsonl"},
+            "rl": {"steps": 10},
+            "checkpoint": {"save_every": 4},
+        }
+    )
+    return SimpleNamespace(config=config, step=step, topology=SimpleNamespace(world_size=1, is_main=True))
+
+
+def services() -> Any:
+    generated = SimpleNamespace(rollouts=(), failed=(), accounting=Accounting())
+    pool = SimpleNamespace(generate=lambda *args, **options: generated)
+    return SimpleNamespace(pool=pool, scorer=DownScorer(), probe=None)
+
+
+@pytest.mark.parametrize(("step", "saves"), [(6, [6]), (8, [])])  # step 8 has just been saved
+def test_the_run_saves_and_stops(step: int, saves: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr(rundir, "save", lambda state: saved.append(state.step))
+    loader: Any = SimpleNamespace(batch=lambda step, size: [])
+    with pytest.raises(JudgeDownError, match="no verdict in 6 steps"):
+        rl._train(state_at(step, tmp_path), loader, services(), None)
+    assert saved == saves
+
+
+def test_the_reason_reaches_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank without services raises what the main rank broadcasts."""
+
+    def broadcast(message: list[Any], src: int) -> None:
+        message[0] = JudgeDownError("said by the main rank")
+
+    monkeypatch.setattr(rl.dist, "broadcast_object_list", broadcast)
+    state = state_at(1, tmp_path)
+    state.topology = SimpleNamespace(world_size=2, is_main=False)
+    loader: Any = None
+    with pytest.raises(JudgeDownError, match="said by the main rank"):
+        rl.generate_and_score(state, loader, None, PhaseTimer())
