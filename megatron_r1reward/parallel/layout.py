@@ -27,7 +27,6 @@ class ModelShape:
     vision_num_heads: int
     vision_ffn_size: int
     vision_layers_per_token: float  # cost of encoding one image token, in language-model layers of one token
-    freeze_language: bool = False
 
 
 def layout_problem(shape: ModelShape, parallel: ParallelSection, world_size: int | None = None) -> str | None:
@@ -54,8 +53,6 @@ def layout_problem(shape: ModelShape, parallel: ParallelSection, world_size: int
         return f"{chunks} pipeline chunks are more than the {shape.num_layers} layers can fill"
     if cp > 1 and parallel.context_parallel_comm == "a2a" and (shape.num_attention_heads // tp) % cp:
         return f"context_parallel_comm 'a2a' cuts {shape.num_attention_heads // tp} heads per rank into {cp}"
-    if pp > 1 and shape.freeze_language:
-        return "freeze_language leaves the later pipeline stages without parameters: set pipeline_model_parallel_size 1"
     if world_size is not None and world_size % (tp * pp * cp):
         return (
             f"{world_size} ranks cannot hold replicas of tensor_model_parallel_size {tp} x "

@@ -52,7 +52,7 @@ def _common(dtype: torch.dtype) -> dict[str, Any]:
     )
 
 
-def model_shape(hf: Qwen2_5_VLConfig, *, freeze_language: bool = False) -> ModelShape:
+def model_shape(hf: Qwen2_5_VLConfig) -> ModelShape:
     """What layouts have to fit."""
     text, vision = hf.text_config, hf.vision_config
     # Multiplications per token and layer; windowed and causal attention scores are small beside them.
@@ -68,7 +68,6 @@ def model_shape(hf: Qwen2_5_VLConfig, *, freeze_language: bool = False) -> Model
         vision_num_heads=vision.num_heads,
         vision_ffn_size=vision.intermediate_size,
         vision_layers_per_token=vision.spatial_merge_size**2 * patch / layer,
-        freeze_language=freeze_language,
     )
 
 

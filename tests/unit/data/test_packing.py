@@ -86,3 +86,28 @@ def test_positions_are_those_of_transformers(tiny_folder):
 def test_image_tokens_that_do_not_fit_the_grid_are_refused(ids):
     with pytest.raises(ValueError, match="image"):
         mrope_positions(ids, [(1, 4, 6)], image_token_id=IMAGE, merge_size=2)
+
+
+def test_context_parallelism_pads_every_sequence_at_its_end(packer):
+    padded = Packer(**{**packer.__dict__, "sequence_multiple": 4, "pad_multiple": 8})
+    sequences = [padded.sequence(prompt([1, 2, 3]), [4, 5]), padded.sequence(prompt([6]), [7, 8, 9])]
+    batch = padded.pack(sequences, [0, 1])
+    assert batch.cu_seqlens.tolist() == [0, 8, 12, 16]
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 0, 0, 0, 6, 7, 8, 9, 0, 0, 0, 0]]
+    assert batch.response_positions.tolist() == [2, 3, 8, 9, 10]
+    assert batch.targets.tolist() == [4, 5, 7, 8, 9]
+
+
+def test_a_micro_batch_without_sequences_is_padding(packer):
+    batch = packer.pack([], [])
+    assert (batch.num_tokens, batch.targets.numel(), batch.pixel_values) == (4, 0, None)
+
+
+def test_samples_that_share_an_image_share_a_micro_batch(packer, image_paths):
+    together = Packer(**{**packer.__dict__, "token_budget": 30, "share_images": True})
+    images = {1: image_paths[:1], 4: image_paths[:1]}
+    sequences = [
+        Sequence(token_ids=(1,) * length, prompt_length=1, image_paths=images.get(number, ()))
+        for number, length in enumerate([14, 15, 13, 12, 5])
+    ]
+    assert [1, 4] in [[i for i in part if i in images] for part in together.plan(sequences, range(5))]
