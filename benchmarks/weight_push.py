@@ -25,8 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from megatron_r1reward.types import TensorMeta
 from reporting import print_table, write_json
 from safetensors.torch import load_file
 from servers import SECTION, write_model
@@ -36,6 +34,7 @@ from megatron_r1reward.rollout.opening import build_transport
 from megatron_r1reward.rollout.pool import SERVED_NAME, RolloutPool
 from megatron_r1reward.rollout.server import VllmServer, start_servers
 from megatron_r1reward.rollout.wire_group import BroadcastGroup, Rendezvous, listen
+from megatron_r1reward.types import TensorMeta
 
 GOAL = 0.5  # of a plain gloo broadcast
 COLUMNS = ("transport", "MB", "servers", "tp", "push_s", "GB_per_s", "of_memory_copy", "of_plain_gloo")

@@ -23,9 +23,9 @@ responses of a row are equally likely given their text: only the image says whic
 
 Seed {{ seed }}. {{ images }} images in `images/`, named by their source pictures: training draws on
 {{ train_pictures }} pictures, held-out rows on {{ heldout_pictures }} others. Labels are 1:1 in every file, in random
-order. No preference repeats another's image, question and pair of answers; the judge's rows may repeat among themselves.
+order. No preference repeats another's image, question and pair of answers; the judge's rows may repeat each other.
 {% if annotator_error_rate %}
-The annotator of `sft.jsonl` is fallible: {{ "%.0f" % (100 * annotator_error_rate) }} % of the reasonings argue for the \
+The annotator of `sft.jsonl` is fallible: {{ "%.0f" % (100 * annotator_error_rate) }} % of its reasonings argue for the
 wrong response.
 {% endif %}
 ## Rows by category

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.launch.paths import media_root
 from megatron_r1reward.reward.consistency import ConsistencyJudge
 from megatron_r1reward.reward.verdict_cache import VerdictCache
 from megatron_r1reward.rollout.group import ServerGroup

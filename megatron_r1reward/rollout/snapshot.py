@@ -7,10 +7,9 @@ from typing import Protocol
 
 import torch
 
-from megatron_r1reward.types import TensorMeta
-
 from megatron_r1reward.rollout.wire import Bucket, Packer, WeightUpdate
 from megatron_r1reward.rollout.wire_shared import MemoryFile
+from megatron_r1reward.types import TensorMeta
 
 
 class BucketSource(Protocol):

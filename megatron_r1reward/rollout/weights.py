@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-import torch
-
 from megatron_r1reward.types import TensorMeta
 
 DEFAULT_BUCKET_BYTES = 64 << 20

@@ -28,8 +28,8 @@ from megatron_r1reward.reward.consistency import JudgeDownError
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.training import health, rundir
-from megatron_r1reward.training.data_parallel import synchronize_parameters
 from megatron_r1reward.training.control import RunControl
+from megatron_r1reward.training.data_parallel import synchronize_parameters
 from megatron_r1reward.training.policy_update import update_policy
 from megatron_r1reward.training.profiling import StepProfiler
 from megatron_r1reward.training.rl_metrics import advantage_metrics, mismatch, rollout_metrics, server_metrics

@@ -13,9 +13,9 @@ from megatron_r1reward.checkpoint.dist import Trained, find_checkpoint_together,
 from megatron_r1reward.checkpoint.hf import save_hf_folder
 from megatron_r1reward.config.load import dump_config
 from megatron_r1reward.files import write_text
-from megatron_r1reward.training.data_parallel import synchronize_parameters
 from megatron_r1reward.monitor.sinks import Monitor
 from megatron_r1reward.training.control import RunControl
+from megatron_r1reward.training.data_parallel import synchronize_parameters
 from megatron_r1reward.training.state import TrainState
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from megatron_r1reward.data.prompt import render_chat
 from megatron_r1reward.monitor.sinks import build_monitor
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training import rundir
-from megatron_r1reward.training.profiling import StepProfiler
 from megatron_r1reward.training.control import RunControl
+from megatron_r1reward.training.profiling import StepProfiler
 from megatron_r1reward.training.schedule import LossOutput, reduce_statistics, train_micro_batches
 from megatron_r1reward.training.state import TrainState, build_state
 from megatron_r1reward.types import PackedBatch, Prompt, Sequence

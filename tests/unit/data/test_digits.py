@@ -131,7 +131,9 @@ def test_targets_have_the_strict_format_and_state_the_digits_first(built):
         match = re.fullmatch(r"<think>(.+)</think><answer>([12])</answer>", row["response"], re.DOTALL)
         assert int(match[2]) == label_of(row)
         says, sees, verdict = match[1].split("\n")
-        one, two = re.fullmatch(r"The answer (\w+) is in Response 1, the answer (\w+) is in Response 2\.", says).groups()
+        one, two = re.fullmatch(
+            r"The answer (\w+) is in Response 1, the answer (\w+) is in Response 2\.", says
+        ).groups()
         assert (one, two) == (claim_in(row["response_1"]), claim_in(row["response_2"]))
         seen, finding = re.fullmatch(r"I see ([\d and]+?)(?:, so (\w+))?\.", sees).groups()
         assert [int(digit) for digit in re.findall(r"\d", seen)] == [int(labels[i]) for i in sources_of(row)]
