@@ -20,8 +20,10 @@ from megatron_r1reward.data.digits import build_digits
 from megatron_r1reward.data.prompt import JUDGE_TEMPLATE, TEMPLATE
 from megatron_r1reward.files import write_text
 
-# Kinds of question that a model of this size learns within minutes, two thirds of them about single digits.
+# The kind of question that a model of this size learns within minutes, explained by an annotator who is wrong at times,
+# as annotators are: the cold start imitates the mistakes, too, and RL is what unlearns them.
 CATEGORIES = ("digit",)
+ANNOTATOR_ERROR_RATE = 0.12
 CLAIM = re.compile(r"\d+|\b(?:odd|even)\b")
 FIXED_TEXTS = ["system\nYou are a helpful assistant.", "<think>", "</think><answer>", "</answer>"]
 FIXED_TEXTS += [f" is in Response {label}" for label in (1, 2)] + [f"Response {label} is better." for label in (1, 2)]
@@ -59,7 +61,7 @@ def _stages(out: Path) -> list[Stage]:
         stage("sft", "cold start of the reward model", "sft", "sft.toml", 3,
               model__path=out / "model", data__train=data / "sft.jsonl"),
         stage("judge", "training of the consistency judge", "sft", "judge.toml", 1,
-              model__path=out / "model", data__train=data / "judge_sft.jsonl"),
+              model__path=sft, data__train=data / "judge_sft.jsonl"),
         stage("annotate", "difficulty of each sample, by the cold-started model", "annotate", "eval.toml", 1,
               model__path=sft, data__train=data / "pool.jsonl"),
         stage("eval_sft", "evaluation before RL", "eval", "eval.toml", 2,
@@ -129,7 +131,15 @@ def run_demo(out: Path, run_files: Path, *, seed: int = 0) -> None:
         console.rule(f"[bold]\\[{number}/{total}] {title}[/bold] (about {minutes:g} min)", align="left")
 
     announce(1, "preference data from handwritten digits, and a tiny model", 0.5)
-    build_digits(out / "data", seed=seed, sft_rows=9_000, pool_rows=2_400, judge_rows=2_000, categories=CATEGORIES)
+    build_digits(
+        out / "data",
+        seed=seed,
+        sft_rows=9_000,
+        pool_rows=2_400,
+        judge_rows=2_000,
+        categories=CATEGORIES,
+        annotator_error_rate=ANNOTATOR_ERROR_RATE,
+    )
     write_demo_model(out / "model", [out / "data" / name for name in ("sft.jsonl", "judge_sft.jsonl")], seed=seed)
     phases["data"] = time.monotonic() - started
     for number, stage in enumerate(stages, start=2):

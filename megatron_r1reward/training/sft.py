@@ -14,7 +14,7 @@ from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.loader import EpochSampler
 from megatron_r1reward.data.preference import SftExample, read_sft_examples
 from megatron_r1reward.data.prompt import render_chat
-from megatron_r1reward.monitor.sinks import build_monitor
+from megatron_r1reward.monitor.sinks import Monitor, build_monitor
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training import rundir
 from megatron_r1reward.training.control import RunControl
@@ -115,11 +115,36 @@ def run(config: RunConfig, topology: Topology) -> Path | None:
         if topology.is_main
         else None
     )
-    progress = tqdm(
-        total=steps, initial=state.step, desc="SFT", unit="step", disable=not topology.is_main, dynamic_ncols=True
-    )
-    profiler = StepProfiler(config.profile, output_dir=output, rank=topology.rank)
     control.begin(state.step, resumed=resumed)
+    finished = _train(state, examples, sampler, steps, monitor, control)
+    state.saver.close()
+    if not finished:
+        rundir.leave(control, monitor)
+        return None
+    control.exporting()
+    folder = output / "hf"
+    rundir.export(state, folder)
+    rundir.mark_done(state, hf=folder)
+    control.done()
+    if monitor is not None:
+        monitor.close()
+    return folder
+
+
+def _train(
+    state: TrainState,
+    examples: tuple[SftExample, ...],
+    sampler: EpochSampler,
+    steps: int,
+    monitor: Monitor | None,
+    control: RunControl,
+) -> bool:
+    """Step by step to the last one: True. False: asked to stop, and saved."""
+    config = state.config
+    progress = tqdm(
+        total=steps, initial=state.step, desc="SFT", unit="step", disable=monitor is None, dynamic_ncols=True
+    )
+    profiler = StepProfiler(config.profile, output_dir=config.run.output_dir, rank=state.topology.rank)
     stopped = False
     while state.step < steps and not stopped:
         with profiler.step(state.step + 1):
@@ -136,15 +161,4 @@ def run(config: RunConfig, topology: Topology) -> Path | None:
             rundir.save(state)
             control.saved(state.step)
     progress.close()
-    state.saver.close()
-    if stopped:
-        rundir.leave(control, monitor)
-        return None
-    control.exporting()
-    folder = output / "hf"
-    rundir.export(state, folder)
-    rundir.mark_done(state, hf=folder)
-    control.done()
-    if monitor is not None:
-        monitor.close()
-    return folder
+    return not stopped
