@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.launch.layout import ServerKind, Stage, servers_of
 from megatron_r1reward.monitor.run_state import Address, RunDir
+from megatron_r1reward.network.tokens import TOKEN_VARIABLE
 
 
 def node_address() -> str:
@@ -46,13 +47,17 @@ def connected(config: RunConfig, stage: Stage) -> RunConfig:
     rollout, judge, annotate = config.rollout, config.judge, config.annotate
     rollout = rollout.model_copy(update={"sender_host": node_address()})
     if wanted["rollout"] and stage == "annotate":
-        annotate = annotate.model_copy(update={"url": _urls(run, "rollout")[0] + "/v1"})
+        annotate = annotate.model_copy(
+            update={"url": _urls(run, "rollout")[0] + "/v1", "api_key_variable": TOKEN_VARIABLE}
+        )
     elif wanted["rollout"]:
-        rollout = rollout.model_copy(update={"urls": _urls(run, "rollout")})
+        rollout = rollout.model_copy(update={"urls": _urls(run, "rollout"), "token_variable": TOKEN_VARIABLE})
     if wanted["judge"]:
-        judge = judge.model_copy(update={"urls": _urls(run, "judge")})
+        judge = judge.model_copy(update={"urls": _urls(run, "judge"), "api_key_variable": TOKEN_VARIABLE})
     elif stage == "rl" and config.reward.use_judge and not judge.urls and config.cluster.shared_judge is not None:
-        judge = judge.model_copy(update={"urls": shared_judge_urls(config.cluster.shared_judge)})
+        judge = judge.model_copy(
+            update={"urls": shared_judge_urls(config.cluster.shared_judge), "api_key_variable": TOKEN_VARIABLE}
+        )
     return config.model_copy(update={"rollout": rollout, "judge": judge, "annotate": annotate})
 
 

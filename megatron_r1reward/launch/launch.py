@@ -20,6 +20,7 @@ from megatron_r1reward.launch.slurm_steps import SlurmLauncher
 from megatron_r1reward.launch.steps import StepLauncher
 from megatron_r1reward.launch.supervisor import Plan, Supervisor
 from megatron_r1reward.monitor.run_state import EXIT_REQUEUE, ExitReport, RunDir, RunInfo
+from megatron_r1reward.network.tokens import TOKEN_VARIABLE, new_token, token_from
 
 log = logging.getLogger(__name__)
 _REQUEUE_PATIENCE_S = 120.0  # how long Slurm may take to end this script after it agreed to requeue the job
@@ -79,9 +80,10 @@ def _supervise(
     )
     info.write(run.run_info)
     log.info("%s in %s, life %d\n%s", stage, run.root, life, describe(placements))
-    launcher: StepLauncher = (
-        SlurmLauncher(run, job, config.cluster, site) if job is not None else LocalLauncher(run)
-    )  # fmt: skip
+    token = _server_token(config, stage)
+    launcher: StepLauncher = LocalLauncher(run, token=token)
+    if job is not None:
+        launcher = SlurmLauncher(run, job, config.cluster, site, token=token)
     command = _Commands(stage, run_file, overrides, config, info)
     plan = Plan(
         info=info,
@@ -102,6 +104,21 @@ def _supervise(
         else:
             log.error("not queued again: %s", refusal)
     return report.code
+
+
+def _server_token(config: RunConfig, stage: Stage) -> str:
+    """What the servers of this run ask for and its driver sends; a new one unless the environment gives it.
+
+    Raises:
+        ValueError: a judge is shared between jobs, and the environment does not give both the same token.
+    """
+    token = token_from(TOKEN_VARIABLE)
+    if token is None and (stage == "judge" or (stage == "rl" and config.cluster.shared_judge is not None)):
+        raise ValueError(
+            f"a judge that several jobs share needs a token that all of them know: submit each with the same "
+            f"{TOKEN_VARIABLE}, e.g. from `openssl rand -hex 32`"
+        )
+    return token or new_token()
 
 
 class _Commands:

@@ -16,6 +16,7 @@ from typing import BinaryIO
 from megatron_r1reward.launch.layout import Placement
 from megatron_r1reward.launch.steps import StepEnd, code_of, name_of
 from megatron_r1reward.monitor.run_state import RunDir
+from megatron_r1reward.network.tokens import TOKEN_VARIABLE
 
 _PR_SET_PDEATHSIG = 1
 
@@ -74,8 +75,9 @@ class LocalStep:
 class LocalLauncher:
     """Starts tasks as children of this process; they die with it."""
 
-    def __init__(self, run: RunDir, *, console: bool = True) -> None:
+    def __init__(self, run: RunDir, *, token: str, console: bool = True) -> None:
         self._run = run
+        self._token = token
         self._console = console
 
     def start(self, placement: Placement, command: Sequence[str], log: Path) -> LocalStep:
@@ -84,7 +86,7 @@ class LocalLauncher:
         processes, tees = [], []
         show = self._console and placement.kind == "driver"
         for rank in range(part.tasks):
-            environment = dict(os.environ)
+            environment = dict(os.environ) | {TOKEN_VARIABLE: self._token}
             if placement.kind == "driver" and part.tasks > 1:
                 environment |= {"RANK": str(rank), "WORLD_SIZE": str(part.tasks), "LOCAL_RANK": str(rank)}
             if placement.gpu_ids:

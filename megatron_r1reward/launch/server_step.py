@@ -14,6 +14,8 @@ from megatron_r1reward.launch.layout import ServerKind, Stage
 from megatron_r1reward.launch.paths import media_root
 from megatron_r1reward.launch.steps import code_of, name_of
 from megatron_r1reward.monitor.run_state import Address, RunDir
+from megatron_r1reward.network.tokens import TOKEN_VARIABLE, token_from
+from megatron_r1reward.rollout.opening import weight_transport
 from megatron_r1reward.rollout.server import ServerError, VllmServer
 
 log = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ def _death(server: VllmServer | None) -> int:
 
 def _server(config: RunConfig, stage: Stage, kind: ServerKind, run: RunDir, life: int, name: str) -> VllmServer:
     log_path = run.log(life, f"{name}.vllm")
+    token = token_from(TOKEN_VARIABLE)  # the supervisor's, so that the driver knows it
     if kind == "judge":
         path = config.judge.model_path
         assert path is not None, "checked when components were placed"
@@ -79,6 +82,7 @@ def _server(config: RunConfig, stage: Stage, kind: ServerKind, run: RunDir, life
             log_path=log_path,
             served_name=config.judge.model or "judge",
             host=node_address(),
+            token=token,
         )
     return VllmServer(
         config.rollout,
@@ -86,7 +90,8 @@ def _server(config: RunConfig, stage: Stage, kind: ServerKind, run: RunDir, life
         log_path=log_path,
         served_name=config.annotate.model if stage == "annotate" else "policy",
         host=node_address(),
-        weight_transfer="gloo" if stage == "rl" else None,
+        token=token,
+        weight_transfer=weight_transport(config.rollout) if stage == "rl" else None,
         media_root=media_root(config),
         pixels=(config.data.min_pixels, config.data.max_pixels),
     )

@@ -15,6 +15,7 @@ from megatron_r1reward.launch.layout import Placement, Site
 from megatron_r1reward.launch.slurm_job import SlurmJob, clean_environment, run_tool, silent_nodes
 from megatron_r1reward.launch.steps import StepEnd, code_of, name_of
 from megatron_r1reward.monitor.run_state import RunDir
+from megatron_r1reward.network.tokens import TOKEN_VARIABLE
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +93,9 @@ def first_failure(messages: str) -> StepEnd | None:
 class SlurmLauncher:
     """Starts steps inside this job's allocation."""
 
-    def __init__(self, run: RunDir, job: SlurmJob, section: ClusterSection, site: Site) -> None:
+    def __init__(self, run: RunDir, job: SlurmJob, section: ClusterSection, site: Site, *, token: str) -> None:
         self._run = run
+        self._token = token
         self._job = job
         self._section = section
         self._heterogeneous = len(site.groups) > 1
@@ -113,7 +115,7 @@ class SlurmLauncher:
         with messages.open("wb") as handle:
             process = subprocess.Popen(
                 [*self.srun(placement, log), "sh", "-c", _BEGIN, "step", str(step_file), job, keep, *command],
-                env=clean_environment(),
+                env=clean_environment() | {TOKEN_VARIABLE: self._token},
                 stdin=subprocess.DEVNULL,
                 stdout=handle,
                 stderr=handle,

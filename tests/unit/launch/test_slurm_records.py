@@ -62,7 +62,9 @@ def placement(**changes: object) -> Placement:
 
 def launcher(tmp_path: Path, section: ClusterSection, *, gpus: int = 8, groups: int = 1) -> SlurmLauncher:
     nodes = tuple((Node(name=f"n{i}", gpus=gpus, cpus=16),) for i in range(groups))
-    return SlurmLauncher(RunDir(root=tmp_path), SlurmJob({"SLURM_JOB_ID": "9"}), section, Site(groups=nodes))
+    return SlurmLauncher(
+        RunDir(root=tmp_path), SlurmJob({"SLURM_JOB_ID": "9"}), section, Site(groups=nodes), token="secret"
+    )
 
 
 def test_srun_arguments(tmp_path: Path) -> None:
