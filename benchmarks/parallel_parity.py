@@ -3,8 +3,9 @@ of unequal lengths with and without images, on gloo ranks of this machine.
 
     python benchmarks/parallel_parity.py [--family qwen2_5_vl] [--layout TP2 ...] [--json FILE] [--check]
 
-`loss` is the largest difference of the mean loss over both steps, `grad` and `vision grad` the largest difference of
-any gradient element relative to the largest element of its tensor, `grad norm` the relative difference of the norm.
+`loss` is the largest difference of the mean loss over both steps and `log-prob` that of any response token before the
+first; `grad` and `vision grad` are the largest difference of any gradient element relative to the largest element of
+its tensor, `grad norm` the relative difference of the norm.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,45 +32,67 @@ from reporting import print_table, write_json  # noqa: E402
 
 from megatron_r1reward.checkpoint.gather import export_hf_tensors  # noqa: E402
 from megatron_r1reward.config.schema import RunConfig  # noqa: E402
-from megatron_r1reward.models.tiny import TinySpec, write_tiny_checkpoint  # noqa: E402
+from megatron_r1reward.models.tiny import TinyQwen3Spec, TinySpec, write_tiny_checkpoint  # noqa: E402
 from megatron_r1reward.parallel import setup  # noqa: E402
 from megatron_r1reward.parallel.chunks import chunks_of  # noqa: E402
 from megatron_r1reward.training.data_parallel import zero_gradients  # noqa: E402
 from megatron_r1reward.training.rollout_batch import shard_by_mini_batch  # noqa: E402
 from megatron_r1reward.training.schedule import (  # noqa: E402
+    LossOutput,
     optimizer_step,
     reduce_statistics,
     run_micro_batches,
 )
 from megatron_r1reward.training.sft import cross_entropy  # noqa: E402
 from megatron_r1reward.training.state import TrainState, build_state  # noqa: E402
-from megatron_r1reward.types import Prompt, Sequence  # noqa: E402
+from megatron_r1reward.types import PackedBatch, Prompt, Sequence  # noqa: E402
 
-LOSS_GOAL, GRAD_GOAL = 1e-5, 1e-4
+LOSS_GOAL, LOG_PROB_GOAL, GRAD_GOAL = 1e-5, 1e-4, 1e-4
 NEGLIGIBLE = 1e-3  # of the largest gradient element: tensors below are compared with this instead of themselves
 SEQUENCES = 8
 BUDGET = 400
 CORPUS = ["Which digit is shown? 0 1 2 3 4 5 6 7 8 9", "The image shows 7. Response 1 is better."] * 4
 
 
-def write_qwen2_5_vl(folder: Path) -> None:
-    """Four layers, so that two stages can hold two chunks each; queries are grouped, embeddings untied."""
-    spec = TinySpec(
+# Four layers, so that two stages can hold two chunks each; grouped queries. Qwen3-VL with a deepstack level that
+# crosses the stage boundary, heads wider than hidden / heads, and one dense layer among the mixtures of experts.
+_QWEN3 = TinyQwen3Spec(
+    vocab_size=512, hidden_size=64, intermediate_size=160, num_layers=4, num_key_value_heads=2, head_dim=32,
+    mrope_section=(6, 5, 5), vision_depth=4, vision_hidden_size=64, vision_intermediate_size=96,
+    deepstack_blocks=(0, 1, 2),
+)  # fmt: skip
+FAMILIES: dict[str, TinySpec | TinyQwen3Spec] = {
+    "qwen2_5_vl": TinySpec(
         vocab_size=512, hidden_size=64, intermediate_size=160, num_layers=4, mrope_section=(2, 3, 3),
         vision_hidden_size=64, vision_intermediate_size=96,
-    )  # fmt: skip
-    write_tiny_checkpoint(folder, corpus=CORPUS, init_std=0.15, spec=spec)
+    ),
+    "qwen3_vl": _QWEN3,
+    "qwen3_vl_moe": replace(_QWEN3, num_experts=4, mlp_only_layers=(2,)),
+}  # fmt: skip
+WITH_EXPERTS = frozenset({"qwen3_vl_moe"})
 
 
-FAMILIES: dict[str, Callable[[Path], None]] = {"qwen2_5_vl": write_qwen2_5_vl}
+def write_family(name: str, folder: Path) -> None:
+    """A random tiny checkpoint whose distributions are far from uniform."""
+    write_tiny_checkpoint(folder, corpus=CORPUS, init_std=0.15, spec=FAMILIES[name])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """Two steps of one layout: (mean loss, gradient norm) per step, and the gradients under their Hugging Face names."""
+    """Two steps of one layout: (mean loss, gradient norm) of each, gradients under their Hugging Face names, and the
+    log-probs of all responses before the first step, one array per sequence."""
 
     records: list[tuple[float, float]]
     gradients: list[dict[str, np.ndarray]]
+    log_probs: dict[int, np.ndarray]
+
+
+def applies(family: str, layout: Layout) -> bool:
+    """Whether the family can run the layout: mixtures of experts under tensor parallelism need sequence parallelism."""
+    if family not in WITH_EXPERTS:
+        return not layout.needs_experts
+    tensor_parallel = layout.parallel.get("tensor_model_parallel_size", 1) > 1
+    return not tensor_parallel or bool(layout.parallel.get("sequence_parallel"))
 
 
 def write_images(folder: Path) -> tuple[str, ...]:
@@ -114,7 +136,7 @@ def _complete_gradients(state: TrainState) -> None:
                 dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
 
 
-def _export_gradients(state: TrainState) -> dict[str, np.ndarray]:
+def export_gradients(state: TrainState) -> dict[str, np.ndarray]:
     """Full gradients under Hugging Face names: exported like weights, in their place."""
     _complete_gradients(state)
     weights = {}
@@ -128,8 +150,8 @@ def _export_gradients(state: TrainState) -> dict[str, np.ndarray]:
     return named
 
 
-def two_steps(folder: Path, images: tuple[str, ...], layout: Layout, budget: int = BUDGET) -> Trace:
-    """Two optimizer steps on this rank. Gradients are returned by the main rank only."""
+def build(folder: Path, images: tuple[str, ...], layout: Layout, budget: int) -> tuple[TrainState, list[Sequence]]:
+    """This rank's training state and the batch."""
     config = RunConfig.model_validate(
         {
             "run": {"output_dir": "unused"},
@@ -137,12 +159,21 @@ def two_steps(folder: Path, images: tuple[str, ...], layout: Layout, budget: int
             "data": {"train": "unused", "token_budget": budget},
             "optimizer": {"lr": 1e-3, "warmup_fraction": 0.0, "schedule": "constant", "clip_grad": 0.5, "eps": 1e-5},
             "parallel": layout.parallel,
+            "precision": layout.precision,
+            "moe": layout.moe,
         }
     )
-    topology = setup.initialize(config.parallel, seed=0)
+    topology = setup.initialize(config.parallel, seed=0, deterministic=config.precision.deterministic)
     state = build_state(config, topology, optimizer_steps=2)
-    sequences = build_sequences(state, images)
+    return state, build_sequences(state, images)
+
+
+def two_steps(folder: Path, images: tuple[str, ...], layout: Layout, budget: int = BUDGET) -> Trace:
+    """Two optimizer steps on this rank. Gradients are returned by the main rank only."""
+    state, sequences = build(folder, images, layout, budget)
+    topology = state.topology
     mine = shard_by_mini_batch(SEQUENCES, 1, topology.data_parallel_rank, topology.data_parallel_size)[0]
+    log_probs = _log_probs(state, sequences, mine)
     records, gradients = [], []
     for _ in range(2):
         state.model.train()
@@ -151,10 +182,25 @@ def two_steps(folder: Path, images: tuple[str, ...], layout: Layout, budget: int
         plan = state.packer.plan(sequences, mine)
         statistics = run_micro_batches(state, sequences, plan, cross_entropy, forward_only=False)
         total = reduce_statistics(state, statistics)
-        named = _export_gradients(state)
+        named = export_gradients(state)
         gradients.append(named if topology.is_main else {})
         records.append((total["loss"] / total["tokens"], optimizer_step(state).grad_norm))
-    return Trace(records=records, gradients=gradients)
+    return Trace(records=records, gradients=gradients, log_probs=log_probs)
+
+
+def _log_probs(state: TrainState, sequences: list[Sequence], mine: list[int]) -> dict[int, np.ndarray]:
+    """A forward-only pass: the old log-probs of an RL step, on every rank."""
+    state.model.eval()
+
+    def collect(output_2R: torch.Tensor, batch: PackedBatch) -> LossOutput:
+        values = {i: output_2R[0, batch.response_sequence == i].detach().numpy().copy() for i in batch.sequence_indices}
+        return output_2R.sum(), torch.tensor(1, dtype=torch.int), {"values": values}
+
+    parts = run_micro_batches(state, sequences, state.packer.plan(sequences, mine), collect, forward_only=True)
+    local = {index: values for part in parts for index, values in part["values"].items()}
+    gathered: list[dict[int, np.ndarray]] = [{}] * state.topology.world_size
+    dist.all_gather_object(gathered, local)
+    return {index: values for rank in gathered for index, values in rank.items()}
 
 
 def compare(got: Trace, reference: Trace) -> dict[str, float]:
@@ -171,12 +217,16 @@ def compare(got: Trace, reference: Trace) -> dict[str, float]:
             vision = name.startswith(("visual.", "model.visual."))
             # Not max(): a NaN has to show.
             grad[vision] = difference if not difference <= grad[vision] else grad[vision]
-    return {"loss": loss, "grad": grad[False], "vision grad": grad[True], "grad norm": norm}
+    assert got.log_probs.keys() == reference.log_probs.keys()
+    log_prob = max(float(np.abs(got.log_probs[i] - expected).max()) for i, expected in reference.log_probs.items())
+    return {"loss": loss, "log-prob": log_prob, "grad": grad[False], "vision grad": grad[True], "grad norm": norm}
 
 
 def within_goal(row: dict[str, float]) -> bool:
     """Whether a comparison meets the goals; False for NaN."""
-    return row["loss"] <= LOSS_GOAL and max(row["grad"], row["vision grad"], row["grad norm"]) <= GRAD_GOAL
+    if not row["loss"] <= LOSS_GOAL or not row["log-prob"] <= LOG_PROB_GOAL:
+        return False
+    return max(row["grad"], row["vision grad"], row["grad norm"]) <= GRAD_GOAL
 
 
 def main() -> int:
@@ -188,17 +238,21 @@ def main() -> int:
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        FAMILIES[arguments.family](Path(folder) / "tiny")
+        write_family(arguments.family, Path(folder) / "tiny")
         images = write_images(Path(folder) / "images")
         single = Layout(ranks=1, parallel={"use_distributed_optimizer": False})
         reference = run_ranks(two_steps, 1, Path(folder) / "tiny", images, single, 100_000)[0]
         for name in arguments.layout or LAYOUTS:
             layout = LAYOUTS[name]
+            if not applies(arguments.family, layout):
+                continue
             got = run_ranks(two_steps, layout.ranks, Path(folder) / "tiny", images, layout, timeout_s=300)[0]
             row = compare(got, reference)
             rows.append({"layout": name, "ranks": layout.ranks, **row, "ok": within_goal(row)})
-    print_table(["layout", "ranks", "loss", "grad", "vision grad", "grad norm", "ok"], rows)
-    write_json(arguments.json, "parallel_parity", rows, family=arguments.family, goals=[LOSS_GOAL, GRAD_GOAL])
+    print_table(["layout", "ranks", "loss", "log-prob", "grad", "vision grad", "grad norm", "ok"], rows)
+    write_json(
+        arguments.json, "parallel_parity", rows, family=arguments.family, goals=[LOSS_GOAL, LOG_PROB_GOAL, GRAD_GOAL]
+    )
     passed = sum(row["ok"] for row in rows)
     print(f"{arguments.family}: {passed} of {len(rows)} layouts equal a single process")
     return 1 if arguments.check and passed < len(rows) else 0

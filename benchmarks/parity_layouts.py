@@ -9,6 +9,7 @@ TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
 CP2 = {"context_parallel_size": 2}
+EP2 = {"expert_model_parallel_size": 2}
 SP = {"sequence_parallel": True}
 PLAIN = {"use_distributed_optimizer": False}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 20_000}
@@ -22,7 +23,9 @@ class Layout:
     ranks: int
     parallel: dict[str, Any]
     model: dict[str, Any] = field(default_factory=dict)
-    moe_only: bool = False
+    precision: dict[str, Any] = field(default_factory=dict)
+    moe: dict[str, Any] = field(default_factory=dict)
+    needs_experts: bool = False
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -41,7 +44,11 @@ LAYOUTS: dict[str, Layout] = {
     "CP2 images sharded": Layout(ranks=2, parallel=CP2 | SHARDED),
     "TP2 full recompute": Layout(ranks=2, parallel=TP2 | {"recompute": "full", "recompute_vision": True}),
     "CP2 selective recompute": Layout(ranks=2, parallel=CP2 | {"recompute": "selective"}),
+    "EP2": Layout(ranks=2, parallel=EP2, needs_experts=True),
+    "EP2 overlap": Layout(ranks=2, parallel=EP2 | OVERLAP, needs_experts=True),
     "TP2xPP2": Layout(ranks=4, parallel=TP2 | PP2),
+    "TP2+SPxEP2": Layout(ranks=2, parallel=TP2 | SP | EP2, needs_experts=True),
+    "EP2xPP2 VPP2": Layout(ranks=4, parallel=EP2 | VPP2, needs_experts=True),
     "TP2xCP2": Layout(ranks=4, parallel=TP2 | CP2),
     "TP2xDP2": Layout(ranks=4, parallel=TP2),
     "TP2xCP2+SP images sharded": Layout(ranks=4, parallel=TP2 | CP2 | SP | SHARDED),

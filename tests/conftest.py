@@ -7,18 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from corpus import CORPUS
 from PIL import Image
 
 import megatron_r1reward.parallel  # noqa: F401  (adapts megatron-core to the CPU before anything imports it)
 
 torch.set_num_threads(1)
-
-CORPUS = [
-    "You are a highly skilled and impartial evaluator tasked with comparing two responses.",
-    "<think>The image shows 7.\nResponse 1 says 7, which is right.\nResponse 2 says 3, which is wrong.\n"
-    "Response 1 is better.</think><answer>1</answer>",
-    "Which digit is shown? 0 1 2 3 4 5 6 7 8 9 system user assistant You are a helpful assistant.",
-] * 4
 
 
 @pytest.fixture(scope="session")

@@ -28,8 +28,8 @@ class RunSection(Section):
 class MoeSection(Section):
     """Switches of mixture-of-experts models; dense models ignore them. The router always computes in float32."""
 
-    load_balancing: Literal["none", "aux_loss", "global_aux_loss"] = "none"  # per micro-batch | over the global batch
-    aux_loss_coefficient: Annotated[float, Field(ge=0)] = 1e-3
+    load_balancing: Literal["none", "aux_loss"] = "none"  # aux_loss: Switch Transformer's, over each micro-batch
+    aux_loss_coefficient: Annotated[float, Field(ge=0)] = 1e-3  # used with load_balancing = "aux_loss"
     z_loss_coefficient: Annotated[float, Field(ge=0)] = 0.0  # 0: off
 
 
@@ -40,7 +40,6 @@ class ModelSection(Section):
     freeze_vision_tower: bool = False
     freeze_merger: bool = False
     freeze_language: bool = False
-    moe: MoeSection = MoeSection()
 
     @model_validator(mode="after")
     def _something_trains(self) -> ModelSection:
@@ -69,6 +68,13 @@ class ParallelSection(Section):
     recompute: Literal["none", "selective", "full"] = "none"  # activations; selective: core attention only
     recompute_num_layers: PositiveInt = 1  # full: layers per checkpointed group
     recompute_vision: bool = False  # the same inside the vision tower (always full there)
+
+    @property
+    def expert_tensor_parallel_size(self) -> int:
+        """Ranks that cut each expert. Under expert parallelism experts stay whole. Without it they are cut like every
+        other layer: megatron-core 0.16.1 would not sum the gradients of experts that are whole on every tensor-parallel
+        rank."""
+        return self.tensor_model_parallel_size if self.expert_model_parallel_size == 1 else 1
 
     @model_validator(mode="after")
     def _combinations(self) -> ParallelSection:
@@ -281,6 +287,7 @@ class RunConfig(Section):
     run: RunSection
     model: ModelSection
     parallel: ParallelSection = ParallelSection()
+    moe: MoeSection = MoeSection()
     precision: PrecisionSection = PrecisionSection()
     profile: ProfileSection = ProfileSection()
     data: DataSection

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def _ranks(config: RunConfig) -> Iterator[Topology]:
-    topology = setup.initialize(config.parallel, seed=config.run.seed)
+    topology = setup.initialize(config.parallel, seed=config.run.seed, deterministic=config.precision.deterministic)
     try:
         yield topology
     finally:

@@ -16,7 +16,7 @@ class ResponseHead(ColumnParallelLinear):
     is only read could still be last step's.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, rows_RH: torch.Tensor, targets_R: torch.Tensor, weight: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Log-probs and entropies, float32 [2, R]; `weight` is the embedding's when that is tied and lives here."""

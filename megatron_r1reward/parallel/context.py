@@ -7,6 +7,7 @@ Transformer Engine and megatron-core's rotary embedding expect of packed sequenc
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ def zigzag_positions(cu_seqlens: torch.Tensor, size: int, rank: int) -> torch.Te
     """
     bounds = cu_seqlens.tolist()
     parts = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         if (end - start) % (2 * size):
             raise ValueError(
                 f"a packed sequence of {end - start} tokens does not divide into 2 x {size} chunks for context "

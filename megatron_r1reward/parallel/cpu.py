@@ -2,13 +2,14 @@
 
 megatron-core assumes CUDA by name (`torch.cuda.current_device()`, `device="cuda"`, `.cuda()`, CUDA RNG states). This
 module answers those calls with their CPU meaning. Nothing of megatron-core is edited or re-implemented, and
-`install()` does nothing when a GPU is present. Four kinds of interception:
+`install()` does nothing when a GPU is present. Five kinds of interception:
 
 A. functions of `torch.cuda` that megatron-core calls by name;
 B. a `TorchFunctionMode` that maps `device="cuda"`, `Tensor.cuda()`, `Tensor.to("cuda")`, `pin_memory` and the
    `torch.cuda.FloatTensor` strings that megatron-core compares;
 C. the RNG state getters of its CUDA RNG tracker;
-D. gloo's `isend`, which keeps the tensor object but not its storage alive, while pipeline schedules free it.
+D. gloo's `isend`, which keeps the tensor object but not its storage alive, while pipeline schedules free it;
+E. the sizes of expert-parallel exchanges, which become plain numbers only on their way from the GPU to the CPU.
 
 The mode is thread-local and survives `fork`; spawned processes call `install()` again.
 """
@@ -138,6 +139,15 @@ def _send_an_alias() -> None:
     torch.distributed.isend = isend_alias
 
 
+def _exchange_sizes_as_numbers() -> None:
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    def on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = on_cpu
+
+
 def _use_production_optimizer_branch() -> None:
     """megatron-core's branch for plain `torch.optim.Adam` cannot resume a DistributedOptimizer; the branch for Apex/TE
     can. `CpuFusedAdam` has their state layout."""
@@ -164,6 +174,7 @@ def install() -> None:
     rng._get_cuda_rng_state = _get_rng_state
     rng._set_cuda_rng_state = _set_rng_state
     _send_an_alias()
+    _exchange_sizes_as_numbers()
     _use_production_optimizer_branch()
     mode = _CudaMeansCpu()
     mode.__enter__()

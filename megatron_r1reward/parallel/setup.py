@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_r1reward.config.schema import ParallelSection
 from megatron_r1reward.parallel import cpu
 from megatron_r1reward.parallel.apex import check_apex
+from megatron_r1reward.parallel.precision import set_deterministic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,9 @@ def check_world_size(section: ParallelSection, world_size: int) -> None:
             f"{section.pipeline_model_parallel_size} x context_parallel_size {section.context_parallel_size}: "
             f"start a multiple of {model_ranks} ranks"
         )
-    expert_ranks = section.expert_model_parallel_size * section.pipeline_model_parallel_size
+    expert_ranks = (
+        section.expert_model_parallel_size * section.expert_tensor_parallel_size * section.pipeline_model_parallel_size
+    )
     if world_size % expert_ranks:
         raise ValueError(
             f"{world_size} ranks cannot hold experts of expert_model_parallel_size "
@@ -116,9 +119,17 @@ def check_world_size(section: ParallelSection, world_size: int) -> None:
         )
 
 
-def initialize(section: ParallelSection, *, seed: int, timeout: timedelta = timedelta(minutes=10)) -> Topology:
-    """Create megatron-core's process groups. Call once per process, before any model is built."""
+def initialize(
+    section: ParallelSection, *, seed: int, deterministic: bool = False, timeout: timedelta = timedelta(minutes=10)
+) -> Topology:
+    """Create megatron-core's process groups. Call once per process, before any model is built.
+
+    Raises:
+        ValueError: the ranks do not hold whole replicas, or the unrelated `apex` package is installed.
+    """
     check_apex()
+    if deterministic:
+        set_deterministic()
     cpu.install()
     from megatron.core import parallel_state, tensor_parallel
 
@@ -135,7 +146,7 @@ def initialize(section: ParallelSection, *, seed: int, timeout: timedelta = time
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         context_parallel_size=section.context_parallel_size,
         expert_model_parallel_size=section.expert_model_parallel_size,
-        expert_tensor_parallel_size=1,  # whole experts on a rank
+        expert_tensor_parallel_size=section.expert_tensor_parallel_size,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     rank = dist.get_rank()

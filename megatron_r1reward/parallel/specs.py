@@ -8,6 +8,7 @@ come from here: the norm (`WrappedTorchNorm` refuses sequence parallelism) and t
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -110,7 +111,7 @@ class PackedAttention(MegatronModule):
         gqa = query.shape[1] != key.shape[1]
         outputs, begin = [], 0
         bounds = cu_seqlens.tolist()
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, end in itertools.pairwise(bounds):
             chunk = (end - start) // (2 * size)
             for number in (rank, 2 * size - 1 - rank):
                 seen = (number + 1) * chunk

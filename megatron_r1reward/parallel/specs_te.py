@@ -6,7 +6,6 @@ once.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -15,12 +14,6 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-
-# Names of a layer's norms under the local spec and under this one, where norm and linear are one module.
-_FUSED_NORMS = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
 
 
 def _extensions() -> Any:
@@ -68,10 +61,3 @@ def layer_spec(attn_mask_type: AttnMaskType, *, self_attention: type[SelfAttenti
 def final_norm() -> Any:
     """The norm after the last layer."""
     return _extensions().TENorm
-
-
-def parameter_name(local_name: str) -> str:
-    """The name under this spec of a parameter that the local spec calls `local_name`."""
-    for local, fused in _FUSED_NORMS.items():
-        local_name = re.sub(rf"(layers\.\d+\.){re.escape(local)}", rf"\g<1>{fused}", local_name)
-    return local_name

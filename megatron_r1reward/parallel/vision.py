@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_r1reward.config.schema import ParallelSection
@@ -53,8 +53,8 @@ class VisionSharding:
         if self.image_sharded:
             rank = self.tensor_parallel.rank()
             for item in state.values():
-                if isinstance(item, ShardedTensor | ShardedObject):
-                    item.replica_id = (0, rank, item.replica_id[-1])  # type: ignore[index]
+                if isinstance(item, ShardedTensor | ShardedObject | ShardedTensorFactory):
+                    item.replica_id = (0, rank, item.replica_id[-1])
         return state
 
     def encode(

@@ -28,10 +28,10 @@ def check_freezing(config: RunConfig) -> None:
 
 def freeze(chunk: torch.nn.Module, section: ModelSection) -> None:
     """Apply the freeze switches to one model chunk, before gradients get their buffers."""
-    vision = chunk.vision
+    vision: Any = chunk.vision
     if vision is not None:
         merger_ids = {id(parameter) for parameter in vision.merger_parameters()}
-        for parameter in vision.parameters():  # type: ignore[union-attr]
+        for parameter in vision.parameters():
             in_merger = id(parameter) in merger_ids
             if section.freeze_vision or (section.freeze_merger if in_merger else section.freeze_vision_tower):
                 parameter.requires_grad_(False)

@@ -29,6 +29,7 @@ from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.training import health, rundir
 from megatron_r1reward.training.data_parallel import synchronize_parameters
 from megatron_r1reward.training.policy_update import update_policy
+from megatron_r1reward.training.profiling import StepProfiler
 from megatron_r1reward.training.rl_metrics import advantage_metrics, mismatch, rollout_metrics
 from megatron_r1reward.training.rollout_batch import add_advantages, add_log_probs, pack
 from megatron_r1reward.training.state import TrainState, build_state
@@ -167,10 +168,12 @@ def _train(state: TrainState, loader: PromptLoader, services: Services | None, m
         total=config.rl.steps, initial=state.step, desc="RL", unit="step", disable=monitor is None, dynamic_ncols=True
     )
     timer = PhaseTimer()
+    profiler = StepProfiler(config.profile, output_dir=config.run.output_dir, rank=state.topology.rank)
     while state.step < config.rl.steps:
         timer.reset()
         with timer.phase("step"):
-            metrics = train_step(state, loader, services, timer)
+            with profiler.step(state.step + 1):
+                metrics = train_step(state, loader, services, timer)
             if state.topology.is_main:
                 health.check(metrics, config.algorithm, state.step)
         if services is not None and services.probe is not None and _probe_is_due(config, state.step):

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_r1reward.parallel.chunks import chunks_of
@@ -48,7 +50,7 @@ def run_micro_batches(
     chunks = chunks_of(model or state.model)
     topology = state.topology
     multiple = topology.pipeline_parallel_size if len(chunks) > 1 else 1
-    micro_batches = complete(micro_batches, multiple)
+    micro_batches = complete(micro_batches, multiple, _common_number(state, len(micro_batches)))
 
     def forward_step(iterator: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(iterator)
@@ -67,6 +69,16 @@ def run_micro_batches(
             forward_only=forward_only,
         )
     return [part for part in statistics if part]
+
+
+def _common_number(state: TrainState, number: int) -> int:
+    """The largest number of micro-batches on any data-parallel rank, where ranks share experts: every forward pass
+    exchanges tokens between them, so a rank that stopped earlier would leave the others waiting."""
+    if state.config.parallel.expert_model_parallel_size == 1 or state.topology.data_parallel_size == 1:
+        return 1
+    largest = torch.tensor(number, device=state.topology.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
+    return int(largest)
 
 
 def complete(micro_batches: Sequence[Sequence[int]], multiple: int, at_least: int = 1) -> list[list[int]]:
@@ -124,7 +136,7 @@ def optimizer_step(state: TrainState) -> StepOutcome:
     skipped = bool(found_inf) or not math.isfinite(grad_norm)
     if not skipped:
         if section.clip_grad > 0:
-            state.optimizer.clip_grad_norm(section.clip_grad)
+            _clip(state.optimizer, section.clip_grad, grad_norm)
         state.optimizer.step_with_ready_grads()
     state.scheduler.step(increment=1)
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
@@ -134,6 +146,14 @@ def optimizer_step(state: TrainState) -> StepOutcome:
             "recover. Resume from the last checkpoint with a lower optimizer.lr, or look for broken data"
         )
     return StepOutcome(grad_norm=grad_norm, skipped=skipped, lr=lr)
+
+
+def _clip(optimizer: Any, max_norm: float, grad_norm: float) -> None:
+    """Scale all gradients by one factor. Experts have an optimizer of their own: the norm is that of all parameters."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = part.get_parameters()
+        if parameters:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=max_norm, total_norm=grad_norm)
 
 
 def reduce_statistics(state: TrainState, statistics: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from megatron_r1reward.data.prompt import render_chat
 from megatron_r1reward.monitor.sinks import build_monitor
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training import rundir
+from megatron_r1reward.training.profiling import StepProfiler
 from megatron_r1reward.training.schedule import LossOutput, reduce_statistics, train_micro_batches
 from megatron_r1reward.training.state import TrainState, build_state
 from megatron_r1reward.types import PackedBatch, Prompt, Sequence
@@ -69,6 +70,7 @@ def train_step(state: TrainState, examples: tuple[SftExample, ...], sampler: Epo
         "sft/loss": total["loss"] / total["tokens"],
         "entropy": total["entropy"] / total["tokens"],
         "grad_norm": outcome.grad_norm,
+        "update/skipped": float(outcome.skipped),
         "lr": outcome.lr,
         "tokens_per_second": total["all_tokens"] / seconds,
         "time/step": seconds,
@@ -113,8 +115,10 @@ def run(config: RunConfig, topology: Topology) -> Path:
     progress = tqdm(
         total=steps, initial=state.step, desc="SFT", unit="step", disable=not topology.is_main, dynamic_ncols=True
     )
+    profiler = StepProfiler(config.profile, output_dir=output, rank=topology.rank)
     while state.step < steps:
-        metrics = train_step(state, examples, sampler)
+        with profiler.step(state.step + 1):
+            metrics = train_step(state, examples, sampler)
         if monitor is not None:
             monitor.log(state.step, metrics)
         progress.set_postfix(loss=f"{metrics['sft/loss']:.3f}")

@@ -65,7 +65,7 @@ def build_state(
     family = family_of(hf_config)
     dtype = DTYPES[config.model.precision]
     check_freezing(config)
-    configs = family.build_configs(hf_config, config.parallel, dtype, config.precision, config.model.moe)
+    configs = family.build_configs(hf_config, config.parallel, dtype, config.precision, config.moe)
     table = adapt_table(
         family.weight_table(hf_config),
         transformer_impl=config.precision.transformer_impl,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.types import Prompt, Rollout, TensorMeta
@@ -24,7 +24,7 @@ class Reference:
     def __init__(self, folder: Path, **image_options: Any) -> None:
         self.folder = folder
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         self._images = AutoImageProcessor.from_pretrained(folder, **image_options)
         self._image_id = self.model.config.image_token_id
 

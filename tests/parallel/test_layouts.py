@@ -1,101 +1,105 @@
-"""Every layout gives the update of a single process: losses, gradient norms and exported weights."""
+"""Every layout gives the loss, log-probs and gradients of a single process over two optimizer steps, and so does every
+way to cut a batch into micro-batches and ranks."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import parallel_parity as parity
 import pytest
 import torch
-from ranks import run_ranks
+from forked_ranks import run_ranks
+from parity_layouts import LAYOUTS, Layout
 
-from megatron_r1reward.checkpoint.gather import export_hf_tensors
-from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.models.qwen2_5_vl.rotary import PackedMultimodalRotary
 from megatron_r1reward.parallel import setup
-from megatron_r1reward.training.rollout_batch import shard_by_mini_batch
-from megatron_r1reward.training.schedule import reduce_statistics, train_micro_batches
+from megatron_r1reward.training.data_parallel import zero_gradients
+from megatron_r1reward.training.schedule import run_micro_batches
 from megatron_r1reward.training.sft import cross_entropy
-from megatron_r1reward.training.state import build_state
-from megatron_r1reward.types import Prompt
 
 pytestmark = pytest.mark.parallel
-
-LAYOUTS = {
-    "TP2": (2, {"tensor_model_parallel_size": 2}),
-    "TP2+SP": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-    "PP2": (2, {"pipeline_model_parallel_size": 2}),
-    "DP2": (2, {}),
-    "TP2xPP2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
-    "TP2xDP2": (4, {"tensor_model_parallel_size": 2}),
-}
+CASES = [
+    (family, name) for family in parity.FAMILIES for name, layout in LAYOUTS.items() if parity.applies(family, layout)
+]
 
 
-def two_steps(folder: Path, images: tuple[str, ...], parallel: dict[str, object], budget: int) -> dict[str, object]:
-    """Two optimizer steps on eight sequences of unequal lengths, with and without images."""
-    config = RunConfig.model_validate(
-        {
-            "run": {"output_dir": "unused"},
-            "model": {"path": str(folder), "precision": "fp32"},
-            "data": {"train": "unused", "token_budget": budget},
-            "optimizer": {"lr": 1e-3, "warmup_fraction": 0.0, "schedule": "constant", "clip_grad": 0.5},
-            "parallel": parallel,
-        }
-    )
-    topology = setup.initialize(config.parallel, seed=0)
-    state = build_state(config, topology, optimizer_steps=2)
-    sequences = []
-    for number in range(8):
-        paths = images[: number % 3] if number % 4 else ()
-        text = (
-            "<|im_start|>user\n" + "<|vision_start|><|image_pad|><|vision_end|>" * len(paths) + "Which digit?" * number
-        )
-        prompt = Prompt(
-            id=str(number),
-            preference_id=str(number),
-            token_ids=tuple(state.tokenizer.encode(text)),
-            image_paths=paths,
-            label=1,
-            swapped=False,
-        )
-        sequences.append(
-            state.packer.sequence(prompt, state.tokenizer.encode("The image shows 7. " * (1 + number % 5)))
-        )
-    mine = shard_by_mini_batch(8, 1, topology.data_parallel_rank, topology.data_parallel_size)[0]
-    records = []
-    for _ in range(2):
-        statistics, outcome = train_micro_batches(state, sequences, state.packer.plan(sequences, mine), cross_entropy)
-        total = reduce_statistics(state, statistics)
-        records.append((total["loss"] / total["tokens"], outcome.grad_norm))
-    # numpy, because a tensor in a queue is shared memory that ends with its process
-    weights = {name: w.numpy().copy() for name, w in export_hf_tensors(state.module, state.table, topology)}
-    return {"records": records, "weights": weights if topology.is_main else None}
+@pytest.mark.parametrize(("family", "name"), CASES, ids=lambda value: value.replace(" ", "_"))
+def test_layout_equals_single_process(family, name, families, parity_images, parity_references) -> None:
+    layout = LAYOUTS[name]
+    got = run_ranks(parity.two_steps, layout.ranks, families[family], parity_images, layout)[0]
+    row = parity.compare(got, parity_references[family])
+    assert parity.within_goal(row), row
 
 
-@pytest.fixture(scope="module")
-def reference(tiny_folder: Path, image_paths: tuple[str, ...]) -> dict[str, object]:
-    return run_ranks(two_steps, 1, tiny_folder, image_paths, {}, 100_000)[0]
+def test_the_comparison_notices_megatron_cores_own_rotary_embedding(folder, parity_images, parity_references) -> None:
+    """The class that this package replaces gives other numbers under packing and context parallelism, silently."""
+    got = run_ranks(_two_steps_with_upstream_rotary, 2, folder, parity_images, LAYOUTS["CP2"], 100_000)[0]
+    row = parity.compare(got, parity_references["qwen2_5_vl"])
+    assert row["log-prob"] > 1e-2
+    assert not parity.within_goal(row)
 
 
-def assert_same(got: dict[str, object], reference: dict[str, object]) -> None:
-    assert torch.tensor(reference["records"]).isfinite().all()
-    torch.testing.assert_close(torch.tensor(got["records"]), torch.tensor(reference["records"]), atol=1e-5, rtol=2e-5)
-    for name, expected in reference["weights"].items():
-        # Adam divides by |g|: where a gradient is nearly zero, rounding moves a weight by up to the learning rate.
-        difference = np.abs(got["weights"][name] - expected)
-        assert difference.mean() < 2e-6, name
-        assert difference.max() < 2.1e-3, name
+def _two_steps_with_upstream_rotary(*args) -> parity.Trace:
+    del PackedMultimodalRotary.forward  # this process is a fork: nothing else sees it
+    return parity.two_steps(*args)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_equals_single_process(
-    name: str, tiny_folder: Path, image_paths: tuple[str, ...], reference: dict[str, object]
-) -> None:
-    ranks, parallel = LAYOUTS[name]
-    assert_same(run_ranks(two_steps, ranks, tiny_folder, image_paths, parallel, 400)[0], reference)
+def _gradients_of_partitions(folder: Path, images: tuple[str, ...], seed: int, partitions: int) -> list[dict]:
+    """Gradients of one batch under random partitions into micro-batches, also uneven ones and with empty ones."""
+    layout = Layout(ranks=0, parallel={"use_distributed_optimizer": False})
+    state, sequences = parity.build(folder, images, layout, parity.BUDGET)
+    topology = state.topology
+    generator = np.random.default_rng(seed)
+    found = []
+    for number in range(partitions):
+        owner = generator.integers(
+            0, topology.data_parallel_size if number else 1, len(sequences)
+        )  # alike on all ranks
+        parts = generator.integers(0, 1 if number == 0 else len(sequences), len(sequences))
+        plan = [
+            [i for i in range(len(sequences)) if parts[i] == p and owner[i] == topology.data_parallel_rank]
+            for p in range(len(sequences))
+        ]
+        zero_gradients(state.model)
+        run_micro_batches(state, sequences, plan, cross_entropy, forward_only=False)
+        found.append(parity.export_gradients(state))
+    return found
 
 
-@pytest.mark.parametrize("budget", [1, 250, 600])
-def test_micro_batching_changes_nothing(
-    budget: int, tiny_folder: Path, image_paths: tuple[str, ...], reference: dict[str, object]
-) -> None:
-    assert_same(run_ranks(two_steps, 1, tiny_folder, image_paths, {}, budget)[0], reference)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_any_split_into_micro_batches_and_ranks_gives_the_same_update(ranks, folder, parity_images, parity_references):
+    """Property: the gradient of a batch depends on its sequences alone. Empty micro-batches and idle ranks included."""
+    reference = parity_references["qwen2_5_vl"].gradients[0]
+    floor = max(float(np.abs(g).max()) for g in reference.values())
+    for gradients in run_ranks(_gradients_of_partitions, ranks, folder, parity_images, ranks, 6)[0]:
+        for name, expected in reference.items():
+            scale = max(float(np.abs(expected).max()), parity.NEGLIGIBLE * floor)
+            assert np.abs(gradients[name] - expected).max() < 3e-5 * scale, name
+
+
+def _losses(folder: Path, images: tuple[str, ...], layout: Layout) -> list[bytes]:
+    """Everything two steps produce, as bytes."""
+    trace = parity.two_steps(folder, images, layout)
+    flat = [g.tobytes() for step in trace.gradients for g in step.values()]
+    return [np.array(trace.records).tobytes(), *flat]
+
+
+def test_deterministic_runs_are_bitwise_equal(folder, parity_images) -> None:
+    layout = replace(LAYOUTS["DP2 distributed optimizer"], precision={"deterministic": True})
+    first, second = (run_ranks(_losses, 2, folder, parity_images, layout)[0] for _ in range(2))
+    assert first == second
+
+
+def _deterministic_flags() -> tuple[bool, str | None]:
+    import os
+
+    from megatron_r1reward.config.schema import ParallelSection
+
+    setup.initialize(ParallelSection(), seed=0, deterministic=True)
+    return torch.are_deterministic_algorithms_enabled(), os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO")
+
+
+def test_deterministic_mode_reaches_torch_and_transformer_engine() -> None:
+    assert run_ranks(_deterministic_flags, 1) == [(True, "0")]

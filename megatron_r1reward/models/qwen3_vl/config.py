@@ -71,8 +71,8 @@ def _common(dtype: torch.dtype) -> dict[str, Any]:
     )
 
 
-def model_shape(hf: HfConfig) -> ModelShape:
-    """What layouts have to fit. Experts are not cut by tensor parallelism."""
+def model_shape(hf: HfConfig, *, whole_experts: bool = False) -> ModelShape:
+    """What layouts have to fit. Under expert parallelism experts are whole: tensor parallelism does not cut them."""
     text, vision = hf.text_config, hf.vision_config
     # Multiplications per token and layer; attention scores are small beside them.
     patch = vision.depth * (4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size)
@@ -81,12 +81,14 @@ def model_shape(hf: HfConfig) -> ModelShape:
     dense = text.intermediate_size * (len(is_moe) - sum(is_moe))
     routed = text.num_experts_per_tok * text.moe_intermediate_size * sum(is_moe) if any(is_moe) else 0
     layer = attention + 3 * text.hidden_size * (dense + routed) / len(is_moe)
+    cut = [] if all(is_moe) else [text.intermediate_size]
+    cut += [text.moe_intermediate_size] if any(is_moe) and not whole_experts else []
     return ModelShape(
         num_layers=text.num_hidden_layers,
         num_attention_heads=text.num_attention_heads,
         num_query_groups=text.num_key_value_heads,
         vocab_size=text.vocab_size,
-        ffn_sizes=() if all(is_moe) else (text.intermediate_size,),
+        ffn_sizes=tuple(cut),
         vision_num_heads=vision.num_heads,
         vision_ffn_size=vision.intermediate_size,
         vision_layers_per_token=vision.spatial_merge_size**2 * patch / layer,
@@ -146,14 +148,14 @@ def _expert_arguments(
         moe_aux_loss_coeff=moe.aux_loss_coefficient if moe.load_balancing != "none" else 0.0,
         moe_z_loss_coeff=moe.z_loss_coefficient or None,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=1,  # experts are small: whole experts on a rank, tokens travel
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
     )
 
 
-def _fp8_sizes(hf: HfConfig, tp: int) -> dict[str, int]:
+def _fp8_sizes(hf: HfConfig, parallel: ParallelSection) -> dict[str, int]:
     """Inner and outer sizes of this rank's matrix products in a language-model layer."""
     text = hf.text_config
-    is_moe = moe_layers(hf)
+    is_moe, tp = moe_layers(hf), parallel.tensor_model_parallel_size
     heads = text.num_attention_heads + 2 * max(text.num_key_value_heads, tp)
     sizes = {
         "hidden_size": text.hidden_size,
@@ -161,14 +163,19 @@ def _fp8_sizes(hf: HfConfig, tp: int) -> dict[str, int]:
         "query, key and value rows per rank": heads * text.head_dim // tp,
     }
     if any(is_moe):
-        sizes["moe_intermediate_size"] = text.moe_intermediate_size
+        sizes["moe_intermediate_size per rank"] = text.moe_intermediate_size // parallel.expert_tensor_parallel_size
     if not all(is_moe):
         sizes["intermediate_size per rank"] = text.intermediate_size // tp
     return sizes
 
 
 def _language(
-    hf: HfConfig, parallel: ParallelSection, dtype: torch.dtype, precision: PrecisionSection, moe: MoeSection
+    hf: HfConfig,
+    shape: ModelShape,
+    parallel: ParallelSection,
+    dtype: torch.dtype,
+    precision: PrecisionSection,
+    moe: MoeSection,
 ) -> TransformerConfig:
     text = hf.text_config
     config = TransformerConfig(
@@ -187,9 +194,9 @@ def _language(
         add_qkv_bias=False,
         mrope_section=list(text.rope_parameters["mrope_section"]),
         deterministic_mode=precision.deterministic,
-        **layout_arguments(model_shape(hf), parallel, dtype),
+        **layout_arguments(shape, parallel, dtype),
         **recompute_arguments(parallel.recompute, parallel.recompute_num_layers),
-        **fp8_arguments(precision, parallel, _fp8_sizes(hf, parallel.tensor_model_parallel_size), dtype),
+        **fp8_arguments(precision, parallel, _fp8_sizes(hf, parallel), dtype),
         **_expert_arguments(hf, parallel, precision, moe),
         **_common(dtype),
     )
@@ -211,7 +218,7 @@ def build_configs(
     """
     _check_model(hf)
     _check_experts(hf, parallel)
-    shape = model_shape(hf)
+    shape = model_shape(hf, whole_experts=parallel.expert_model_parallel_size > 1)
     check_layout(shape, parallel)
     text, vision = hf.text_config, hf.vision_config
     vision_tp = parallel.tensor_model_parallel_size if parallel.vision == "tensor_parallel" else 1
@@ -245,7 +252,7 @@ def build_configs(
     )
     return ModelConfigs(
         hf=hf,
-        language=_language(hf, parallel, dtype, precision, moe),
+        language=_language(hf, shape, parallel, dtype, precision, moe),
         vision=tower,
         merger=merger,
         parallel=parallel,

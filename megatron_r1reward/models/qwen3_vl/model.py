@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_r1reward.models.base import HeadlessGPT, VisionLanguageModel
 from megatron_r1reward.models.head import use_response_head
 from megatron_r1reward.models.qwen3_vl.config import ModelConfigs, deepstack_levels, moe_layers
-from megatron_r1reward.models.qwen3_vl.layers import DecoderSeqParams, decoder_layer_spec
+from megatron_r1reward.models.qwen3_vl.layers import DecoderSeqParams, RouterBalance, decoder_layer_spec
 from megatron_r1reward.models.qwen3_vl.rotary import InterleavedMultimodalRotary
 from megatron_r1reward.models.qwen3_vl.vision import VisionTower
 from megatron_r1reward.parallel.context import ContextSplit, split_context
@@ -48,6 +48,18 @@ def _language_model(configs: ModelConfigs, topology: Topology, chunk: int, layer
     if model.post_process:
         use_response_head(model)
     return model
+
+
+def _balance(batch: PackedBatch, mine_T: torch.Tensor) -> RouterBalance:
+    """A sequence ends with its response; what follows it up to the next sequence is padding."""
+    starts_S, ends_S = batch.cu_seqlens[:-1].long(), batch.cu_seqlens[1:].long()
+    of_response_R = torch.bucketize(batch.response_positions, ends_S, right=True)
+    # The row of a response token is one after the row that predicts it. Sequences without a response are padding.
+    real_ends_S = starts_S.scatter_reduce(0, of_response_R, batch.response_positions + 2, "amax")
+    rows_T = torch.arange(batch.num_tokens, device=mine_T.device)
+    sequence_T = torch.bucketize(rows_T, ends_S, right=True)
+    real_T = rows_T < real_ends_S[sequence_T]
+    return RouterBalance(real_rows=real_T[mine_T], real_tokens=int(real_T.sum()), loss_tokens=batch.targets.numel())
 
 
 class Qwen3VL(VisionLanguageModel):
@@ -138,7 +150,10 @@ class Qwen3VL(VisionLanguageModel):
             attention_mask=None,
             decoder_input=embedding_T1H,
             packed_seq_params=DecoderSeqParams(
-                **vars(packed(batch.cu_seqlens)), visual_rows=visual_rows_V, first_level=self.layers.start
+                **vars(packed(batch.cu_seqlens)),
+                visual_rows=visual_rows_V,
+                first_level=self.layers.start,
+                balance=_balance(batch, mine_T) if self.config.num_moe_experts else None,
             ),
             extra_block_kwargs={"context": features_KVH},
         )

@@ -18,6 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -101,11 +102,11 @@ class TapLayer(TransformerLayer):
         return (torch.cat([output, tapped]) if tapped.shape[0] else output), context
 
 
-class PatchMerger(torch.nn.Module):
+class PatchMerger(MegatronModule):
     """LayerNorm and a two-layer MLP from m x m patches to one language-model embedding."""
 
     def __init__(self, configs: ModelConfigs, *, norm_after_merge: bool, groups: ProcessGroupCollection) -> None:
-        super().__init__()
+        super().__init__(config=configs.merger)
         vision = configs.hf.vision_config
         self.width = vision.hidden_size * vision.spatial_merge_size**2
         self.norm = TorchNorm(configs.merger, self.width if norm_after_merge else vision.hidden_size, eps=1e-6)
@@ -122,6 +123,20 @@ class PatchMerger(torch.nn.Module):
         if self.norm_after_merge:
             return self.mlp(self.norm(hidden_PH.reshape(-1, self.width)))
         return self.mlp(self.norm(hidden_PH).reshape(-1, self.width))
+
+
+class PatchMergers(torch.nn.ModuleList):
+    """Mergers whose checkpoint entries know how they are cut; megatron-core takes the parameters of a plain list for
+    copies of one another."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        return {
+            name: item
+            for number, merger in enumerate(self)
+            for name, item in merger.sharded_state_dict(f"{prefix}{number}.", sharded_offsets, metadata).items()  # type: ignore[operator]
+        }
 
 
 class VisionTower(VisionModule):
@@ -154,7 +169,7 @@ class VisionTower(VisionModule):
             pg_collection=groups,
         )
         self.merger = PatchMerger(configs, norm_after_merge=False, groups=groups)
-        self.deepstack_mergers = torch.nn.ModuleList(
+        self.deepstack_mergers = PatchMergers(
             PatchMerger(configs, norm_after_merge=True, groups=groups) for _ in vision.deepstack_visual_indexes
         )
         quarter = vision.hidden_size // vision.num_heads // 2

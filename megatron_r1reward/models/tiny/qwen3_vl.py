@@ -25,7 +25,7 @@ class TinyQwen3Spec:
     vocab_size: int = 768  # upper bound of the trained vocabulary, before special tokens and padding
     hidden_size: int = 128
     intermediate_size: int = 320
-    num_layers: int = 2
+    num_layers: int = 3  # one more than deepstack levels: the last layer's level would reach no response token
     num_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int = 64  # not hidden_size / num_heads

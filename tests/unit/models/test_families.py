@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CORPUS
+from corpus import CORPUS
 from family import (
     MEMBERS,
     Member,

@@ -1,0 +1,97 @@
+"""The second model family end to end: a real vLLM server samples, the trainer agrees, before and after a push."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from corpus import CORPUS
+from family import Member
+from reference import SERVER
+
+from megatron_r1reward.checkpoint.gather import WeightExporter
+from megatron_r1reward.config.schema import ParallelSection, SamplingSection
+from megatron_r1reward.models.registry import family_of
+from megatron_r1reward.models.tiny import TINY_SPECS, write_tiny_checkpoint
+from megatron_r1reward.parallel import setup
+from megatron_r1reward.rollout.pool import RolloutPool, open_rollout_pool
+from megatron_r1reward.types import Prompt, Rollout
+
+pytestmark = pytest.mark.e2e
+TOLERANCE = 1e-3  # float32 on both sides, different kernels
+SAMPLING = SamplingSection(max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def topology() -> Iterator[setup.Topology]:
+    yield setup.initialize(ParallelSection(), seed=0)
+    setup.shutdown()
+
+
+@pytest.fixture(scope="module", params=["qwen3_vl", "qwen3_vl_moe"])
+def member(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Member:
+    folder = tmp_path_factory.mktemp("member") / "checkpoint"
+    write_tiny_checkpoint(
+        folder, corpus=CORPUS, spec=TINY_SPECS[request.param], tie_word_embeddings=request.param == "qwen3_vl",
+        init_std=0.15,
+    )  # fmt: skip
+    return Member(folder)
+
+
+@pytest.fixture(scope="module")
+def pool(member: Member, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutPool]:
+    with open_rollout_pool(
+        SERVER,
+        model_path=member.folder,
+        tokenizer=member.tokenizer,
+        log_dir=tmp_path_factory.mktemp("logs"),
+        media_root=Path("/"),
+    ) as opened:
+        yield opened
+
+
+def prompts(member: Member, image_paths: tuple[str, ...]) -> list[Prompt]:
+    built = []
+    for name, paths in (("text", ()), ("image", image_paths[1:2]), ("two images", image_paths[::2])):
+        pictures = "<|vision_start|><|image_pad|><|vision_end|>" * len(paths)
+        chat = f"<|im_start|>user\n{pictures}Which digit is shown?<|im_end|>\n<|im_start|>assistant\n"
+        token_ids = tuple(member.tokenizer(chat)["input_ids"])
+        built.append(
+            Prompt(id=name, preference_id=name, token_ids=token_ids, image_paths=paths, label=1, swapped=False)
+        )
+    return built
+
+
+@torch.no_grad()
+def worst_error(model: torch.nn.Module, member: Member, rollouts: list[Rollout]) -> float:
+    """Largest distance between the server's and the trainer's log-probs."""
+    sequences = [member.packer.sequence(rollout.prompt, rollout.token_ids) for rollout in rollouts]
+    ours = model(member.packer.pack(sequences, range(len(sequences))))[0]
+    served = torch.tensor([value for rollout in rollouts for value in rollout.log_probs])
+    return float((ours - served).abs().max())
+
+
+def test_server_and_trainer_agree_before_and_after_a_push(
+    pool: RolloutPool, member: Member, topology: setup.Topology, image_paths: tuple[str, ...]
+) -> None:
+    model = member.build(topology)
+    before = pool.generate(prompts(member, image_paths), SAMPLING, n=2, seed=0)
+    assert not before.failed
+    assert len(before.rollouts) == 6
+    assert worst_error(model, member, before.rollouts) < TOLERANCE
+
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():  # every tensor changes: language model, experts, tower, deepstack
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * (0.3 * parameter.std() if parameter.ndim >= 2 else 0.05))
+    table = family_of(member.config).weight_table(member.config)
+    exporter = WeightExporter(model, table, topology)
+    pool.push_weights(exporter.metas, exporter.tensors(), version=1)
+
+    after = pool.generate(prompts(member, image_paths), SAMPLING, n=2, seed=0)
+    assert {span.version for rollout in after.rollouts for span in rollout.weight_spans} == {1}
+    assert worst_error(model, member, after.rollouts) < TOLERANCE
+    assert worst_error(model, member, before.rollouts) > 0.1, "the push has to change something"
