@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CORPUS
+from corpus import CORPUS
 from family import MEMBERS, Member
 from megatron.core import dist_checkpointing
 from ranks import run_ranks

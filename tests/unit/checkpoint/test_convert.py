@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CORPUS
+from corpus import CORPUS
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
