@@ -56,7 +56,7 @@ class OneLife:
             info=info, placements=tuple(placements), command=command, startup_timeout_s=20, resumes=resumes,
             requeues=resumes, finished=self.run.done.exists,
         )  # fmt: skip
-        return Supervisor(self.run, self.section, plan, self.launcher(self.run)).run()
+        return Supervisor(self.run, self.section, plan, self.launcher(self.run, token="secret")).run()
 
     def _placement(self, name: str, kind, tasks: int) -> Placement:
         return Placement(component=Component(name=name, nodes=("h",), tasks=tasks, gpus_per_node=0), kind=kind)
