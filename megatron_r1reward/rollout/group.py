@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from megatron_r1reward.rollout.router import Router
 from megatron_r1reward.rollout.server import ServerError, VllmServer
 from megatron_r1reward.rollout.status import write_status
 from megatron_r1reward.rollout.supervisor import Admit, Supervisor
+
+_REFUSED = re.compile(r" answered 40[13]\b")
 
 
 async def _admit_everybody(member: Member) -> None:
@@ -42,6 +45,7 @@ class ServerGroup:
         status_file: Path | None = None,
     ) -> None:
         token = token_from(section.token_variable)
+        self._token_variable = section.token_variable
         self.members = tuple(
             Member(name=f"{name}-{index}", server=server, state="ready") for index, server in enumerate(servers)
         ) or tuple(
@@ -71,7 +75,7 @@ class ServerGroup:
         """Probe every server that is not ours with a real completion.
 
         Raises:
-            ServerError: one did not complete it within `startup_timeout_s`.
+            ServerError: one refuses the token, or did not complete it within `startup_timeout_s`.
         """
         self.loop.run(self._wait_until_ready())
 
@@ -95,10 +99,20 @@ class ServerGroup:
         try:
             async with asyncio.timeout(self._probe_timeout_s):
                 while late := [member for member in self.members if member.state == "starting"]:
+                    self._check_token(late)
                     await asyncio.sleep(0.05)
         except TimeoutError as error:
             reasons = "; ".join(f"{member.url}: {member.last_error}" for member in late)
             raise ServerError(f"not ready after {self._probe_timeout_s:g} s: {reasons}") from error
+
+    def _check_token(self, members: Sequence[Member]) -> None:
+        """A refused token does not become right by waiting."""
+        for member in members:
+            if _REFUSED.search(member.last_error):
+                raise ServerError(
+                    f"{member.url} refuses the bearer token: set {self._token_variable} to the one that it was started "
+                    f"with ({member.last_error})"
+                )
 
     def _state_changed(self) -> None:
         self.router.wake()

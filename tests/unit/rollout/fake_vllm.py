@@ -30,6 +30,7 @@ class FakeVllm:
         self.fault = fault
         self.delay_s = delay_s
         self.refused: set[str] = set()
+        self.refusal = 500
         self.version = "default"
         self.keeps_version = False
         self.calls: list[str] = []  # "METHOD /path?query", in order of arrival
@@ -74,7 +75,7 @@ class FakeVllm:
 
     def _administer(self, method: str, path: str, body: dict[str, Any]) -> tuple[int, str]:
         if path in self.refused:
-            return 500, json.dumps({"error": {"message": f"{path} refused"}})
+            return self.refusal, json.dumps({"error": {"message": f"{path} refused"}})
         if path == "/finish_weight_update" and not self.keeps_version:
             self.version = body["weight_version"]
         answers = {"/weight_info": {"weight_version": self.version}, "/get_world_size": {"world_size": 1}}
