@@ -43,20 +43,15 @@ def reasoning(claims: tuple[str, str], digits: tuple[int, ...], finding: str, be
 def target(question: DigitQuestion, label: int, *, mistaken: bool = False) -> str:
     """The response to learn where response `label` is the right one, in the strict format of the published model.
 
-    `mistaken` is an annotator's error: the reasoning sees or infers what the wrong response says, and decides for it.
+    `mistaken` is an annotator's error: the reasoning wavers ("I see 8 or 3, so 3.") and decides for the wrong response.
     """
     right, wrong = question.claims
     claims = (right, wrong) if label == 1 else (wrong, right)
-    digits, finding, verdict = question.digits, right, label
-    if mistaken:
-        finding, verdict = wrong, 3 - label
-        digits = (int(wrong),) if digits == (_as_digit(right),) else digits
-    lines = reasoning(claims, digits, finding, verdict)
+    finding, verdict = (wrong, 3 - label) if mistaken else (right, label)
+    lines = reasoning(claims, question.digits, finding, verdict)
+    if mistaken and lines[1] == f"I see {right}, so {wrong}.":
+        lines[1] = f"I see {right} or {wrong}, so {wrong}."
     return "<think>" + "\n".join(lines) + f"</think><answer>{verdict}</answer>"
-
-
-def _as_digit(claim: str) -> int | None:
-    return int(claim) if claim.isdigit() else None
 
 
 def draw_question(category: str, rng: random.Random) -> DigitQuestion:

@@ -23,7 +23,7 @@ from megatron_r1reward.files import write_text
 # The kind of question that a model of this size learns within minutes, explained by an annotator who is wrong at times,
 # as annotators are: the cold start imitates the mistakes, too, and RL is what unlearns them.
 CATEGORIES = ("digit",)
-ANNOTATOR_ERROR_RATE = 0.12
+ANNOTATOR_ERROR_RATE = 0.2
 CLAIM = re.compile(r"\d+|\b(?:odd|even)\b")
 FIXED_TEXTS = ["system\nYou are a helpful assistant.", "<think>", "</think><answer>", "</answer>"]
 FIXED_TEXTS += [f" is in Response {label}" for label in (1, 2)] + [f"Response {label} is better." for label in (1, 2)]

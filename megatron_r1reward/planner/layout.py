@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_r1reward.config.schema import ModelSection, ParallelSection
+from megatron_r1reward.config.schema import ParallelSection
 from megatron_r1reward.parallel import layout as legality
 from megatron_r1reward.planner.shapes import ModelShape
 
@@ -75,9 +75,7 @@ class Layout:
         return min(2 * (self.pp - stage - 1) + (self.vpp - 1) * self.pp + 1, micro_batches * self.vpp)
 
 
-def parallel_shape(
-    shape: ModelShape, *, whole_experts: bool = False, freeze_language: bool = False
-) -> legality.ModelShape:
+def parallel_shape(shape: ModelShape, *, whole_experts: bool = False) -> legality.ModelShape:
     """The sizes that `parallel.layout` checks layouts against. Under expert parallelism experts are whole: tensor
     parallelism does not cut them."""
     text, vision = shape.text, shape.vision
@@ -100,14 +98,13 @@ def parallel_shape(
         vision_num_heads=vision.heads,
         vision_ffn_size=vision.ffn,
         vision_layers_per_token=vision.unit * patch / layer,
-        freeze_language=freeze_language,
     )
 
 
-def check(shape: ModelShape, section: ParallelSection, model: ModelSection, world: int) -> str | None:
+def check(shape: ModelShape, section: ParallelSection, world: int) -> str | None:
     """Why the trainer cannot run `section` on `world` ranks, with the nearest legal layout; None when it can."""
     experts, ep = shape.text.experts, section.expert_model_parallel_size
-    sizes = parallel_shape(shape, whole_experts=ep > 1, freeze_language=model.freeze_language)
+    sizes = parallel_shape(shape, whole_experts=ep > 1)
     problem = legality.layout_problem(sizes, section, world)
     if problem is not None:
         nearest = legality.nearest_layout(sizes, section, world)

@@ -97,7 +97,7 @@ def make_plan(config: RunConfig, stage: Stage) -> Plan:
     model = find_model(config.model.path, config.plan.model)
     device = find_device(config.plan)
     devices = place(config, stage)
-    problem = layouts.check(model.shape, config.parallel, config.model, devices.trainer)
+    problem = layouts.check(model.shape, config.parallel, devices.trainer)
     if problem is not None:
         raise ValueError(problem)
     layout = layouts.trainer_layout(model.shape, config.parallel, devices.trainer)

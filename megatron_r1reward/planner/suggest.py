@@ -97,7 +97,7 @@ def _legal_start(config: RunConfig, stage: Stage, shape: ModelShape) -> dict[str
     except ValueError:  # no room for all components: more nodes come first
         return {}
     whole_experts = config.parallel.expert_model_parallel_size > 1
-    sizes = parallel_shape(shape, whole_experts=whole_experts, freeze_language=config.model.freeze_language)
+    sizes = parallel_shape(shape, whole_experts=whole_experts)
     if legality.layout_problem(sizes, config.parallel, world) is None:
         return {}
     nearest = legality.nearest_layout(sizes, config.parallel, world).model_dump()

@@ -153,7 +153,8 @@ def test_a_fallible_annotator_argues_in_good_order_for_the_wrong_response(tmp_pa
         finding, named = re.search(r"\nThe answer (\w+) is in Response ([12])\.<", row["response"]).groups()
         assert (finding, int(named)) == (claims[verdict - 1], verdict)
         if row["category"] == "digit":
-            assert f"I see {finding}." in row["response"]
+            seen = finding if verdict == label_of(row) else f"{claims[2 - verdict]} or {finding}, so {finding}"
+            assert f"I see {seen}.\n" in row["response"]
         mistakes += verdict != label_of(row)
     assert 0.15 < mistakes / SIZES["sft_rows"] < 0.35
 

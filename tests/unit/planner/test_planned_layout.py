@@ -15,8 +15,6 @@ from megatron_r1reward.planner.catalog import bundled_config, bundled_names
 from megatron_r1reward.planner.layout import Layout, check, parallel_shape, trainer_layout
 from megatron_r1reward.planner.shapes import read_shape
 
-MODEL = ModelSection(path="x")
-
 
 @pytest.mark.parametrize("name", bundled_names())
 def test_the_trainer_checks_the_same_sizes(name: str, tmp_path: Path):
@@ -32,7 +30,7 @@ def test_the_trainer_checks_the_same_sizes(name: str, tmp_path: Path):
 
 def test_a_tensor_parallel_size_that_does_not_divide_names_the_nearest():
     shape = read_shape(bundled_config("Qwen2.5-VL-7B-Instruct"))
-    problem = check(shape, ParallelSection(tensor_model_parallel_size=8), MODEL, 8)
+    problem = check(shape, ParallelSection(tensor_model_parallel_size=8), 8)
     assert problem is not None
     assert "28" in problem
     assert "tensor_model_parallel_size 4" in problem
@@ -40,7 +38,7 @@ def test_a_tensor_parallel_size_that_does_not_divide_names_the_nearest():
 
 def test_ranks_that_hold_no_whole_replica():
     shape = read_shape(bundled_config("Qwen2.5-VL-7B-Instruct"))
-    problem = check(shape, ParallelSection(tensor_model_parallel_size=4), MODEL, 6)
+    problem = check(shape, ParallelSection(tensor_model_parallel_size=4), 6)
     assert problem is not None
     assert "6 ranks" in problem
 
@@ -65,7 +63,7 @@ def test_uneven_stages_follow_the_trainers_split():
     ],
 )
 def test_expert_parallel_sizes(model: str, keys: dict[str, int], world: int, words: str | None):
-    problem = check(read_shape(bundled_config(model)), ParallelSection(**keys), MODEL, world)
+    problem = check(read_shape(bundled_config(model)), ParallelSection(**keys), world)
     assert (problem is None) == (words is None)
     assert words is None or words in str(problem)
 

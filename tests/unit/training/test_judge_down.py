@@ -30,7 +30,9 @@ def state_at(step: int, tmp_path: Path) -> Any:
             "checkpoint": {"save_every": 4},
         }
     )
-    return SimpleNamespace(config=config, step=step, topology=SimpleNamespace(world_size=1, is_main=True))
+    saver = SimpleNamespace(close=lambda: None, poll=lambda: None)
+    topology = SimpleNamespace(world_size=1, is_main=True, rank=0)
+    return SimpleNamespace(config=config, step=step, topology=topology, saver=saver)
 
 
 def services() -> Any:
@@ -45,7 +47,7 @@ def test_the_run_saves_and_stops(step: int, saves: list[int], tmp_path: Path, mo
     monkeypatch.setattr(rundir, "save", lambda state: saved.append(state.step))
     loader: Any = SimpleNamespace(batch=lambda step, size: [])
     with pytest.raises(JudgeDownError, match="no verdict in 6 steps"):
-        rl._train(state_at(step, tmp_path), loader, services(), None)
+        rl._train(state_at(step, tmp_path), loader, services(), None, SimpleNamespace())
     assert saved == saves
 
 
