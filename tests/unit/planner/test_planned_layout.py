@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from megatron_r1reward.config.schema import ModelSection, ParallelSection
+from megatron_r1reward.config.schema import ParallelSection
 from megatron_r1reward.models.qwen2_5_vl import config as qwen2_5_vl
 from megatron_r1reward.models.qwen3_vl import config as qwen3_vl
 from megatron_r1reward.planner.catalog import bundled_config, bundled_names
