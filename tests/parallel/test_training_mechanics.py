@@ -13,9 +13,10 @@ import torch.distributed as dist
 from forked_ranks import run_ranks
 from parity_layouts import CP2, OVERLAP, PP2, SHARDED, TP2, VPP2, Layout
 
-from megatron_r1reward.checkpoint.dist import load_checkpoint, save_checkpoint
+from megatron_r1reward.checkpoint.dist import Trained, load_checkpoint
 from megatron_r1reward.checkpoint.gather import export_hf_tensors
-from megatron_r1reward.config.schema import ParallelSection
+from megatron_r1reward.checkpoint.saver import CheckpointSaver
+from megatron_r1reward.config.schema import CheckpointSection, ParallelSection
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.training.schedule import LossOutput, reduce_statistics, train_micro_batches
 from megatron_r1reward.training.sft import cross_entropy
@@ -178,24 +179,22 @@ def test_freezing_the_language_model_of_a_pipeline_is_refused(folder, parity_ima
         run_ranks(_moved_parts, 2, folder, parity_images, PP2, {"freeze_language": True})
 
 
+def _trained(state: TrainState) -> Trained:
+    return Trained(model=state.module, optimizer=state.optimizer, scheduler=state.scheduler)
+
+
 def _save(folder: Path, images: tuple[str, ...], parallel: dict, out: Path) -> dict[str, np.ndarray]:
     state, sequences = parity.build(folder, images, Layout(ranks=0, parallel=parallel), parity.BUDGET)
     train(state, sequences, list(range(8)))
-    save_checkpoint(
-        out,
-        step=1,
-        model=state.module,
-        optimizer=state.optimizer,
-        scheduler=state.scheduler,
-        state={},
-        keep_last=1,
-    )
+    saver = CheckpointSaver(out, CheckpointSection(keep_last=1))
+    saver.save(1, _trained(state), {})
+    saver.close()
     return weights_of(state)
 
 
 def _load(folder: Path, images: tuple[str, ...], parallel: dict, out: Path) -> tuple[dict[str, np.ndarray], float]:
     state, sequences = parity.build(folder, images, Layout(ranks=0, parallel=parallel), parity.BUDGET)
-    load_checkpoint(out / "step-00000001", model=state.module, optimizer=state.optimizer, scheduler=state.scheduler)
+    load_checkpoint(out / "step-00000001", _trained(state))
     weights = weights_of(state)
     total, _, _ = train(state, sequences, list(range(8)))
     return weights, total["loss"] / total["tokens"]
