@@ -33,12 +33,12 @@ $(RECIPES)/.ready: pyproject.toml
 demo: $(STAMP)
 	$(BIN)/r1reward demo --out runs/demo
 
-# Tests of the recipes are skipped, and say so, where NeMo-Run's environment cannot be built.
+# Tests of the recipes are skipped, and say so, where NeMo-Run's environment cannot be built. Slurm: `make test-slurm`.
 test: $(STAMP)
 	-@$(MAKE) --no-print-directory recipes
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slurm"
 
-# Real jobs on a real Slurm cluster of virtual nodes. Part of `make test`; says why where it is skipped.
+# Real jobs on a real Slurm cluster of virtual nodes; says why where it is skipped. Installs Slurm's packages as root.
 test-slurm: $(STAMP)
 	-@$(MAKE) --no-print-directory recipes
 	$(BIN)/python -m pytest tests/slurm
