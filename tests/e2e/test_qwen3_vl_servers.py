@@ -16,7 +16,8 @@ from megatron_r1reward.config.schema import ParallelSection, SamplingSection
 from megatron_r1reward.models.registry import family_of
 from megatron_r1reward.models.tiny import TINY_SPECS, write_tiny_checkpoint
 from megatron_r1reward.parallel import setup
-from megatron_r1reward.rollout.pool import RolloutPool, open_rollout_pool
+from megatron_r1reward.rollout.opening import open_rollout_pool
+from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.types import Prompt, Rollout
 
 pytestmark = pytest.mark.e2e
@@ -30,7 +31,7 @@ def topology() -> Iterator[setup.Topology]:
     setup.shutdown()
 
 
-@pytest.fixture(scope="module", params=["qwen3_vl", "qwen3_vl_moe"])
+@pytest.fixture(scope="module", params=["qwen3_vl"])
 def member(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Member:
     folder = tmp_path_factory.mktemp("member") / "checkpoint"
     write_tiny_checkpoint(
@@ -47,7 +48,7 @@ def pool(member: Member, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
         model_path=member.folder,
         tokenizer=member.tokenizer,
         log_dir=tmp_path_factory.mktemp("logs"),
-        media_root=Path("/"),
+        media_roots=[Path("/")],
     ) as opened:
         yield opened
 

@@ -70,9 +70,10 @@ def test_all_ranks_skip_a_bad_step_together_and_go_on(parallel, bad_rank, folder
     for result in results:
         assert result["skipped"] == (True, False)
         assert not np.isfinite(result["norm"])
-        assert result["kept"], "a skipped step changes no weight"
-        assert result["moved"]
         assert result["in a row"] == 0
+    # The main rank has gathered the weights of all.
+    assert results[0]["kept"], "a skipped step changes no weight"
+    assert results[0]["moved"]
     expected = parity_references["qwen2_5_vl"].records[0][0]
     assert results[0]["loss"] == pytest.approx(expected, abs=1e-5), "moments and weights are as before the bad step"
 

@@ -100,6 +100,7 @@ def _config(spec: TinyQwen3Spec, tokenizer: PreTrainedTokenizerFast) -> dict[str
             num_experts=spec.num_experts,
             num_experts_per_tok=spec.num_experts_per_tok,
             moe_intermediate_size=spec.moe_intermediate_size,
+            norm_topk_prob=True,  # published folders say so, vLLM reads it, transformers always does it
             mlp_only_layers=list(spec.mlp_only_layers),
             decoder_sparse_step=1,
         )
