@@ -127,8 +127,8 @@ def prepare(
     state = build_state(config, topology, optimizer_steps=updates, with_reference=with_reference)
     if state.hf_config.model_type == "qwen3_vl_moe" and topology.device.type == "cpu":
         raise ValueError(
-            f"{config.model.path} has experts: vLLM on a CPU samples from other weights after a push of them (measured); "
-            "run RL of a mixture of experts on GPUs"
+            f"{config.model.path} has experts: vLLM on a CPU samples from other weights after a push of them "
+            "(measured); run RL of a mixture of experts on GPUs"
         )
     builder = PromptBuilder(state.tokenizer, config.data.max_prompt_tokens)
     return state, PromptLoader(preferences, builder, config.data, seed=config.run.seed)
