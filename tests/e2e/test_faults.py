@@ -19,12 +19,14 @@ import pytest
 import torch
 from fault_proxy import ProxiedServer, garbage, internal_error, no_fault
 from reference import SERVER, Reference
+from tenacity import Retrying, stop_after_delay, wait_fixed
 
 from megatron_r1reward.config.schema import JudgeSection, SamplingSection
 from megatron_r1reward.network.tokens import bearer
 from megatron_r1reward.reward.consistency import ConsistencyJudge
 from megatron_r1reward.rollout.banned import banned_token_ids
 from megatron_r1reward.rollout.group import ServerGroup
+from megatron_r1reward.rollout.member import Member
 from megatron_r1reward.rollout.pool import SERVED_NAME, GenerateResult, RolloutPool
 from megatron_r1reward.rollout.server import VllmServer, start_servers
 from megatron_r1reward.rollout.weights import WeightPushError
@@ -230,6 +232,14 @@ def test_failing_for_a_while(setup: Setup, fault) -> None:
     assert setup.pool.status()[1].restarts == restarts
 
 
+def is_paused(member: Member) -> bool:
+    """What the server says; the proxy's idle connection to it may have been closed, so it is asked until it answers."""
+    for attempt in Retrying(stop=stop_after_delay(20), wait=wait_fixed(0.2), reraise=True):
+        with attempt:
+            answer = httpx.get(f"{member.url}/is_paused", headers=bearer(member.bearer_token)).raise_for_status()
+    return answer.json()["is_paused"]
+
+
 def test_push_whose_tensors_end_early(setup: Setup) -> None:
     """The servers stay paused, and the next complete push repairs them; nobody is restarted."""
     restarts = [row.restarts for row in setup.pool.status()]
@@ -237,8 +247,7 @@ def test_push_whose_tensors_end_early(setup: Setup) -> None:
     with pytest.raises(WeightPushError, match=f"end before {metas[20].name}"):
         setup.pool.push_weights(metas, islice(tensors, 20), version=setup.version + 1)
     for member in setup.pool.group.members:
-        answer = httpx.get(f"{member.url}/is_paused", headers=bearer(member.bearer_token))
-        assert answer.json() == {"is_paused": True}
+        assert is_paused(member)
     with pytest.raises(WeightPushError, match="paused after a failed weight push"):
         setup.pool.generate(setup.prompts, LONG, seed=0)
     setup.reference.redrawn(seed=setup.version + 10)
