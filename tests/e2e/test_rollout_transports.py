@@ -19,7 +19,6 @@ from megatron_r1reward.types import Prompt
 pytestmark = pytest.mark.e2e
 SAMPLING = SamplingSection(max_tokens=16)
 PIXELS = (56 * 56, 84 * 84)  # below the checkpoint's own limit, so that images are scaled down
-FUSED_PART = "model.language_model.layers.0.self_attn.q_proj."
 SECTIONS = {
     "gloo": SERVER.model_copy(
         update={"tensor_parallel_size": 2, "weight_transport": "gloo", "weight_bucket_bytes": 100_000}
