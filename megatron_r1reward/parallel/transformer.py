@@ -15,6 +15,29 @@ from megatron_r1reward.config.schema import ParallelSection
 from megatron_r1reward.parallel.layout import ModelShape, pipeline_layout
 
 
+def common_arguments(dtype: torch.dtype) -> dict[str, Any]:
+    """What every part of every family has in common: no dropout, sums as losses, no fusion that changes numbers."""
+    return dict(
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # Weights are always overwritten by a checkpoint, but skipping initialization would also skip the
+        # tensor-parallel attributes that gradient clipping relies on.
+        perform_initialization=True,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        calculate_per_token_loss=True,  # losses are sums; one division by the global count
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,  # wrong for M-RoPE
+        gradient_accumulation_fusion=False,
+        cross_entropy_loss_fusion=False,  # casts the gradient of the logits to bf16
+        persist_layer_norm=False,
+    )
+
+
 def layout_arguments(shape: ModelShape, parallel: ParallelSection, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of the language model's `TransformerConfig`."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size

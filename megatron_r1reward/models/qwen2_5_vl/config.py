@@ -13,7 +13,12 @@ from transformers import Qwen2_5_VLConfig
 from megatron_r1reward.config.schema import ParallelSection, PrecisionSection
 from megatron_r1reward.parallel.layout import ModelShape, check_layout, split_layers
 from megatron_r1reward.parallel.precision import fp8_arguments
-from megatron_r1reward.parallel.transformer import check_language_config, layout_arguments, recompute_arguments
+from megatron_r1reward.parallel.transformer import (
+    check_language_config,
+    common_arguments,
+    layout_arguments,
+    recompute_arguments,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,29 +32,6 @@ class ModelConfigs:
     parallel: ParallelSection
     transformer_impl: str
     chunk_layers: tuple[int, ...]  # language-model layers of every pipeline chunk, in model order
-
-
-def _common(dtype: torch.dtype) -> dict[str, Any]:
-    on_cpu = not torch.cuda.is_available()
-    return dict(
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        # Weights are always overwritten by a checkpoint, but skipping initialization would also skip the
-        # tensor-parallel attributes that gradient clipping relies on.
-        perform_initialization=True,
-        use_cpu_initialization=on_cpu,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        attention_softmax_in_fp32=True,
-        calculate_per_token_loss=True,  # losses are sums; one division by the global count
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,  # wrong for M-RoPE
-        gradient_accumulation_fusion=False,
-        cross_entropy_loss_fusion=False,  # casts the gradient of the logits to bf16
-        persist_layer_norm=False,
-    )
 
 
 def model_shape(hf: Qwen2_5_VLConfig) -> ModelShape:
@@ -87,7 +69,7 @@ def build_configs(
     text, vision = hf.text_config, hf.vision_config
     tp = parallel.tensor_model_parallel_size
     vision_tp = tp if parallel.vision == "tensor_parallel" else 1
-    common = _common(dtype) | dict(deterministic_mode=precision.deterministic)
+    common = common_arguments(dtype) | dict(deterministic_mode=precision.deterministic)
     vision_recompute = recompute_arguments("full") if parallel.recompute_vision else {}
     gated = dict(gated_linear_unit=True, activation_func=F.silu, normalization="RMSNorm")
     language = TransformerConfig(

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.enums import AttnMaskType, ModelType
-from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from megatron_r1reward.models.base import HeadlessGPT, VisionLanguageModel
 from megatron_r1reward.models.head import use_response_head
 from megatron_r1reward.models.images import place_images
 from megatron_r1reward.models.qwen2_5_vl.config import ModelConfigs
@@ -21,13 +17,6 @@ from megatron_r1reward.parallel.context import ContextSplit, split_context
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.parallel.specs import final_norm, layer_spec, packed
 from megatron_r1reward.types import PackedBatch
-
-
-class HeadlessGPT(GPTModel):
-    """GPTModel that ends with the final norm: the LM head is applied later, to response rows only."""
-
-    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return hidden_states
 
 
 def _language_model(configs: ModelConfigs, topology: Topology, chunk: int) -> HeadlessGPT:
@@ -58,7 +47,7 @@ def _language_model(configs: ModelConfigs, topology: Topology, chunk: int) -> He
     return model
 
 
-class Qwen25VL(MegatronModule):
+class Qwen25VL(VisionLanguageModel):
     """Model chunk `chunk` of one pipeline stage of Qwen2.5-VL. The first holds the vision tower and the embedding.
 
     Under context parallelism a rank embeds, transforms and predicts its share of the tokens (`parallel.context`);
@@ -66,26 +55,9 @@ class Qwen25VL(MegatronModule):
     """
 
     def __init__(self, configs: ModelConfigs, topology: Topology, chunk: int = 0) -> None:
-        super().__init__(config=configs.language)
-        self.hf = configs.hf
-        self.model_type = ModelType.encoder_or_decoder
-        self.pre_process, self.post_process = topology.holds_first_layer(chunk), topology.holds_last_layer(chunk)
-        self.vp_stage = chunk if topology.virtual_pipeline_parallel_size > 1 else None
-        self.share_embeddings_and_output_weights = configs.hf.tie_word_embeddings
+        super().__init__(configs.hf, configs.language, topology, chunk)
         self.language_model = _language_model(configs, topology, chunk)
         self.vision = VisionTower(configs, topology) if self.pre_process else None
-        self.context_parallel_group = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"]).cp
-
-    def set_input_tensor(self, input_tensor: Any) -> None:
-        """Called by megatron-core's pipeline schedule with the previous stage's output."""
-        self.language_model.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
-
-    def shared_embedding_or_output_weight(self) -> torch.Tensor:
-        return self.language_model.shared_embedding_or_output_weight()
-
-    @property
-    def decoder(self) -> torch.nn.Module:
-        return self.language_model.decoder
 
     def _embed(self, batch: PackedBatch, split: ContextSplit | None) -> torch.Tensor:
         """Token embeddings with image embeddings at the image placeholders: [T, 1, H] (or a rank's share of T)."""
@@ -113,21 +85,4 @@ class Qwen25VL(MegatronModule):
             decoder_input=self._embed(batch, split) if self.pre_process else None,
             packed_seq_params=packed(batch.cu_seqlens),
         )
-        if not self.post_process:
-            return hidden_T1H
-        if self.config.sequence_parallel:
-            # linear_log_probs all-reduces the hidden gradient itself, so every rank already holds all of it.
-            hidden_T1H = tensor_parallel.gather_from_sequence_parallel_region(
-                hidden_T1H, tensor_parallel_output_grad=False
-            )
-        return self._log_probs(hidden_T1H[:, 0], batch, split)
-
-    def _log_probs(self, hidden_TH: torch.Tensor, batch: PackedBatch, split: ContextSplit | None) -> torch.Tensor:
-        rows_R, targets_R = batch.response_positions, batch.targets
-        if split is not None:
-            here_A, rows_R = split.rows(rows_R)
-            targets_R = targets_R[here_A]
-        tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else None
-        output_2R = self.language_model.output_layer(hidden_TH[rows_R], targets_R, weight)
-        return output_2R if split is None else split.collect(output_2R, here_A, batch.targets.numel())
+        return self.log_probs(hidden_T1H, batch, split) if self.post_process else hidden_T1H

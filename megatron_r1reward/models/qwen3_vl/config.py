@@ -14,7 +14,12 @@ from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
 from megatron_r1reward.config.schema import MoeSection, ParallelSection, PrecisionSection
 from megatron_r1reward.parallel.layout import ModelShape, check_layout, split_layers
 from megatron_r1reward.parallel.precision import fp8_arguments
-from megatron_r1reward.parallel.transformer import check_language_config, layout_arguments, recompute_arguments
+from megatron_r1reward.parallel.transformer import (
+    check_language_config,
+    common_arguments,
+    layout_arguments,
+    recompute_arguments,
+)
 
 HfConfig: TypeAlias = Qwen3VLConfig | Qwen3VLMoeConfig
 
@@ -47,28 +52,6 @@ def moe_layers(hf: HfConfig) -> list[bool]:
 def deepstack_levels(hf: HfConfig) -> int:
     """How many of the first decoder layers receive vision features after their MLP."""
     return len(hf.vision_config.deepstack_visual_indexes)
-
-
-def _common(dtype: torch.dtype) -> dict[str, Any]:
-    return dict(
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        # Weights are always overwritten by a checkpoint, but skipping initialization would also skip the
-        # tensor-parallel attributes that gradient clipping relies on.
-        perform_initialization=True,
-        use_cpu_initialization=not torch.cuda.is_available(),
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        attention_softmax_in_fp32=True,
-        calculate_per_token_loss=True,  # losses are sums; one division by the global count
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,  # wrong for M-RoPE
-        gradient_accumulation_fusion=False,
-        cross_entropy_loss_fusion=False,  # casts the gradient of the logits to bf16
-        persist_layer_norm=False,
-    )
 
 
 def model_shape(hf: HfConfig, *, whole_experts: bool = False) -> ModelShape:
@@ -198,7 +181,7 @@ def _language(
         **recompute_arguments(parallel.recompute, parallel.recompute_num_layers),
         **fp8_arguments(precision, parallel, _fp8_sizes(hf, parallel), dtype),
         **_expert_arguments(hf, parallel, precision, moe),
-        **_common(dtype),
+        **common_arguments(dtype),
     )
     check_language_config(config)
     return config
@@ -223,7 +206,7 @@ def build_configs(
     text, vision = hf.text_config, hf.vision_config
     vision_tp = parallel.tensor_model_parallel_size if parallel.vision == "tensor_parallel" else 1
     # The tower never takes part in the language model's pipeline or sequence parallelism: a config of its own says so.
-    tower_and_merger = _common(dtype) | dict(
+    tower_and_merger = common_arguments(dtype) | dict(
         normalization="LayerNorm",
         gated_linear_unit=False,
         add_bias_linear=True,
