@@ -150,8 +150,10 @@ def export_gradients(state: TrainState) -> dict[str, np.ndarray]:
     return named
 
 
-def build(folder: Path, images: tuple[str, ...], layout: Layout, budget: int) -> tuple[TrainState, list[Sequence]]:
-    """This rank's training state and the batch."""
+def build(
+    folder: Path, images: tuple[str, ...], layout: Layout, budget: int, **sections: Any
+) -> tuple[TrainState, list[Sequence]]:
+    """This rank's training state and the batch; `sections` of the run file beside the layout's."""
     config = RunConfig.model_validate(
         {
             "run": {"output_dir": "unused"},
@@ -161,6 +163,7 @@ def build(folder: Path, images: tuple[str, ...], layout: Layout, budget: int) ->
             "parallel": layout.parallel,
             "precision": layout.precision,
             "moe": layout.moe,
+            **sections,
         }
     )
     topology = setup.initialize(config.parallel, seed=0, deterministic=config.precision.deterministic)

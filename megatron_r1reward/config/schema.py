@@ -99,6 +99,7 @@ class PrecisionSection(Section):
     """Layer implementation, FP8 and reproducibility; docs/fp8.md. The base precision is model.precision."""
 
     transformer_impl: Literal["local", "transformer_engine"] = "local"
+    kernels: Literal["auto", "torch", "triton"] = "auto"  # of the LM head and the policy loss; docs/kernels.md
     fp8: Literal["hybrid", "e4m3"] | None = None  # hybrid: e4m3 forward, e5m2 gradients; vision stays in bf16
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
     fp8_param_gather: bool = False  # keep and all-gather parameters in FP8
@@ -174,6 +175,7 @@ class AlgorithmSection(Section):
     truncated_importance_sampling: Annotated[float, Field(gt=0)] | None = None
     aggregation: Literal["sequence_mean", "token_mean", "constant_length"] = "sequence_mean"
     constant_length: PositiveInt = 1024
+    fused_loss: bool = True  # the LM head forms the loss; false: plain torch behind its log-probs
 
     @property
     def needs_reference(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_r1reward.kernels.policy_loss.from_logits import PolicyLossOutput
+from megatron_r1reward.models.head import LossRequest
 from megatron_r1reward.parallel.context import ContextSplit
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.types import PackedBatch
@@ -51,10 +54,16 @@ class VisionLanguageModel(MegatronModule):
     def decoder(self) -> torch.nn.Module:
         return self.language_model.decoder
 
-    def log_probs(self, hidden_T1H: torch.Tensor, batch: PackedBatch, split: ContextSplit | None) -> torch.Tensor:
-        """Log-probs and entropies of the response tokens, float32 [2, R], on every rank of a replica's last chunk."""
+    def response_output(
+        self, hidden_T1H: torch.Tensor, batch: PackedBatch, split: ContextSplit | None, request: LossRequest | None
+    ) -> torch.Tensor | PolicyLossOutput:
+        """Log-probs and entropies of the response tokens, float32 [2, R], on every rank of a replica's last chunk.
+
+        With a `request` the policy loss of these tokens: under context parallelism `total` sums the rows of this rank
+        only, the tensors per row are those of all ranks.
+        """
         if self.config.sequence_parallel:
-            # linear_log_probs all-reduces the hidden gradient itself, so every rank already holds all of it.
+            # The head all-reduces the hidden gradient itself, so every rank already holds all of it.
             hidden_T1H = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden_T1H, tensor_parallel_output_grad=False
             )
@@ -64,5 +73,13 @@ class VisionLanguageModel(MegatronModule):
             targets_R = targets_R[here_A]
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else None
-        output_2R = self.language_model.output_layer(hidden_T1H[:, 0][rows_R], targets_R, weight)
-        return output_2R if split is None else split.collect(output_2R, here_A, batch.targets.numel())
+        if request is not None and split is not None:
+            request = replace(request, inputs=request.inputs.take(here_A))
+        output = self.language_model.output_layer(hidden_T1H[:, 0][rows_R], targets_R, weight, request)
+        if split is None:
+            return output
+        if request is None:
+            return split.collect(output, here_A, batch.targets.numel())
+        rows_4A = torch.stack([output.log_probs, output.entropy, output.loss, output.flags.float()])
+        log_probs_R, entropy_R, loss_R, flags_R = split.collect(rows_4A, here_A, batch.targets.numel())
+        return replace(output, log_probs=log_probs_R, entropy=entropy_R, loss=loss_R, flags=flags_R.int())

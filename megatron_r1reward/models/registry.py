@@ -40,8 +40,9 @@ class BuildConfigs(Protocol):
 
 class BuildModel(Protocol):
     def __call__(self, configs: Any, topology: Topology, chunk: int = 0, /) -> MegatronModule:
-        """Model chunk `chunk` of one pipeline stage. Its forward takes a PackedBatch; the last chunk returns float32
-        [2, R]: log-probs and entropies of the response tokens. `vision` is the tower, None on chunks without one."""
+        """Model chunk `chunk` of one stage. Its forward takes a PackedBatch and an optional LossRequest; the last
+        chunk returns float32 [2, R], log-probs and entropies of the response tokens, or the loss that was asked for.
+        `vision` is the tower, None on chunks without one."""
 
 
 class Positions(Protocol):

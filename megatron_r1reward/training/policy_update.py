@@ -9,14 +9,91 @@ import torch
 
 from megatron_r1reward.algorithm.correction import truncated_importance_weights
 from megatron_r1reward.algorithm.policy_loss import policy_loss
+from megatron_r1reward.kernels.policy_loss.flags import count_flags
+from megatron_r1reward.kernels.policy_loss.from_logits import PolicyLossOutput
+from megatron_r1reward.kernels.policy_loss.options import PolicyLossOptions, TokenInputs
+from megatron_r1reward.models.head import LossRequest
 from megatron_r1reward.training.rollout_batch import RolloutBatch
-from megatron_r1reward.training.schedule import Loss, LossOutput, reduce_statistics, train_micro_batches
+from megatron_r1reward.training.schedule import Loss, LossOutput, Request, reduce_statistics, train_micro_batches
 from megatron_r1reward.training.state import TrainState
 from megatron_r1reward.types import PackedBatch
 
 
-def _loss(state: TrainState, rollouts: RolloutBatch) -> Loss:
-    """StableReinforce on one micro-batch: the weighted sum of token losses and its share of the denominator."""
+def update_policy(state: TrainState, rollouts: RolloutBatch) -> dict[str, float]:
+    """One optimizer step per mini-batch; returns metrics averaged over them, the same on every rank."""
+    started = time.monotonic()
+    totals: list[dict[str, float]] = []
+    norms, skipped = [], 0
+    loss, request = _loss(state, rollouts)
+    for indices in rollouts.mini_batches:
+        micro_batches = state.packer.plan(rollouts.sequences, indices)
+        statistics, outcome = train_micro_batches(state, rollouts.sequences, micro_batches, loss, request=request)
+        totals += statistics
+        norms.append(outcome.grad_norm)
+        skipped += outcome.skipped
+    total = Counter(reduce_statistics(state, totals))
+    return {
+        "loss": total["loss"] / total["count"],
+        "grad_norm": sum(norms) / len(norms),
+        "lr": outcome.lr,
+        "update/skipped": skipped,
+        "ratio/mean": total["ratio"] / total["tokens"],
+        "ratio/max_abs_log": total["max_abs_log_ratio"],
+        "ratio/preclipped_fraction": total["preclipped"] / total["tokens"],
+        "ratio/clipped_fraction": total["clipped"] / total["tokens"],
+        "tokens_per_second": total["all_tokens"] / (time.monotonic() - started),
+    }
+
+
+def _loss(state: TrainState, rollouts: RolloutBatch) -> tuple[Loss, Request | None]:
+    if not state.topology.is_last_stage:
+        return _no_loss, None
+    return _fused_loss(state, rollouts) if state.config.algorithm.fused_loss else (_plain_loss(state, rollouts), None)
+
+
+def _no_loss(output: object, batch: PackedBatch) -> LossOutput:
+    raise AssertionError("only the last pipeline stage computes a loss")
+
+
+def _fused_loss(state: TrainState, rollouts: RolloutBatch) -> tuple[Loss, Request]:
+    """StableReinforce inside the LM head: only rows with an advantage are multiplied, no [R, V] tensor."""
+    assert rollouts.old_log_probs is not None and rollouts.advantages is not None
+    options = PolicyLossOptions.from_config(state.config.algorithm)
+    floor, ceiling = options.log_bounds[:2]
+    needs_sampler = state.config.algorithm.truncated_importance_sampling is not None
+    columns = {
+        "old_log_probs": rollouts.old_log_probs,
+        "advantages": rollouts.advantages,
+        "weights": rollouts.aggregation.weights,
+        "reference_log_probs": rollouts.reference_log_probs,
+        "sampler_log_probs": rollouts.sampler_log_probs if needs_sampler else None,
+    }
+
+    def inputs(batch: PackedBatch) -> TokenInputs:
+        rows = rollouts.rows(batch.sequence_indices)
+        device = batch.targets.device
+        mine = {name: None if column is None else column[rows].to(device) for name, column in columns.items()}
+        return TokenInputs(targets=batch.targets, **mine)  # type: ignore[arg-type]
+
+    def loss(result: PolicyLossOutput, batch: PackedBatch) -> LossOutput:
+        given = inputs(batch)
+        has_ratio_R = given.advantages.isfinite() & (given.advantages != 0) & (given.weights != 0)
+        log_ratio_R = torch.where(has_ratio_R, result.log_probs - given.old_log_probs, 0.0).clamp(floor, ceiling)
+        flags = count_flags(result.flags)
+        statistics = {
+            "loss": float(result.loss.sum()),
+            "ratio": float(log_ratio_R.exp().sum()),
+            "max_abs_log_ratio": float(log_ratio_R.abs().max()),
+            "preclipped": flags["preclipped_low"] + flags["preclipped_high"],
+            "clipped": flags["clipped_low"] + flags["clipped_high"],
+        }
+        return result.total, *_counted(rollouts, batch, statistics)
+
+    return loss, lambda batch: LossRequest(inputs=inputs(batch), options=options)
+
+
+def _plain_loss(state: TrainState, rollouts: RolloutBatch) -> Loss:
+    """The same in plain torch behind the head's log-probs: the off switch of the fused loss."""
     algorithm = state.config.algorithm
     assert rollouts.old_log_probs is not None and rollouts.advantages is not None
     old_log_probs_R, advantages_R = rollouts.old_log_probs, rollouts.advantages
@@ -40,47 +117,22 @@ def _loss(state: TrainState, rollouts: RolloutBatch) -> Loss:
             reference_log_probs_R=None if reference_R is None else reference_R[rows].to(device),
         )
         total = (rollouts.aggregation.weights[rows].to(device) * result.per_token_loss).sum()
-        count = rollouts.aggregation.counts[list(batch.sequence_indices)].sum()
         statistics = {
             "loss": float(total.detach()),
-            "count": float(count),
-            "tokens": batch.targets.numel(),
-            "all_tokens": batch.num_tokens,
             "ratio": float(result.ratio.sum()),
             "max_abs_log_ratio": float(result.ratio.log().abs().max()),
             "preclipped": float((result.preclipped_low | result.preclipped_high).sum()),
             "clipped": float((result.clipped_low | result.clipped_high).sum()),
         }
-        return total, count.int().to(device), statistics
+        return total, *_counted(rollouts, batch, statistics)
 
     return loss
 
 
-def update_policy(state: TrainState, rollouts: RolloutBatch) -> dict[str, float]:
-    """One optimizer step per mini-batch; returns metrics averaged over them, the same on every rank."""
-    started = time.monotonic()
-    totals: list[dict[str, float]] = []
-    norms, skipped = [], 0
-    loss = _loss(state, rollouts) if state.topology.is_last_stage else _no_loss
-    for indices in rollouts.mini_batches:
-        micro_batches = state.packer.plan(rollouts.sequences, indices)
-        statistics, outcome = train_micro_batches(state, rollouts.sequences, micro_batches, loss)
-        totals += statistics
-        norms.append(outcome.grad_norm)
-        skipped += outcome.skipped
-    total = Counter(reduce_statistics(state, totals))
-    return {
-        "loss": total["loss"] / total["count"],
-        "grad_norm": sum(norms) / len(norms),
-        "lr": outcome.lr,
-        "update/skipped": skipped,
-        "ratio/mean": total["ratio"] / total["tokens"],
-        "ratio/max_abs_log": total["max_abs_log_ratio"],
-        "ratio/preclipped_fraction": total["preclipped"] / total["tokens"],
-        "ratio/clipped_fraction": total["clipped"] / total["tokens"],
-        "tokens_per_second": total["all_tokens"] / (time.monotonic() - started),
-    }
-
-
-def _no_loss(output_2R: torch.Tensor, batch: PackedBatch) -> LossOutput:
-    raise AssertionError("only the last pipeline stage computes a loss")
+def _counted(
+    rollouts: RolloutBatch, batch: PackedBatch, statistics: dict[str, float]
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """What the micro-batch adds to the denominator, and its statistics with the counts that divide them."""
+    count = rollouts.aggregation.counts[list(batch.sequence_indices)].sum()
+    sizes = {"count": float(count), "tokens": batch.targets.numel(), "all_tokens": batch.num_tokens}
+    return count.int().to(batch.targets.device), statistics | sizes

@@ -43,7 +43,7 @@ class RolloutBatch:
     def rows(self, sequence_indices: Sequence[int]) -> torch.Tensor:
         """Flat response rows of the given sequences, in their order: int64."""
         bounds = self.cu_response.tolist()
-        return torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in sequence_indices])
+        return torch.cat([torch.arange(0), *(torch.arange(bounds[i], bounds[i + 1]) for i in sequence_indices)])
 
 
 def shard_by_mini_batch(total: int, steps: int, rank: int, size: int) -> list[list[int]]:

@@ -14,6 +14,8 @@ from megatron.core import parallel_state
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_r1reward.kernels.policy_loss.from_logits import PolicyLossOutput
+from megatron_r1reward.models.head import LossRequest
 from megatron_r1reward.parallel.chunks import chunks_of
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training.data_parallel import zero_gradients
@@ -24,7 +26,8 @@ from megatron_r1reward.types import Sequence as TokenSequence
 # What a loss returns for one micro-batch: the SUM of weighted token losses, its share of the global denominator, and
 # statistics. The division by the global denominator happens once, in megatron-core, after all ranks have added up.
 LossOutput = tuple[torch.Tensor, torch.Tensor, dict[str, Any]]
-Loss = Callable[[torch.Tensor, PackedBatch], LossOutput]
+Loss = Callable[[Any, PackedBatch], LossOutput]  # its first argument is what the model's last chunk returned
+Request = Callable[[PackedBatch], LossRequest]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +47,10 @@ def run_micro_batches(
     *,
     forward_only: bool,
     model: torch.nn.Module | None = None,
+    request: Request | None = None,
 ) -> list[dict[str, Any]]:
     """Run every micro-batch through `model` (the policy by default); returns the statistics of each, nothing on all but
-    the last pipeline stage."""
+    the last pipeline stage. With `request` the LM head forms the loss, and `loss` gets a PolicyLossOutput."""
     chunks = chunks_of(model or state.model)
     topology = state.topology
     multiple = topology.pipeline_parallel_size if len(chunks) > 1 else 1
@@ -54,7 +58,8 @@ def run_micro_batches(
 
     def forward_step(iterator: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(iterator)
-        return chunk(batch), lambda output: _counted_once(loss, output, batch, topology)
+        output = chunk(batch) if request is None else chunk(batch, request(batch))
+        return output, lambda result: _counted_once(loss, result, batch, topology)
 
     batches = (state.packer.pack(sequences, indices) for indices in micro_batches)
     iterators = list(itertools.tee(batches, len(chunks)))
@@ -100,11 +105,12 @@ def complete(micro_batches: Sequence[Sequence[int]], multiple: int, at_least: in
     return parts
 
 
-def _counted_once(loss: Loss, output: torch.Tensor, batch: PackedBatch, topology: Topology) -> LossOutput:
+def _counted_once(loss: Loss, output: Any, batch: PackedBatch, topology: Topology) -> LossOutput:
     """Context-parallel ranks compute the same loss over all rows and back-propagate into their own: its denominator
     counts on one of them. A micro-batch without sequences adds nothing."""
     if not batch.sequence_indices:
-        return output.sum(), torch.zeros((), dtype=torch.int, device=output.device), {}
+        anchor = output.total if isinstance(output, PolicyLossOutput) else output.sum()
+        return anchor, torch.zeros((), dtype=torch.int, device=anchor.device), {}
     total, count, statistics = loss(output, batch)
     if topology.context_parallel_rank != 0:
         count = torch.zeros_like(count)
@@ -112,13 +118,19 @@ def _counted_once(loss: Loss, output: torch.Tensor, batch: PackedBatch, topology
 
 
 def train_micro_batches(
-    state: TrainState, sequences: Sequence[TokenSequence], micro_batches: Sequence[Sequence[int]], loss: Loss
+    state: TrainState,
+    sequences: Sequence[TokenSequence],
+    micro_batches: Sequence[Sequence[int]],
+    loss: Loss,
+    *,
+    request: Request | None = None,
 ) -> tuple[list[dict[str, Any]], StepOutcome]:
-    """One optimizer step over the given micro-batches of this data-parallel rank."""
+    """One optimizer step over the given micro-batches of this data-parallel rank; `request` as for
+    `run_micro_batches`."""
     state.model.train()
     zero_gradients(state.model)
     state.optimizer.zero_grad()
-    statistics = run_micro_batches(state, sequences, micro_batches, loss, forward_only=False)
+    statistics = run_micro_batches(state, sequences, micro_batches, loss, forward_only=False, request=request)
     return statistics, optimizer_step(state)
 
 

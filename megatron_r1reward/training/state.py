@@ -18,6 +18,7 @@ from megatron_r1reward.checkpoint.saver import CheckpointSaver
 from megatron_r1reward.config.schema import OptimizerSection, RunConfig
 from megatron_r1reward.data.images import ImageProcessor
 from megatron_r1reward.data.packing import Packer
+from megatron_r1reward.models.head import choose_kernels
 from megatron_r1reward.models.mapping import WeightTable
 from megatron_r1reward.models.registry import family_of, load_hf_config
 from megatron_r1reward.models.table import adapt_table
@@ -79,6 +80,8 @@ def build_state(
         else:
             for chunk in chunks:
                 load_hf_weights(chunk, config.model.path, table)
+        for chunk in chunks:
+            choose_kernels(chunk, config.precision.kernels)
         wrapped = [Float16Module(configs.language, chunk) if dtype == torch.bfloat16 else chunk for chunk in chunks]
         return chunks, wrapped
 

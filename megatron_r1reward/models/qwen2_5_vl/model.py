@@ -7,8 +7,9 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from megatron_r1reward.kernels.policy_loss.from_logits import PolicyLossOutput
 from megatron_r1reward.models.base import HeadlessGPT, VisionLanguageModel
-from megatron_r1reward.models.head import use_response_head
+from megatron_r1reward.models.head import LossRequest, use_response_head
 from megatron_r1reward.models.images import place_images
 from megatron_r1reward.models.qwen2_5_vl.config import ModelConfigs
 from megatron_r1reward.models.qwen2_5_vl.rotary import PackedMultimodalRotary
@@ -74,9 +75,10 @@ class Qwen25VL(VisionLanguageModel):
             embedding_T1H = tensor_parallel.scatter_to_sequence_parallel_region(embedding_T1H)
         return embedding_T1H
 
-    def forward(self, batch: PackedBatch) -> torch.Tensor:
+    def forward(self, batch: PackedBatch, request: LossRequest | None = None) -> torch.Tensor | PolicyLossOutput:
         """The last chunk returns float32 [2, R]: log-probs of the response tokens and the entropies of their
-        distributions, on every context-parallel rank. Other chunks return hidden states for the next one."""
+        distributions, on every context-parallel rank; or the policy loss that `request` asks for. Other chunks return
+        hidden states for the next one."""
         split = split_context(batch.cu_seqlens, self.context_parallel_group)
         hidden_T1H = self.language_model(
             input_ids=None,
@@ -85,4 +87,4 @@ class Qwen25VL(VisionLanguageModel):
             decoder_input=self._embed(batch, split) if self.pre_process else None,
             packed_seq_params=packed(batch.cu_seqlens),
         )
-        return self.log_probs(hidden_T1H, batch, split) if self.post_process else hidden_T1H
+        return self.response_output(hidden_T1H, batch, split, request) if self.post_process else hidden_T1H

@@ -8,8 +8,9 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from megatron_r1reward.kernels.policy_loss.from_logits import PolicyLossOutput
 from megatron_r1reward.models.base import HeadlessGPT, VisionLanguageModel
-from megatron_r1reward.models.head import use_response_head
+from megatron_r1reward.models.head import LossRequest, use_response_head
 from megatron_r1reward.models.qwen3_vl.config import ModelConfigs, deepstack_levels, moe_layers
 from megatron_r1reward.models.qwen3_vl.layers import DecoderSeqParams, RouterBalance, decoder_layer_spec
 from megatron_r1reward.models.qwen3_vl.rotary import InterleavedMultimodalRotary
@@ -131,9 +132,10 @@ class Qwen3VL(VisionLanguageModel):
         features = self._received[tokens:]
         return features.reshape(-1, placeholders, features.shape[-1]) if features.shape[0] else None
 
-    def forward(self, batch: PackedBatch) -> torch.Tensor:
+    def forward(self, batch: PackedBatch, request: LossRequest | None = None) -> torch.Tensor | PolicyLossOutput:
         """The last chunk returns float32 [2, R]: log-probs of the response tokens and the entropies of their
-        distributions, on every context-parallel rank. Other chunks return hidden states for the next one."""
+        distributions, on every context-parallel rank; or the policy loss that `request` asks for. Other chunks return
+        hidden states for the next one."""
         split: ContextSplit | None = split_context(batch.cu_seqlens, self.context_parallel_group)
         everything_T = torch.arange(batch.num_tokens, device=batch.input_ids.device)
         positions_T = everything_T if split is None else split.positions
@@ -158,7 +160,7 @@ class Qwen3VL(VisionLanguageModel):
             extra_block_kwargs={"context": features_KVH},
         )
         if self.post_process:
-            return self.log_probs(hidden_T1H, batch, split)
+            return self.response_output(hidden_T1H, batch, split, request)
         later = max(self.levels - self.layers.stop, 0)
         if later and features_KVH is not None:
             hidden_T1H = torch.cat([hidden_T1H, features_KVH[-later:].flatten(0, 1)[:, None]])
