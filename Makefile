@@ -30,12 +30,20 @@ $(RECIPES)/.ready: pyproject.toml
 	$(RECIPES)/bin/pip install --quiet --no-deps -e .
 	touch $@
 
+# A second Triton, for the test that the kernels compile on it, too: the version that torch 2.11 brings.
+TRITON_36 := build/triton-3.6.0
+$(TRITON_36)/.ready: $(STAMP)
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(TRITON_36) triton==3.6.0
+	touch $@
+
 demo: $(STAMP)
 	$(BIN)/r1reward demo --out runs/demo
 
-# Tests of the recipes are skipped, and say so, where NeMo-Run's environment cannot be built. Slurm: `make test-slurm`.
+# Tests of the recipes and of a second Triton are skipped, and say so, where these cannot be installed. Slurm:
+# `make test-slurm`.
 test: $(STAMP)
 	-@$(MAKE) --no-print-directory recipes
+	-@$(MAKE) --no-print-directory $(TRITON_36)/.ready
 	$(BIN)/python -m pytest -m "not slurm"
 
 # Real jobs on a real Slurm cluster of virtual nodes; says why where it is skipped. Installs Slurm's packages as root.
