@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # What the environment depends on; the stamp makes a second call cost nothing.
 STAMP := $(VENV)/.ready
 
-.PHONY: setup recipes demo test test-slurm lint format clean
+.PHONY: setup recipes demo test test-slurm bench lint format clean
 
 setup: $(STAMP)
 
@@ -50,6 +50,15 @@ test: $(STAMP)
 test-slurm: $(STAMP)
 	-@$(MAKE) --no-print-directory recipes
 	$(BIN)/python -m pytest tests/slurm
+
+# What a CPU can measure, on an otherwise idle machine. Each program compares with a baseline of the same run.
+RESULTS := benchmarks/results
+bench: $(STAMP)
+	$(BIN)/python benchmarks/policy_loss.py --json $(RESULTS)/policy_loss_cpu.json
+	$(BIN)/python benchmarks/step_breakdown.py --json $(RESULTS)/step_breakdown.json
+	$(BIN)/python benchmarks/weight_push.py --json $(RESULTS)/weight_push.json
+	$(BIN)/python benchmarks/rollout.py --json $(RESULTS)/rollout.json
+	$(BIN)/python benchmarks/conversion.py --json $(RESULTS)/conversion.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -17,9 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import kernel_report
 import policy_loss_cpu
 import torch
+from reporting import print_table, write_json
 
 FASTER, MEMORY = 3.0, 0.1  # goals on a CPU at the default size
 
@@ -51,9 +51,8 @@ def cpu_part(arguments: argparse.Namespace) -> bool:
     torch.set_num_threads(arguments.threads)
     rows = policy_loss_cpu.run(size, repeats=arguments.repeats, threads=arguments.threads)
     print(f"CPU, {size}, {arguments.threads} threads")
-    kernel_report.print_table(rows)
-    if arguments.json:
-        kernel_report.write(arguments.json, "cpu", rows, size=vars(size))
+    print_table(list(rows[0]), rows)
+    write_json(arguments.json, "policy_loss", rows, size=vars(size))
     fused = next(row for row in rows if row["variant"] == "fused")
     met = fused["times faster"] >= FASTER and fused["of naive memory"] < MEMORY and fused["gradient difference"] < 1e-4
     if not torch.cuda.is_available():

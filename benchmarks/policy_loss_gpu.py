@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import kernel_report
 import policy_loss_peers as peers
 import torch
+from reporting import print_table, write_json
 
 from megatron_r1reward.algorithm.policy_loss import policy_loss
 from megatron_r1reward.config.schema import AlgorithmSection
@@ -265,10 +265,10 @@ def run(json_file: Path | None, *, budget_s: float, dry_run: bool) -> bool:
         shapes = [(*GOAL_SHAPE, 1.0), (*GOAL_SHAPE, 0.25), (8192, 19_008, 1.0), (4096, 152_064, 1.0)]
         rows, heads = rows_table(bench, shapes), head_table(bench, 8192, 152_064, 3584)
         print(f"copy {bench.bandwidth / 1e12:.2f} TB/s, matmul {bench.flops / 1e12:.0f} TFLOP/s")
-    kernel_report.print_table(rows)
-    kernel_report.print_table(heads)
-    if json_file and not dry_run:
-        kernel_report.write(
-            json_file, "cuda", rows, head=heads, copy_bytes_per_s=bench.bandwidth, matmul_flops=bench.flops
-        )
+    for table in (rows, heads):
+        if table:
+            print_table(list(table[0]), table)
+    if not dry_run:
+        facts = {"head": heads, "copy_bytes_per_s": bench.bandwidth, "matmul_flops": bench.flops}
+        write_json(json_file, "policy_loss", rows, **facts)
     return all(not row["note"] for row in rows if row["provider"].startswith("ours")) if dry_run else goals(rows, heads)
