@@ -135,7 +135,7 @@ def setup(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, image_pat
     print(f"all accounting: {pool.total}")
     pool.close()
     judges.close()
-    assert leftovers() == before, "processes, shared memory or temporary files are left behind"
+    assert not leftovers() - before, "processes, shared memory or temporary files are left behind"
 
 
 @pytest.fixture(autouse=True)
