@@ -12,7 +12,7 @@ from megatron_r1reward.kernels import dispatch
 from megatron_r1reward.kernels.policy_loss.options import PolicyLossOptions, VocabularyShard
 from megatron_r1reward.kernels.policy_loss.row_kernels import RowKernels, row_kernels
 
-CPU_CHUNK_BYTES = 16 << 20  # logits of one chunk: rows enough for the matrix product, little memory
+CPU_CHUNK_BYTES = 24 << 20  # logits of one chunk: rows enough for the matrix product, little memory
 CPU_COLUMNS = 8192  # columns whose float32 copies exist at one time on a CPU
 MAX_CHUNK_ROWS = 1024
 GPU_CHUNK_ROWS = 4096  # the float32 weight gradient needs > 1067 rows to be bound by arithmetic on an H100

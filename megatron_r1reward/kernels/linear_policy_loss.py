@@ -42,7 +42,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         rows_A = rows_with_gradient(inputs, options).nonzero().squeeze(1)
         wants_hidden, wants_weight = (with_gradient and wanted for wanted in ctx.needs_input_grad[:2])
         hidden_AH, active = hidden_RH[rows_A], inputs.take(rows_A)
-        grad_hidden_AH = torch.empty_like(hidden_AH) if wants_hidden else None
+        grad_hidden_AH = torch.zeros_like(hidden_AH) if wants_hidden else None
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if wants_weight else None
         results_3R = torch.zeros(3, len(hidden_RH), dtype=torch.float32, device=hidden_RH.device)
         flags_R = idle_flags(inputs, options)
@@ -57,21 +57,24 @@ class _LinearPolicyLoss(torch.autograd.Function):
             flags_R[rows_A[here]] = loss.flags
             if not with_gradient:
                 continue
+            live_L = ((loss.grad_log_prob != 0) | (loss.grad_entropy != 0)).nonzero().squeeze(1)
+            if len(live_L) < len(chunk_CH):  # clipped tokens have no gradient: one copy saves two products of a row
+                logits_CV, chunk_CH = logits_CV[live_L], chunk_CH[live_L]
             head.kernels.gradient_(
                 logits_CV,
-                chunk.targets,
-                merged,
-                loss.grad_log_prob,
-                loss.grad_entropy,
+                chunk.targets[live_L],
+                merged.take(live_L),
+                loss.grad_log_prob[live_L],
+                loss.grad_entropy[live_L],
                 head.shard,
                 options.temperature,
                 with_entropy=options.entropy_coefficient != 0.0,
             )
-            grad_logits_CV = logits_CV.to(weight_VH.dtype)
+            grad_logits_LV = logits_CV.to(weight_VH.dtype)
             if grad_hidden_AH is not None:
-                torch.mm(grad_logits_CV, weight_VH, out=grad_hidden_AH[here])
+                grad_hidden_AH[here.start + live_L] = grad_logits_LV @ weight_VH
             if grad_weight_VH is not None:
-                add_weight_gradient_(grad_weight_VH, grad_logits_CV, chunk_CH)
+                add_weight_gradient_(grad_weight_VH, grad_logits_LV, chunk_CH)
         ctx.gradients, ctx.rows, ctx.shape = (grad_hidden_AH, grad_weight_VH), rows_A, hidden_RH.shape
         ctx.head, ctx.weight = head, weight_VH
         log_probs_R, entropy_R, loss_R = (row.clone() for row in results_3R)

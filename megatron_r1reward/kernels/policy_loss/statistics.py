@@ -28,6 +28,12 @@ class RowStatistics:
     entropy: torch.Tensor  # nats
     normalizer: torch.Tensor  # log2 sum 2^z: what the backward needs to rebuild probabilities
 
+    def take(self, rows: torch.Tensor) -> RowStatistics:
+        """Those of the given rows."""
+        return RowStatistics(
+            log_probs=self.log_probs[rows], entropy=self.entropy[rows], normalizer=self.normalizer[rows]
+        )
+
 
 def gather_parts(parts_4R: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """The parts of all ranks, [ranks, 4, R]: ONE all-gather of 16 bytes per row and rank."""
