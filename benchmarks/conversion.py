@@ -144,7 +144,7 @@ def same_files(a: Path, b: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where to work; needs four times the folder's size; default: /tmp")
+    parser.add_argument("--folder", type=Path, help="where to work; needs three times the folder's size; default: /tmp")
     parser.add_argument("--layers", type=int, help="fewer layers than the model's 28: a quick look")
     parser.add_argument("--threads", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--no-peer", action="store_true", help="the peer holds the whole model in memory")

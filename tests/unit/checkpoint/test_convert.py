@@ -11,6 +11,7 @@ import pytest
 import torch
 from corpus import CORPUS
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from megatron_r1reward.checkpoint import streaming
@@ -176,6 +177,23 @@ def test_published_configurations_convert_in_a_dry_run(model: str, tensors: int,
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         assert run("import", "--dry-run", folder, tmp_path / "out")[0] == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_a_fine_tuned_folder_converts_in_a_dry_run(tmp_path: Path) -> None:
+    """R1-Reward is a full fine-tune of Qwen2.5-VL-7B-Instruct: its configuration is that of the 7B as transformers
+    writes it on `save_pretrained` (nested, every default spelled out), its names are the published ones in shards."""
+    original = Path(__file__).parents[2] / "data/qwen2_5_vl_7b"
+    folder = tmp_path / "r1_reward"
+    AutoConfig.from_pretrained(original).save_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text())
+    assert set(written) - set(json.loads((original / "config.json").read_text()))  # another spelling of the same model
+    names = [t.meta.name for t in meta_template(original).files[0].tensors]
+    published = [name.replace("model.visual.", "visual.").replace("model.language_model.", "model.") for name in names]
+    shards = {name: f"model-{number % 4 + 1:05d}-of-00004.safetensors" for number, name in enumerate(published)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    code, output = run("import", "--dry-run", folder, tmp_path / "out")
+    assert code == 0, output
+    assert "would write" in output
 
 
 def test_merging_is_the_weighted_sum(imported: Path, sharded_folder: Path, tmp_path: Path) -> None:
