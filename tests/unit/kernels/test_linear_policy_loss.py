@@ -242,5 +242,5 @@ def test_wrong_arguments_are_named(change: dict[str, object], message: str) -> N
 def test_chunks_follow_the_vocabulary() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert head_chunks.default_chunk_rows(1_000, cpu) == head_chunks.MAX_CHUNK_ROWS
-    assert head_chunks.default_chunk_rows(32_768, cpu) == 128
+    assert head_chunks.default_chunk_rows(32_768, cpu) == 192
     assert head_chunks.default_chunk_rows(151_936, gpu) == head_chunks.GPU_CHUNK_ROWS
