@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import ModelType
@@ -14,6 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_r1reward.kernels.policy_loss.from_logits import PolicyLossOutput
+from megatron_r1reward.kernels.sequence_rows import gather_sequence_parallel_rows
 from megatron_r1reward.models.head import LossRequest
 from megatron_r1reward.parallel.context import ContextSplit
 from megatron_r1reward.parallel.setup import Topology
@@ -62,11 +62,6 @@ class VisionLanguageModel(MegatronModule):
         With a `request` the policy loss of these tokens: under context parallelism `total` sums the rows of this rank
         only, the tensors per row are those of all ranks.
         """
-        if self.config.sequence_parallel:
-            # The head all-reduces the hidden gradient itself, so every rank already holds all of it.
-            hidden_T1H = tensor_parallel.gather_from_sequence_parallel_region(
-                hidden_T1H, tensor_parallel_output_grad=False
-            )
         rows_R, targets_R = batch.response_positions, batch.targets
         if split is not None:
             here_A, rows_R = split.rows(rows_R)
@@ -75,7 +70,12 @@ class VisionLanguageModel(MegatronModule):
         weight = self.shared_embedding_or_output_weight() if tied else None
         if request is not None and split is not None:
             request = replace(request, inputs=request.inputs.take(here_A))
-        output = self.language_model.output_layer(hidden_T1H[:, 0][rows_R], targets_R, weight, request)
+        hidden_TH, head = hidden_T1H[:, 0], self.language_model.output_layer
+        if self.config.sequence_parallel:  # only the rows that are needed travel
+            hidden_RH = gather_sequence_parallel_rows(hidden_TH, rows_R, head.tp_group)
+        else:
+            hidden_RH = hidden_TH[rows_R]
+        output = head(hidden_RH, targets_R, weight, request)
         if split is None:
             return output
         if request is None:

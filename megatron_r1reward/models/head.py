@@ -45,6 +45,9 @@ class ResponseHead(ColumnParallelLinear):
         """Log-probs and entropies, float32 [2, R], or what `request` asks for; `weight` is the embedding's when that is
         tied and lives here."""
         head = self.weight if weight is None else weight
+        reduce = (
+            not self.config.sequence_parallel
+        )  # else the gathering of the rows does it
         if request is not None:
             return linear_policy_loss(
                 rows_RH,
@@ -52,11 +55,17 @@ class ResponseHead(ColumnParallelLinear):
                 request.inputs,
                 request.options,
                 tensor_parallel_group=self.tp_group,
+                reduce_hidden_gradient=reduce,
                 implementation=self.implementation,
             )
         return torch.stack(
             linear_log_probs(
-                rows_RH, head, targets_R, tensor_parallel_group=self.tp_group, implementation=self.implementation
+                rows_RH,
+                head,
+                targets_R,
+                tensor_parallel_group=self.tp_group,
+                reduce_hidden_gradient=reduce,
+                implementation=self.implementation,
             )
         )
 
