@@ -45,9 +45,7 @@ class ResponseHead(ColumnParallelLinear):
         """Log-probs and entropies, float32 [2, R], or what `request` asks for; `weight` is the embedding's when that is
         tied and lives here."""
         head = self.weight if weight is None else weight
-        reduce = (
-            not self.config.sequence_parallel
-        )  # else the gathering of the rows does it
+        reduce = not self.config.sequence_parallel  # else the gathering of the rows does it
         if request is not None:
             return linear_policy_loss(
                 rows_RH,
