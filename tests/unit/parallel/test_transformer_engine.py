@@ -74,7 +74,7 @@ def test_a_cut_that_leaves_no_fp8_shape_is_refused(h100) -> None:
     """A published size: 29568 / 4 is a multiple of 16 and not of 128."""
     values = {"transformer_impl": "transformer_engine", "fp8": "hybrid"}
     configs("Qwen2.5-VL-72B-Instruct", values, tensor_model_parallel_size=4)
-    with pytest.raises(ValueError, match="7392 is not a multiple of 128.*lower tensor_model_parallel_size"):
+    with pytest.raises(ValueError, match=r"7392 is not a multiple of 128.*lower tensor_model_parallel_size"):
         configs("Qwen2.5-VL-72B-Instruct", values | {"fp8_recipe": "blockwise"}, tensor_model_parallel_size=4)
 
 
