@@ -24,9 +24,11 @@ ACTIVE = (0, 2, 6)  # of eight sequences in two mini-batches: under DP2 all of r
 NOT_COMPARED = ("tokens_per_second", "lr")
 
 
-def _update(folder: Path, images: tuple[str, ...], layout: Layout, algorithm: dict) -> tuple[dict, dict, int]:
+def _update(
+    folder: Path, images: tuple[str, ...], layout: Layout, algorithm: dict, budget: int = parity.BUDGET
+) -> tuple[dict, dict, int]:
     """Metrics of one update of two optimizer steps, the weights after it, and the sequences that this rank ran."""
-    state, sequences = parity.build(folder, images, layout, parity.BUDGET, algorithm=algorithm)
+    state, sequences = parity.build(folder, images, layout, budget, algorithm=algorithm)
     topology = state.topology
     shards = shard_by_mini_batch(8, 2, topology.data_parallel_rank, topology.data_parallel_size)
     mine = [i for shard in shards for i in shard]
@@ -55,6 +57,14 @@ def _update(folder: Path, images: tuple[str, ...], layout: Layout, algorithm: di
 @pytest.fixture(scope="module")
 def everything(folder: Path, parity_images: tuple[str, ...]) -> tuple[dict, dict, int]:
     return run_ranks(_update, 1, folder, parity_images, SINGLE, {"skip_idle_sequences": False})[0]
+
+
+def test_any_token_budget_gives_the_same_update(folder, parity_images, everything) -> None:
+    """One micro-batch per optimizer step against several."""
+    _, weights, ran = run_ranks(_update, 1, folder, parity_images, SINGLE, {}, 100_000)[0]
+    assert ran == len(ACTIVE)
+    for key, weight in everything[1].items():
+        assert np.abs(weights[key] - weight).max() < 2e-5, key
 
 
 @pytest.mark.parametrize("name", ["single", "DP2 distributed optimizer", "PP2 VPP2"])
