@@ -15,7 +15,7 @@ from megatron_r1reward.planner.workload import MicroBatch
 # Logits of the LM head that exist at one time, and the columns and values that a CPU converts to float32 at one time:
 # kernels/head_chunks.py and kernels/policy_loss/torch_rows.py; a test keeps them equal.
 GPU_CHUNK_ROWS = 4096
-CPU_CHUNK_BYTES, MAX_CPU_CHUNK_ROWS, CPU_COLUMNS, TILE_ELEMENTS = 16 << 20, 1024, 8192, 1 << 18
+CPU_CHUNK_BYTES, MAX_CPU_CHUNK_ROWS, CPU_COLUMNS, TILE_ELEMENTS = 24 << 20, 1024, 8192, 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
