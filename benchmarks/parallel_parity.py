@@ -252,6 +252,7 @@ def main() -> int:
             got = run_ranks(two_steps, layout.ranks, Path(folder) / "tiny", images, layout, timeout_s=300)[0]
             row = compare(got, reference)
             rows.append({"layout": name, "ranks": layout.ranks, **row, "ok": within_goal(row)})
+            print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), file=sys.stderr, flush=True)
     print_table(["layout", "ranks", "loss", "log-prob", "grad", "vision grad", "grad norm", "ok"], rows)
     write_json(
         arguments.json, "parallel_parity", rows, family=arguments.family, goals=[LOSS_GOAL, LOG_PROB_GOAL, GRAD_GOAL]

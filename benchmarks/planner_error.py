@@ -142,8 +142,10 @@ def main() -> None:
         for case in CASES:
             if (arguments.only and arguments.only not in case.name) or (available and case.ranks > available):
                 continue
-            print(f"running {case.name}", file=sys.stderr, flush=True)
-            rows += compare(case, run(case, Path(name) / case.member))
+            found = compare(case, run(case, Path(name) / case.member))
+            errors = ", ".join(f"{row['part']} {row['error %']:.1f} %" for row in found)
+            print(f"{case.name}: {errors}", file=sys.stderr, flush=True)
+            rows += found
     print_table(["case", "part", "rank", "planned MB", "measured MB", "error %", "within goal"], rows)
     how = "torch.cuda allocator" if torch.cuda.is_available() else "CPU allocator events of torch.profiler"
     write_json(arguments.json, "planner_error", rows, peak_measured_by=how, goals=GOALS)

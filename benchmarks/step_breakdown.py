@@ -4,6 +4,8 @@ only, and an image shared by samples encoded once.
     python benchmarks/step_breakdown.py [--samples 4] [--repeats 3] [--json FILE] [--check]
 
 A step is forward and backward of one micro-batch, on one thread. Head and tower are timed alone on the same inputs.
+Seconds are processor time of that thread, the median of rounds in which the variants take turns: on an idle machine the
+same as wall time, and little moved by other processes.
 """
 
 from __future__ import annotations
@@ -45,35 +47,46 @@ def without_savings(state: TrainState, batch: PackedBatch, sequences: list[Seque
     )
 
 
-def seconds(work: Callable[[], torch.Tensor], repeats: int) -> float:
-    """Median time of forward and backward."""
-    times = []
-    for _ in range(repeats + 1):  # the first warms up
-        started = time.perf_counter()
-        work().backward()
-        times.append(time.perf_counter() - started)
-    return workload.median(times[1:])
+Work = Callable[[], torch.Tensor]
 
 
-def measure(state: TrainState, name: str, batch: PackedBatch, rows_R: torch.Tensor, repeats: int) -> dict[str, Any]:
-    """`rows_R`: which of the batch's log-probs carry a loss."""
+def parts_of_step(state: TrainState, batch: PackedBatch, rows_R: torch.Tensor) -> dict[str, Work]:
+    """Head, tower and whole step of one micro-batch. `rows_R`: which of its log-probs carry a loss."""
     model = state.module
     weights_R = torch.zeros(batch.targets.numel())
     weights_R[rows_R] = 1.0
-    hidden = torch.randn(batch.targets.numel(), model.config.hidden_size, requires_grad=True)
+    hidden_RH = torch.randn(batch.targets.numel(), model.config.hidden_size, requires_grad=True)
     assert batch.pixel_values is not None
-    head = seconds(lambda: (model.language_model.output_layer(hidden, batch.targets)[0] * weights_R).sum(), repeats)
-    tower = seconds(lambda: model.vision(batch.pixel_values, batch.image_grid_thw).sum(), repeats)
-    step = seconds(lambda: (model(batch)[0] * weights_R).sum(), repeats)
+    return {
+        "head": lambda: (model.language_model.output_layer(hidden_RH, batch.targets)[0] * weights_R).sum(),
+        "tower": lambda: model.vision(batch.pixel_values, batch.image_grid_thw).sum(),
+        "step": lambda: (model(batch)[0] * weights_R).sum(),
+    }
+
+
+def measure(variants: dict[str, dict[str, Work]], repeats: int) -> dict[str, dict[str, float]]:
+    """Median seconds of forward and backward of every part of every variant, which take turns."""
+    times: dict[str, dict[str, list[float]]] = {name: {part: [] for part in parts} for name, parts in variants.items()}
+    for _ in range(repeats + 1):  # the first warms up
+        for name, parts in variants.items():
+            for part, work in parts.items():
+                started = time.process_time()
+                work().backward()
+                times[name][part].append(time.process_time() - started)
+    return {name: {part: workload.median(t[1:]) for part, t in parts.items()} for name, parts in times.items()}
+
+
+def row(name: str, batch: PackedBatch, seconds: dict[str, float]) -> dict[str, Any]:
+    assert batch.pixel_values is not None
     return {
         "variant": name,
         "tokens": batch.num_tokens,
         "head rows": batch.targets.numel(),
         "patches": batch.pixel_values.shape[0],
-        "step s": step,
-        "LM head %": 100 * head / step,
-        "vision %": 100 * tower / step,
-        "tokens/s": batch.num_tokens / step,
+        "step s": seconds["step"],
+        "LM head %": 100 * seconds["head"] / seconds["step"],
+        "vision %": 100 * seconds["tower"] / seconds["step"],
+        "tokens/s": batch.num_tokens / seconds["step"],
     }
 
 
@@ -100,11 +113,14 @@ def main() -> int:
         response = after.response_positions
         every = torch.arange(after.targets.numel())
         images = replace(before, response_positions=after.response_positions, targets=after.targets)
-        rows = [
-            measure(state, "neither", before, response, arguments.repeats),
-            measure(state, "response rows gathered", images, every, arguments.repeats),
-            measure(state, "and shared images once", after, every, arguments.repeats),
-        ]
+        variants = {
+            "neither": (before, response),
+            "response rows gathered": (images, every),
+            "and shared images once": (after, every),
+        }
+        works = {name: parts_of_step(state, batch, rows_R) for name, (batch, rows_R) in variants.items()}
+        measured = measure(works, arguments.repeats)
+    rows = [row(name, batch, measured[name]) for name, (batch, _) in variants.items()]
     print_table(list(rows[0]), rows)
     write_json(arguments.json, "step_breakdown", rows, shape=vars(shape))
     speedup = rows[0]["step s"] / rows[-1]["step s"]

@@ -81,3 +81,7 @@ def sequences(state: TrainState, shape: Shape, images: Path) -> list[Sequence]:
 
 def median(values: list[float]) -> float:
     return float(torch.tensor(values).median())
+
+
+def mean(values: list[float]) -> float:
+    return float(torch.tensor(values).mean())

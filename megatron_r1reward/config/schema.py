@@ -175,6 +175,7 @@ class AlgorithmSection(Section):
     truncated_importance_sampling: Annotated[float, Field(gt=0)] | None = None
     aggregation: Literal["sequence_mean", "token_mean", "constant_length"] = "sequence_mean"
     constant_length: PositiveInt = 1024
+    skip_idle_sequences: bool = True  # an update leaves out responses without any advantage; same gradient
     fused_loss: bool = True  # the LM head forms the loss; false: plain torch behind its log-probs
 
     @property

@@ -14,23 +14,26 @@ def place_images(
     batch: PackedBatch,
     split: ContextSplit | None,
     *,
-    image_token_id: int,
+    placeholders: tuple[int, ...],
 ) -> torch.Tensor:
-    """Replace the embeddings of image placeholders by the images' embeddings.
+    """Replace the embeddings of image (and video) placeholders by the images' embeddings.
 
     Args:
         embedding_T1H: embeddings of this context-parallel rank's tokens.
         images_MH: embeddings of the batch's distinct images, in order.
         split: this rank's share of the row; None: all of it.
+        placeholders: token ids that stand for images and video frames.
 
     Raises:
         ValueError: the placeholders are not as many as the images' tokens.
     """
-    is_image_T = batch.input_ids[0] == image_token_id
-    rows_K = batch.image_rows
-    placeholders, available = int(is_image_T.sum()), images_MH.shape[0] if rows_K is None else len(rows_K)
-    if placeholders != available:
-        raise ValueError(f"{placeholders} image tokens in the batch, but its images have {available}")
+    ids_T, rows_K = batch.input_ids[0], batch.image_rows
+    is_image_T = torch.zeros_like(ids_T, dtype=torch.bool)
+    for token_id in placeholders:
+        is_image_T |= ids_T == token_id
+    needed, available = int(is_image_T.sum()), images_MH.shape[0] if rows_K is None else len(rows_K)
+    if needed != available:
+        raise ValueError(f"{needed} image tokens in the batch, but its images have {available}")
     if split is not None:
         slot_T = is_image_T.cumsum(0) - 1  # which placeholder a position is
         is_image_T = is_image_T[split.positions]

@@ -31,6 +31,7 @@ _TABLE = (
     _metric("grad_norm", "1", "lower", "global gradient norm before clipping"),
     _metric("lr", "1", "neither", "learning rate of the step"),
     _metric("update/skipped", "steps", "lower", "optimizer steps skipped because the gradient norm was not finite"),
+    _metric("update/idle_sequences", "responses", "neither", "responses without any advantage, left out of the update"),
     _metric("entropy", "nats", "neither", "mean entropy of the policy over response tokens"),
     _metric("tokens_per_second", "1/s", "higher", "prompt and response tokens trained on, per second of step time"),
     # Reward R = 0.5 F + A (1 + 0.5 C)

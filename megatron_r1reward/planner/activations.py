@@ -12,12 +12,15 @@ from megatron_r1reward.planner.layout import Layout
 from megatron_r1reward.planner.shapes import ModelShape, TextShape, VisionShape
 from megatron_r1reward.planner.workload import MicroBatch
 
-HEAD_CHUNK_ROWS = 1024  # kernels/linear_log_probs.py
+# Logits of the LM head that exist at one time, and the columns and values that a CPU converts to float32 at one time:
+# kernels/head_chunks.py and kernels/policy_loss/torch_rows.py; a test keeps them equal.
+GPU_CHUNK_ROWS = 4096
+CPU_CHUNK_BYTES, MAX_CPU_CHUNK_ROWS, CPU_COLUMNS, TILE_ELEMENTS = 24 << 20, 1024, 8192, 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
 class Numerics:
-    """Bytes per value of weights and activations, and how norms are computed.
+    """Bytes per value of weights and activations, and whether the fused kernels of a GPU compute norms and head.
 
     torch's RMSNorm on a CPU is composed of small operations that keep the input and the normalised value in float32;
     the CUDA kernel keeps its input and one float32 per row.
@@ -130,8 +133,10 @@ def stage_activations(
     stage: int,
     micro_batches: int,
     frozen: frozenset[str] = frozenset(),
+    fused_loss: bool = False,
 ) -> Activations:
-    """Peak bytes of pipeline stage `stage` when every micro-batch is like `batch`."""
+    """Peak bytes of pipeline stage `stage` when every micro-batch is like `batch`. `fused_loss`: the LM head forms the
+    policy loss (RL), instead of log-probs (SFT)."""
     text, vision = shape.text, shape.vision
     tokens = batch.tokens / layout.cp
     layers = layout.layers_of(stage, text.layers)
@@ -159,7 +164,7 @@ def stage_activations(
         language += tokens * numerics.rms_norm(text.hidden) / layout.stream_cut
         language += batch.responses * text.hidden * numerics.width
     # The head is differentiated before the layers: only the larger of the two is alive at the peak.
-    head = head_workspace(text, layout, numerics, batch.responses) if last else 0.0
+    head = head_workspace(text, layout, numerics, batch.responses, fused_loss=fused_loss) if last else 0.0
     return Activations(
         language=language,
         vision=tower,
@@ -174,13 +179,29 @@ def _backward_temporaries(text: TextShape, layout: Layout, numerics: Numerics) -
     return (4 * ffn / layout.tp + 2 * text.hidden) * numerics.width
 
 
-def head_workspace(text: TextShape, layout: Layout, numerics: Numerics, responses: int) -> float:
-    """Peak bytes inside `linear_log_probs`: a chunk of float32 logits with its temporaries, and the float32 gradient of
-    the head with the product that is being added to it."""
-    columns = text.vocab / layout.tp
-    rows = min(HEAD_CHUNK_ROWS, responses)
+def head_workspace(text: TextShape, layout: Layout, numerics: Numerics, responses: int, *, fused_loss: bool) -> float:
+    """Peak bytes of the LM head beside its inputs: one chunk of logits, the gradient of the response rows, and what
+    stands for the weight's gradient in autograd while the gradient itself is in megatron-core's buffer.
+
+    `linear_log_probs` adds to that buffer chunk by chunk. `linear_policy_loss` (`fused_loss`) forms the weight's
+    gradient in float32 in the forward pass and adds it in the backward pass, when the logits are gone.
+    """
+    width, columns = numerics.width, text.vocab / layout.tp
     weights = columns * text.hidden
-    forward = 16 * rows * columns
-    product = 4 if numerics.width == 4 else numerics.width + 4  # the product, and its float32 copy where that is one
-    backward = max(20 * rows * columns + 4 * weights, (12 + numerics.width) * rows * columns + (4 + product) * weights)
-    return max(forward, backward)
+    rows = min(chunk_rows(numerics, columns), responses)
+    logits = rows * columns * width
+    if not numerics.fused_norm:  # row kernels in plain torch: a tile in float32 and what is computed from it
+        logits += 3 * 4 * min(TILE_ELEMENTS, rows * columns)
+        if width < 4:  # float32 copies for the weight's gradient
+            logits += 4 * rows * (min(CPU_COLUMNS, columns) + text.hidden)
+    placeholder, gradient_rows = weights * width, responses * text.hidden * width
+    if fused_loss:
+        return gradient_rows + 4 * weights + max(logits, placeholder)
+    return gradient_rows + logits + placeholder
+
+
+def chunk_rows(numerics: Numerics, columns: float) -> int:
+    """Rows whose logits exist at one time: `kernels.head_chunks.default_chunk_rows`."""
+    if numerics.fused_norm:
+        return GPU_CHUNK_ROWS
+    return max(16, min(MAX_CPU_CHUNK_ROWS, int(CPU_CHUNK_BYTES // (4 * max(1, columns)))))

@@ -1,8 +1,8 @@
 """Device table: published peak numbers with their source, and the assumptions that turn them into achieved ones.
 
-Peaks are dense (vendors also print figures with 2:4 sparsity, twice as high). Memory is what `torch.cuda` reports as
-total on such a device, a little less than the name says. The efficiencies are assumptions, not measurements of this
-package; `plan.compute_efficiency` and `plan.memory_gib` replace them.
+Peaks are dense (vendors also print figures with 2:4 sparsity, twice as high). `memory_bytes` is nominal: the published
+size less what such devices withhold from `torch.cuda`, not read from a device by this package. The efficiencies are
+assumptions, not measurements. `plan.memory_gib` and `plan.compute_efficiency` replace them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Device:
     """One accelerator. Rates are per second; `link_bytes` and `network_bytes` in one direction."""
 
     name: str
-    memory_bytes: float
+    memory_bytes: float  # nominal
     bf16_flops: float
     fp8_flops: float | None
     memory_rate: float  # bytes
@@ -34,10 +34,10 @@ class Device:
     prefill_efficiency: float = 0.4
     bandwidth_efficiency: float = 0.6  # of memory_rate, while a server decodes
     link_efficiency: float = 0.7
-    decode_overhead_s: float = 0.004  # per decoding step: scheduler, sampling, kernel launches
-    context_bytes: float = 1.0 * GIB  # CUDA context, cuBLAS and cuDNN workspaces
-    communicator_bytes: float = 1.5 * GIB  # NCCL buffers of the process groups
-    fragmentation: float = 0.08  # of activations and temporaries
+    decode_overhead_s: float = 0.004  # assumption: per decoding step: scheduler, sampling, kernel launches
+    context_bytes: float = 1.0 * GIB  # assumption: CUDA context, cuBLAS and cuDNN workspaces
+    communicator_bytes: float = 1.5 * GIB  # assumption: NCCL buffers of the process groups
+    fragmentation: float = 0.08  # assumption: of activations and temporaries
 
 
 def _tb(rate: float) -> float:

@@ -96,15 +96,23 @@ def trainer_memory(
     *,
     frozen: frozenset[str] = NONE,
     with_reference: bool = False,
+    fused_loss: bool = False,
 ) -> list[StageMemory]:
-    """Peak bytes of one rank of every pipeline stage."""
+    """Peak bytes of one rank of every pipeline stage; `fused_loss` as for `stage_activations`."""
     stages = []
     for stage in range(layout.pp):
         state = state_bytes(stage_tensors(shape, layout, stage), layout, numerics.width, frozen)
         peak = max(
             (
                 stage_activations(
-                    shape, layout, numerics, batch, stage=stage, micro_batches=workload.micro_batches, frozen=frozen
+                    shape,
+                    layout,
+                    numerics,
+                    batch,
+                    stage=stage,
+                    micro_batches=workload.micro_batches,
+                    frozen=frozen,
+                    fused_loss=fused_loss,
                 )
                 for batch in workload.largest
             ),

@@ -87,6 +87,11 @@ def frozen_components(config: RunConfig, names: set[str]) -> frozenset[str]:
     return frozenset(frozen)
 
 
+def has_fused_loss(config: RunConfig, stage: Stage) -> bool:
+    """Whether the LM head forms the loss itself."""
+    return stage == "rl" and config.algorithm.fused_loss
+
+
 def make_plan(config: RunConfig, stage: Stage) -> Plan:
     """Plan `stage` of a run.
 
@@ -109,7 +114,7 @@ def make_plan(config: RunConfig, stage: Stage) -> Plan:
             f"ranks without any: raise it to {layout.dp} or use fewer devices"
         )
     numerics = _numerics(config)
-    with_reference = stage == "rl" and config.algorithm.kl_coefficient > 0
+    with_reference = stage == "rl" and config.algorithm.needs_reference
     parameters = by_component(all_tensors(model.shape))
     memory = trainer_memory(
         model.shape,
@@ -119,6 +124,7 @@ def make_plan(config: RunConfig, stage: Stage) -> Plan:
         device,
         frozen=frozen_components(config, set(parameters)),
         with_reference=with_reference,
+        fused_loss=has_fused_loss(config, stage),
     )
     servers, notes = _servers(config, stage, model, device)
     return Plan(
@@ -175,11 +181,19 @@ def _time(
     servers: tuple[Server, ...],
 ) -> StepTime:
     node = config.plan.gpus_per_node
-    update = step_time.update_time(model.shape, layout, workload, device, width=numerics.width, node=node)
+    update = step_time.update_time(
+        model.shape,
+        layout,
+        workload,
+        device,
+        width=numerics.width,
+        node=node,
+        fused_loss=has_fused_loss(config, stage),
+    )
     phases = {}
     rollout = next((server for server in servers if server.kind == "rollout"), None)
     if stage == "rl":
-        passes = 1 + (config.algorithm.kl_coefficient > 0)
+        passes = 1 + config.algorithm.needs_reference
         if rollout is not None:
             phases["generation"] = generation_seconds(
                 config.rollout,

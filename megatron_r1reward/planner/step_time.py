@@ -48,13 +48,20 @@ def stage_forward(shape: ModelShape, layout: Layout, batch: MicroBatch, frame: i
 
 
 def _micro_batch_seconds(
-    shape: ModelShape, layout: Layout, workload: Workload, device: Device, stage: int, *, train: bool
+    shape: ModelShape,
+    layout: Layout,
+    workload: Workload,
+    device: Device,
+    stage: int,
+    *,
+    train: bool,
+    fused_loss: bool = False,
 ) -> float:
     decoder, other = stage_forward(shape, layout, workload.mean, workload.frame_patches, stage)
     work = decoder + other
     if train:
         work = 3 * work + (decoder if layout.recompute == "full" else 0.0)
-        if stage == layout.pp - 1:  # linear_log_probs forms its logits again
+        if stage == layout.pp - 1 and not fused_loss:  # linear_log_probs forms its logits again
             work += flops.head(shape.text, workload.mean.responses) / layout.tp
     return work / (device.bf16_flops * device.compute_efficiency)
 
@@ -85,12 +92,21 @@ def _links(device: Device, layout: Layout, node: int) -> _Links:
 
 
 def update_time(
-    shape: ModelShape, layout: Layout, workload: Workload, device: Device, *, width: int, node: int
+    shape: ModelShape,
+    layout: Layout,
+    workload: Workload,
+    device: Device,
+    *,
+    width: int,
+    node: int,
+    fused_loss: bool = False,
 ) -> UpdateTime:
-    """One optimizer step on all ranks; `node` devices share a node."""
+    """One optimizer step on all ranks; `node` devices share a node. `fused_loss`: the LM head forms the loss."""
     links = _links(device, layout, node)
     stages = range(layout.pp)
-    compute = max(_micro_batch_seconds(shape, layout, workload, device, s, train=True) for s in stages)
+    compute = max(
+        _micro_batch_seconds(shape, layout, workload, device, s, train=True, fused_loss=fused_loss) for s in stages
+    )
     traffic = [volumes(shape, layout, workload.mean, width, stage=s) for s in stages]
     exposed = max(links.exposed(t) for t in traffic)
     count = workload.micro_batches

@@ -13,6 +13,7 @@ from megatron_r1reward.kernels.policy_loss.flags import count_flags
 from megatron_r1reward.kernels.policy_loss.from_logits import PolicyLossOutput
 from megatron_r1reward.kernels.policy_loss.options import PolicyLossOptions, TokenInputs
 from megatron_r1reward.models.head import LossRequest
+from megatron_r1reward.training.idle import without_idle_sequences
 from megatron_r1reward.training.rollout_batch import RolloutBatch
 from megatron_r1reward.training.schedule import Loss, LossOutput, Request, reduce_statistics, train_micro_batches
 from megatron_r1reward.training.state import TrainState
@@ -22,7 +23,8 @@ from megatron_r1reward.types import PackedBatch
 def update_policy(state: TrainState, rollouts: RolloutBatch) -> dict[str, float]:
     """One optimizer step per mini-batch; returns metrics averaged over them, the same on every rank."""
     started = time.monotonic()
-    totals: list[dict[str, float]] = []
+    rollouts, left_out = without_idle_sequences(state, rollouts)
+    totals = [left_out]
     norms, skipped = [], 0
     loss, request = _loss(state, rollouts)
     for indices in rollouts.mini_batches:
@@ -37,6 +39,7 @@ def update_policy(state: TrainState, rollouts: RolloutBatch) -> dict[str, float]
         "grad_norm": sum(norms) / len(norms),
         "lr": outcome.lr,
         "update/skipped": skipped,
+        "update/idle_sequences": total["idle_sequences"],
         "ratio/mean": total["ratio"] / total["tokens"],
         "ratio/max_abs_log": total["max_abs_log_ratio"],
         "ratio/preclipped_fraction": total["preclipped"] / total["tokens"],

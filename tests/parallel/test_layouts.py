@@ -11,7 +11,7 @@ import parallel_parity as parity
 import pytest
 import torch
 from forked_ranks import run_ranks
-from parity_layouts import LAYOUTS, Layout
+from parity_layouts import EP2, LAYOUTS, Layout
 
 from megatron_r1reward.models.qwen2_5_vl.rotary import PackedMultimodalRotary
 from megatron_r1reward.parallel import setup
@@ -46,9 +46,11 @@ def _two_steps_with_upstream_rotary(*args) -> parity.Trace:
     return parity.two_steps(*args)
 
 
-def _gradients_of_partitions(folder: Path, images: tuple[str, ...], seed: int, partitions: int) -> list[dict]:
+def _gradients_of_partitions(
+    folder: Path, images: tuple[str, ...], seed: int, partitions: int, parallel: dict
+) -> list[dict]:
     """Gradients of one batch under random partitions into micro-batches, also uneven ones and with empty ones."""
-    layout = Layout(ranks=0, parallel={"use_distributed_optimizer": False})
+    layout = Layout(ranks=0, parallel={"use_distributed_optimizer": False} | parallel)
     state, sequences = parity.build(folder, images, layout, parity.BUDGET)
     topology = state.topology
     generator = np.random.default_rng(seed)
@@ -68,12 +70,20 @@ def _gradients_of_partitions(folder: Path, images: tuple[str, ...], seed: int, p
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_any_split_into_micro_batches_and_ranks_gives_the_same_update(ranks, folder, parity_images, parity_references):
-    """Property: the gradient of a batch depends on its sequences alone. Empty micro-batches and idle ranks included."""
-    reference = parity_references["qwen2_5_vl"].gradients[0]
+@pytest.mark.parametrize(
+    ("family", "ranks", "parallel"),
+    [("qwen2_5_vl", 1, {}), ("qwen2_5_vl", 2, {}), ("qwen3_vl_moe", 2, EP2)],
+    ids=["1_rank", "DP2", "experts_EP2"],
+)
+def test_any_split_into_micro_batches_and_ranks_gives_the_same_update(
+    family, ranks, parallel, families, parity_images, parity_references
+):
+    """Property: the gradient of a batch depends on its sequences alone. Empty micro-batches and idle ranks included,
+    also where ranks exchange tokens in every micro-batch."""
+    reference = parity_references[family].gradients[0]
     floor = max(float(np.abs(g).max()) for g in reference.values())
-    for gradients in run_ranks(_gradients_of_partitions, ranks, folder, parity_images, ranks, 6)[0]:
+    arguments = (families[family], parity_images, ranks, 6 if family == "qwen2_5_vl" else 3, parallel)
+    for gradients in run_ranks(_gradients_of_partitions, ranks, *arguments)[0]:
         for name, expected in reference.items():
             scale = max(float(np.abs(expected).max()), parity.NEGLIGIBLE * floor)
             assert np.abs(gradients[name] - expected).max() < 3e-5 * scale, name

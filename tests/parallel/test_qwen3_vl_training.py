@@ -64,6 +64,7 @@ def run_sft(folder: Path, data: Path, out: Path, parallel: dict, steps: int) -> 
             "optimizer": {"lr": 3e-3, "warmup_fraction": 0.0, "schedule": "constant"},
             "checkpoint": {"save_every": 100},
             "monitor": {"tensorboard": False},
+            "profile": {"start_step": 2, "ranks": [1]},
             "parallel": parallel,
         }
     )
@@ -83,6 +84,7 @@ def test_sft_learns_resumes_and_exports(folder: Path, data: Path, tmp_path: Path
     assert len(through) == 5
     assert through[-1] < 0.9 * through[0]
     np.testing.assert_allclose(resumed, through, atol=1e-5)
+    assert [path.name for path in (tmp_path / "through" / "profile").iterdir()] == ["rank1-step2.json"]
     before, after = HfReader(folder), HfReader(tmp_path / "through" / "hf")
     assert set(after.files) == set(before.files)
     for name in before.files:

@@ -128,6 +128,14 @@ def test_text_only_batches_hang_nothing_and_train_the_same(name, folder, parity_
     assert got == pytest.approx(expected, abs=2e-5)
 
 
+def test_overlap_waits_for_no_deepstack_merger_without_images(families, parity_images) -> None:
+    """The blank image of a text-only micro-batch reaches every parameter of the other family's tower, too."""
+    batches = [[0, 4], [5, 4, 1, 6], [3, 6]]
+    (expected,) = run_ranks(_losses_of, 1, families["qwen3_vl"], parity_images, {}, batches)
+    got = run_ranks(_losses_of, 2, families["qwen3_vl"], parity_images, OVERLAP, batches)[0]
+    assert got == pytest.approx(expected, abs=2e-5)
+
+
 def _encoded_patches(folder: Path, images: tuple[str, ...], parallel: dict) -> tuple[int, int]:
     """(patches this rank's tower saw, patches of all placeholders) for one micro-batch of all sequences."""
     state, sequences = parity.build(folder, images, Layout(ranks=0, parallel=parallel), 100_000)

@@ -68,7 +68,8 @@ class Qwen25VL(VisionLanguageModel):
         if batch.pixel_values is not None:
             assert batch.image_grid_thw is not None
             images_MH = self.vision(batch.pixel_values, batch.image_grid_thw)
-            embedding_T1H = place_images(embedding_T1H, images_MH, batch, split, image_token_id=self.hf.image_token_id)
+            placeholders = (self.hf.image_token_id, self.hf.video_token_id)
+            embedding_T1H = place_images(embedding_T1H, images_MH, batch, split, placeholders=placeholders)
         elif self.vision.sharding.run_without_images and torch.is_grad_enabled():
             embedding_T1H = embedding_T1H + self.vision.nothing()
         if self.config.sequence_parallel:

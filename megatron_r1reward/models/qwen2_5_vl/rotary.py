@@ -23,22 +23,40 @@ class PackedMultimodalRotary(MultimodalRotaryEmbedding):
 
 
 def mrope_positions(
-    token_ids: Sequence[int], image_grids: Sequence[tuple[int, int, int]], *, image_token_id: int, merge_size: int
+    token_ids: Sequence[int],
+    image_grids: Sequence[tuple[int, int, int]],
+    *,
+    image_token_id: int,
+    merge_size: int,
+    video_token_id: int | None = None,
+    frame_intervals: Sequence[float] = (),
 ) -> torch.Tensor:
-    """Temporal, height and width positions of one sequence of text and still images: int64 [3, T].
+    """Temporal, height and width positions of one sequence of text, images and videos: int64 [3, T].
 
     Text advances all three together. An image's tokens share the temporal index of its start and carry their row and
-    column; the text after it continues one past the largest position used. `token_ids` holds one `image_token_id` per
-    merged patch, and `image_grids` (frames, rows, columns of patches) come in the order of the images.
+    column; the frames of a video lie `frame_intervals` positions apart, rounded down. The text after either continues
+    one past the largest position used, as the model was trained and as vLLM has it. transformers 5 continues past the
+    larger side of the grid instead, which differs after videos that last longer than they are wide.
+
+    Args:
+        token_ids: one `image_token_id` (or `video_token_id`) per merged patch.
+        image_grids: frames, rows, columns of patches of images and videos in the order of their tokens.
+        frame_intervals: for every grid (1.0 for an image), or empty: 1.0 for all. A video's is the
+            configuration's `tokens_per_second` times the seconds between its frames (`second_per_grid_ts`).
 
     Raises:
-        ValueError: the number of image tokens does not match the grids.
+        ValueError: the number of image and video tokens, or of intervals, does not match the grids.
     """
+    if frame_intervals and len(frame_intervals) != len(image_grids):
+        raise ValueError(f"{len(frame_intervals)} frame intervals for {len(image_grids)} grids: give one for each")
+    if video_token_id is not None:
+        token_ids = [image_token_id if token == video_token_id else token for token in token_ids]
     tokens = torch.tensor(token_ids)
     positions = torch.empty(3, len(tokens), dtype=torch.int64)
     is_image = tokens == image_token_id
     cursor, next_position = 0, 0
-    for frames, rows, columns in image_grids:
+    intervals = frame_intervals or [1.0] * len(image_grids)
+    for (frames, rows, columns), interval in zip(image_grids, intervals, strict=True):
         unit_rows, unit_columns = rows // merge_size, columns // merge_size
         length = frames * unit_rows * unit_columns
         remaining = is_image[cursor:].nonzero()
@@ -48,7 +66,8 @@ def mrope_positions(
         text = torch.arange(start - cursor) + next_position
         positions[:, cursor:start] = text
         first = next_position + start - cursor
-        grid = torch.meshgrid(torch.arange(frames), torch.arange(unit_rows), torch.arange(unit_columns), indexing="ij")
+        times = (torch.arange(frames) * interval).long()
+        grid = torch.meshgrid(times, torch.arange(unit_rows), torch.arange(unit_columns), indexing="ij")
         positions[:, start : start + length] = torch.stack([axis.flatten() for axis in grid]) + first
         cursor = start + length
         next_position = int(positions[:, start:cursor].max()) + 1

@@ -44,6 +44,6 @@ def positions(
     Raises:
         ValueError: the number of image and video tokens does not match the grids.
     """
-    if video_token_id is not None:
-        token_ids = [image_token_id if token == video_token_id else token for token in token_ids]
-    return mrope_positions(token_ids, image_grids, image_token_id=image_token_id, merge_size=merge_size)
+    return mrope_positions(
+        token_ids, image_grids, image_token_id=image_token_id, merge_size=merge_size, video_token_id=video_token_id
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_r1reward.planner import activations
 from megatron_r1reward.planner.activations import Numerics, head_workspace, language_layer, stage_activations
 from megatron_r1reward.planner.catalog import bundled_config, find_model
 from megatron_r1reward.planner.devices import DEVICES
@@ -77,10 +78,27 @@ def test_full_recomputation_keeps_layer_inputs_and_one_layer():
 
 
 def test_the_head_holds_one_chunk_of_logits_not_all():
-    few, many = (head_workspace(SEVEN.text, Layout(), BF16, rows) for rows in (1024, 100_000))
-    assert few == many
-    assert few == 14 * 1024 * 152_064 + 10 * 152_064 * 3584
-    assert head_workspace(SEVEN.text, Layout(tp=4), BF16, 1024) == few / 4
+    """7B, bf16: beside the gradient of the response rows."""
+
+    def workspace(rows: int, tp: int = 1, fused_loss: bool = False) -> float:
+        found = head_workspace(SEVEN.text, Layout(tp=tp), BF16, rows, fused_loss=fused_loss)
+        return found - rows * 3584 * 2
+
+    weights = 152_064 * 3584
+    assert workspace(4096) == workspace(100_000) == 2 * 4096 * 152_064 + 2 * weights
+    assert workspace(4096, tp=4) == workspace(4096) / 4
+    assert workspace(4096, fused_loss=True) == 4 * weights + 2 * 4096 * 152_064
+
+
+def test_the_planned_chunks_are_those_of_the_kernels():
+    from megatron_r1reward.kernels import head_chunks
+    from megatron_r1reward.kernels.policy_loss import torch_rows
+
+    assert (activations.CPU_COLUMNS, activations.TILE_ELEMENTS) == (head_chunks.CPU_COLUMNS, torch_rows.TILE_ELEMENTS)
+    for columns in (512, 38_016, 152_064, 10_000_000):
+        for device, fused in (("cpu", False), ("cuda", True)):
+            expected = head_chunks.default_chunk_rows(columns, torch.device(device))
+            assert activations.chunk_rows(Numerics(width=2, fused_norm=fused), columns) == expected
 
 
 def test_earlier_pipeline_stages_keep_more_micro_batches():
