@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -178,6 +179,7 @@ def main() -> int:
         parser.error(f"{options.demo} is not a finished demo: run make demo, or name one with --demo")
     if options.steps < WARM_UP + 2:
         parser.error(f"--steps must be at least {WARM_UP + 2}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # end the servers, too
     with tempfile.TemporaryDirectory(prefix="asynchrony-") as scratch:
         rows = measure(options, Path(scratch))
     print_table(COLUMNS, rows)
