@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def mismatch_metrics(trainer_log_probs_R: Tensor, sampler_log_probs_R: Tensor) -> dict[str, float]:
+def mismatch_metrics(trainer_log_probs_R: Tensor, sampler_log_probs_R: Tensor, *, threshold: float) -> dict[str, float]:
     """How far the two engines disagree on the log-probs (nats) of the same sampled tokens, float [R] each.
 
-    Keys: `mean_abs` and `max_abs` of the difference, and `kl`, the k3 estimate of KL(sampler || trainer) per token,
-    mean(r - 1 - ln r) with r = p_trainer / p_sampler, which is non-negative and has low variance. Non-finite log-probs
-    propagate.
+    Keys: `mean_abs` and `max_abs` of the difference; `kl`, the k3 estimate of KL(sampler || trainer) per token,
+    mean(r - 1 - ln r) with r = p_trainer / p_sampler, which is non-negative and has low variance; `share_beyond`, the
+    share of tokens whose difference is above `threshold` or no number. Non-finite log-probs propagate into the others.
 
     Raises:
         ValueError: no tokens.
@@ -22,6 +22,7 @@ def mismatch_metrics(trainer_log_probs_R: Tensor, sampler_log_probs_R: Tensor) -
         "mean_abs": float(gap_R.abs().mean()),
         "max_abs": float(gap_R.abs().max()),
         "kl": float((gap_R.expm1() - gap_R).mean()),
+        "share_beyond": float((~(gap_R.abs() <= threshold)).double().mean()),
     }
 
 

@@ -8,14 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-PositiveInt = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from megatron_r1reward.config.rl_sections import AlgorithmSection, AsynchronySection, RlSection
+from megatron_r1reward.config.section import Fraction, PositiveInt, Section
 
 
 class RunSection(Section):
@@ -151,71 +147,11 @@ class SftSection(Section):
     global_batch_size: PositiveInt = 256
 
 
-class AlgorithmSection(Section):
-    """StableReinforce. Defaults are the paper's; `docs/algorithm.md` lists where the released code differs."""
-
-    gamma: Fraction = 1.0
-    kl_coefficient: Annotated[float, Field(ge=0)] = 0.0  # KL to the reference inside the reward
-    kl_loss_coefficient: Annotated[float, Field(ge=0)] = 0.0  # KL to the reference as a term of the loss
-    kl_loss_estimator: Literal["k1", "k2", "k3"] = "k3"
-    samples_per_prompt: PositiveInt = 1
-    baseline: Literal["none", "group_mean", "leave_one_out"] = "none"
-    group_normalize: bool = False  # GRPO: divide by the group's standard deviation
-    normalize: Literal["global", "none"] = "global"
-    filter: Literal["paper", "released_code", "none"] = "paper"
-    filter_sigma: Annotated[float, Field(gt=0)] = 3.0
-    preclip: bool = True
-    preclip_min: Annotated[float, Field(gt=0)] = 1e-3
-    preclip_max: Annotated[float, Field(gt=0)] = 1e3
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    clip_high: Annotated[float, Field(gt=0)] = 0.2
-    dual_clip: Annotated[float, Field(gt=1)] | None = None
-    entropy_coefficient: float = 0.0
-    mismatch_alarm: Annotated[float, Field(gt=0)] = 0.1  # mean |log-prob gap| to the sampler above which a step warns
-    truncated_importance_sampling: Annotated[float, Field(gt=0)] | None = None
-    aggregation: Literal["sequence_mean", "token_mean", "constant_length"] = "sequence_mean"
-    constant_length: PositiveInt = 1024
-    skip_idle_sequences: bool = True  # an update leaves out responses without any advantage; same gradient
-    fused_loss: bool = True  # the LM head forms the loss; false: plain torch behind its log-probs
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether a frozen copy of the initial policy has to be kept."""
-        return self.kl_coefficient > 0 or self.kl_loss_coefficient > 0
-
-    @model_validator(mode="after")
-    def _bounds(self) -> AlgorithmSection:
-        if not self.preclip_min < 1.0 < self.preclip_max:
-            raise ValueError(f"preclip_min {self.preclip_min} and preclip_max {self.preclip_max} must enclose 1")
-        if self.baseline != "none" and self.samples_per_prompt == 1:
-            raise ValueError(f"baseline {self.baseline!r} compares samples of one prompt: set samples_per_prompt > 1")
-        if self.group_normalize and self.baseline == "none":
-            raise ValueError("group_normalize divides by a group's deviation: set baseline to 'group_mean' with it")
-        return self
-
-
 class RewardSection(Section):
     format_weight: float = 0.5
     consistency_weight: float = 0.5
     consistency_levels: Literal["paper", "released_code"] = "paper"  # {0, 1} or {-1, 0, 1}
     use_judge: bool = True
-
-
-class RlSection(Section):
-    steps: PositiveInt = 100  # rollout batches
-    rollout_batch_size: PositiveInt = 256  # prompts per step
-    train_batch_size: PositiveInt = 128  # prompts (times samples_per_prompt rollouts) per optimizer step
-    heldout_every: PositiveInt | None = None  # steps between accuracy probes on evaluation.data; None: no probes
-    heldout_pairs: PositiveInt = 128  # pairs of one probe, each asked once in both orders
-
-    @model_validator(mode="after")
-    def _divides(self) -> RlSection:
-        if self.rollout_batch_size % self.train_batch_size:
-            raise ValueError(
-                f"rl.rollout_batch_size {self.rollout_batch_size} is not a multiple of "
-                f"rl.train_batch_size {self.train_batch_size}: choose a divisor"
-            )
-        return self
 
 
 class SamplingSection(Section):
@@ -374,6 +310,7 @@ class RunConfig(Section):
     optimizer: OptimizerSection = OptimizerSection()
     sft: SftSection = SftSection()
     rl: RlSection = RlSection()
+    asynchrony: AsynchronySection = AsynchronySection()
     algorithm: AlgorithmSection = AlgorithmSection()
     reward: RewardSection = RewardSection()
     sampling: SamplingSection = SamplingSection()
@@ -386,3 +323,23 @@ class RunConfig(Section):
     monitor: MonitorSection = MonitorSection()
     cluster: ClusterSection = ClusterSection()
     plan: PlanSection = PlanSection()
+
+    @model_validator(mode="after")
+    def _samples_can_be_trained_on(self) -> RunConfig:
+        mode = self.asynchrony.mode
+        if self.rl.dynamic_sampling_rounds and self.algorithm.samples_per_prompt == 1:
+            raise ValueError(
+                "rl.dynamic_sampling_rounds looks for prompts whose samples are partly right, and "
+                "algorithm.samples_per_prompt is 1: set it above 1"
+            )
+        if mode != "synchronous" and self.algorithm.truncated_importance_sampling is None:
+            raise ValueError(
+                f"asynchrony.mode {mode!r} trains on samples of older weights, which must be corrected for: set "
+                "algorithm.truncated_importance_sampling (2.0 is usual)"
+            )
+        if mode != "synchronous" and self.cluster.layout == "colocated":
+            raise ValueError(
+                f"asynchrony.mode {mode!r} samples while the trainer works, but with cluster.layout 'colocated' both "
+                "take turns on the same GPUs: set layout to 'split', or mode to 'synchronous'"
+            )
+        return self

@@ -43,7 +43,7 @@ class EpochSampler:
         return draws
 
 
-def is_swapped(mode: str, *, seed: int, epoch: int, preference_id: str) -> bool:
+def is_swapped(mode: str, *, seed: int, epoch: int | str, preference_id: str) -> bool:
     """Whether the two responses change places: a fair coin per (seed, epoch, preference) when `mode` is "random"."""
     if mode != "random":
         return mode == "always"
@@ -60,9 +60,10 @@ class PromptLoader:
         self.sampler = EpochSampler(len(preferences), seed=seed)
 
     def batch(self, step: int, batch_size: int) -> list[Prompt]:
-        prompts = []
-        for draw in self.sampler.batch(step, batch_size):
-            preference = self.preferences[draw.index]
-            swapped = is_swapped(self.section.swap, seed=self.seed, epoch=draw.epoch, preference_id=preference.id)
-            prompts.append(self.builder.build(preference, swapped=swapped, occurrence=draw.epoch))
-        return prompts
+        return [self.prompt(draw.index, draw.epoch) for draw in self.sampler.batch(step, batch_size)]
+
+    def prompt(self, index: int, occurrence: int | str) -> Prompt:
+        """Example `index`; in which of the two orders is drawn from the seed and `occurrence`, its epoch as a rule."""
+        preference = self.preferences[index]
+        swapped = is_swapped(self.section.swap, seed=self.seed, epoch=occurrence, preference_id=preference.id)
+        return self.builder.build(preference, swapped=swapped, occurrence=occurrence)

@@ -99,7 +99,7 @@ class PromptBuilder:
         self._max_prompt_tokens = max_prompt_tokens
         self._image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
-    def build(self, preference: Preference, *, swapped: bool, occurrence: int = 0) -> Prompt:
+    def build(self, preference: Preference, *, swapped: bool, occurrence: int | str = 0) -> Prompt:
         """Render `preference`, with its responses and its label exchanged when `swapped`.
 
         Args:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 SMOOTH_FROM = 30  # points: shorter curves are shown as they are
 COLOURS = ("#2f6fde", "#e07b1a", "#12946f", "#a347b8")
 
-_STYLE = Path(__file__).parent / "templates" / "chart.mplstyle"
+STYLE = Path(__file__).parent / "templates" / "chart.mplstyle"
 
 Scale = Literal["linear", "share", "accuracy", "log"]
 
@@ -71,7 +71,7 @@ class Drawing:
 def draw(chart: Chart) -> Drawing:
     assert 1 <= len(chart.series) <= len(COLOURS), f"{chart.title!r} has {len(chart.series)} curves"
     buffer = io.BytesIO()
-    with matplotlib.style.context(_STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure()
         axes = figure.subplots()
         for series, colour in zip(chart.series, COLOURS, strict=False):

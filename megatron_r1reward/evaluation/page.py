@@ -12,6 +12,7 @@ from megatron_r1reward.evaluation.curves import RL_CURVES, SFT_CURVES, drawings
 from megatron_r1reward.evaluation.images import data_url
 from megatron_r1reward.evaluation.result import Order
 from megatron_r1reward.evaluation.run_files import EvaluationFile, Interval, RunFiles, TranscriptEntry
+from megatron_r1reward.evaluation.timeline_chart import draw_timeline
 
 MAX_TRANSCRIPTS = 6
 
@@ -82,6 +83,7 @@ def render_page(run: RunFiles, report: Mapping[str, Any]) -> str:
         phases=_parts(run.timing.phases, _duration),
         difficulty=_parts(run.difficulty, str),
         rl_charts=drawings(RL_CURVES, run.rl_rows),
+        timeline=draw_timeline(run.timeline),
         sft_charts=drawings(SFT_CURVES, run.sft_rows),
         transcripts=_side_by_side(run),
     )

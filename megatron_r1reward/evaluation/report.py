@@ -27,8 +27,8 @@ def build_report(run_dir: Path) -> dict[str, Any]:
     """Write `report.json` and `report.html` into `run_dir`; returns what `report.json` holds.
 
     Reads `sft/metrics.jsonl`, `rl/metrics.jsonl`, `eval_sft/evaluation.json`, `eval_rl/evaluation.json` (the control's
-    result under its key `control`), `timing.json` and `difficulty.json`; the transcripts' images are read from where
-    they are and embedded.
+    result under its key `control`), `timing.json` and `difficulty.json`, and `rl/timeline.jsonl` where there is one;
+    the transcripts' images are read from where they are and embedded.
 
     Raises:
         ValueError: input files are missing or malformed, or the RL stage did not log `mismatch/max_abs`.

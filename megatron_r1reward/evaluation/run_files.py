@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from megatron_r1reward.evaluation.result import Order
 from megatron_r1reward.monitor.sinks import read_rows
+from megatron_r1reward.monitor.timeline import read_timeline
 from megatron_r1reward.types import Label
 
 Interval = tuple[float, float]
@@ -89,6 +90,7 @@ class RunFiles:
     sft_rows: tuple[dict[str, Any], ...]
     rl_rows: tuple[dict[str, Any], ...]
     timing: TimingFile
+    timeline: tuple[dict[str, Any], ...]  # of the RL stage; () where the run did not record one
     difficulty: dict[str, int]  # attempts needed ("1", "2", ..., "never") -> number of preferences
 
 
@@ -116,6 +118,7 @@ def read_run(run_dir: Path) -> RunFiles:
         sft_rows=_rows(run_dir / "sft/metrics.jsonl"),
         rl_rows=_rows(run_dir / "rl/metrics.jsonl"),
         timing=_read(run_dir / "timing.json", TimingFile),
+        timeline=tuple(read_timeline(run_dir / "rl/timeline.jsonl")),
         difficulty=_read(run_dir / "difficulty.json", dict[str, int]),
     )
 

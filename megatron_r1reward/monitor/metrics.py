@@ -60,6 +60,18 @@ _TABLE = (
     _metric("judge/over_budget", "questions", "lower", "questions not asked because of judge.max_calls_per_step"),
     _metric("judge/not_tried", "questions", "lower", "questions not asked because the judge had stopped answering"),
     _metric("judge/steps_without", "steps", "lower", "steps in a row in which the judge gave no verdict at all"),
+    # Asynchrony and dynamic sampling
+    _metric("staleness/mean", "steps", "lower", "mean age of the weights that sampled a token, when it is trained on"),
+    _metric("staleness/max", "steps", "lower", "age of the oldest weights that sampled a token of the step"),
+    _metric(
+        "staleness/switched_fraction", "1", "neither", "share of rollouts that began and ended under other weights"
+    ),
+    _metric("staleness/regenerated", "rollouts", "lower", "rollouts sampled again because they were too old"),
+    _metric("sampling/extra_rounds", "rounds", "lower", "further rounds of generation by dynamic sampling"),
+    _metric(
+        "sampling/resampled", "prompts", "neither", "prompts that others took the place of: all right or all wrong"
+    ),
+    _metric("sampling/uninformative", "prompts", "lower", "prompts left with samples that are all right or all wrong"),
     # Advantages
     _metric("advantage/mean", "1", "neither", "mean of the returns before normalisation, over action tokens"),
     _metric("advantage/std", "1", "neither", "standard deviation of the returns before normalisation"),
@@ -74,13 +86,18 @@ _TABLE = (
     _metric("mismatch/mean_abs", "nats", "lower", "mean |log-prob difference| between rollout server and trainer"),
     _metric("mismatch/max_abs", "nats", "lower", "largest |log-prob difference| between rollout server and trainer"),
     _metric("mismatch/kl", "nats", "lower", "k3 estimate of KL(rollout server || trainer)"),
+    _metric("mismatch/share_beyond", "1", "lower", "share of tokens with a gap above algorithm.mismatch_threshold"),
+    _metric("correction/weight", "1", "neither", "mean truncated importance weight trainer / rollout server"),
+    _metric("correction/truncated", "1", "lower", "share of tokens whose importance weight was cut to its cap"),
     # Wall time of the phases of one step
+    _metric("time/wait", "s", "lower", "the trainer waiting for rollouts: 0 when it never does"),
     _metric("time/generate", "s", "lower", "sampling the rollouts"),
     _metric("time/score", "s", "lower", "rewards, judge calls included"),
     _metric("time/log_probs", "s", "lower", "old (and reference) log-probabilities"),
     _metric("time/update", "s", "lower", "forward, backward and optimizer"),
     _metric("time/push", "s", "lower", "weight push to the rollout servers"),
     _metric("time/save", "s", "lower", "checkpointing, as far as it blocks the step"),
+    _metric("time/heldout", "s", "lower", "the probe of held-out accuracy"),
     _metric("time/step", "s", "lower", "the whole step"),
     # Quality
     _metric("heldout/accuracy", "1", "higher", "accuracy on held-out pairs, mean of both answer orders"),

@@ -88,7 +88,7 @@ class JsonlSink:
             if resumed_step is None:
                 path.replace(path.with_name(path.name + ".previous"))
             else:
-                _truncate(path, resumed_step)
+                truncate(path, resumed_step)
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -120,7 +120,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _truncate(path: Path, last_step: int) -> None:
+def truncate(path: Path, last_step: int) -> None:
+    """Drop the rows of later steps, atomically."""
     kept = [row for row in read_rows(path) if row["step"] <= last_step]
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")

@@ -16,10 +16,19 @@ class PhaseTimer:
         monitor.log(step, timer.metrics())  # {"time/generate": ...}
 
     A phase that raises is counted too: its time was spent.
+
+    Args:
+        on_phase: gets (name, start, end) of every phase by `clock`, e.g. `Timeline.add`.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        on_phase: Callable[[str, float, float], None] | None = None,
+    ) -> None:
         self._clock = clock
+        self._on_phase = on_phase
         self._seconds: dict[str, float] = {}
 
     @contextmanager
@@ -28,7 +37,10 @@ class PhaseTimer:
         try:
             yield
         finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
+            end = self._clock()
+            self._seconds[name] = self._seconds.get(name, 0.0) + end - start
+            if self._on_phase is not None:
+                self._on_phase(name, start, end)
 
     @property
     def seconds(self) -> dict[str, float]:

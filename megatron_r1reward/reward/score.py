@@ -52,7 +52,7 @@ class RewardScorer:
         verdicts = dict(zip(right, await self._verdicts(cases), strict=True))
         scored = [self._scored(rollouts[i], parsed[i], verdicts.get(i, "not_asked")) for i in range(len(rollouts))]
         judge = self._judge.counts if self._judge is not None else Counter[str]()
-        return scored, _count(scored) | {f"judge_{name}": judge[name] for name in _JUDGE_COUNTS}
+        return scored, count(scored) | {f"judge_{name}": judge[name] for name in _JUDGE_COUNTS}
 
     async def _verdicts(self, cases: Sequence[tuple[str, Label]]) -> Sequence[JudgeVerdict]:
         if self._judge is None:
@@ -74,7 +74,8 @@ class RewardScorer:
         )
 
 
-def _count(scored: Sequence[ScoredRollout]) -> dict[str, int]:
+def count(scored: Sequence[ScoredRollout]) -> dict[str, int]:
+    """Those of the counts of `RewardScorer.score` that follow from the scored rollouts alone."""
     verdicts = Counter(s.verdict for s in scored)
     return {
         "judge_asked": len(scored) - verdicts["not_asked"],

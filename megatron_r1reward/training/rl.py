@@ -1,13 +1,16 @@
 """Stage 2: StableReinforce. `train_step` is the page to read first.
 
 The main rank owns the servers and the reward; all ranks own the policy. Everything random is drawn from
-(run.seed, step), so a resumed run repeats what the uninterrupted one would have done.
+(run.seed, step), so a resumed run repeats what the uninterrupted one would have done (in flight: up to the moments at
+which responses switch weights, see `generation`).
 """
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +20,13 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.data.curriculum import Curriculum
 from megatron_r1reward.data.importing import keep_selected
 from megatron_r1reward.data.loader import PromptLoader
 from megatron_r1reward.data.preference import read_preferences
 from megatron_r1reward.data.prompt import PromptBuilder
 from megatron_r1reward.monitor.sinks import Monitor, build_monitor
+from megatron_r1reward.monitor.timeline import Timeline
 from megatron_r1reward.monitor.timers import PhaseTimer
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.reward.consistency import JudgeDownError
@@ -30,10 +35,12 @@ from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.training import health, rundir
 from megatron_r1reward.training.control import RunControl
 from megatron_r1reward.training.data_parallel import synchronize_parameters
+from megatron_r1reward.training.generation import RolloutProducer
 from megatron_r1reward.training.policy_update import update_policy
 from megatron_r1reward.training.profiling import StepProfiler
-from megatron_r1reward.training.rl_metrics import advantage_metrics, mismatch, rollout_metrics, server_metrics
+from megatron_r1reward.training.rl_metrics import advantage_metrics, mismatch, step_metrics
 from megatron_r1reward.training.rollout_batch import add_advantages, add_log_probs, pack
+from megatron_r1reward.training.sampling import StepSampler
 from megatron_r1reward.training.state import TrainState, build_state
 from megatron_r1reward.types import Preference, ScoredRollout
 
@@ -50,11 +57,23 @@ class Services:
     probe: Probe | None = None
 
 
-def train_step(
-    state: TrainState, loader: PromptLoader, services: Services | None, timer: PhaseTimer
-) -> dict[str, float]:
-    """One step: generate, score, log-probs, advantages, update, push. Returns its metrics (the same on every rank)."""
-    scored, metrics = generate_and_score(state, loader, services, timer)
+@dataclass(frozen=True, kw_only=True)
+class MainRank:
+    """What the main rank works with: services, and what `run` builds on them."""
+
+    services: Services
+    producer: RolloutProducer
+    monitor: Monitor
+    timeline: Timeline
+
+
+def train_step(state: TrainState, main: MainRank | None, timer: PhaseTimer) -> dict[str, float]:
+    """One step: rollouts, log-probs, advantages, update, push. Returns its metrics (the same on every rank).
+
+    Asynchronous modes sample the next steps' rollouts meanwhile; see `generation`.
+    """
+    with timer.phase("wait"):
+        scored, metrics = take_rollouts(state, main)
     batch = pack(state, scored)
     with timer.phase("log_probs"):
         batch = add_log_probs(state, batch)
@@ -63,33 +82,23 @@ def train_step(
     with timer.phase("update"):
         metrics |= update_policy(state, batch)
     state.step += 1
+    with timer.phase("wait"):
+        if main is not None:
+            main.producer.before_push()
     with timer.phase("push"):
-        push_weights(state, services)
+        push_weights(state, None if main is None else main.services)
     return metrics
 
 
-def generate_and_score(
-    state: TrainState, loader: PromptLoader, services: Services | None, timer: PhaseTimer
-) -> tuple[list[ScoredRollout], dict[str, float]]:
-    """Sample and score this step's prompts on the main rank; every rank gets the result."""
+def take_rollouts(state: TrainState, main: MainRank | None) -> tuple[Sequence[ScoredRollout], dict[str, float]]:
+    """This step's scored rollouts from the main rank; every rank gets them."""
     message: list[Any] = [None]
-    if services is not None:
-        config = state.config
-        prompts = loader.batch(state.step, config.rl.rollout_batch_size)
-        with timer.phase("generate"):
-            generated = services.pool.generate(
-                prompts, config.sampling, n=config.algorithm.samples_per_prompt, seed=config.run.seed
-            )
-        for failure in generated.failed:
-            log.warning("no rollout for prompt %s: %s", failure.prompt.id, failure.reason)
-        log.debug("step %d: %s", state.step + 1, generated.accounting)
-        with timer.phase("score"):
-            try:
-                scored, counts = services.scorer.score(generated.rollouts)
-                metrics = rollout_metrics(scored, counts) | server_metrics(generated, services.pool.status())
-                message = [(scored, metrics)]
-            except JudgeDownError as error:  # all ranks save together
-                message = [error]
+    if main is not None:
+        try:
+            batch = main.producer.take(state.step)
+            message = [(batch.scored, step_metrics(batch, main.services.pool.status()))]
+        except JudgeDownError as error:  # all ranks save together
+            message = [error]
     if state.topology.world_size > 1:
         dist.broadcast_object_list(message, src=0)
     if isinstance(message[0], JudgeDownError):
@@ -164,15 +173,18 @@ def run(config: RunConfig, topology: Topology, services: Services | None) -> Pat
     )
     resumed = rundir.resume(state)
     rundir.prepare(state)
-    monitor = None
-    if topology.is_main:
-        monitor = build_monitor(config.monitor, output, "rl", resumed_step=state.step if resumed else None)
     push_weights(state, services)  # the servers' weights are the trainer's from the first token on
-    control.begin(state.step, resumed=resumed)
-    finished = _train(state, loader, services, monitor, control)
+    with ExitStack() as stack:
+        main = None
+        if services is not None:
+            main = stack.enter_context(
+                _main_rank(state, loader, services, resumed_step=state.step if resumed else None)
+            )
+        control.begin(state.step, resumed=resumed)
+        finished = _train(state, main, control)
     state.saver.close()
     if not finished:
-        rundir.leave(control, monitor)
+        rundir.leave(control, None)
         return None
     if services is not None:
         log.info("rollouts: %s", services.pool.total)
@@ -181,56 +193,74 @@ def run(config: RunConfig, topology: Topology, services: Services | None) -> Pat
     rundir.export(state, folder)
     rundir.mark_done(state, hf=folder)
     control.done()
-    if monitor is not None:
-        monitor.close()
     return folder
 
 
-def _train(
-    state: TrainState,
-    loader: PromptLoader,
-    services: Services | None,
-    monitor: Monitor | None,
-    control: RunControl,
-) -> bool:
+@contextmanager
+def _main_rank(
+    state: TrainState, loader: PromptLoader, services: Services, *, resumed_step: int | None
+) -> Iterator[MainRank]:
+    config, output = state.config, state.config.run.output_dir
+    learned = json.loads(state.producer["accuracies"]) if state.producer else {}
+    with ExitStack() as stack:
+        monitor = build_monitor(config.monitor, output, "rl", resumed_step=resumed_step)
+        stack.callback(monitor.close)
+        timeline = Timeline(output / "timeline.jsonl", resumed_step=resumed_step)
+        stack.callback(timeline.close)
+        sampler = StepSampler(
+            services.pool, services.scorer, loader, config, curriculum=Curriculum(loader, learned), timeline=timeline
+        )
+        producer = RolloutProducer(sampler, config.asynchrony, steps=config.rl.steps, state=state.producer)
+        stack.callback(producer.close)
+        yield MainRank(services=services, producer=producer, monitor=monitor, timeline=timeline)
+
+
+def _train(state: TrainState, main: MainRank | None, control: RunControl) -> bool:
     """Step by step to the last one: True. False: asked to stop, and saved."""
     config = state.config
     progress = tqdm(
-        total=config.rl.steps, initial=state.step, desc="RL", unit="step", disable=monitor is None, dynamic_ncols=True
+        total=config.rl.steps, initial=state.step, desc="RL", unit="step", disable=main is None, dynamic_ncols=True
     )
-    timer = PhaseTimer()
+    timer = PhaseTimer(on_phase=None if main is None else main.timeline.add)
     profiler = StepProfiler(config.profile, output_dir=config.run.output_dir, rank=state.topology.rank)
     stopped = False
     while state.step < config.rl.steps and not stopped:
         timer.reset()
+        if main is not None:
+            main.timeline.step = state.step + 1
         with timer.phase("step"):
             try:
                 with profiler.step(state.step + 1):
-                    metrics = train_step(state, loader, services, timer)
+                    metrics = train_step(state, main, timer)
             except JudgeDownError:
                 if state.step % config.checkpoint.save_every:  # else it has just been saved
-                    rundir.save(state)
+                    _save(state, main)
                 state.saver.close()
                 log.error("saved after step %d; the run stops because the judge is down", state.step)
                 raise
             if state.topology.is_main:
                 health.check(metrics, config.algorithm, state.step)
-        if services is not None and services.probe is not None and _probe_is_due(config, state.step):
-            metrics["heldout/accuracy"] = services.probe()
+        if main is not None and main.services.probe is not None and _probe_is_due(config, state.step):
+            with timer.phase("heldout"):
+                metrics["heldout/accuracy"] = main.services.probe()
         control.finished_step(state.step)
         stopped = state.step < config.rl.steps and control.stop_requested()
         with timer.phase("save"):
             state.saver.poll()
             if state.step % config.checkpoint.save_every == 0 or state.step == config.rl.steps or stopped:
                 control.saving()
-                rundir.save(state, score=metrics.get("heldout/accuracy"))
+                _save(state, main, score=metrics.get("heldout/accuracy"))
                 control.saved(state.step)
-        if monitor is not None:
-            monitor.log(state.step, metrics | timer.metrics())
+        if main is not None:
+            main.monitor.log(state.step, metrics | timer.metrics())
         progress.set_postfix(reward=f"{metrics['reward/mean']:.2f}", right=f"{metrics['reward/result']:.2f}")
         progress.update()
     progress.close()
     return not stopped
+
+
+def _save(state: TrainState, main: MainRank | None, *, score: float | None = None) -> None:
+    rundir.save(state, score=score, producer=None if main is None else main.producer.state())
 
 
 def _probe_is_due(config: RunConfig, step: int) -> bool:

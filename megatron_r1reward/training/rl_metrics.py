@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from megatron_r1reward.algorithm.correction import mismatch_metrics
+from megatron_r1reward.algorithm.correction import mismatch_metrics, truncated_importance_weights
+from megatron_r1reward.rollout.accounting import Accounting
 from megatron_r1reward.rollout.member import ServerStatus
-from megatron_r1reward.rollout.pool import GenerateResult
 from megatron_r1reward.training.rollout_batch import RolloutBatch
+from megatron_r1reward.training.sampling import StepRollouts
 from megatron_r1reward.training.schedule import reduce_statistics
 from megatron_r1reward.training.state import TrainState
 from megatron_r1reward.types import ScoredRollout
@@ -44,9 +45,37 @@ def rollout_metrics(scored: Sequence[ScoredRollout], counts: Mapping[str, int]) 
     }
 
 
-def server_metrics(generated: GenerateResult, servers: Sequence[ServerStatus]) -> dict[str, float]:
+def age_metrics(scored: Sequence[ScoredRollout], version: int) -> dict[str, float]:
+    """How many steps older than `version`, the weights that are about to be updated, those were that sampled."""
+    ages, tokens = [], 0
+    for item in scored:
+        for span in item.rollout.weight_spans:
+            ages.append((version - span.version) * (span.end - span.start))
+            tokens += span.end - span.start
+    return {
+        "staleness/mean": sum(ages) / max(tokens, 1),
+        "staleness/max": max((version - span.version for i in scored for span in i.rollout.weight_spans), default=0),
+        "staleness/switched_fraction": sum(len(item.rollout.weight_spans) > 1 for item in scored) / len(scored),
+    }
+
+
+def step_metrics(batch: StepRollouts, servers: Sequence[ServerStatus]) -> dict[str, float]:
+    """Everything that is known of a step's rollouts before they are trained on."""
+    generated = batch.generated
+    metrics = rollout_metrics(batch.scored, batch.counts) | age_metrics(batch.scored, generated.step)
+    metrics |= server_metrics(generated.accounting, servers)
+    return metrics | {
+        "staleness/regenerated": batch.regenerated,
+        "sampling/extra_rounds": generated.rounds,
+        "sampling/resampled": generated.resampled,
+        "sampling/uninformative": generated.uninformative,
+        "time/generate": generated.seconds,
+        "time/score": batch.seconds,
+    }
+
+
+def server_metrics(account: Accounting, servers: Sequence[ServerStatus]) -> dict[str, float]:
     """What the rollout servers went through to serve one step."""
-    account = generated.accounting
     return {
         "rollout/failed": account.failed,
         "rollout/quarantined": account.quarantined,
@@ -64,21 +93,27 @@ def mismatch(state: TrainState, batch: RolloutBatch) -> dict[str, float]:
     if state.topology.is_last_stage:
         assert batch.old_log_probs is not None and batch.entropy is not None
         tokens = batch.old_log_probs.numel()
-        gap = mismatch_metrics(batch.old_log_probs, batch.sampler_log_probs)
+        algorithm = state.config.algorithm
+        gap = mismatch_metrics(batch.old_log_probs, batch.sampler_log_probs, threshold=algorithm.mismatch_threshold)
         local = {
             "tokens": tokens,
             "abs": gap["mean_abs"] * tokens,
             "kl": gap["kl"] * tokens,
             "max_abs": gap["max_abs"],
+            "beyond": gap["share_beyond"] * tokens,
             "entropy": float(batch.entropy.sum()),
         }
+        if (cap := algorithm.truncated_importance_sampling) is not None:
+            weights_R = truncated_importance_weights(batch.old_log_probs, batch.sampler_log_probs, cap)
+            local |= {"weight": float(weights_R.sum()), "truncated": float((weights_R >= cap).sum())}
     total = reduce_statistics(state, [local])
     return {
         "mismatch/mean_abs": total["abs"] / total["tokens"],
         "mismatch/max_abs": total["max_abs"],
         "mismatch/kl": total["kl"] / total["tokens"],
+        "mismatch/share_beyond": total["beyond"] / total["tokens"],
         "entropy": total["entropy"] / total["tokens"],
-    }
+    } | {f"correction/{name}": total[name] / total["tokens"] for name in ("weight", "truncated") if name in total}
 
 
 def advantage_metrics(state: TrainState, batch: RolloutBatch) -> dict[str, float]:

@@ -6,8 +6,9 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_r1reward.checkpoint.dist import Trained, find_checkpoint_together, load_checkpoint
 from megatron_r1reward.checkpoint.hf import save_hf_folder
@@ -56,6 +57,7 @@ def resume(state: TrainState) -> bool:
         return False
     saved = load_checkpoint(folder, _trained(state))
     state.step = int(saved["step"])
+    state.producer = saved.get("producer")
     _check_data(state, saved["data"], folder)
     log.info("resumed from %s after step %d", folder, state.step)
     return True
@@ -78,14 +80,20 @@ def _check_data(state: TrainState, saved: dict[str, object], folder: Path) -> No
     log.warning("%s; going on with the new ones from step %d", text, state.step)
 
 
-def save(state: TrainState, *, score: float | None = None) -> float:
-    """Checkpoint after `state.step` steps; returns the seconds that training waited. `score`: held-out accuracy."""
+def save(state: TrainState, *, score: float | None = None, producer: Mapping[str, Any] | None = None) -> float:
+    """Checkpoint after `state.step` steps; returns the seconds that training waited.
+
+    Args:
+        score: held-out accuracy.
+        producer: RL, on the main rank: `RolloutProducer.state`.
+    """
     started = time.monotonic()
     synchronize_parameters(state.model)
     content = {
         "config": state.config.model_dump(mode="json"),
         "data": state.data,
         "weight_version": state.step,  # what the rollout servers call these weights
+        "producer": producer,
     }
     state.saver.save(state.step, _trained(state), content, score=score)
     return time.monotonic() - started

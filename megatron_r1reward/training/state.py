@@ -48,6 +48,7 @@ class TrainState:
     saver: CheckpointSaver
     data: dict[str, Any] = field(default_factory=dict)  # what decides which rows a step trains on; kept in checkpoints
     reference: torch.nn.Module | None = None  # the frozen initial policy, only when the reward holds a KL term
+    producer: dict[str, Any] | None = None  # RL: of the checkpoint resumed from, `RolloutProducer.state`
     step: int = 0
     skipped_in_a_row: int = 0  # steps since the last one with a finite gradient
 

@@ -1,9 +1,11 @@
 """Returns against their recursive definition, and group baselines against GRPO and RLOO by hand."""
 
+import math
+
 import pytest
 import torch
 
-from megatron_r1reward.algorithm.returns import group_rewards, task_returns
+from megatron_r1reward.algorithm.returns import Baseline, group_rewards, task_returns
 
 REWARDS = torch.tensor([2.0, 0.5, 1.5])
 OFFSETS = torch.tensor([0, 3, 4, 9])
@@ -87,6 +89,23 @@ class TestGroups:
         seven = self.rewards[[0, 2, 3]]
         torch.testing.assert_close(compared[[0, 2, 3]], (seven - seven.mean()) / seven.std())
         assert compared[[1, 4, 5]].tolist() == [0.0, 0.0, 0.0]  # equal samples and a lone one: no signal, no 0 / 0
+
+    @pytest.mark.parametrize("baseline", ["group_mean", "leave_one_out"])
+    @pytest.mark.parametrize("normalize", [False, True])
+    def test_random_groups_follow_the_formula(self, baseline: Baseline, normalize: bool) -> None:
+        """In float64, one group after the other: r - mean(group or others), over the group's sample deviation."""
+        generator = torch.Generator().manual_seed(1)
+        group = torch.randint(0, 9, (64,), generator=generator)
+        rewards = torch.randint(0, 5, (64,), generator=generator) / 2
+        found = group_rewards(rewards, group, baseline=baseline, normalize=normalize)
+        for i, (number, reward) in enumerate(zip(group.tolist(), rewards.double().tolist(), strict=True)):
+            members = rewards.double()[group == number].tolist()
+            assert len(members) > 1
+            mean = sum(members) / len(members)
+            deviation = math.sqrt(sum((r - mean) ** 2 for r in members) / (len(members) - 1))
+            others = (sum(members) - reward) / (len(members) - 1)
+            expected = reward - (mean if baseline == "group_mean" else others)
+            assert float(found[i]) == pytest.approx(expected / (deviation if normalize else 1.0), rel=1e-6, abs=1e-7)
 
     def test_normalize_without_baseline_is_an_error(self) -> None:
         with pytest.raises(ValueError, match="group_normalize needs a group baseline"):

@@ -44,6 +44,8 @@ def test_overrides_apply_left_to_right(run_file):
         ("algorithm.filter=median", "algorithm.filter"),
         ("algorithm.baseline=group_mean", "samples_per_prompt > 1"),
         ("rl.train_batch_size=100", "not a multiple"),
+        ("rl.dynamic_sampling_rounds=2", "algorithm.samples_per_prompt is 1"),
+        ("asynchrony.mode=in_flight", "set algorithm.truncated_importance_sampling"),
         ("nonsense", "section.key=value"),
     ],
 )
@@ -51,6 +53,15 @@ def test_bad_values_name_the_key_and_the_fix(run_file, override, message):
     with pytest.raises(ValueError) as error:
         load_config(run_file, [override])
     assert message in str(error.value)
+
+
+def test_asynchrony_needs_machines_of_its_own_and_one_batch_per_step(run_file):
+    corrected = ["asynchrony.mode=one_step_off", "algorithm.truncated_importance_sampling=2.0"]
+    assert load_config(run_file, corrected).asynchrony.max_staleness == 1
+    with pytest.raises(ValueError, match="set layout to 'split'"):
+        load_config(run_file, [*corrected, "cluster.layout=colocated"])
+    with pytest.raises(ValueError, match="batches_ahead is 2: set it to 1"):
+        load_config(run_file, [*corrected, "asynchrony.batches_ahead=2"])
 
 
 def test_missing_file_and_bad_toml(tmp_path):

@@ -17,6 +17,7 @@ from megatron_r1reward.evaluation.charts import Chart, Series, draw
 from megatron_r1reward.evaluation.report import build_report
 from megatron_r1reward.evaluation.result import CategoryAccuracy, Counts, EvaluationResult, Transcript
 from megatron_r1reward.evaluation.statistics import Estimate
+from megatron_r1reward.evaluation.timeline_chart import draw_timeline
 
 VOID_TAGS = {"meta", "img", "br", "link", "input", "hr"}
 KS = (1, 5, 15)
@@ -243,3 +244,43 @@ def test_charts_draw_gaps_zeros_and_single_points(scale: Any, values: tuple[floa
     assert head == "data:image/svg+xml;base64"
     assert ElementTree.fromstring(base64.b64decode(encoded)).tag.endswith("svg")
     assert draw(chart) == drawing  # the same curves, the same bytes
+
+
+def timeline(*, overlapped: bool) -> list[dict[str, Any]]:
+    """Ten steps of four seconds: two of generation, two of training; overlapped, generation runs one step ahead."""
+    rows = []
+    for step in range(1, 11):
+        start = 4.0 * step if not overlapped else 2.0 * step
+        begin_training = start + 2.0
+        rows += [
+            {"step": step, "phase": "generate", "start": start, "end": start + 2.0},
+            {"step": step, "phase": "score", "start": start + 1.9, "end": start + 2.0},
+            {"step": step, "phase": "wait", "start": start, "end": begin_training},
+            {"step": step, "phase": "update", "start": begin_training, "end": begin_training + 2.0},
+            {"step": step, "phase": "step", "start": start, "end": begin_training + 2.0},
+        ]
+    return rows
+
+
+@pytest.mark.parametrize(("overlapped", "share"), [(False, 0.0), (True, 0.9)])
+def test_the_timeline_tells_whether_generation_overlapped_training(overlapped: bool, share: float) -> None:
+    drawing = draw_timeline(timeline(overlapped=overlapped))
+    assert drawing is not None
+    assert drawing.overlap == pytest.approx(share)
+    assert (drawing.first_step, drawing.last_step) == (3, 8)
+    svg = base64.b64decode(drawing.image.split(",")[1]).decode()
+    ElementTree.fromstring(svg)
+    assert "servers: generate" in svg
+    assert "trainer: update" in svg
+    assert "trainer: push" not in svg  # a lane without a row
+    assert ">5<" in svg  # bars carry their step
+
+
+def test_a_run_without_a_timeline_has_a_report_all_the_same(run_dir: Path) -> None:
+    build_report(run_dir)
+    assert "What ran when" not in (run_dir / "report.html").read_text()
+    rows = timeline(overlapped=True)
+    (run_dir / "rl/timeline.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build_report(run_dir)
+    assert "What ran when, steps 3 to 8" in Page((run_dir / "report.html").read_text()).text
+    assert draw_timeline(rows[:3]) is None

@@ -9,15 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.monitor.timers import PhaseTimer
 from megatron_r1reward.reward.consistency import JudgeDownError
-from megatron_r1reward.rollout.accounting import Accounting
 from megatron_r1reward.training import rl, rundir
-
-
-class DownScorer:
-    def score(self, rollouts: object) -> object:
-        raise JudgeDownError("no verdict in 6 steps")
 
 
 def state_at(step: int, tmp_path: Path) -> Any:
@@ -35,19 +28,22 @@ def state_at(step: int, tmp_path: Path) -> Any:
     return SimpleNamespace(config=config, step=step, topology=topology, saver=saver)
 
 
-def services() -> Any:
-    generated = SimpleNamespace(rollouts=(), failed=(), accounting=Accounting())
-    pool = SimpleNamespace(generate=lambda *args, **options: generated)
-    return SimpleNamespace(pool=pool, scorer=DownScorer(), probe=None)
+def main_rank() -> Any:
+    def take(step: int) -> None:
+        raise JudgeDownError("no verdict in 6 steps")
+
+    producer = SimpleNamespace(take=take, state=lambda: {"ready": None, "accuracies": "{}"})
+    services = SimpleNamespace(pool=None, probe=None)
+    timeline = SimpleNamespace(add=lambda *phase: None)
+    return SimpleNamespace(services=services, producer=producer, timeline=timeline, monitor=None)
 
 
 @pytest.mark.parametrize(("step", "saves"), [(6, [6]), (8, [])])  # step 8 has just been saved
 def test_the_run_saves_and_stops(step: int, saves: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[int] = []
-    monkeypatch.setattr(rundir, "save", lambda state: saved.append(state.step))
-    loader: Any = SimpleNamespace(batch=lambda step, size: [])
+    monkeypatch.setattr(rundir, "save", lambda state, **options: saved.append(state.step))
     with pytest.raises(JudgeDownError, match="no verdict in 6 steps"):
-        rl._train(state_at(step, tmp_path), loader, services(), None, SimpleNamespace())
+        rl._train(state_at(step, tmp_path), main_rank(), SimpleNamespace())
     assert saved == saves
 
 
@@ -60,6 +56,5 @@ def test_the_reason_reaches_every_rank(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(rl.dist, "broadcast_object_list", broadcast)
     state = state_at(1, tmp_path)
     state.topology = SimpleNamespace(world_size=2, is_main=False)
-    loader: Any = None
     with pytest.raises(JudgeDownError, match="said by the main rank"):
-        rl.generate_and_score(state, loader, None, PhaseTimer())
+        rl.take_rollouts(state, None)

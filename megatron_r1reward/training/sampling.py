@@ -1,0 +1,208 @@
+"""The rollouts of one step: its prompts sampled, sampled again where that teaches nothing, and scored."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, replace
+
+from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.data.curriculum import Curriculum, is_informative
+from megatron_r1reward.data.loader import PromptLoader
+from megatron_r1reward.monitor.timeline import Timeline
+from megatron_r1reward.reward.parse import parse_response
+from megatron_r1reward.reward.score import RewardScorer, count
+from megatron_r1reward.rollout.accounting import Accounting
+from megatron_r1reward.rollout.pool import GenerateResult, RolloutPool
+from megatron_r1reward.types import Prompt, Rollout, ScoredRollout
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratedStep:
+    """What the servers gave for step `step` (counted from 0); samples of one prompt stand next to each other."""
+
+    step: int
+    rollouts: tuple[Rollout, ...]
+    accounting: Accounting
+    seconds: float
+    rounds: int = 0  # of dynamic sampling
+    resampled: int = 0  # prompts that others took the place of
+    uninformative: int = 0  # prompts left whose samples were all right or all wrong; counted by dynamic sampling only
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRollouts:
+    """A step's rollouts, scored; those of `generated` are left out. `counts` are those of `RewardScorer.score`."""
+
+    generated: GeneratedStep
+    scored: tuple[ScoredRollout, ...]
+    counts: Mapping[str, int]
+    seconds: float  # of scoring
+    regenerated: int = 0  # samples that were too old and have been replaced
+
+
+class StepSampler:
+    """Samples and scores the prompts of a step, on the main rank. `generate` and `score` may run in different threads,
+    and `generate` for several steps at once.
+
+    Args:
+        curriculum: learns the accuracy of every prompt, and names those that dynamic sampling tries instead.
+        timeline: gets the phases "generate" and "score".
+    """
+
+    def __init__(
+        self,
+        pool: RolloutPool,
+        scorer: RewardScorer,
+        loader: PromptLoader,
+        config: RunConfig,
+        *,
+        curriculum: Curriculum,
+        timeline: Timeline,
+    ) -> None:
+        self.curriculum = curriculum
+        self._pool, self._scorer, self._loader, self._config = pool, scorer, loader, config
+        self._timeline = timeline
+        self._requests: set[Future[GenerateResult]] = set()
+        self._cancelled = False
+        self._lock = threading.Lock()  # of the two above
+        self._scoring = threading.Lock()  # the judge counts by batch
+
+    def generate(self, step: int) -> GeneratedStep:
+        """Sample the prompts of step `step`, and with `rl.dynamic_sampling_rounds` others in place of those whose
+        samples were all right or all wrong; what is left of these when the rounds are used up stays in the batch.
+
+        Raises:
+            CancelledError: `cancel` was called.
+            ServerError: all servers have been given up.
+        """
+        with self._timeline.phase("generate", step=step + 1):
+            started = time.perf_counter()
+            prompts = self._loader.batch(step, self._config.rl.rollout_batch_size)
+            groups, account = self._sample(prompts)
+            used = {prompt.preference_id for prompt in prompts}
+            rounds = resampled = 0
+            while rounds < self._config.rl.dynamic_sampling_rounds and (poor := _uninformative(groups)):
+                others = self.curriculum.draw(len(poor), step=step, round_=rounds + 1, used=used)
+                if not others:
+                    break
+                used |= {prompt.preference_id for prompt in others}
+                found, further = self._sample(others)
+                account += further
+                rounds += 1
+                for slot, group in zip(poor, found, strict=False):
+                    groups[slot] = group or groups[slot]
+                    resampled += bool(group)
+            seconds = time.perf_counter() - started
+        left = len(_uninformative(groups)) if self._config.rl.dynamic_sampling_rounds else 0
+        if left and rounds == self._config.rl.dynamic_sampling_rounds:
+            log.info("step %d: %d prompts still teach nothing after %d more rounds", step + 1, left, rounds)
+        log.debug("step %d: %s", step + 1, account)
+        return GeneratedStep(
+            step=step,
+            rollouts=tuple(rollout for group in groups for rollout in group),
+            accounting=account,
+            seconds=seconds,
+            rounds=rounds,
+            resampled=resampled,
+            uninformative=left,
+        )
+
+    def score(self, generated: GeneratedStep) -> StepRollouts:
+        """Raises JudgeDownError when the judge has been silent for too long."""
+        with self._timeline.phase("score", step=generated.step + 1):
+            started = time.perf_counter()
+            with self._scoring:
+                scored, counts = self._scorer.score(generated.rollouts)
+            seconds = time.perf_counter() - started
+        return StepRollouts(
+            generated=replace(generated, rollouts=()), scored=tuple(scored), counts=counts, seconds=seconds
+        )
+
+    def replace_older_than(self, batch: StepRollouts, version: int) -> StepRollouts:
+        """The batch with all prompts sampled anew, by the weights of now, of which a sample has a token of weights
+        that are older than `version`."""
+        old = {
+            item.rollout.prompt.id: item.rollout.prompt
+            for item in batch.scored
+            if any(span.version < version for span in item.rollout.weight_spans)
+        }
+        if not old:
+            return batch
+        step = batch.generated.step
+        with self._timeline.phase("generate", step=step + 1):
+            groups, account = self._sample(list(old.values()))
+        new = self.score(
+            replace(
+                batch.generated, rollouts=tuple(rollout for group in groups for rollout in group), accounting=account
+            )
+        )
+        replaced = {prompt_id: [i for i in new.scored if i.rollout.prompt.id == prompt_id] for prompt_id in old}
+        scored: list[ScoredRollout] = []
+        for item in batch.scored:
+            prompt_id = item.rollout.prompt.id
+            scored += replaced.pop(prompt_id, []) if prompt_id in old else [item]
+        judged = {name: new.counts[name] + batch.counts[name] for name in new.counts}
+        return replace(
+            batch,
+            generated=replace(batch.generated, accounting=batch.generated.accounting + account),
+            scored=tuple(scored),
+            counts=judged | count(scored) | {"judge_steps_without": new.counts["judge_steps_without"]},
+            regenerated=sum(item.rollout.prompt.id in old for item in batch.scored),
+        )
+
+    def cancel(self) -> None:
+        """Give up what is being generated; nothing can be generated afterwards."""
+        with self._lock:
+            self._cancelled = True
+            requests = list(self._requests)
+        for request in requests:
+            request.cancel()
+
+    def _sample(self, prompts: Sequence[Prompt]) -> tuple[list[list[Rollout]], Accounting]:
+        """The samples of each prompt, none where it failed; their accuracies go to the curriculum."""
+        with self._lock:
+            if self._cancelled:
+                raise CancelledError
+            request = self._pool.submit(
+                prompts,
+                self._config.sampling,
+                n=self._config.algorithm.samples_per_prompt,
+                seed=self._config.run.seed,
+            )
+            self._requests.add(request)
+        try:
+            result = request.result()
+        except BaseException:
+            request.cancel()
+            raise
+        finally:
+            with self._lock:
+                self._requests.discard(request)
+        for failure in result.failed:
+            log.warning("no rollout for prompt %s: %s", failure.prompt.id, failure.reason)
+        groups: dict[str, list[Rollout]] = {prompt.id: [] for prompt in prompts}
+        for rollout in result.rollouts:
+            groups[rollout.prompt.id].append(rollout)
+        if self._config.rl.dynamic_sampling_rounds:
+            for prompt in prompts:
+                if (accuracy := _accuracy(groups[prompt.id])) is not None:
+                    self.curriculum.observe(prompt.preference_id, accuracy)
+        return list(groups.values()), result.accounting
+
+
+def _accuracy(group: Sequence[Rollout]) -> float | None:
+    """Share of right answers; None without samples."""
+    if not group:
+        return None
+    return sum(parse_response(rollout.text).answer == rollout.prompt.label for rollout in group) / len(group)
+
+
+def _uninformative(groups: Sequence[Sequence[Rollout]]) -> list[int]:
+    """The groups without samples, or with samples of equal results."""
+    return [i for i, group in enumerate(groups) if not group or not is_informative(_accuracy(group))]

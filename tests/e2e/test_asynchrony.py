@@ -1,0 +1,136 @@
+"""RL that samples while it trains, with a real server: which weights sampled what, and what a restart repeats."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.data.digits import build_digits
+from megatron_r1reward.monitor.timeline import read_timeline
+from megatron_r1reward.parallel import setup
+from megatron_r1reward.parallel.setup import Topology
+from megatron_r1reward.reward.score import RewardScorer
+from megatron_r1reward.rollout.accounting import Accounting
+from megatron_r1reward.rollout.pool import RolloutPool
+from megatron_r1reward.training import rl
+
+pytestmark = pytest.mark.e2e
+STEPS, BATCH = 5, 6
+
+
+@pytest.fixture(scope="module")
+def topology() -> Iterator[Topology]:
+    from megatron_r1reward.config.schema import ParallelSection
+
+    yield setup.initialize(ParallelSection(), seed=0)
+    setup.shutdown()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    build_digits(folder, seed=0, sft_rows=8, pool_rows=24, heldout_pairs=4, judge_rows=8, categories=("digit",))
+    return folder
+
+
+def config(output: Path, model: Path, data: Path, mode: str, *, max_tokens: int = 24, **asynchrony: int) -> RunConfig:
+    """A random model earns no reward: the entropy bonus is what moves its weights."""
+    return RunConfig.model_validate(
+        {
+            "run": {"output_dir": output},
+            "model": {"path": model, "precision": "fp32"},
+            "data": {"train": data / "pool.jsonl", "token_budget": 4096, "max_pixels": 50_176},
+            "optimizer": {"lr": 1e-3, "schedule": "constant", "warmup_fraction": 0.0},
+            "rl": {"steps": STEPS, "rollout_batch_size": BATCH, "train_batch_size": BATCH, "heldout_every": 3},
+            "asynchrony": {"mode": mode, **asynchrony},
+            "algorithm": {
+                "samples_per_prompt": 2, "baseline": "leave_one_out", "entropy_coefficient": 0.1,
+                "truncated_importance_sampling": 2.0, "mismatch_alarm": 100.0, "mismatch_share_alarm": 1.0,
+            },
+            "reward": {"use_judge": False},
+            "sampling": {"max_tokens": max_tokens},
+            "checkpoint": {"save_every": 2},
+            "monitor": {"tensorboard": False},
+        }
+    )  # fmt: skip
+
+
+def run(config: RunConfig, topology: Topology, pool: RolloutPool, probe: rl.Probe = lambda: 0.5) -> Accounting:
+    """What became of the prompts of this run."""
+    pool.total = Accounting()
+    rl.run(config, topology, rl.Services(pool=pool, scorer=RewardScorer(config.reward, None), probe=probe))
+    return pool.total
+
+
+def rows(config: RunConfig) -> dict[int, dict[str, Any]]:
+    lines = (config.run.output_dir / "metrics.jsonl").read_text().splitlines()
+    return {row["step"]: row for row in map(json.loads, lines)}
+
+
+class KilledError(RuntimeError):
+    pass
+
+
+def killed() -> float:
+    raise KilledError
+
+
+def test_one_step_off_overlaps_and_repeats_itself_after_a_kill(
+    shared_pool: RolloutPool, tiny_folder: Path, data: Path, topology: Topology, tmp_path: Path
+) -> None:
+    """Killed after step 3, with a checkpoint of step 2: steps 3 to 5 are those of the run that was left alone."""
+    whole = config(tmp_path / "whole", tiny_folder, data, "one_step_off")
+    account = run(whole, topology, shared_pool)
+    assert (account.asked, account.answered, account.failed) == (STEPS * BATCH, STEPS * BATCH, 0)
+    expected = rows(whole)
+    assert [expected[step]["staleness/max"] for step in range(1, STEPS + 1)] == [0, 1, 1, 1, 1]
+    assert [expected[step]["staleness/mean"] for step in range(1, STEPS + 1)] == [0, 1, 1, 1, 1]
+    gaps = [expected[step]["mismatch/max_abs"] for step in range(1, STEPS + 1)]
+    assert gaps[0] < 1e-3, "the first batch is on-policy"
+    assert min(gaps[1:]) > 1e-3, "the weights moved meanwhile"
+    timeline = read_timeline(whole.run.output_dir / "timeline.jsonl")
+    spans = {(row["step"], row["phase"]): (row["start"], row["end"]) for row in timeline}
+    for step in range(1, STEPS):
+        generating, training = spans[step + 1, "generate"], spans[step, "log_probs"]
+        assert generating[0] < training[1], "the next batch was begun before this one was trained on"
+        assert generating[1] <= spans[step, "push"][0], "no request was in flight during the push"
+
+    broken = config(tmp_path / "broken", tiny_folder, data, "one_step_off")
+    with pytest.raises(KilledError):
+        run(broken, topology, shared_pool, probe=killed)
+    run(broken, topology, shared_pool)
+    got = rows(broken)
+    assert set(got) == set(expected)
+    for step, row in expected.items():
+        for name in ("loss", "grad_norm", "reward/mean", "response/mean_tokens", "entropy", "staleness/mean",
+                     "mismatch/mean_abs", "correction/weight"):  # fmt: skip
+            assert got[step][name] == pytest.approx(row[name], rel=2e-3, abs=2e-5), (step, name)
+
+
+def test_in_flight_switches_weights_within_the_bound(
+    shared_pool: RolloutPool, tiny_folder: Path, data: Path, topology: Topology, tmp_path: Path
+) -> None:
+    """Two batches ahead, but samples may be one step old: what was begun too early is sampled again."""
+    settings = config(
+        tmp_path / "run", tiny_folder, data, "in_flight", max_tokens=160, batches_ahead=2, max_staleness=1
+    )
+    account = run(settings, topology, shared_pool)
+    assert account.answered == account.asked >= STEPS * BATCH
+    found = rows(settings)
+    assert set(found) == set(range(1, STEPS + 1))
+    assert max(row["staleness/max"] for row in found.values()) <= 1
+    again = sum(row["staleness/regenerated"] for row in found.values())
+    assert again > 0
+    assert account.samples == 2 * STEPS * BATCH + again
+
+    bound = config(tmp_path / "bound", tiny_folder, data, "in_flight", max_tokens=160, batches_ahead=2, max_staleness=2)
+    account = run(bound, topology, shared_pool)
+    assert account.asked == STEPS * BATCH
+    found = rows(bound)
+    assert max(row["staleness/max"] for row in found.values()) == 2
+    assert max(row["staleness/switched_fraction"] for row in found.values()) > 0
