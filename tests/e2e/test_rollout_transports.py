@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from reference import SERVER, Reference
 
 from megatron_r1reward.config.schema import SamplingSection
 from megatron_r1reward.models.tiny import write_tiny_checkpoint
+from megatron_r1reward.network.tokens import bearer
 from megatron_r1reward.rollout.banned import banned_token_ids
 from megatron_r1reward.rollout.opening import build_transport
 from megatron_r1reward.rollout.pool import SERVED_NAME, RolloutPool
 from megatron_r1reward.rollout.server import VllmServer, start_servers
+from megatron_r1reward.rollout.weights import WeightPushError
 from megatron_r1reward.types import Prompt
 
 pytestmark = pytest.mark.e2e
 SAMPLING = SamplingSection(max_tokens=16)
 PIXELS = (56 * 56, 84 * 84)  # below the checkpoint's own limit, so that images are scaled down
+FUSED_PART = "model.language_model.layers.0.self_attn.q_proj."
 SECTIONS = {
     "gloo": SERVER.model_copy(
         update={"tensor_parallel_size": 2, "weight_transport": "gloo", "weight_bucket_bytes": 100_000}
@@ -88,3 +92,17 @@ class TestTransport:
             result = pool.generate(prompts, SAMPLING, seed=0)
             assert {span.version for rollout in result.rollouts for span in rollout.weight_spans} == {version}
             assert max(map(reference.error, result.rollouts)) < 1e-3
+
+    def test_a_part_of_a_fused_layer_is_refused_and_repaired(
+        self, name: str, pools: dict[str, RolloutPool], reference: Reference, prompts: list[Prompt]
+    ) -> None:
+        pool = pools[name]
+        member = pool.group.members[0]
+        with pytest.raises(WeightPushError, match=r"only a part of the weights of .*qkv_proj came"):
+            pool.push_weights(*reference.weights(FUSED_PART), version=5)
+        answer = httpx.get(f"{member.url}/is_paused", headers=bearer(member.bearer_token))
+        assert answer.json() == {"is_paused": True}
+        pool.push_weights(*reference.redrawn(seed=9).weights(), version=6)
+        result = pool.generate(prompts, SAMPLING, seed=0)
+        assert max(map(reference.error, result.rollouts)) < 1e-3
+        assert pool.status()[0].restarts == 0
