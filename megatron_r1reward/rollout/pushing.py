@@ -23,6 +23,7 @@ from megatron_r1reward.types import Rollout, TensorMeta
 
 log = logging.getLogger(__name__)
 
+
 class CurrentVersions:
     """The weight versions that were current in the pool since this object was made."""
 
@@ -50,12 +51,17 @@ class PoolPusher:
     comes back (restarted if it is ours) with the weights of the snapshot.
     """
 
-    def __init__(self, transport: Transport, section: ServerSection, group: ServerGroup) -> None:
+    def __init__(
+        self, transport: Transport, section: ServerSection, group: ServerGroup, *, wakes: bool = False
+    ) -> None:
         self.broken: str | None = None  # why the servers hold unknown weights and are paused
         self._section = section
         self._group = group
         self._push = WeightPush(
-            transport, timeout_s=section.push_timeout_s, control_timeout_s=section.health_timeout_s * 3
+            transport,
+            timeout_s=section.push_timeout_s,
+            control_timeout_s=section.health_timeout_s * 3,
+            wakes=wakes,
         )
         keeps = section.keep_snapshot or transport.needs_memory_file
         self._snapshot = WeightSnapshot() if keeps else None

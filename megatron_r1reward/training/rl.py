@@ -28,6 +28,7 @@ from megatron_r1reward.reward.consistency import JudgeDownError
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.training import health, rundir
+from megatron_r1reward.training.colocated import make_room_for_servers
 from megatron_r1reward.training.control import RunControl
 from megatron_r1reward.training.data_parallel import synchronize_parameters
 from megatron_r1reward.training.policy_update import update_policy
@@ -80,13 +81,14 @@ def generate_and_score(
             generated = services.pool.generate(
                 prompts, config.sampling, n=config.algorithm.samples_per_prompt, seed=config.run.seed
             )
+            services.pool.sleep()  # colocated servers leave the device to the trainer
         for failure in generated.failed:
             log.warning("no rollout for prompt %s: %s", failure.prompt.id, failure.reason)
         log.debug("step %d: %s", state.step + 1, generated.accounting)
         with timer.phase("score"):
             try:
                 scored, counts = services.scorer.score(generated.rollouts)
-                metrics = rollout_metrics(scored, counts) | server_metrics(generated, services.pool.status())
+                metrics = rollout_metrics(scored, counts) | server_metrics(generated, services.pool)
                 message = [(scored, metrics)]
             except JudgeDownError as error:  # all ranks save together
                 message = [error]
@@ -100,6 +102,7 @@ def generate_and_score(
 def push_weights(state: TrainState, services: Services | None) -> None:
     """Make the current weights, under version `state.step`, current on every rollout server; collective."""
     synchronize_parameters(state.model)
+    make_room_for_servers(state.config.cluster)
     tensors = state.exporter.tensors()
     if services is None:
         for _ in tensors:  # take part in the gathering

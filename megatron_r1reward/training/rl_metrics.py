@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from megatron_r1reward.algorithm.correction import mismatch_metrics
-from megatron_r1reward.rollout.member import ServerStatus
-from megatron_r1reward.rollout.pool import GenerateResult
+from megatron_r1reward.rollout.pool import GenerateResult, RolloutPool
 from megatron_r1reward.training.rollout_batch import RolloutBatch
 from megatron_r1reward.training.schedule import reduce_statistics
 from megatron_r1reward.training.state import TrainState
@@ -44,10 +43,10 @@ def rollout_metrics(scored: Sequence[ScoredRollout], counts: Mapping[str, int]) 
     }
 
 
-def server_metrics(generated: GenerateResult, servers: Sequence[ServerStatus]) -> dict[str, float]:
+def server_metrics(generated: GenerateResult, pool: RolloutPool) -> dict[str, float]:
     """What the rollout servers went through to serve one step."""
-    account = generated.accounting
-    return {
+    account, servers = generated.accounting, pool.status()
+    return pool.sleep_metrics() | {
         "rollout/failed": account.failed,
         "rollout/quarantined": account.quarantined,
         "rollout/retried": account.retried,
