@@ -1,4 +1,4 @@
-"""Weight transports to real servers: over TCP to two tensor-parallel workers, and through shared memory."""
+"""Weight transports to real servers: over TCP to two tensor-parallel workers, and through shared memory (colocated)."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ SECTIONS = {
     ),
     "ipc": SERVER.model_copy(update={"weight_transport": "ipc", "weight_bucket_bytes": 100_000}),
 }
+SLEEP_LEVELS = {"gloo": None, "ipc": 1}  # who shares a device shares its memory
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,7 @@ def pools(reference: Reference, image_paths: tuple[str, ...]) -> Iterator[dict[s
             banned_ids=banned_token_ids(reference.folder),
             servers=[servers[name]],
             transport=build_transport(section),
+            sleep_level=SLEEP_LEVELS[name],
         )
         for name, section in SECTIONS.items()
     }
@@ -79,6 +81,11 @@ def prompts(reference: Reference, image_paths: tuple[str, ...]) -> list[Prompt]:
     return [reference.prompt(f"{i}", "Which digit?", image_paths[i % 3]) for i in range(6)]
 
 
+def says(pool: RolloutPool, route: str) -> object:
+    (member,) = pool.group.members
+    return httpx.get(f"{member.url}{route}", headers=bearer(member.bearer_token)).json()
+
+
 @pytest.mark.parametrize("name", SECTIONS)
 class TestTransport:
     def test_pushed_weights_are_served(
@@ -88,8 +95,11 @@ class TestTransport:
         pool.generate(prompts, SAMPLING, seed=0)  # fills the caches
         for version in (3, 4):  # the second push uses the connection of the first
             reference.redrawn(seed=version)
+            pool.sleep()
+            assert says(pool, "/is_sleeping") == {"is_sleeping": name == "ipc"}
             pool.push_weights(*reference.weights(), version=version)
             result = pool.generate(prompts, SAMPLING, seed=0)
+            assert says(pool, "/is_sleeping") == {"is_sleeping": False}
             assert {span.version for rollout in result.rollouts for span in rollout.weight_spans} == {version}
             assert max(map(reference.error, result.rollouts)) < 1e-3
 
@@ -97,11 +107,9 @@ class TestTransport:
         self, name: str, pools: dict[str, RolloutPool], reference: Reference, prompts: list[Prompt]
     ) -> None:
         pool = pools[name]
-        member = pool.group.members[0]
         with pytest.raises(WeightPushError, match=r"only a part of the weights of .*qkv_proj came"):
             pool.push_weights(*reference.weights(FUSED_PART), version=5)
-        answer = httpx.get(f"{member.url}/is_paused", headers=bearer(member.bearer_token))
-        assert answer.json() == {"is_paused": True}
+        assert says(pool, "/is_paused") == {"is_paused": True}
         pool.push_weights(*reference.redrawn(seed=9).weights(), version=6)
         result = pool.generate(prompts, SAMPLING, seed=0)
         assert max(map(reference.error, result.rollouts)) < 1e-3
