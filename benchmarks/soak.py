@@ -42,6 +42,7 @@ from megatron_r1reward.parallel import setup
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.accounting import Accounting
 from megatron_r1reward.rollout.server import VllmServer
+from megatron_r1reward.rollout.wire_group import listen
 from megatron_r1reward.training import rl
 
 BATCH = 8
@@ -74,6 +75,12 @@ class Leftovers:
             kind: sorted((collections.Counter(now) - collections.Counter(getattr(before, kind))).elements())
             for kind, now in vars(self).items()
         }
+
+
+def start_what_stays() -> None:
+    """What Python and torch start once per process and never again, so that it is no leak of the run."""
+    resource_tracker.ensure_running()
+    listen("127.0.0.1", 10.0)  # torch's first TCPStore opens a pipe
 
 
 def open_file(descriptor: str) -> str | None:
@@ -187,7 +194,7 @@ def soak(root: Path, *, steps: int, every: int, seed: int) -> tuple[list[dict[st
     """Run, then one row per claim: measure, value, expected."""
     config = run_file(root, steps, seed)
     topology = setup.initialize(config.parallel, seed=seed)
-    resource_tracker.ensure_running()  # Python's own, which stays as long as this process
+    start_what_stays()
     before = Leftovers.now()
     metrics = config.run.output_dir / "metrics.jsonl"
     with ExitStack() as stack:
