@@ -37,6 +37,7 @@ from megatron_r1reward.checkpoint.dist import (
 from megatron_r1reward.checkpoint.manifest import hash_range, write_manifest
 from megatron_r1reward.checkpoint.retention import expired
 from megatron_r1reward.checkpoint.streaming import WrittenItem
+from megatron_r1reward.checkpoint.write_results import WriteResults
 from megatron_r1reward.config.schema import CheckpointSection
 from megatron_r1reward.files import publish_folder, write_text
 
@@ -68,6 +69,7 @@ class CheckpointSaver:
         self.failures = 0
         self.last_error: str | None = None
         self._queue = AsyncCallsQueue()
+        self._results = WriteResults()
         self._pending: _Pending | None = None
         self._hasher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-hash")
         self._main = dist.get_rank() == 0
@@ -91,6 +93,7 @@ class CheckpointSaver:
         if self._main:
             content = {"step": step, "layout": layout(), **state}
             write_text(staging / STATE, json.dumps(content, indent=2, default=str), durable=True)
+        self._results.start()
         request = dist_checkpointing.save(
             sharded,
             str(staging),
@@ -127,6 +130,7 @@ class CheckpointSaver:
         """
         self.poll(blocking=True)
         self._hasher.shutdown()
+        self._results.close()
         if self.last_error is not None:
             raise CheckpointError(f"the last checkpoint was not saved: {self.last_error}")
 

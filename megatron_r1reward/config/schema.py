@@ -262,6 +262,8 @@ class ClusterSection(Section):
 
     # split: trainer and servers on different GPUs; colocated: rollout servers on the trainer's GPUs
     layout: Literal["split", "colocated"] = "split"
+    # colocated: 1 keeps sleeping servers' weights in host memory, 2 drops them
+    sleep_level: Literal[1, 2] = 1
     trainer_nodes: PositiveInt | None = None  # None: all nodes of the job that the servers leave free
     ranks_per_node: PositiveInt | None = None  # None: one per GPU of the trainer; without GPUs run.local_ranks
     cpus_per_rank: PositiveInt | None = None  # None: the node's cores shared by its GPUs; without GPUs 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import signal
@@ -17,12 +16,7 @@ from megatron_r1reward.launch.layout import Placement
 from megatron_r1reward.launch.steps import StepEnd, code_of, name_of
 from megatron_r1reward.monitor.run_state import RunDir
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE
-
-_PR_SET_PDEATHSIG = 1
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+from megatron_r1reward.processes import die_with_parent
 
 
 class LocalStep:
@@ -98,7 +92,7 @@ class LocalLauncher:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE if show else handle,
                     stderr=subprocess.STDOUT,
-                    preexec_fn=_die_with_parent,
+                    preexec_fn=die_with_parent,
                 )
             processes.append(process)
             if show:

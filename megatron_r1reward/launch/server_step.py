@@ -84,6 +84,7 @@ def _server(config: RunConfig, stage: Stage, kind: ServerKind, run: RunDir, life
             host=node_address(),
             token=token,
         )
+    colocated = stage == "rl" and config.cluster.layout == "colocated"
     return VllmServer(
         config.rollout,
         model_path=config.rollout.model_path or config.model.path,
@@ -91,7 +92,8 @@ def _server(config: RunConfig, stage: Stage, kind: ServerKind, run: RunDir, life
         served_name=config.annotate.model if stage == "annotate" else "policy",
         host=node_address(),
         token=token,
-        weight_transfer=weight_transport(config.rollout) if stage == "rl" else None,
+        weight_transfer=weight_transport(config.rollout, colocated=colocated) if stage == "rl" else None,
+        sleep_mode=colocated,
         media_root=media_root(config),
         pixels=(config.data.min_pixels, config.data.max_pixels),
     )

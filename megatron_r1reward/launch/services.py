@@ -45,6 +45,7 @@ def open_rl_services(config: RunConfig) -> Iterator[RlServices]:
             stack.callback(server.close)
             server.start()
         pool = stack.enter_context(_open_pool(config, takes_weights=True))
+        pool.sleep()  # colocated: the trainer builds its state now, and its first push wakes them
         judge, group = stack.enter_context(_open_judge(config, judges)) if config.reward.use_judge else (None, None)
         yield RlServices(pool=pool, judge=judge, judge_servers=group)
 
@@ -132,6 +133,7 @@ def _open_pool(config: RunConfig, *, takes_weights: bool) -> RolloutPool:
         media_roots=_media_roots(config),
         pixels=(config.data.min_pixels, config.data.max_pixels),
         takes_weights=takes_weights,
+        sleep_level=config.cluster.sleep_level if takes_weights and config.cluster.layout == "colocated" else None,
         status_file=_live_dir(config) / "rollout-servers.json",
         progress=log.info,
     )

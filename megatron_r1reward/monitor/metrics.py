@@ -49,6 +49,8 @@ _TABLE = (
     _metric("rollout/withdrawn", "requests", "lower", "requests taken back from a server that had stopped answering"),
     _metric("rollout/stale", "requests", "lower", "answers thrown away: sampled under weights that were not current"),
     _metric("servers/ready", "servers", "higher", "rollout servers in service at the end of the generation"),
+    _metric("servers/free_asleep_gb", "GB", "higher", "free device memory when colocated servers had fallen asleep"),
+    _metric("servers/free_before_wake_gb", "GB", "higher", "free device memory before colocated servers last woke"),
     _metric("servers/restarts", "restarts", "lower", "restarts of rollout servers since the run was started"),
     _metric("rollout/answer_1_fraction", "1", "neither", "share of parsed answers that are 1: far from 0.5 is a bias"),
     _metric("rollout/unparsable_fraction", "1", "lower", "share of responses whose answer is neither 1 nor 2"),

@@ -30,7 +30,7 @@ class ServerGroup:
         servers: ours, in the order of their numbers, already started and ready; restarted when sick, closed with
             the group. Empty: those at `section.urls`.
         admit: what a server needs before it (again) gets work.
-        status_file: kept up to date with the state of each server (JSON), for `r1reward servers`.
+        status_file: the state of each server (JSON) for `r1reward servers`, written at every change and health check.
     """
 
     def __init__(
@@ -60,6 +60,8 @@ class ServerGroup:
         self._status_file = status_file
         self._probe_timeout_s = section.startup_timeout_s
         self._watching = self.loop.submit(self.supervisor.watch())
+        if status_file is not None:
+            self._publishing = self.loop.submit(self._publish(status_file, section.health_interval_s))
         self._closed = False
 
     def status(self) -> list[ServerStatus]:
@@ -113,6 +115,12 @@ class ServerGroup:
                     f"{member.url} refuses the bearer token: set {self._token_variable} to the one that it was started "
                     f"with ({member.last_error})"
                 )
+
+    async def _publish(self, path: Path, interval_s: float) -> None:
+        """Load and counts change without a change of state."""
+        while True:
+            write_status(path, self.status())
+            await asyncio.sleep(interval_s)
 
     def _state_changed(self) -> None:
         self.router.wake()

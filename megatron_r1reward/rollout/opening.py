@@ -12,6 +12,7 @@ import torch
 from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.rollout.banned import banned_token_ids
 from megatron_r1reward.rollout.client import PolicyTokenizer
+from megatron_r1reward.rollout.colocation import SleepLevel
 from megatron_r1reward.rollout.pool import SERVED_NAME, RolloutPool
 from megatron_r1reward.rollout.server import Report, VllmServer, start_servers
 from megatron_r1reward.rollout.server_command import WeightTransport
@@ -21,20 +22,29 @@ from megatron_r1reward.rollout.weights_ipc import IpcTransport
 from megatron_r1reward.rollout.weights_nccl import NcclTransport
 
 
-def weight_transport(section: ServerSection) -> WeightTransport:
-    """`section.weight_transport`, "auto" resolved: nccl where this process sees a GPU, else gloo."""
+def weight_transport(section: ServerSection, *, colocated: bool = False) -> WeightTransport:
+    """`section.weight_transport`, "auto" resolved: nccl where this process sees a GPU of its own, else gloo.
+
+    Raises:
+        ValueError: nccl between two processes on one GPU, which it refuses.
+    """
+    if colocated and section.weight_transport == "nccl":
+        raise ValueError(
+            "rollout.weight_transport 'nccl' cannot reach servers on the trainer's own GPUs (cluster.layout "
+            "'colocated'): use 'auto', 'gloo', or 'ipc' with one GPU"
+        )
     if section.weight_transport != "auto":
         return section.weight_transport
-    return "nccl" if torch.cuda.is_available() else "gloo"
+    return "nccl" if torch.cuda.is_available() and not colocated else "gloo"
 
 
-def build_transport(section: ServerSection) -> Transport:
+def build_transport(section: ServerSection, *, colocated: bool = False) -> Transport:
     """The trainer's end of the configured transport.
 
     Raises:
-        ValueError: it needs a GPU and there is none.
+        ValueError: it needs a GPU and there is none, or cannot work there.
     """
-    name = weight_transport(section)
+    name = weight_transport(section, colocated=colocated)
     if name == "ipc":
         return IpcTransport()
     if name == "nccl":
@@ -77,6 +87,7 @@ def open_rollout_pool(
     media_roots: Sequence[Path] = (),
     pixels: tuple[int, int] | None = None,
     takes_weights: bool = True,
+    sleep_level: SleepLevel | None = None,
     status_file: Path | None = None,
     progress: Report | None = None,
 ) -> RolloutPool:
@@ -88,11 +99,13 @@ def open_rollout_pool(
         media_roots: folders that images must be in; none: text only. vLLM gets the one folder above all of them.
         pixels: (min, max) of the image processor (see `server_command`).
         takes_weights: False for a policy that does not change (evaluation).
+        sleep_level: of servers on the trainer's devices, see `RolloutPool`.
 
     Raises:
         ServerError: a server did not start.
     """
     policy_path = section.model_path or model_path
+    colocated = sleep_level is not None
     servers = []
     if not section.urls:
         servers = build_servers(
@@ -101,11 +114,12 @@ def open_rollout_pool(
             log_dir=log_dir,
             model_path=policy_path,
             served_name=SERVED_NAME,
-            weight_transfer=weight_transport(section) if takes_weights else None,
+            weight_transfer=weight_transport(section, colocated=colocated) if takes_weights else None,
+            sleep_mode=colocated,
             media_root=_common_folder(media_roots),
             pixels=pixels,
         )
-    transport = build_transport(section) if takes_weights else None
+    transport = build_transport(section, colocated=colocated) if takes_weights else None
     try:
         start_servers(servers, progress)
         pool = RolloutPool(
@@ -117,6 +131,7 @@ def open_rollout_pool(
             transport=transport,
             media_roots=media_roots,
             status_file=status_file,
+            sleep_level=sleep_level,
         )
     except BaseException:
         for server in servers:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
@@ -17,6 +19,7 @@ from megatron_r1reward.config.schema import SamplingSection, ServerSection
 from megatron_r1reward.rollout import accounting
 from megatron_r1reward.rollout.accounting import Accounting, FailedPrompt
 from megatron_r1reward.rollout.client import PolicyTokenizer, RequestRefusedError, RolloutClient, ServerUnavailableError
+from megatron_r1reward.rollout.colocation import Colocation, SleepLevel
 from megatron_r1reward.rollout.group import ServerGroup
 from megatron_r1reward.rollout.member import Member, ServerStatus
 from megatron_r1reward.rollout.pushing import PoolPusher
@@ -64,6 +67,8 @@ class RolloutPool:
         transport: how weights get there; None for a pool whose weights never change.
         media_roots: folders that images must be in; None: no limit.
         status_file: see `ServerGroup`.
+        sleep_level: of servers on the trainer's devices, which `sleep` and `push_weights` put to sleep and wake; None:
+            they have devices of their own, and `sleep` does nothing.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class RolloutPool:
         transport: Transport | None = None,
         media_roots: Sequence[Path] | None = None,
         status_file: Path | None = None,
+        sleep_level: SleepLevel | None = None,
     ) -> None:
         if not urls and not servers:
             raise ValueError("a rollout pool needs at least one server: set rollout.urls or rollout.count")
@@ -96,9 +102,10 @@ class RolloutPool:
             admit=self._admit,
             status_file=status_file,
         )
+        self._colocation = None if sleep_level is None else Colocation(self.group, sleep_level)
         try:
             if transport is not None:
-                self._pusher = PoolPusher(transport, section, self.group)
+                self._pusher = PoolPusher(transport, section, self.group, wakes=sleep_level is not None)
             for member in self.group.members:
                 self._client(member)  # complains about impossible settings now
         except BaseException:
@@ -149,6 +156,7 @@ class RolloutPool:
         Raises (the first two at once, the last by the future):
             ValueError: n is impossible with these settings, or two prompts have one id.
             WeightPushError: an earlier push failed, so the servers are paused.
+            PhaseError: the servers are asleep.
             ServerError: all servers of the pool have been given up.
         """
         if n > self._section.max_num_seqs:
@@ -164,7 +172,12 @@ class RolloutPool:
             raise ValueError(f"prompt id {twice!r} occurs twice in one batch: its samples would be equal")
         if self._pusher is not None and self._pusher.broken is not None:
             raise WeightPushError(f"the servers are paused after a failed weight push: {self._pusher.broken}")
-        return self.group.loop.submit(self._generate(prompts, sampling, n, seed, progress))
+        if self._colocation is None:
+            return self.group.loop.submit(self._generate(prompts, sampling, n, seed, progress))
+        end = self._colocation.machine.begin_generation()
+        future = self.group.loop.submit(_then(end, self._generate(prompts, sampling, n, seed, progress)))
+        future.add_done_callback(lambda _: end())  # cancelled before it began
+        return future
 
     def push_weights(
         self, metas: Sequence[TensorMeta], named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int
@@ -172,7 +185,21 @@ class RolloutPool:
         """Replace the weights of all servers; see `PoolPusher.push`. Raises WeightPushError, servers then paused."""
         if self._pusher is None:
             raise ValueError("this pool was opened without a weight transport: set weight_transfer")
-        self._pusher.push(metas, named_tensors, version=version)
+        with self._colocation.waking() if self._colocation is not None else nullcontext():
+            self._pusher.push(metas, named_tensors, version=version)
+
+    def sleep(self) -> None:
+        """Colocated servers free their memory for the trainer until the next push; others are not touched.
+
+        Raises:
+            PhaseError, ServerError: see `Colocation.sleep`.
+        """
+        if self._colocation is not None:
+            self._colocation.sleep()
+
+    def sleep_metrics(self) -> dict[str, float]:
+        """Memory that was free while the servers slept; nothing for servers on devices of their own."""
+        return {} if self._colocation is None else self._colocation.metrics()
 
     def close(self) -> None:
         """Close connections and stop the servers that belong to the pool. Safe to call twice."""
@@ -313,3 +340,11 @@ class RolloutPool:
             request.counts["stale"] += 1
             raise StaleWeightsError(f"{url} answered with weight version {wrong}, which is not current there")
         return rollouts
+
+
+async def _then(end: Callable[[], None], work: Coroutine[Any, Any, GenerateResult]) -> GenerateResult:
+    """`work`, and `end` before anybody sees its result."""
+    try:
+        return await work
+    finally:
+        end()

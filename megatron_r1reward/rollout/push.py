@@ -26,14 +26,19 @@ class WeightPush:
     Requests in flight are kept; prefix, encoder and image caches are cleared; a request that was in flight continues
     with the new weights on a recomputed KV cache, and its weight spans tell where the switch was.
 
+    Sleeping servers get the memory of their weights back before the push, that of the KV cache after it.
+
     What proves it: the workers compare checksums of every tensor that they received with the sender's, refuse layers
     of which only a part came, and the server reports the version.
     """
 
-    def __init__(self, transport: Transport, *, timeout_s: float, control_timeout_s: float) -> None:
+    def __init__(
+        self, transport: Transport, *, timeout_s: float, control_timeout_s: float, wakes: bool = False
+    ) -> None:
         self._transport = transport
         self._timeout_s = timeout_s
         self._control_timeout_s = control_timeout_s  # of calls that any living server answers soon
+        self._wakes = wakes  # the servers may be asleep (`colocation`); to those that are not it makes no difference
         self._control: ControlPlane | None = None
         self._connected = False
 
@@ -53,8 +58,10 @@ class WeightPush:
         """
         failures: Failures = {}
         control = self._control_of(targets)
+        awake = self._wake(control, "weights", targets, failures)
         keep = {"mode": "keep", "clear_cache": True}
-        ready = _successes(control.call("/pause", params=keep, timeout_s=self._control_timeout_s), failures)
+        paused = control.call("/pause", params=keep, targets=awake, timeout_s=self._control_timeout_s)
+        ready = _successes(paused, failures)
         ready = _successes(self._start(control, ready), failures)
         if failures:  # a group cannot be built, or used, with those missing
             control = self._control_of(ready)
@@ -76,6 +83,7 @@ class WeightPush:
         ready = self._verified(control, ready, version, failures)
         for target in ready:
             loaded(target)
+        ready = self._wake(control, "kv_cache", ready, failures)
         _successes(control.call("/resume", targets=ready, timeout_s=self._control_timeout_s), failures)
         return failures
 
@@ -107,6 +115,12 @@ class WeightPush:
                 self._control.close()
             self._control = ControlPlane(targets, timeout_s=self._timeout_s)
         return self._control
+
+    def _wake(self, control: ControlPlane, tag: str, targets: Sequence[Target], failures: Failures) -> list[Target]:
+        """Give sleeping servers a part of their memory back; those that have it now."""
+        if not self._wakes:
+            return list(targets)
+        return _successes(control.call("/wake_up", params={"tags": tag}, targets=targets), failures)
 
     def _start(self, control: ControlPlane, targets: Sequence[Target]) -> dict[Target, Any]:
         answers = control.call("/start_weight_update", targets=targets)

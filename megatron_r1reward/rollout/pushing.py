@@ -23,8 +23,6 @@ from megatron_r1reward.types import Rollout, TensorMeta
 
 log = logging.getLogger(__name__)
 
-_ATTEMPTS = 2  # of one push, on servers that are alive
-
 
 class CurrentVersions:
     """The weight versions that were current in the pool since this object was made."""
@@ -53,12 +51,17 @@ class PoolPusher:
     comes back (restarted if it is ours) with the weights of the snapshot.
     """
 
-    def __init__(self, transport: Transport, section: ServerSection, group: ServerGroup) -> None:
+    def __init__(
+        self, transport: Transport, section: ServerSection, group: ServerGroup, *, wakes: bool = False
+    ) -> None:
         self.broken: str | None = None  # why the servers hold unknown weights and are paused
         self._section = section
         self._group = group
         self._push = WeightPush(
-            transport, timeout_s=section.push_timeout_s, control_timeout_s=section.health_timeout_s * 3
+            transport,
+            timeout_s=section.push_timeout_s,
+            control_timeout_s=section.health_timeout_s * 3,
+            wakes=wakes,
         )
         keeps = section.keep_snapshot or transport.needs_memory_file
         self._snapshot = WeightSnapshot() if keeps else None
@@ -96,6 +99,8 @@ class PoolPusher:
             dead = self._push_dead(failures)
             if failures and len(failures) == len(members) and len(dead) < len(members):
                 self.broken = next(iter(failures.values()))
+                if self._snapshot is not None:
+                    self._snapshot.forget()  # nobody may come back with it
                 raise WeightPushError(
                     f"pushing weight version {version} failed, the servers stay paused: {self.broken}"
                 )
@@ -214,11 +219,10 @@ class PoolPusher:
 
     async def _participants(self) -> list[Member]:
         """Servers in service, and those that only wait for weights."""
-        waiting = self._snapshot is None
         return [
             member
             for member in self._group.members
-            if member.state == "ready" or (waiting and member.state == "quarantined" and member.waits_for_weights)
+            if member.state == "ready" or (member.state == "quarantined" and member.waits_for_weights)
         ]
 
     async def _settle(self, members: Sequence[Member], failures: Failures) -> None:

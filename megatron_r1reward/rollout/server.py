@@ -55,6 +55,7 @@ class VllmServer:
         weight_transfer: WeightTransport | None = None,
         media_root: Path | None = None,
         pixels: tuple[int, int] | None = None,
+        sleep_mode: bool = False,
         token: str | None = None,
     ) -> None:
         if not (model_path / "config.json").is_file():
@@ -68,6 +69,7 @@ class VllmServer:
         self._model_path = model_path
         self._weight_transfer = weight_transfer
         self._media_root, self._pixels = media_root, pixels
+        self._sleep_mode = sleep_mode
         self._environment = server_environment(
             section,
             token=self.token,
@@ -102,6 +104,7 @@ class VllmServer:
             weight_transfer=self._weight_transfer,
             media_root=self._media_root,
             pixels=self._pixels,
+            sleep_mode=self._sleep_mode,
         )
 
     @property

@@ -41,6 +41,7 @@ def server_command(
     weight_transfer: WeightTransport | None = None,
     media_root: Path | None = None,
     pixels: tuple[int, int] | None = None,
+    sleep_mode: bool = False,
 ) -> list[str]:
     """The command that runs one server.
 
@@ -50,6 +51,7 @@ def server_command(
         weight_transfer: transport of weight pushes; None for a server whose weights never change (a judge).
         media_root: folder below which requests may name images as file:// URLs; None forbids it.
         pixels: (min_pixels, max_pixels) of the image processor, which must be the trainer's; None: the checkpoint's.
+        sleep_mode: allocate GPU memory such that /sleep can free it (colocated servers); a CPU has no such thing.
     """
     command = [sys.executable, "-m", "megatron_r1reward.rollout.vllm_main"]
     if _forks_engine_core(section, on_cpu):
@@ -72,6 +74,8 @@ def server_command(
             command += ["--kv-cache-memory-bytes", str(section.kv_cache_bytes)]
     else:
         command += ["--gpu-memory-utilization", str(section.gpu_memory_utilization)]
+        if sleep_mode:
+            command += ["--enable-sleep-mode"]
     if section.quantization is not None:
         command += ["--quantization", section.quantization]
     if section.trust_remote_code:

@@ -64,6 +64,10 @@ class WeightSnapshot:
     def keep(self, version: int, sums: torch.Tensor) -> None:
         self._sums, self.version = sums, version
 
+    def forget(self) -> None:
+        """The weights turned out to be unfit for any server."""
+        self.version = None
+
     def __iter__(self) -> Iterator[tuple[Bucket, torch.Tensor]]:
         assert self.version is not None and self.memory is not None, "nothing has been recorded"
         for bucket in self._buckets:

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 Admit = Callable[[Member], Awaitable[None]]  # last step before service, e.g. current weights; raises AdmissionError
 _PROBE_PAUSE_S = 0.5
 _PROBE_PAUSE_MAX_S = 10.0
+_HOLD_POLL_S = 0.02
 
 
 class AdmissionError(RuntimeError):
@@ -54,6 +55,9 @@ class Supervisor:
         self._changed = changed
         self._recoveries: dict[Member, asyncio.Task[None]] = {}
         self._http: dict[Member, httpx.AsyncClient] = {}
+        self._recovering: set[Member] = set()  # at work on them now, not waiting for leave or for the next try
+        self._may_recover = asyncio.Event()
+        self._may_recover.set()
 
     async def watch(self) -> None:
         """Check all members for ever."""
@@ -100,6 +104,37 @@ class Supervisor:
             self._recoveries[member] = task
             task.add_done_callback(lambda _: self._recoveries.pop(member, None))
 
+    async def put_to_sleep(self, level: int) -> None:
+        """Free the memory of all servers (vLLM's sleep mode); from now on none is recovered, which would take it back.
+
+        Recoveries under way are waited for. A server that does not fall asleep is killed, if it is ours.
+
+        Raises:
+            ServerError: one that is not ours answers, but refuses.
+        """
+        self._may_recover.clear()
+        while self._recovering:
+            await asyncio.sleep(_HOLD_POLL_S)
+        await asyncio.gather(*(self._put_to_sleep(member, level) for member in self._members))
+
+    async def allow_recoveries(self) -> None:
+        """The opposite of what `put_to_sleep` forbids."""
+        self._may_recover.set()
+
+    async def _put_to_sleep(self, member: Member, level: int) -> None:
+        path = f"/sleep?level={level}&mode=abort"
+        problem = await self._problem(member, "POST", path, None, self._section.probe_timeout_s)
+        if problem is None:
+            return
+        self.quarantine(member, f"did not fall asleep: {problem}", hung=True)
+        if member.server is not None:
+            await asyncio.to_thread(member.server.stop, grace_s=0.0)
+        elif " answered " in problem:
+            raise ServerError(
+                f"{member.url} keeps its memory: {problem} (cluster.layout 'colocated' needs servers "
+                "with sleep mode, --enable-sleep-mode)"
+            )
+
     async def aclose(self) -> None:
         for http in self._http.values():
             await http.aclose()
@@ -126,19 +161,27 @@ class Supervisor:
         pause_s = _PROBE_PAUSE_S
         began = time.monotonic()
         while member.state != "retired":
-            problem = await self._readmit(member)
-            if problem is None:
-                return
-            member.last_error = problem
+            if not self._may_recover.is_set():
+                await self._may_recover.wait()
+                began = time.monotonic()
+            self._recovering.add(member)
+            try:
+                problem = await self._readmit(member)
+                if problem is None:
+                    return
+                member.last_error = problem
+                if member.server is not None and not member.waits_for_weights:
+                    await self._restart(member)
+                    continue
+            finally:
+                self._recovering.discard(member)
             if member.waits_for_weights:
                 began = time.monotonic()
-            if member.server is not None and not member.waits_for_weights:
-                await self._restart(member)
             elif time.monotonic() - began > self._section.startup_timeout_s:
                 self._retire(member)
-            else:
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, _PROBE_PAUSE_MAX_S)
+                continue
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _PROBE_PAUSE_MAX_S)
 
     async def _readmit(self, member: Member) -> str | None:
         """Probe and admit; None when the member is in service, else what stands in the way."""

@@ -37,6 +37,12 @@ class _Receiver(WeightTransferEngine[Any, Any]):
             raise WeightPushError("the update is abandoned")  # the only way to end one without finishing it
         assert update_info.update is not None
         self._receive(WeightUpdate(**update_info.update), update_info)
+        # Not in `finish_weight_update`: vLLM ends an update whose message fails, not one whose end fails.
+        if update_info.last and (incomplete := _incomplete_layers(self.model)):
+            raise WeightPushError(
+                f"only a part of the weights of {', '.join(incomplete)} came: a fused layer (q, k and v; gate and up) "
+                "must be pushed as a whole"
+            )
 
     def _receive(self, update: WeightUpdate, message: UpdateMessage) -> None:
         raise NotImplementedError
@@ -46,11 +52,6 @@ class _Receiver(WeightTransferEngine[Any, Any]):
         self.model.load_weights([(name, tensor.to(self.device)) for name, tensor in bucket.tensors(flat)])
 
     def finish_weight_update(self) -> None:
-        if incomplete := _incomplete_layers(self.model):
-            raise WeightPushError(
-                f"only a part of the weights of {', '.join(incomplete)} came: a fused layer (q, k and v; gate and up) "
-                "must be pushed as a whole"
-            )
         finalize_layerwise_reload(self.model, self.model_config)
         _repack_lm_head(self.model)
 

@@ -57,7 +57,7 @@ class GroupTransport(Transport):
             call.result()
 
     def send(self, control: ControlPlane, update: WeightUpdate, source: BucketSource) -> None:
-        body = {"update_info": asdict(UpdateMessage(update=asdict(update)))}
+        body = {"update_info": asdict(UpdateMessage(update=asdict(update), last=True))}
         receiving = list(control.start("/update_weights", dict.fromkeys(control.targets, body)).values())
         under_way: Future[Any] | None = None
         for _, flat in source:  # the next bucket is filled while this one travels

@@ -12,7 +12,7 @@ from megatron_r1reward.rollout.control import ControlPlane
 from megatron_r1reward.rollout.snapshot import BucketSource
 from megatron_r1reward.rollout.transport import Transport
 from megatron_r1reward.rollout.wire import UpdateMessage, WeightUpdate
-from megatron_r1reward.rollout.wire_shared import SharedBuffer, export_cuda
+from megatron_r1reward.rollout.wire_shared import MemoryFile, SharedBuffer, export_cuda
 
 
 class IpcTransport(Transport):
@@ -26,36 +26,39 @@ class IpcTransport(Transport):
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
         self.needs_memory_file = self.device == _CPU
         self._staging: torch.Tensor | None = None
-        self._path: str | None = None
+        self._memory: MemoryFile | None = None  # what the workers have open
 
     def connect(self, control: ControlPlane, source: BucketSource) -> None:
         if self.device == _CPU:
             assert source.memory is not None
-            self._path = source.memory.path
-            shared = SharedBuffer(num_bytes=source.memory.tensor.numel(), path=self._path)
+            self._memory = source.memory
+            shared = SharedBuffer(num_bytes=source.memory.tensor.numel(), path=source.memory.path)
         else:
             self._staging = torch.empty(self._largest(source), dtype=torch.uint8, device=self.device)
             shared = export_cuda(self._staging)
         control.post("/init_weight_transfer_engine", {"init_info": asdict(shared)})
 
     def send(self, control: ControlPlane, update: WeightUpdate, source: BucketSource) -> None:
-        moved = self._path is not None and source.memory is not None and source.memory.path != self._path
+        moved = self._memory is not None and source.memory is not self._memory  # its path may be the same
         if moved or (self._staging is not None and self._largest(source) > self._staging.numel()):
             self.connect(control, source)  # other tensors than last time
         loading: list[Future[Any]] = []
         sent = 0  # tensors
+        total = len(update.tensors)
         for bucket, flat in source:
             for call in loading:
                 call.result()
             if self._staging is not None:
                 self._staging[: bucket.num_bytes].copy_(flat)
                 torch.cuda.synchronize(self.device)
+            sums = source.sums()[sent : sent + len(bucket.metas)].tolist()
+            sent += len(bucket.metas)
             message = UpdateMessage(
                 update=asdict(WeightUpdate.of(bucket.metas, bucket.num_bytes)),
                 offset=bucket.start if self._staging is None else 0,
-                checksums=source.sums()[sent : sent + len(bucket.metas)].tolist(),
+                checksums=sums,
+                last=sent == total,
             )
-            sent += len(bucket.metas)
             body = {"update_info": asdict(message)}
             loading = list(control.start("/update_weights", dict.fromkeys(control.targets, body)).values())
         for call in loading:
@@ -67,7 +70,7 @@ class IpcTransport(Transport):
         return max(bucket.num_bytes for bucket in source.update.buckets())
 
     def disconnect(self) -> None:
-        self._staging = self._path = None
+        self._staging = self._memory = None
 
 
 _CPU = torch.device("cpu")

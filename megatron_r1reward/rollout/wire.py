@@ -65,6 +65,7 @@ class UpdateMessage:
     update: Mapping[str, Any] | None = None  # WeightUpdate as a dictionary
     offset: int | None = None  # ipc: where the only bucket of `update` lies in the shared buffer, bytes
     checksums: Sequence[int] | None = None  # ipc: of its tensors
+    last: bool = False  # nothing comes after it: every layer must be whole now
     abandon: bool = False  # give up the update that is under way
 
 

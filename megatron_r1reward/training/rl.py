@@ -33,6 +33,7 @@ from megatron_r1reward.reward.consistency import JudgeDownError
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.training import health, rundir
+from megatron_r1reward.training.colocated import make_room_for_servers
 from megatron_r1reward.training.control import RunControl
 from megatron_r1reward.training.data_parallel import synchronize_parameters
 from megatron_r1reward.training.generation import RolloutProducer
@@ -96,7 +97,8 @@ def take_rollouts(state: TrainState, main: MainRank | None) -> tuple[Sequence[Sc
     if main is not None:
         try:
             batch = main.producer.take(state.step)
-            message = [(batch.scored, step_metrics(batch, main.services.pool.status()))]
+            main.services.pool.sleep()  # colocated servers leave the device to the trainer
+            message = [(batch.scored, step_metrics(batch, main.services.pool))]
         except JudgeDownError as error:  # all ranks save together
             message = [error]
     if state.topology.world_size > 1:
@@ -109,6 +111,7 @@ def take_rollouts(state: TrainState, main: MainRank | None) -> tuple[Sequence[Sc
 def push_weights(state: TrainState, services: Services | None) -> None:
     """Make the current weights, under version `state.step`, current on every rollout server; collective."""
     synchronize_parameters(state.model)
+    make_room_for_servers(state.config.cluster)
     tensors = state.exporter.tensors()
     if services is None:
         for _ in tensors:  # take part in the gathering

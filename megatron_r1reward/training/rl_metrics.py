@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from megatron_r1reward.algorithm.correction import mismatch_metrics, truncated_importance_weights
 from megatron_r1reward.rollout.accounting import Accounting
-from megatron_r1reward.rollout.member import ServerStatus
+from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.training.rollout_batch import RolloutBatch
 from megatron_r1reward.training.sampling import StepRollouts
 from megatron_r1reward.training.schedule import reduce_statistics
@@ -59,11 +59,11 @@ def age_metrics(scored: Sequence[ScoredRollout], version: int) -> dict[str, floa
     }
 
 
-def step_metrics(batch: StepRollouts, servers: Sequence[ServerStatus]) -> dict[str, float]:
+def step_metrics(batch: StepRollouts, pool: RolloutPool) -> dict[str, float]:
     """Everything that is known of a step's rollouts before they are trained on."""
     generated = batch.generated
     metrics = rollout_metrics(batch.scored, batch.counts) | age_metrics(batch.scored, generated.step)
-    metrics |= server_metrics(generated.accounting, servers)
+    metrics |= server_metrics(generated.accounting, pool)
     return metrics | {
         "staleness/regenerated": batch.regenerated,
         "sampling/extra_rounds": generated.rounds,
@@ -74,9 +74,10 @@ def step_metrics(batch: StepRollouts, servers: Sequence[ServerStatus]) -> dict[s
     }
 
 
-def server_metrics(account: Accounting, servers: Sequence[ServerStatus]) -> dict[str, float]:
+def server_metrics(account: Accounting, pool: RolloutPool) -> dict[str, float]:
     """What the rollout servers went through to serve one step."""
-    return {
+    servers = pool.status()
+    return pool.sleep_metrics() | {
         "rollout/failed": account.failed,
         "rollout/quarantined": account.quarantined,
         "rollout/retried": account.retried,

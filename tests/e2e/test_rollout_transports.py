@@ -1,30 +1,35 @@
-"""Weight transports to real servers: over TCP to two tensor-parallel workers, and through shared memory."""
+"""Weight transports to real servers: over TCP to two tensor-parallel workers, and through shared memory (colocated)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from reference import SERVER, Reference
 
 from megatron_r1reward.config.schema import SamplingSection
 from megatron_r1reward.models.tiny import write_tiny_checkpoint
+from megatron_r1reward.network.tokens import bearer
 from megatron_r1reward.rollout.banned import banned_token_ids
 from megatron_r1reward.rollout.opening import build_transport
 from megatron_r1reward.rollout.pool import SERVED_NAME, RolloutPool
 from megatron_r1reward.rollout.server import VllmServer, start_servers
+from megatron_r1reward.rollout.weights import WeightPushError
 from megatron_r1reward.types import Prompt
 
 pytestmark = pytest.mark.e2e
 SAMPLING = SamplingSection(max_tokens=16)
 PIXELS = (56 * 56, 84 * 84)  # below the checkpoint's own limit, so that images are scaled down
+FUSED_PART = "model.language_model.layers.0.self_attn.q_proj."
 SECTIONS = {
     "gloo": SERVER.model_copy(
         update={"tensor_parallel_size": 2, "weight_transport": "gloo", "weight_bucket_bytes": 100_000}
     ),
     "ipc": SERVER.model_copy(update={"weight_transport": "ipc", "weight_bucket_bytes": 100_000}),
 }
+SLEEP_LEVELS = {"gloo": None, "ipc": 1}  # who shares a device shares its memory
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +65,7 @@ def pools(reference: Reference, image_paths: tuple[str, ...]) -> Iterator[dict[s
             banned_ids=banned_token_ids(reference.folder),
             servers=[servers[name]],
             transport=build_transport(section),
+            sleep_level=SLEEP_LEVELS[name],
         )
         for name, section in SECTIONS.items()
     }
@@ -75,6 +81,11 @@ def prompts(reference: Reference, image_paths: tuple[str, ...]) -> list[Prompt]:
     return [reference.prompt(f"{i}", "Which digit?", image_paths[i % 3]) for i in range(6)]
 
 
+def says(pool: RolloutPool, route: str) -> object:
+    (member,) = pool.group.members
+    return httpx.get(f"{member.url}{route}", headers=bearer(member.bearer_token)).json()
+
+
 @pytest.mark.parametrize("name", SECTIONS)
 class TestTransport:
     def test_pushed_weights_are_served(
@@ -84,7 +95,22 @@ class TestTransport:
         pool.generate(prompts, SAMPLING, seed=0)  # fills the caches
         for version in (3, 4):  # the second push uses the connection of the first
             reference.redrawn(seed=version)
+            pool.sleep()
+            assert says(pool, "/is_sleeping") == {"is_sleeping": name == "ipc"}
             pool.push_weights(*reference.weights(), version=version)
             result = pool.generate(prompts, SAMPLING, seed=0)
+            assert says(pool, "/is_sleeping") == {"is_sleeping": False}
             assert {span.version for rollout in result.rollouts for span in rollout.weight_spans} == {version}
             assert max(map(reference.error, result.rollouts)) < 1e-3
+
+    def test_a_part_of_a_fused_layer_is_refused_and_repaired(
+        self, name: str, pools: dict[str, RolloutPool], reference: Reference, prompts: list[Prompt]
+    ) -> None:
+        pool = pools[name]
+        with pytest.raises(WeightPushError, match=r"only a part of the weights of .*qkv_proj came"):
+            pool.push_weights(*reference.weights(FUSED_PART), version=5)
+        assert says(pool, "/is_paused") == {"is_paused": True}
+        pool.push_weights(*reference.redrawn(seed=9).weights(), version=6)
+        result = pool.generate(prompts, SAMPLING, seed=0)
+        assert max(map(reference.error, result.rollouts)) < 1e-3
+        assert pool.status()[0].restarts == 0

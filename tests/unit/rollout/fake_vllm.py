@@ -7,6 +7,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import torch
 
@@ -15,6 +16,8 @@ from megatron_r1reward.rollout.snapshot import BucketSource
 from megatron_r1reward.rollout.transport import Transport
 from megatron_r1reward.rollout.wire import WeightUpdate
 
+MEMORY = {"weights", "kv_cache"}
+NEEDS_WEIGHTS = {"/start_weight_update", "/update_weights", "/finish_weight_update"}
 Fault = str | int  # "ok" or the name of a fault; an HTTP status
 
 
@@ -24,7 +27,10 @@ class _QuietServer(ThreadingHTTPServer):
 
 
 class FakeVllm:
-    """Answers every generate request according to `fault`; routes in `refused` answer 500."""
+    """Answers every generate request according to `fault`; routes in `refused` answer 500.
+
+    Asleep it cannot generate, and takes no weights before their memory is back.
+    """
 
     def __init__(self, fault: Fault = "ok", *, delay_s: float = 0.0) -> None:
         self.fault = fault
@@ -33,6 +39,7 @@ class FakeVllm:
         self.refusal = 500
         self.version = "default"
         self.keeps_version = False
+        self.resident = set(MEMORY)
         self.calls: list[str] = []  # "METHOD /path?query", in order of arrival
         self.in_flight = self.most_in_flight = 0
         self._lock = threading.Lock()
@@ -57,6 +64,8 @@ class FakeVllm:
 
     def _generate(self, body: dict[str, Any]) -> tuple[int, str]:
         time.sleep(self.delay_s)
+        if self.resident != MEMORY:
+            return 500, json.dumps({"error": {"message": f"only {self.resident} is resident"}})
         params = body["sampling_params"]
         answer = {"choices": [_choice(index, params["seed"] + index, self.version) for index in range(params["n"])]}
         if isinstance(self.fault, int):
@@ -73,9 +82,13 @@ class FakeVllm:
             answer["choices"][0]["logprobs"]["content"][0]["logprob"] = -9999.0
         return 200, json.dumps(answer)
 
-    def _administer(self, method: str, path: str, body: dict[str, Any]) -> tuple[int, str]:
-        if path in self.refused:
+    def _administer(self, path: str, query: dict[str, list[str]], body: dict[str, Any]) -> tuple[int, str]:
+        if path in self.refused or (path in NEEDS_WEIGHTS and "weights" not in self.resident):
             return self.refusal, json.dumps({"error": {"message": f"{path} refused"}})
+        if path == "/sleep":
+            self.resident.clear()
+        if path == "/wake_up":
+            self.resident.update(query["tags"])
         if path == "/finish_weight_update" and not self.keeps_version:
             self.version = body["weight_version"]
         answers = {"/weight_info": {"weight_version": self.version}, "/get_world_size": {"world_size": 1}}
@@ -95,7 +108,8 @@ class FakeVllm:
 
             def _serve(self, method: str) -> None:
                 body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "null") or {}
-                path = self.path.split("?")[0]
+                url = urlsplit(self.path)
+                path, query = url.path, parse_qs(url.query)
                 with fake._lock:
                     fake.calls.append(f"{method} {self.path}")
                     fake.in_flight += 1
@@ -104,7 +118,7 @@ class FakeVllm:
                 if generate and fake.fault == "drop":
                     self.close_connection = True
                 else:
-                    status, text = fake._generate(body) if generate else fake._administer(method, path, body)
+                    status, text = fake._generate(body) if generate else fake._administer(path, query, body)
                     self.send_response(status)
                     self.send_header("Content-Length", str(len(text)))
                     self.end_headers()

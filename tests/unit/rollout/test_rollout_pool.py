@@ -14,6 +14,7 @@ from megatron_r1reward.config.schema import SamplingSection, ServerSection
 from megatron_r1reward.rollout.client import MAX_BANNED_IDS, RolloutClient, sample_seed
 from megatron_r1reward.rollout.pool import GenerateResult, RolloutPool
 from megatron_r1reward.rollout.server import ServerError
+from megatron_r1reward.rollout.status import read_status
 from megatron_r1reward.rollout.transport import Transport
 from megatron_r1reward.rollout.weights import WeightPushError
 from megatron_r1reward.types import Prompt, TensorMeta
@@ -23,7 +24,7 @@ FAULTS = [500, 503, "drop", "hang", "garbage", "one sample short", "log-probs of
 
 # Timings for servers that answer at once.
 SHORT = {
-    "request_timeout_s": 5.0,
+    "request_timeout_s": 20.0,
     "retries": 3,
     "backoff_s": 0.01,
     "backoff_max_s": 0.1,
@@ -62,11 +63,24 @@ def make_pool() -> Iterator[MakePool]:
     pools: list[RolloutPool] = []
 
     def make(
-        *fakes: FakeVllm, banned_ids: Iterable[int] = (), transport: Transport | None = None, **limits: float
+        *fakes: FakeVllm,
+        banned_ids: Iterable[int] = (),
+        transport: Transport | None = None,
+        status_file: Path | None = None,
+        **limits: float,
     ) -> RolloutPool:
         section = ServerSection.model_validate(SHORT | limits)
         urls = [fake.url for fake in fakes]
-        pools.append(RolloutPool(section, urls=urls, tokenizer=Words(), banned_ids=banned_ids, transport=transport))
+        pools.append(
+            RolloutPool(
+                section,
+                urls=urls,
+                tokenizer=Words(),
+                banned_ids=banned_ids,
+                transport=transport,
+                status_file=status_file,
+            )
+        )
         return pools[-1]
 
     yield make
@@ -284,6 +298,13 @@ def test_work_goes_on_in_the_background(fake_vllm: MakeFake, make_pool: MakePool
     given_up = pool.submit(prompts(8), SAMPLING, seed=0)
     given_up.cancel()
     assert len(pool.generate(prompts(3), SAMPLING, seed=0).rollouts) == 3, "slots of cancelled requests are free again"
+
+
+def test_the_state_of_the_servers_is_in_a_file(fake_vllm: MakeFake, make_pool: MakePool, tmp_path: Path) -> None:
+    pool = make_pool(fake_vllm(), status_file=tmp_path / "live" / "rollout-servers.json")
+    pool.generate(prompts(5), SAMPLING, seed=0)
+    wait_until(lambda: [row.requests for row in read_status(tmp_path / "live")] == [5])
+    assert read_status(tmp_path / "live") == pool.status()
 
 
 def test_equal_prompt_ids_are_refused(fake_vllm: MakeFake, make_pool: MakePool) -> None:

@@ -17,6 +17,8 @@ import pytest
 from megatron_r1reward.launch.doctor import nodes, servers, slurm
 from megatron_r1reward.launch.doctor.finding import Finding, error, merge_nodes, ok
 from megatron_r1reward.monitor.run_state import Address, RunDir
+from megatron_r1reward.rollout.member import Member
+from megatron_r1reward.rollout.status import write_status
 
 CONFIG = {
     "AccountingStorageType": "accounting_storage/slurmdbd",
@@ -162,6 +164,19 @@ class TestServers:
             found = levels(servers.check_servers(tmp_path))
             server.shutdown()
         assert found == {"servers.rollout-0": "ok", "servers.judge-0": "error", "servers": "warning"}
+
+    def test_what_the_run_thinks_of_its_servers(self, tmp_path):
+        sick = Member(
+            name="rollout-1", fixed_url="http://b", state="quarantined", failures=3, last_error="hung\nfor ever"
+        )
+        well = Member(name="rollout-0", fixed_url="http://a", state="ready", requests=7, weight_version=4)
+        write_status(tmp_path / "live" / "rollout-servers.json", [well.status(), sick.status()])
+        found = {finding.check: finding for finding in servers.check_servers(tmp_path)}
+        assert levels(found.values()) == {"pool.rollout-0": "ok", "pool.rollout-1": "warning"}
+        assert found["pool.rollout-0"].message == (
+            "http://a is ready: 0 requests in flight, 7 answered, 0 failures, 0 restarts, weight version 4"
+        )
+        assert found["pool.rollout-1"].message.endswith("3 failures, 0 restarts, its own weights; hung")
 
     def test_a_run_without_servers_and_a_finished_one(self, tmp_path):
         assert levels(servers.check_servers(tmp_path)) == {"servers": "note"}
