@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_r1reward.config.schema import RunConfig, ServerSection
+from megatron_r1reward.launch.site import Node, Site
 from megatron_r1reward.monitor.run_state import Component
 
 Stage = Literal["sft", "rl", "eval", "annotate", "judge"]
@@ -22,31 +23,6 @@ DRIVERS: dict[Stage, str | None] = {
     "annotate": "annotate",
     "judge": None,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Node:
-    """What this job may use of one machine."""
-
-    name: str
-    gpus: int
-    cpus: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """The nodes of this job, by group: one group, except in a heterogeneous job."""
-
-    groups: tuple[tuple[Node, ...], ...]
-
-    def group(self, index: int, what: str) -> tuple[Node, ...]:
-        """ValueError when the job has no such group."""
-        if index >= len(self.groups):
-            raise ValueError(
-                f"cluster.{what}_het_group is {index}, but this job has {len(self.groups)} group(s): submit a "
-                "heterogeneous job (docs/cluster.md) or set it to 0"
-            )
-        return self.groups[index]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.launch.layout import Node, Placement, Site, Stage, place
+from megatron_r1reward.launch.layout import Placement, Stage, place
+from megatron_r1reward.launch.site import Node, Site
 
 
 def config(**sections: dict[str, object]) -> RunConfig:
