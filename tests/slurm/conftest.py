@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import recipe_runs
 import scenarios as stories
-from jobs import Cluster
+from jobs import Cluster, tool
 from scenarios import Bench
 
 SCRIPT = Path(__file__).parent / "cluster.sh"
@@ -135,8 +135,13 @@ def running(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Any]]]:
         return
     bench: Bench = request.getfixturevalue("bench")
     pool = ThreadPoolExecutor(max_workers=3, thread_name_prefix="scenario")
-    yield {name: pool.submit(SCENARIOS[name], bench) for name in SCENARIOS if name in asked}
-    pool.shutdown(wait=True, cancel_futures=True)
+    futures = {name: pool.submit(SCENARIOS[name], bench) for name in SCENARIOS if name in asked}
+    yield futures
+    pool.shutdown(wait=False, cancel_futures=True)
+    if not all(future.done() for future in futures.values()):  # the tests end early
+        bench.stopping.set()
+        tool("scancel", "--quiet", "--user=root")
+    pool.shutdown(wait=True)
 
 
 @pytest.fixture

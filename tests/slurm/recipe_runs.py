@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from scenarios import NOT_THE_DOOMED, ONE_SERVER, TOKEN, Bench
 from megatron_r1reward.launch.health import unhealthy
 
 LAUNCHER = REPOSITORY / ".venv-recipes" / "bin" / "python"
-# GPU 0 is the trainer's or the server's; RL has two servers' worth of room on one node.
 SHAPE = ("exclusive=false", "oversubscribe=true", "mem=3000", "cpus_per_task=4", "time=00:20:00", "account=r1reward")
 SHAPE += (f"exclude={NOT_THE_DOOMED[0].partition('=')[2]}",)
 SMALL = (
@@ -41,17 +39,15 @@ def _pipeline(
 ) -> Experiment:
     folder = bench.folder / name
     folder.mkdir()
-    command = [str(LAUNCHER), str(REPOSITORY / "recipes" / "pipeline.py"), "--executor", executor]
+    command: list[str | Path] = [LAUNCHER, str(REPOSITORY / "recipes" / "pipeline.py"), "--executor", executor]
     for stage in ("sft", "rl", "eval"):
         command += [f"--{stage}", str(bench.folder / f"{stage}.toml")]
     for setting in SHAPE:
         command += ["--slurm", setting]
     command += ["--output-dir", str(folder / "out"), "--python", str(REPOSITORY / ".venv" / "bin" / "python")]
     variables = {**os.environ, "NEMORUN_HOME": str(folder / "home"), "COLUMNS": "200", **(environment or {})}
-    done = subprocess.run(
-        [*command, *SMALL, *overrides], env=variables, cwd=folder, capture_output=True, text=True, check=False
-    )
-    return Experiment(code=done.returncode, text=done.stdout + done.stderr, out=folder / "out")
+    code, text = bench.program(*command, *SMALL, *overrides, env=variables, cwd=folder)
+    return Experiment(code=code, text=text, out=folder / "out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +70,9 @@ def nemo_slurm(bench: Bench) -> WithSharedJudge:
         options=ONE_SERVER,
         environment=TOKEN,
     )
+    until(lambda: judge.run.addresses("judge"), f"address of the judge\n{judge.output()}")
     shared = f"rl:cluster.shared_judge={output}"
     experiment = _pipeline(bench, "slurm", "nemo-slurm", shared, environment=TOKEN)
-    until(lambda: judge.run.addresses("judge"), f"address of the judge\n{judge.output()}", timeout_s=60)
     address = judge.run.addresses("judge")[0]
     problem = unhealthy(address.url.replace(address.host, f"127.0.0.{10 + int(address.host[1:])}"), attempts=1)
     tool("scancel", judge.id)

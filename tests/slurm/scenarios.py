@@ -6,9 +6,11 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from jobs import Cluster, Job, tool, until
 from run_files import write_inputs
@@ -30,6 +32,18 @@ class Bench:
 
     cluster: Cluster
     folder: Path
+    stopping: threading.Event = field(default_factory=threading.Event)  # the tests end early: programs shall end, too
+
+    def program(self, *command: str | Path, **options: Any) -> tuple[int, str]:
+        """Run a program beside the jobs; exit code, and its output and messages together."""
+        with tempfile.TemporaryFile("w+") as text:
+            process = subprocess.Popen(list(map(str, command)), stdout=text, stderr=subprocess.STDOUT, **options)
+            while process.poll() is None:
+                if self.stopping.wait(0.3):
+                    process.terminate()
+                    process.wait()
+            text.seek(0)
+            return process.returncode, text.read()
 
     @classmethod
     def make(cls, cluster: Cluster, folder: Path) -> Bench:
@@ -162,12 +176,10 @@ def rl_local(bench: Bench) -> Path:
     """The same run file without Slurm."""
     bench.wait_for_cold_start()
     output = bench.folder / "rl-local"
-    command = [sys.executable, "-m", "megatron_r1reward.cli", "launch", "--local", "rl", str(bench.folder / "rl.toml")]
+    command = [sys.executable, "-m", "megatron_r1reward.cli", "launch", "--local", "rl", bench.folder / "rl.toml"]
     with _one_with_servers:
-        done = subprocess.run(
-            [*command, f"run.output_dir={output}"], capture_output=True, text=True, timeout=900, check=False
-        )
-    assert done.returncode == 0, done.stderr[-3000:]
+        code, text = bench.program(*command, f"run.output_dir={output}")
+    assert code == 0, text[-3000:]
     return output
 
 
