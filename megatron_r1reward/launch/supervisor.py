@@ -66,6 +66,7 @@ class Supervisor:
         self._section = section
         self._plan = plan
         self._launcher = launcher
+        self._driver = next((p.component.name for p in plan.placements if p.kind == "driver"), None)
         self._steps: dict[str, RunningStep] = {}
         self._started: dict[str, float] = {}
         self._signals: list[signal.Signals] = []
@@ -187,9 +188,7 @@ class Supervisor:
             return
         self._stop_requested = True
         log.info("asked to save and stop: %s", reason)
-        if not self._plan.resumes or not any(
-            p.kind == "driver" and p.component.name in self._steps for p in self._plan.placements
-        ):
+        if not self._plan.resumes or self._driver not in self._steps:
             raise LifeEndedError("requeue", EXIT_REQUEUE, reason)
         StopRequest(reason=reason).write(self._run.stop)
 
@@ -238,21 +237,21 @@ class Supervisor:
 
     def _explain(self, ended: dict[str, StepEnd]) -> None:
         """Find the root cause among the steps that have ended; always raises."""
-        driver = next((p.component.name for p in self._plan.placements if p.kind == "driver"), None)
-        if driver in ended and ended[driver].code == 0:
-            self._driver_left(driver)
+        if self._driver in ended and ended[self._driver].code == 0:
+            self._driver_left(self._driver)
         settle = time.time() + _SETTLE_S
         while time.time() < settle:
             self._check_signals()
             time.sleep(_POLL_INTERVAL_S)
         self._poll_into(ended)
-        if driver in ended and all(name == driver for name in ended):
+        if ended.keys() == {self._driver}:
             self._blame_sick_server(ended)
-        if lost := self._launcher.lost_nodes():
-            self._check_signals()
+        lost = self._launcher.lost_nodes()
+        self._check_signals()  # the steps of a cancelled job may hear of it first
+        if lost:
             raise LifeEndedError("requeue", EXIT_LOST_NODE, f"node(s) {','.join(lost)} do not answer any more")
         # A trainer that loses its server fails too; a server does not mind losing its trainer.
-        name = min(ended, key=lambda name: name == driver)
+        name = min(ended, key=lambda name: name == self._driver)
         end = ended[name]
         if end.code == 0:
             raise LifeEndedError("failed", EXIT_UNFINISHED, f"{name} left while it was needed", name)
