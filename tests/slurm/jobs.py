@@ -126,8 +126,9 @@ class Job:
                 os.kill(pid, signal.SIGCONT)
 
     def processes(self, *words: str) -> list[int]:
-        """Processes of this job on any node whose command line holds all these words."""
-        return [pid for pid in all_processes(*words) if f"SLURM_JOB_ID={self.id}" in environment_of(pid)]
+        """Processes of this job on any node whose command line holds all these words; not the srun that holds them."""
+        found = (pid for pid in all_processes(*words) if f"SLURM_JOB_ID={self.id}" in environment_of(pid))
+        return [pid for pid in found if pid not in all_processes("srun")]
 
     def kill_one(self, number: signal.Signals, *words: str, procid: int | None = None) -> None:
         """Send a signal to one process of this job, as an accident would."""

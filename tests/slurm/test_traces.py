@@ -17,4 +17,4 @@ def test_no_process_no_port_and_no_job_is_left(left_behind: str | None) -> None:
 def test_no_lock_is_left(left_behind: str | None, bench: Bench) -> None:
     """A run directory may be used again at once."""
     names = (path.relative_to(bench.folder) for path in bench.folder.rglob("*"))
-    assert [str(name) for name in names if "lock" in name.name.lower() or name.suffix in (".tmp", ".pid")] == []
+    assert [str(name) for name in names if name.name == "lock" or name.suffix in (".lock", ".tmp", ".pid")] == []
