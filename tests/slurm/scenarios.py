@@ -126,11 +126,11 @@ def preempted(bench: Bench) -> Job:
 
 def out_of_time_then_cancelled(bench: Bench) -> Job:
     """The limit comes near while the trainer stands still, so the story does not depend on how fast this machine is."""
-    overrides = ("sft.steps=1000", "checkpoint.save_every=1000", "cluster.walltime_margin_s=60")
+    overrides = ("sft.steps=1000", "checkpoint.save_every=1000", "cluster.walltime_margin_s=120")
     job = bench.sft("out-of-time", *overrides, options=(*NOT_THE_DOOMED, "--signal=B:USR1@1"))
     job.wait_step(3)
     with job.held("worker", "sft"):
-        tool("scontrol", "update", f"JobId={job.id}", "EndTime=now+75")
+        tool("scontrol", "update", f"JobId={job.id}", "EndTime=now+150")
         until(job.run.stop.exists, "request to save before the time limit")
     until(lambda: job.restarts == 1, "requeue at the time limit")
     tool("scontrol", "update", f"JobId={job.id}", "TimeLimit=20")
