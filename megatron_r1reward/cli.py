@@ -55,7 +55,7 @@ def _run_stage(stage: Stage, run_file: Path, overrides: list[str] | None) -> Non
         config = load_config(run_file, overrides or [])
         if stage in ("sft", "rl") and config.run.local_ranks > 1 and not under_a_launcher():
             raise typer.Exit(launch_stage(stage, run_file, overrides or [], local=True))
-        from megatron_r1reward.launch import stages
+        from megatron_r1reward.launch import cold_start, stages
 
         if stage == "annotate":
             stages.annotate(config)
@@ -63,7 +63,7 @@ def _run_stage(stage: Stage, run_file: Path, overrides: list[str] | None) -> Non
             stages.evaluate(config)
         else:
             forget_stop_request(config)
-            finished = stages.sft(config) if stage == "sft" else stages.rl(config)
+            finished = cold_start.sft(config) if stage == "sft" else stages.rl(config)
             if not finished:
                 raise typer.Exit(EXIT_REQUEUE)
 

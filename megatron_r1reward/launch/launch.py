@@ -13,8 +13,9 @@ from pathlib import Path
 
 from megatron_r1reward.config.load import load_config
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.launch.layout import DRIVERS, Node, Placement, Site, Stage, describe, place
+from megatron_r1reward.launch.layout import DRIVERS, Placement, Stage, describe, place
 from megatron_r1reward.launch.local_steps import LocalLauncher, count_gpus
+from megatron_r1reward.launch.site import Node, Site
 from megatron_r1reward.launch.slurm_job import SlurmJob, is_running
 from megatron_r1reward.launch.slurm_steps import SlurmLauncher
 from megatron_r1reward.launch.steps import StepLauncher

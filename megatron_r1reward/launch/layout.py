@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_r1reward.config.schema import RunConfig, ServerSection
+from megatron_r1reward.launch.site import Node, Site
 from megatron_r1reward.monitor.run_state import Component
 
 Stage = Literal["sft", "rl", "eval", "annotate", "judge"]
@@ -22,31 +23,6 @@ DRIVERS: dict[Stage, str | None] = {
     "annotate": "annotate",
     "judge": None,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Node:
-    """What this job may use of one machine."""
-
-    name: str
-    gpus: int
-    cpus: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """The nodes of this job, by group: one group, except in a heterogeneous job."""
-
-    groups: tuple[tuple[Node, ...], ...]
-
-    def group(self, index: int, what: str) -> tuple[Node, ...]:
-        """ValueError when the job has no such group."""
-        if index >= len(self.groups):
-            raise ValueError(
-                f"cluster.{what}_het_group is {index}, but this job has {len(self.groups)} group(s): submit a "
-                "heterogeneous job (docs/cluster.md) or set it to 0"
-            )
-        return self.groups[index]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +46,17 @@ class _Room:
     group: int
     gpus: list[int] = field(default_factory=list)
     cpus: int = 0
+    cores_per_gpu: int = 0  # what a server's GPU comes with; 0 on a node without GPUs
 
     @classmethod
     def of(cls, node: Node, group: int) -> _Room:
-        return cls(node=node, group=group, gpus=list(range(node.gpus)), cpus=node.cpus)
+        room = cls(node=node, group=group, gpus=list(range(node.gpus)), cpus=node.cpus)
+        room.share_out()
+        return room
+
+    def share_out(self) -> None:
+        """The cores that are left now, among the node's GPUs."""
+        self.cores_per_gpu = max(1, self.cpus // self.node.gpus) if self.node.gpus else 0
 
     def take(self, gpus: int) -> tuple[int, ...]:
         taken, self.gpus = self.gpus[:gpus], self.gpus[gpus:]
@@ -120,10 +103,10 @@ def place(config: RunConfig, stage: Stage, site: Site) -> tuple[Placement, ...]:
         beside = {kind: wanted[kind] for kind in wanted if groups[kind] == home}
         trainer, trainer_rooms = _place_trainer(config, rooms[home], beside)
         placements.append(trainer)
+    elif driver is not None:
+        placements.append(_place_helper(driver, rooms[home][0]))
     for kind in SERVER_KINDS:
         placements += _place_servers(config, kind, wanted[kind], rooms[groups[kind]], trainer_rooms, placements)
-    if driver is not None and driver != "trainer":
-        placements.append(_place_helper(driver, rooms[home][0]))
     for room in (room for group in rooms for room in group):
         if room.cpus < 0:
             raise ValueError(
@@ -245,8 +228,7 @@ def _place_servers(
         else:
             room = _first_with(order, size, kind, index, count)
             ids = room.take(size)
-        per_gpu = max(1, room.node.cpus // room.node.gpus) if room.node.gpus else 0
-        cores = config.cluster.cpus_per_server or per_gpu * size or section.num_threads
+        cores = config.cluster.cpus_per_server or room.cores_per_gpu * size or section.num_threads
         room.cpus -= 0 if colocated and ids else cores
         yield Placement(
             component=Component(
@@ -288,7 +270,9 @@ def _first_with(rooms: Sequence[_Room], size: int, kind: str, index: int, count:
 
 
 def _place_helper(name: str, room: _Room) -> Placement:
+    """One core, before servers that have all GPUs take all cores with them."""
     room.cpus -= 1
+    room.share_out()
     component = Component(name=name, nodes=(room.node.name,), tasks=1, gpus_per_node=0)
     return Placement(component=component, kind="driver", group=room.group)
 

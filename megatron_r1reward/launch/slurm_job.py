@@ -13,29 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from megatron_r1reward.launch.layout import Node, Site
+from megatron_r1reward.launch.site import Node, Site
+from megatron_r1reward.launch.step_environment import clean_environment
 
 log = logging.getLogger(__name__)
 _TIMEOUT_S = 60.0
+# States of a job that goes on. Of one that is being ended, EndTime is when that began and not the time limit.
+_ALIVE = ("RUNNING", "CONFIGURING", "SUSPENDED")
 
-# What sbatch's options leave in the environment, and every srun would take for its own.
-_INHERITED = re.compile(
-    r"SLURM_(GPUS|GPUS_PER_\w+|NTASKS|NPROCS|NTASKS_PER_\w+|TASKS_PER_NODE|CPUS_PER_TASK|CPUS_PER_GPU|MEM_PER_\w+"
-    r"|DISTRIBUTION|EXPORT_ENV|TRES_PER_TASK|CPU_BIND\w*|NNODES|EXCLUSIVE|JOB_NAME|TIMELIMIT|SIGNAL)"
-)
-# The trainer's own launch variables, should the submitting shell have had any.
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PER_NODE = re.compile(r"^\s*Nodes=(\S+) CPU_IDs=(\S+) Mem=\S+ GRES=(\S*)", re.MULTILINE)
 _GPUS = re.compile(r"gpu(?::[^:,(]+)?:(\d+)")
-
-
-def clean_environment() -> dict[str, str]:
-    """Our environment without what belongs to the batch step alone."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if not _INHERITED.fullmatch(name) and name not in _RANK_VARIABLES
-    }
 
 
 def run_tool(*command: str, timeout_s: float = _TIMEOUT_S) -> str:
@@ -135,9 +122,14 @@ class SlurmJob:
         return records
 
     def ends(self) -> float | None:
-        """When the time limit ends the job; asked anew each time, since an administrator may extend it."""
-        ends = [record.ends for record in self.records() if record.ends is not None]
-        return min(ends, default=None)
+        """When the time limit ends the job; asked anew each time, since an administrator may extend it.
+
+        None without a limit, and for a job that is being ended already.
+        """
+        records = self.records()
+        if any(record.state not in _ALIVE for record in records):
+            return None
+        return min((record.ends for record in records if record.ends is not None), default=None)
 
     def site(self) -> Site:
         """Nodes, cores and GPUs of every group, in Slurm's order."""
@@ -151,7 +143,15 @@ class SlurmJob:
         return Site(groups=tuple(groups))
 
     def requeue(self) -> None:
-        """Ask for another turn. ValueError when Slurm refuses (job submitted with --no-requeue)."""
+        """Ask for another turn.
+
+        Raises:
+            ValueError: Slurm refuses (job submitted with --no-requeue), or somebody has cancelled the job meanwhile:
+                Slurm would queue it again all the same.
+        """
+        first = self.records()[0]
+        if first.state not in _ALIVE and first.reason == "None":  # the time limit and a lost node are reasons
+            raise ValueError(f"job {self.job_id} has been cancelled")
         run_tool("scontrol", "requeue", self.job_id)
 
 
@@ -177,7 +177,7 @@ def silent_nodes(nodes: Sequence[tuple[int | None, str]], timeout_s: float) -> t
         command += [] if group is None else [f"--het-group={group}"]
         probes[node] = subprocess.Popen(
             [*command, "true"],
-            env=clean_environment(),
+            env=clean_environment(os.environ),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import signal
 import subprocess
@@ -11,8 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_r1reward.config.schema import ClusterSection
-from megatron_r1reward.launch.layout import Placement, Site
-from megatron_r1reward.launch.slurm_job import SlurmJob, clean_environment, run_tool, silent_nodes
+from megatron_r1reward.launch.layout import Placement
+from megatron_r1reward.launch.site import Site
+from megatron_r1reward.launch.slurm_job import SlurmJob, run_tool, silent_nodes
+from megatron_r1reward.launch.step_environment import clean_environment
 from megatron_r1reward.launch.steps import StepEnd, code_of, name_of
 from megatron_r1reward.monitor.run_state import RunDir
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE
@@ -115,7 +118,7 @@ class SlurmLauncher:
         with messages.open("wb") as handle:
             process = subprocess.Popen(
                 [*self.srun(placement, log), "sh", "-c", _BEGIN, "step", str(step_file), job, keep, *command],
-                env=clean_environment() | {TOKEN_VARIABLE: self._token},
+                env=clean_environment(os.environ) | {TOKEN_VARIABLE: self._token},
                 stdin=subprocess.DEVNULL,
                 stdout=handle,
                 stderr=handle,

@@ -1,12 +1,11 @@
-"""What each subcommand does: open what the stage needs, run it, close everything."""
+"""What the subcommands with servers do: open what the stage needs, run it, close everything. SFT is `cold_start`."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from datetime import timedelta
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,42 +18,15 @@ from megatron_r1reward.data.prompt import PromptBuilder
 from megatron_r1reward.evaluation.evaluate import evaluate as evaluate_pairs
 from megatron_r1reward.evaluation.result import EvaluationResult
 from megatron_r1reward.files import write_text
-from megatron_r1reward.launch.addresses import connected, node_address
+from megatron_r1reward.launch.addresses import connected
+from megatron_r1reward.launch.ranks import ranks
 from megatron_r1reward.launch.services import open_annotator, open_evaluation_pool, open_rl_services
-from megatron_r1reward.parallel import setup
-from megatron_r1reward.parallel.rendezvous import Rendezvous
-from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.training import rl as rl_stage
-from megatron_r1reward.training import sft as sft_stage
 from megatron_r1reward.types import Preference
 
 log = logging.getLogger(__name__)
-
-
-@contextmanager
-def _ranks(config: RunConfig, rendezvous: Path | None) -> Iterator[Topology]:
-    topology = setup.initialize(
-        config.parallel,
-        seed=config.run.seed,
-        deterministic=config.precision.deterministic,
-        timeout=timedelta(seconds=config.cluster.stall_timeout_s),
-        rendezvous=Rendezvous(path=rendezvous, host=node_address()) if rendezvous is not None else None,
-    )
-    try:
-        yield topology
-    finally:
-        setup.shutdown()
-
-
-def sft(config: RunConfig, *, rendezvous: Path | None = None) -> bool:
-    """Stage 1, on every rank. False: it has saved and stopped on request."""
-    with _ranks(config, rendezvous) as topology:
-        folder = sft_stage.run(config, topology)
-    if folder is not None:
-        log.info("SFT finished: %s", folder)
-    return folder is not None
 
 
 def rl(config: RunConfig, *, rendezvous: Path | None = None, supervised: bool = False) -> bool:
@@ -62,7 +34,7 @@ def rl(config: RunConfig, *, rendezvous: Path | None = None, supervised: bool = 
 
     With `supervised` the servers are those whose addresses the run directory holds.
     """
-    with _ranks(config, rendezvous) as topology, ExitStack() as stack:
+    with ranks(config, rendezvous) as topology, ExitStack() as stack:
         services = None
         if topology.is_main:
             opened = stack.enter_context(open_rl_services(connected(config, "rl") if supervised else config))

@@ -24,7 +24,7 @@ from megatron_r1reward.launch.verdict import (
     another_turn,
     write_report,
 )
-from megatron_r1reward.launch.walltime import WalltimeGuard
+from megatron_r1reward.launch.walltime import WalltimeGuard, WalltimeWatch
 from megatron_r1reward.monitor.run_state import (
     EXIT_DONE,
     EXIT_REQUEUE,
@@ -43,7 +43,6 @@ _POLL_INTERVAL_S = 0.2
 _SETTLE_S = 1.0  # what dies within this time of the first death is looked at together with it
 _STEP_START_TIMEOUT_S = 180.0  # from srun to the first task
 _STACK_DUMP_S = 5.0
-_ENDS_INTERVAL_S = 20.0  # an administrator may move the limit either way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +66,13 @@ class Supervisor:
         self._section = section
         self._plan = plan
         self._launcher = launcher
+        self._driver = next((p.component.name for p in plan.placements if p.kind == "driver"), None)
         self._steps: dict[str, RunningStep] = {}
         self._started: dict[str, float] = {}
         self._signals: list[signal.Signals] = []
         self._stop_requested = False
-        self._guard = WalltimeGuard(
-            ends=plan.info.ends, margin_s=section.walltime_margin_s, grace_s=section.grace_s
-        )  # fmt: skip
-        self._guard_read = time.time()
+        guard = WalltimeGuard(ends=plan.info.ends, margin_s=section.walltime_margin_s, grace_s=section.grace_s)
+        self._walltime = WalltimeWatch(guard, launcher.ends)
 
     # --- the life, from top to bottom ---
 
@@ -111,7 +109,7 @@ class Supervisor:
 
     def _is_late(self) -> bool:
         """Whether the time limit, and not a preemption, is what this life makes room for."""
-        latest = self._guard.latest_stop(None)
+        latest = self._walltime.guard.latest_stop(None)
         return latest is not None and time.time() > latest - _STEP_START_TIMEOUT_S
 
     def _take(self, number: int, frame: object) -> None:
@@ -190,26 +188,20 @@ class Supervisor:
             return
         self._stop_requested = True
         log.info("asked to save and stop: %s", reason)
-        if not self._plan.resumes or not any(
-            p.kind == "driver" and p.component.name in self._steps for p in self._plan.placements
-        ):
+        if not self._plan.resumes or self._driver not in self._steps:
             raise LifeEndedError("requeue", EXIT_REQUEUE, reason)
         StopRequest(reason=reason).write(self._run.stop)
 
     def _check_time(self, heartbeat: Heartbeat | None) -> None:
-        now = time.time()
-        if self._guard.ends is not None and now - self._guard_read > _ENDS_INTERVAL_S:
-            self._guard_read = now
-            ends = self._launcher.ends()
-            if ends is not None and ends != self._guard.ends:
-                log.info("the time limit has moved by %+.0f s", ends - self._guard.ends)
-                self._guard = WalltimeGuard(ends=ends, margin_s=self._guard.margin_s, grace_s=self._guard.grace_s)
-        latest, last = self._guard.latest_stop(heartbeat), self._guard.last_moment()
-        if latest is None or last is None or self._guard.ends is None or now < latest:
+        self._walltime.refresh()
+        self._check_signals()  # reading took a moment: a job that is being ended is not one whose time is up
+        guard, now = self._walltime.guard, time.time()
+        latest, last = guard.latest_stop(heartbeat), guard.last_moment()
+        if latest is None or last is None or guard.ends is None or now < latest:
             return
         if now >= last:
             raise LifeEndedError("requeue", EXIT_REQUEUE, "the time limit came before the trainer had saved")
-        self._ask_to_stop(f"the time limit is {self._guard.ends - now:.0f} s away")
+        self._ask_to_stop(f"the time limit is {guard.ends - now:.0f} s away")
 
     def _check_progress(self, heartbeat: Heartbeat | None) -> None:
         if heartbeat is None or heartbeat.phase in ("stopped", "done"):
@@ -245,21 +237,21 @@ class Supervisor:
 
     def _explain(self, ended: dict[str, StepEnd]) -> None:
         """Find the root cause among the steps that have ended; always raises."""
-        driver = next((p.component.name for p in self._plan.placements if p.kind == "driver"), None)
-        if driver in ended and ended[driver].code == 0:
-            self._driver_left(driver)
+        if self._driver in ended and ended[self._driver].code == 0:
+            self._driver_left(self._driver)
         settle = time.time() + _SETTLE_S
         while time.time() < settle:
             self._check_signals()
             time.sleep(_POLL_INTERVAL_S)
         self._poll_into(ended)
-        if driver in ended and all(name == driver for name in ended):
+        if ended.keys() == {self._driver}:
             self._blame_sick_server(ended)
-        if lost := self._launcher.lost_nodes():
-            self._check_signals()
+        lost = self._launcher.lost_nodes()
+        self._check_signals()  # the steps of a cancelled job may hear of it first
+        if lost:
             raise LifeEndedError("requeue", EXIT_LOST_NODE, f"node(s) {','.join(lost)} do not answer any more")
         # A trainer that loses its server fails too; a server does not mind losing its trainer.
-        name = min(ended, key=lambda name: name == driver)
+        name = min(ended, key=lambda name: name == self._driver)
         end = ended[name]
         if end.code == 0:
             raise LifeEndedError("failed", EXIT_UNFINISHED, f"{name} left while it was needed", name)

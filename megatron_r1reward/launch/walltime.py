@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from megatron_r1reward.monitor.run_state import Heartbeat
 
+log = logging.getLogger(__name__)
+_READ_INTERVAL_S = 20.0
 _SAFETY = 1.2  # the next step and the save may be slower than the slowest seen
 
 
@@ -36,3 +41,23 @@ class WalltimeGuard:
         if self.ends is None:
             return None
         return self.ends - min(self.grace_s, self.margin_s)
+
+
+class WalltimeWatch:
+    """The guard of a limit that an administrator may move either way: `read` is asked for it now and then."""
+
+    def __init__(self, guard: WalltimeGuard, read: Callable[[], float | None]) -> None:
+        self.guard = guard
+        self._read = read
+        self._read_at = time.time()
+
+    def refresh(self) -> None:
+        """Where `read` knows of no limit, the last known one stays."""
+        now = time.time()
+        if self.guard.ends is None or now - self._read_at < _READ_INTERVAL_S:
+            return
+        self._read_at = now
+        ends = self._read()
+        if ends is not None and ends != self.guard.ends:
+            log.info("the time limit has moved by %+.0f s", ends - self.guard.ends)
+            self.guard = replace(self.guard, ends=ends)

@@ -19,13 +19,16 @@ def allow_stack_dumps() -> None:
 def run_driver(config: RunConfig, stage: Stage) -> None:
     """The stage itself, beside servers that are there already. A trainer that stops on request leaves with 0 as well:
     any other exit code would end its peers in the middle of their own leaving."""
+    rendezvous = rendezvous_path(config)
+    if stage == "sft":
+        from megatron_r1reward.launch.cold_start import sft
+
+        sft(config, rendezvous=rendezvous)
+        return
     from megatron_r1reward.launch import stages
     from megatron_r1reward.launch.addresses import connected
 
-    rendezvous = rendezvous_path(config)
     match stage:
-        case "sft":
-            stages.sft(config, rendezvous=rendezvous)
         case "rl":
             stages.rl(config, rendezvous=rendezvous, supervised=True)
         case "eval":

@@ -1,31 +1,58 @@
 """A real Slurm cluster on this machine: slurmctld, accounting, seven virtual nodes with fake GPUs, a pyxis stand-in.
 
-Scenarios (one or more real jobs each) run two at a time in the background, since much of what they do is waiting; the
-tests look at how they ended. Only the scenarios of selected tests run.
+Scenarios (one or more real jobs each) run three at a time in the background, since much of what they do is waiting; the
+tests look at how they ended. Only the scenarios of selected tests run, and those that they compare with.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import Cluster
-from scenarios import SCENARIOS, Bench
+import recipe_runs
+import scenarios as stories
+from jobs import Cluster, tool
+from scenarios import Bench
 
 SCRIPT = Path(__file__).parent / "cluster.sh"
 NODES = 7
 INSTALL = "as root: bash tests/slurm/cluster.sh install (Debian/Ubuntu packages of Slurm, MUNGE and MariaDB)"
 
-COMPARISONS = {"undisturbed": "reference", "finished": "rl_finished"}  # fixtures that need another test's scenario
+# In this order: first the cold start that RL begins with, then what waits for Slurm beside what computes.
+SCENARIOS: dict[str, Callable[[Bench], Any]] = {
+    story.__name__: story
+    for story in (
+        stories.reference,
+        stories.preempted,
+        stories.node_lost,
+        stories.out_of_time_then_cancelled,
+        stories.rl_finished,
+        recipe_runs.nemo_slurm,
+        stories.rl_local,
+        stories.crashed_in_a_chain,
+        stories.rl_heterogeneous,
+        recipe_runs.nemo_slurm_fails,
+        recipe_runs.nemo_local,
+        stories.rl_server_dies,
+        recipe_runs.nemo_local_fails,
+        stories.rl_server_does_not_start,
+    )
+}
+NEEDS = {  # whose end a scenario begins with or is compared with
+    **dict.fromkeys(("preempted", "node_lost", "out_of_time_then_cancelled", "rl_finished"), "reference"),
+    **dict.fromkeys(("rl_local", "rl_heterogeneous", "rl_server_dies"), "rl_finished"),
+    "nemo_local": "nemo_slurm",
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -73,6 +100,8 @@ def cluster() -> Iterator[Cluster]:
     if Path("/sys/fs/cgroup/freezer/slurm_n1").exists():  # another cluster of this kind is running
         environment["PROCTRACK"] = "linuxproc"
     config = folder / "cluster" / "etc" / "slurm.conf"
+    # Who ends the tests early (a time limit, say) shall not leave daemons behind.
+    previous = signal.signal(signal.SIGTERM, lambda *_: pytest.exit("SIGTERM", returncode=143))
     try:
         started = subprocess.run(
             ["bash", str(SCRIPT), "start"], env=environment, capture_output=True, text=True, timeout=240, check=False
@@ -81,6 +110,7 @@ def cluster() -> Iterator[Cluster]:
         os.environ["SLURM_CONF"] = str(config)
         yield Cluster(script=SCRIPT, environment=environment, config=config)
     finally:
+        signal.signal(signal.SIGTERM, previous)
         subprocess.run(["bash", str(SCRIPT), "stop"], env=environment, timeout=120, check=False)
         os.environ.pop("SLURM_CONF", None)
         shutil.rmtree(folder, ignore_errors=True)
@@ -92,15 +122,26 @@ def bench(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench.make(cluster, tmp_path_factory.mktemp("jobs"))
 
 
-@pytest.fixture(scope="session")
-def running(bench: Bench, request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Any]]]:
+@pytest.fixture(scope="session", autouse=True)
+def running(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Any]]]:
+    """Scenarios by name, under way from the first test on."""
     asked = {marker.args[0] for item in request.session.items if (marker := item.get_closest_marker("scenario"))}
-    used = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
-    asked |= {scenario for fixture, scenario in COMPARISONS.items() if fixture in used}
-    wanted = [name for name in SCENARIOS if name in asked]
-    pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="scenario")
-    yield {name: pool.submit(SCENARIOS[name], bench) for name in wanted}
-    pool.shutdown(wait=True, cancel_futures=True)
+    if not recipe_runs.LAUNCHER.exists():
+        asked = {name for name in asked if not name.startswith("nemo")}
+    while missing := {NEEDS[name] for name in asked if name in NEEDS} - asked:
+        asked |= missing
+    if not asked:
+        yield {}
+        return
+    bench: Bench = request.getfixturevalue("bench")
+    pool = ThreadPoolExecutor(max_workers=3, thread_name_prefix="scenario")
+    futures = {name: pool.submit(SCENARIOS[name], bench) for name in SCENARIOS if name in asked}
+    yield futures
+    pool.shutdown(wait=False, cancel_futures=True)
+    if not all(future.done() for future in futures.values()):  # the tests end early
+        bench.stopping.set()
+        tool("scancel", "--quiet", "--user=root")
+    pool.shutdown(wait=True)
 
 
 @pytest.fixture

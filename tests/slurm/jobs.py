@@ -9,7 +9,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ PATIENCE_S = 900.0  # for one event; machines that also do other things are slow
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
 
 
-def tool(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+def tool(*command: str, environment: Mapping[str, str] | None = None) -> str:
+    """Standard output of a command, with these variables in addition to our own."""
+    variables = {**os.environ, **(environment or {})}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
     return done.stdout
 
@@ -104,9 +107,28 @@ class Job:
 
         return until(read, f"accounting of job {self.id}", timeout_s=60)
 
+    def lives(self) -> list[tuple[str, str, str]]:
+        """(start, end, nodes) of each time that it ran, in order; times as text that sorts like time."""
+        lines = tool("sacct", "-n", "-P", "-X", "-D", "-j", self.id, "-o", "Start,End,NodeList").splitlines()
+        return sorted((start, end, nodes) for start, end, nodes in (line.split("|") for line in lines))
+
+    @contextmanager
+    def held(self, *words: str) -> Iterator[None]:
+        """Its processes with these words stand still for a while, as on a machine that is much too slow."""
+        pids = self.processes(*words)
+        assert pids, f"job {self.id} has no process {words}"
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+
     def processes(self, *words: str) -> list[int]:
-        """Processes of this job on any node whose command line holds all these words."""
-        return [pid for pid in all_processes(*words) if f"SLURM_JOB_ID={self.id}" in environment_of(pid)]
+        """Processes of this job on any node whose command line holds all these words; not the srun that holds them."""
+        found = (pid for pid in all_processes(*words) if f"SLURM_JOB_ID={self.id}" in environment_of(pid))
+        return [pid for pid in found if pid not in all_processes("srun")]
 
     def kill_one(self, number: signal.Signals, *words: str, procid: int | None = None) -> None:
         """Send a signal to one process of this job, as an accident would."""
@@ -147,12 +169,26 @@ class Cluster:
     def chaos(self, *command: str) -> None:
         subprocess.run(["bash", str(self.script), *command], env=self.environment, check=True, timeout=60)
 
-    def submit(self, script: str, run_file: Path, output: Path, *overrides: str, options: Sequence[str] = ()) -> Job:
-        folder = run_file.parent
+    def submit(
+        self,
+        script: str,
+        *arguments: str | Path,
+        output: Path,
+        options: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> Job:
+        """sbatch of one of the repository's scripts, from the folder around `output`."""
+        folder = output.parent
         command = ["sbatch", "--parsable", "--chdir", str(folder), f"--output={folder}/job-%j.out", *options]
-        command += [str(REPOSITORY / "slurm" / script), str(run_file), f"run.output_dir={output}", *overrides]
-        job_id = tool(*command).strip().split(";")[0]
+        command += [str(REPOSITORY / "slurm" / script), *map(str, arguments)]
+        job_id = tool(*command, environment=environment).strip().split(";")[0]
         return Job(id=job_id, run=RunDir(root=output), folder=folder)
+
+    def chain(self, *arguments: str | Path, folder: Path, options: Mapping[str, Sequence[str]]) -> dict[str, str]:
+        """slurm/pipeline.sh in `folder`, with sbatch options by stage; returns job ids by stage."""
+        own = {f"{stage.upper()}_OPTIONS": " ".join(words) for stage, words in options.items()}
+        command = [str(REPOSITORY / "slurm" / "pipeline.sh"), f"--chdir={folder}", f"--output={folder}/job-%j.out"]
+        return dict(line.split() for line in tool(*command, *map(str, arguments), environment=own).splitlines())
 
     def left_behind(self) -> str | None:
         """What jobs have left running or listening; None when nothing."""

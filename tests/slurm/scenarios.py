@@ -3,91 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jobs import REPOSITORY, Cluster, Job, tool, until
+from jobs import Cluster, Job, tool, until
+from run_files import write_inputs
 
-from megatron_r1reward.data.digits import build_digits
-from megatron_r1reward.launch.demo import write_demo_model
 from megatron_r1reward.monitor.run_state import RunDir
 
-SFT_TOML = """
-[run]
-output_dir = "unset"
-local_ranks = 4
-num_threads = 1
-[model]
-path = "{folder}/model"
-precision = "fp32"
-[data]
-train = "{folder}/data/sft.jsonl"
-token_budget = 2048
-[optimizer]
-lr = 3e-3
-[sft]
-steps = 30
-global_batch_size = 8
-[checkpoint]
-save_every = 10
-[monitor]
-tensorboard = false
-[cluster]
-ranks_per_node = 2
-walltime_margin_s = 15
-grace_s = 10
-"""
-RL_TOML = """
-[run]
-output_dir = "unset"
-local_ranks = 4
-num_threads = 1
-[model]
-path = "{folder}/model"
-precision = "fp32"
-[data]
-train = "{folder}/data/pool.jsonl"
-token_budget = 2048
-[optimizer]
-lr = 1e-3
-warmup_fraction = 0.0
-[rl]
-steps = 3
-rollout_batch_size = 8
-train_batch_size = 8
-[algorithm]
-entropy_coefficient = 0.01  # the untrained model earns no reward: this gives it a gradient all the same
-[sampling]
-max_tokens = 24
-[rollout]
-dtype = "float32"
-max_model_len = 512
-max_num_seqs = 8
-kv_cache_bytes = 67108864
-[judge]
-model_path = "{folder}/model"
-dtype = "float32"
-max_model_len = 512
-max_num_seqs = 8
-kv_cache_bytes = 67108864
-max_tokens = 4
-[checkpoint]
-save_every = 100
-[monitor]
-tensorboard = false
-[cluster]
-grace_s = 20
-"""
-# Two nodes of four of which n5 to n7 are kept for the story in which one dies.
-TWO_NODES = ("--oversubscribe", "--nodes=2", "--gpus-per-node=0", "--cpus-per-task=3", "--mem=1500", "--time=20")
+# n5 to n7 are kept for the story in which one of them dies.
 NOT_THE_DOOMED = ("--exclude=n5,n6,n7",)
+TWO_NODES = ("--oversubscribe", "--nodes=2", "--gpus-per-node=0", "--cpus-per-task=3", "--mem=1500", "--time=20")
+ONE_SERVER = ("--oversubscribe", "--nodes=1", "--gpus-per-node=1", "--cpus-per-task=4", "--mem=3000", "--time=20")
+ONE_SERVER += NOT_THE_DOOMED
+TOKEN = {"R1REWARD_SERVER_TOKEN": "of-all-jobs-that-share-a-judge"}
 _one_with_servers = threading.Lock()  # two stages with vLLM servers at a time would be short of memory
 
 
@@ -97,65 +32,110 @@ class Bench:
 
     cluster: Cluster
     folder: Path
+    stopping: threading.Event = field(default_factory=threading.Event)  # the tests end early: programs shall end, too
+
+    def program(self, *command: str | Path, **options: Any) -> tuple[int, str]:
+        """Run a program beside the jobs; exit code, and its output and messages together."""
+        with tempfile.TemporaryFile("w+") as text:
+            process = subprocess.Popen(list(map(str, command)), stdout=text, stderr=subprocess.STDOUT, **options)
+            while process.poll() is None:
+                if self.stopping.wait(0.3):
+                    process.terminate()
+                    process.wait()
+            text.seek(0)
+            return process.returncode, text.read()
 
     @classmethod
     def make(cls, cluster: Cluster, folder: Path) -> Bench:
-        data = folder / "data"
-        build_digits(data, seed=0, sft_rows=200, pool_rows=60, heldout_pairs=8, judge_rows=40)
-        write_demo_model(folder / "model", [data / "sft.jsonl", data / "judge_sft.jsonl"], seed=0)
-        for name, text in (("sft.toml", SFT_TOML), ("rl.toml", RL_TOML)):
-            (folder / name).write_text(text.format(folder=folder))
+        write_inputs(folder)
         return cls(cluster=cluster, folder=folder)
 
     def sft(self, name: str, *overrides: str, options: tuple[str, ...] = NOT_THE_DOOMED) -> Job:
-        options = (*TWO_NODES, *options)
+        output = self.folder / name
         return self.cluster.submit(
-            "sft_stage.sh", self.folder / "sft.toml", self.folder / name, *overrides, options=options
+            "sft_stage.sh",
+            self.folder / "sft.toml",
+            f"run.output_dir={output}",
+            *overrides,
+            output=output,
+            options=(*TWO_NODES, *options),
         )
 
     def rl(self, name: str, *overrides: str, options: tuple[str, ...] = ()) -> Job:
         """Trainer on two nodes with two (fake) GPUs each, rollout server and judge on those of a third."""
         shape = ("--oversubscribe", "--nodes=3", "--gpus-per-node=2", "--cpus-per-task=4", "--mem=4000", "--time=20")
+        output = self.folder / name
         return self.cluster.submit(
             "rl_stage.sh",
             self.folder / "rl.toml",
-            self.folder / name,
+            f"run.output_dir={output}",
             *overrides,
+            output=output,
             options=(*(options or shape), *NOT_THE_DOOMED),
         )
 
+    def wait_for_cold_start(self) -> None:
+        """The RL jobs begin with the model that the reference job trains."""
+        run = RunDir(root=self.folder / "reference")
+        until(lambda: run.done.exists() or run.exit_report.exists(), "end of the cold start")
+        until(run.done.exists, "success of the cold start", timeout_s=5)
 
-def reference(bench: Bench) -> tuple[Job, Job]:
-    """A run that nobody disturbs, and its twin at the same time on the same two nodes, in a container.
 
-    The twin's data is at a place that only its mounts make: it could not train without them.
-    """
-    shared = (*NOT_THE_DOOMED, "--nodelist=n1,n2")
-    first = bench.sft("reference", options=shared)
+@dataclass(frozen=True, kw_only=True)
+class Chain:
+    """Jobs one after the other."""
+
+    sft: Job
+    evaluation: Job
+    conversion: Job
+
+
+def reference(bench: Bench) -> Chain:
+    """slurm/pipeline.sh: a cold start that nobody disturbs, then its evaluation; slurm/convert.sh on its checkpoint."""
+    folder = bench.folder
+    options = {"sft": (*TWO_NODES, *NOT_THE_DOOMED, "--nodelist=n1,n2"), "eval": ONE_SERVER}
+    ids = bench.cluster.chain(folder / "sft.toml", "-", "-", folder / "eval.toml", folder=folder, options=options)
+    sft = Job(id=ids["sft"], run=RunDir(root=folder / "reference"), folder=folder)
+    evaluation = Job(id=ids["eval"], run=RunDir(root=folder / "evaluation"), folder=folder)
+    conversion = bench.cluster.submit(
+        "convert.sh",
+        "export",
+        sft.run.root / "checkpoints" / "step-00000030",
+        folder / "exported",
+        output=folder / "exported",
+        options=("--oversubscribe", "--mem=1500", *NOT_THE_DOOMED, f"--dependency=afterok:{sft.id}"),
+    )
+    return Chain(sft=sft.wait(), evaluation=evaluation.wait(), conversion=conversion.wait())
+
+
+def preempted(bench: Bench) -> Job:
+    """On the nodes of the reference job, at the same time, in a container whose mounts alone lead to the data."""
     container = {
         "cluster.container_image": "any.sqsh",
         "cluster.container_python": sys.executable,
         "cluster.container_mounts": json.dumps([f"{bench.folder}/data:{bench.folder}/mounted"]),
         "data.train": f"{bench.folder}/mounted/sft.jsonl",
+        "checkpoint.save_every": "1000",  # only the request saves
     }
-    second = bench.sft("twin", *(f"{key}={value}" for key, value in container.items()), options=shared)
-    return first.wait(), second.wait()
-
-
-def preempted(bench: Bench) -> Job:
-    job = bench.sft("preempted", "checkpoint.save_every=1000")  # only the request saves
+    overrides = [f"{key}={value}" for key, value in container.items()]
+    job = bench.sft("preempted", *overrides, options=(*NOT_THE_DOOMED, "--nodelist=n1,n2"))
     job.wait_step(3)
     tool("scancel", "-b", "-s", "USR1", job.id)
     return job.wait()
 
 
-def out_of_time(bench: Bench) -> Job:
-    """The limit is moved to 40 s from now, so the story does not depend on how fast this machine starts Python."""
-    job = bench.sft("out-of-time", "sft.steps=100")
+def out_of_time_then_cancelled(bench: Bench) -> Job:
+    """The limit comes near while the trainer stands still, so the story does not depend on how fast this machine is."""
+    overrides = ("sft.steps=1000", "checkpoint.save_every=1000", "cluster.walltime_margin_s=120")
+    job = bench.sft("out-of-time", *overrides, options=(*NOT_THE_DOOMED, "--signal=B:USR1@1"))
     job.wait_step(3)
-    tool("scontrol", "update", f"JobId={job.id}", "EndTime=now+40")
+    with job.held("worker", "sft"):
+        tool("scontrol", "update", f"JobId={job.id}", "EndTime=now+150")
+        until(job.run.stop.exists, "request to save before the time limit")
     until(lambda: job.restarts == 1, "requeue at the time limit")
     tool("scontrol", "update", f"JobId={job.id}", "TimeLimit=20")
+    job.wait_step(31)
+    tool("scancel", job.id)
     return job.wait()
 
 
@@ -163,39 +143,19 @@ def crashed_in_a_chain(bench: Bench) -> tuple[Job, Job]:
     """slurm/pipeline.sh: the first stage loses a rank, the second must not wait for ever."""
     folder = bench.folder / "chain"
     folder.mkdir()
-    environment = {
-        **os.environ,
-        "SFT_OPTIONS": " ".join((*TWO_NODES, *NOT_THE_DOOMED)),
-        "EVAL_OPTIONS": "--oversubscribe --nodes=1 --gpus-per-node=0 --mem=1500",
-    }
-    command = [str(REPOSITORY / "slurm" / "pipeline.sh"), f"--chdir={folder}", f"--output={folder}/job-%j.out"]
-    command += [
-        str(bench.folder / "sft.toml"),
-        "-",
-        "-",
-        str(bench.folder / "sft.toml"),
-        f"run.output_dir={folder}/run",
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    ids = dict(line.split() for line in done.stdout.splitlines())
     run = RunDir(root=folder / "run")
+    files = (bench.folder / "sft.toml", "-", "-", bench.folder / "eval.toml")
+    options = {"sft": (*TWO_NODES, *NOT_THE_DOOMED), "eval": ONE_SERVER}
+    ids = bench.cluster.chain(*files, f"run.output_dir={run.root}", folder=folder, options=options)
     parent, child = (Job(id=ids[stage], run=run, folder=folder) for stage in ("sft", "eval"))
     parent.wait_step(2)
     parent.kill_one(signal.SIGSEGV, "worker", "sft", procid=3)
     return parent.wait(), child.wait()
 
 
-def cancelled(bench: Bench) -> Job:
-    job = bench.sft("cancelled", "sft.steps=1000")
-    job.wait_step(1)
-    tool("scancel", job.id)
-    return job.wait()
-
-
 def node_lost(bench: Bench) -> Job:
     """The second node of the trainer loses its power after a checkpoint; a third one is free."""
-    job = bench.sft("node-lost", "sft.steps=30", options=("--exclude=n1,n2,n3,n4",))
+    job = bench.sft("node-lost", options=("--exclude=n1,n2,n3,n4",))
     job.wait_step(11)
     lost = tool("scontrol", "show", "hostnames", job.field("NodeList")).split()[1]
     bench.cluster.chaos("kill-node", lost[1:])
@@ -207,28 +167,29 @@ def node_lost(bench: Bench) -> Job:
 
 
 def rl_finished(bench: Bench) -> Job:
+    bench.wait_for_cold_start()
     with _one_with_servers:
         return bench.rl("rl").wait()
 
 
 def rl_local(bench: Bench) -> Path:
     """The same run file without Slurm."""
+    bench.wait_for_cold_start()
     output = bench.folder / "rl-local"
-    command = [sys.executable, "-m", "megatron_r1reward.cli", "launch", "--local", "rl", str(bench.folder / "rl.toml")]
+    command = [sys.executable, "-m", "megatron_r1reward.cli", "launch", "--local", "rl", bench.folder / "rl.toml"]
     with _one_with_servers:
-        done = subprocess.run(
-            [*command, f"run.output_dir={output}"], capture_output=True, text=True, timeout=900, check=False
-        )
-    assert done.returncode == 0, done.stderr[-3000:]
+        code, text = bench.program(*command, f"run.output_dir={output}")
+    assert code == 0, text[-3000:]
     return output
 
 
 def rl_server_does_not_start(bench: Bench) -> Job:
     with _one_with_servers:
-        return bench.rl("rl-no-start", 'rollout.extra_args=["--no-such-option"]').wait()
+        return bench.rl("rl-no-start", f"model.path={bench.folder}/model", 'rollout.extra_args=["--no-such"]').wait()
 
 
 def rl_server_dies(bench: Bench) -> Job:
+    bench.wait_for_cold_start()
     with _one_with_servers:
         job = bench.rl("rl-server-dies", "rl.steps=500")
         job.wait_step(1)
@@ -238,24 +199,9 @@ def rl_server_dies(bench: Bench) -> Job:
 
 def rl_heterogeneous(bench: Bench) -> Job:
     """Trainer and rollout server on one kind of node, the judge on another."""
+    bench.wait_for_cold_start()
     options = ("--oversubscribe", "--nodes=2", "--gpus-per-node=3", "--cpus-per-task=6", "--mem=4000", "--time=20")
     options += (*NOT_THE_DOOMED, ":", "--nodes=1", "--gpus-per-node=1", "--cpus-per-task=2", "--mem=4000")
     overrides = ("cluster.judge_het_group=1", "cluster.trainer_nodes=2", "cluster.ranks_per_node=2")
     with _one_with_servers:
         return bench.rl("rl-het", *overrides, options=options).wait()
-
-
-# In this order: what waits for Slurm beside what computes.
-SCENARIOS: dict[str, Callable[[Bench], Any]] = {
-    "reference": reference,
-    "rl_finished": rl_finished,
-    "node_lost": node_lost,
-    "rl_local": rl_local,
-    "preempted": preempted,
-    "rl_server_dies": rl_server_dies,
-    "out_of_time": out_of_time,
-    "rl_heterogeneous": rl_heterogeneous,
-    "crashed_in_a_chain": crashed_in_a_chain,
-    "rl_server_does_not_start": rl_server_does_not_start,
-    "cancelled": cancelled,
-}

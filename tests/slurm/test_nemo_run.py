@@ -1,78 +1,37 @@
-"""The recipes through NeMo-Run: SFT -> RL -> evaluation as one experiment, on the cluster and on this machine."""
+"""The recipes through NeMo-Run, and slurm/judge.sh, whose server the RL stage there shares."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
-from jobs import REPOSITORY, tool
-from scenarios import RL_TOML, SFT_TOML, Bench
+from jobs import is_listening, tool
+from recipe_runs import LAUNCHER, Experiment, WithSharedJudge
 
 from megatron_r1reward.launch.status.gather import read_status
 
-LAUNCHER = REPOSITORY / ".venv-recipes" / "bin" / "python"
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.timeout(1200),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(not LAUNCHER.exists(), reason="no .venv-recipes: make recipes builds NeMo-Run's environment"),
 ]
-SHAPE = ("exclusive=false", "oversubscribe=true", "mem=3000", "cpus_per_task=4", "time=00:20:00", "account=r1reward")
-SMALL = (
-    "run.local_ranks=1",
-    "sft:sft.steps=3",
-    "sft:sft.global_batch_size=8",
-    "rl:rl.steps=2",
-    "rl:reward.use_judge=false",
-    "rl:sampling.max_tokens=16",
-    "eval:evaluation.max_pairs=1",
-    "eval:evaluation.samples=1",
-    "eval:evaluation.voting=[1]",
-    "eval:sampling.max_tokens=16",
-)
 
 
-@pytest.fixture(scope="module")
-def run_files(bench: Bench) -> Path:
-    """The run files of the other jobs here, and one for the evaluation."""
-    folder = bench.folder / "nemo-run"
-    folder.mkdir()
-    for name, text in (("sft.toml", SFT_TOML), ("rl.toml", RL_TOML), ("eval.toml", RL_TOML)):
-        tail = f'[evaluation]\ndata = "{bench.folder}/data/heldout.jsonl"\n' if name == "eval.toml" else ""
-        (folder / name).write_text(text.format(folder=bench.folder).replace("ranks_per_node = 2\n", "") + tail)
-    return folder
+def rows(out: Path, stage: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / stage / "metrics.jsonl").read_text().splitlines()]
 
 
-def pipeline(folder: Path, executor: str, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [str(LAUNCHER), str(REPOSITORY / "recipes" / "pipeline.py"), "--executor", executor]
-    for stage in ("sft", "rl", "eval"):
-        command += [f"--{stage}", str(folder / f"{stage}.toml")]
-    for setting in SHAPE:
-        command += ["--slurm", setting]
-    command += ["--output-dir", str(out), "--python", str(REPOSITORY / ".venv" / "bin" / "python"), *SMALL, *more]
-    environment = {**os.environ, "NEMORUN_HOME": str(folder / "home"), "COLUMNS": "200"}
-    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
-
-
-def losses(out: Path, stage: str, name: str) -> list[float]:
-    return [json.loads(line)[name] for line in (out / stage / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def on_slurm(run_files: Path) -> Path:
-    out = run_files / "slurm"
-    done = pipeline(run_files, "slurm", out)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "eval: SUCCEEDED" in done.stdout
-    return out
-
-
-def test_every_stage_was_a_job_of_its_own(on_slurm: Path) -> None:
+@pytest.mark.scenario("nemo_slurm")
+def test_every_stage_was_a_job_of_its_own(ended: WithSharedJudge) -> None:
+    experiment = ended.experiment
+    assert experiment.code == 0, experiment.text
+    assert all(f"{stage}: SUCCEEDED" in experiment.text for stage in ("sft", "rl", "eval"))
     jobs = set()
     for stage in ("sft", "rl", "eval"):
-        status = read_status(on_slurm / stage)
+        status = read_status(experiment.out / stage)
         assert status.state == "done"
         assert status.info is not None
         assert status.info.launcher == "slurm"
@@ -80,28 +39,45 @@ def test_every_stage_was_a_job_of_its_own(on_slurm: Path) -> None:
     assert len(jobs) == 3
     states = tool("sacct", "-n", "-X", "-P", "-j", ",".join(map(str, sorted(jobs))), "-o", "State").split()
     assert states == ["COMPLETED"] * 3
-    assert json.loads((on_slurm / "eval" / "evaluation.json").read_text())["counts"]["pairs"] == 1
+    assert [row["step"] for row in rows(experiment.out, "rl")] == [1, 2]
+    assert json.loads((experiment.out / "eval" / "evaluation.json").read_text())["counts"]["pairs"] == 1
 
 
-def test_the_local_executor_gives_the_same_losses(on_slurm: Path, run_files: Path) -> None:
-    out = run_files / "local"
-    done = pipeline(run_files, "local", out)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert losses(out, "sft", "sft/loss") == pytest.approx(losses(on_slurm, "sft", "sft/loss"), rel=1e-6)
-    assert (out / "eval" / "evaluation.json").exists()
-    assert read_status(out / "rl").state == "done"
+@pytest.mark.scenario("nemo_slurm")
+def test_a_judge_job_is_shared_and_outlives_those_that_ask_it(ended: WithSharedJudge) -> None:
+    judge = ended.judge
+    answered = rows(ended.experiment.out, "rl")
+    assert sum(row["judge/asked"] - row["judge/not_tried"] for row in answered) > 0, answered
+    assert ended.judge_problem_afterwards is None
+    assert (judge.state, judge.report().outcome, judge.report().code) == ("CANCELLED", "cancelled", 143)
+    assert not any(is_listening(address.url) for address in judge.run.addresses("judge"))
 
 
-@pytest.mark.parametrize("executor", ["slurm", "local"])
-def test_a_failing_task_makes_the_command_fail_and_stops_the_chain(run_files: Path, executor: str) -> None:
-    out = run_files / f"failing-{executor}"
-    done = pipeline(run_files, executor, out, "sft:model.path=nowhere")
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "sft: FAILED" in done.stdout
-    assert "nowhere" in done.stdout  # the reason, from the run directory
-    assert "rl: SUCCEEDED" not in done.stdout
-    assert not (out / "rl").exists()
-    assert not (out / "eval").exists()
-    if executor == "slurm":
-        assert "rl: CANCELLED" in done.stdout
-        assert tool("squeue", "-h", "--account=r1reward").strip() == ""
+@pytest.mark.scenario("nemo_local")
+def test_the_local_executor_gives_the_same_losses(ended: Experiment, running: dict[str, Future[Any]]) -> None:
+    assert ended.code == 0, ended.text
+    on_slurm: WithSharedJudge = running["nemo_slurm"].result()
+    got, expected = rows(ended.out, "sft"), rows(on_slurm.experiment.out, "sft")
+    assert [row["sft/loss"] for row in got] == pytest.approx([row["sft/loss"] for row in expected], rel=1e-6)
+    assert json.loads((ended.out / "eval" / "evaluation.json").read_text())["counts"]["pairs"] == 1
+    assert read_status(ended.out / "rl").state == "done"
+
+
+def assert_the_chain_stopped(experiment: Experiment) -> None:
+    assert experiment.code == 1, experiment.text
+    assert "sft: FAILED" in experiment.text
+    assert "nowhere" in experiment.text  # the reason, from the run directory
+    assert "rl: SUCCEEDED" not in experiment.text
+    assert not (experiment.out / "rl").exists()
+    assert not (experiment.out / "eval").exists()
+
+
+@pytest.mark.scenario("nemo_slurm_fails")
+def test_a_failing_task_makes_the_command_fail_and_cancels_the_chain(ended: Experiment) -> None:
+    assert_the_chain_stopped(ended)
+    assert "rl: CANCELLED" in ended.text
+
+
+@pytest.mark.scenario("nemo_local_fails")
+def test_a_failing_task_makes_the_command_fail_also_locally(ended: Experiment) -> None:
+    assert_the_chain_stopped(ended)

@@ -39,6 +39,9 @@ def finished(running: dict[str, Future[Any]]) -> Job:
 def test_a_job_with_servers_finishes(ended: Job) -> None:
     assert (ended.state, ended.exit_code) == ("COMPLETED", 0), ended.output()
     assert ended.report().outcome == "done"
+    rewards = [row["reward/mean"] for row in ended.rows().values()]
+    assert max(rewards) > 0.5, f"a right answer is worth at least 1: {rewards}"
+    assert sum(row["judge/asked"] - row["judge/not_tried"] for row in ended.rows().values()) > 0
     states = ended.accounting()
     assert states.keys() == {"job", "batch", *ALL_STEPS}
     assert (states["job"], states["trainer"]) == ("COMPLETED", "COMPLETED")
@@ -80,7 +83,7 @@ def test_a_server_that_does_not_start_fails_the_job_with_its_own_words(ended: Jo
     assert (ended.state, ended.exit_code) == ("FAILED", 2), ended.output()  # argparse's exit code, out of vLLM
     report = ended.report()
     assert (report.outcome, report.component) == ("failed", "rollout-0")
-    assert "--no-such-option" in ended.output()
+    assert "--no-such" in ended.output()
     assert "trainer" not in ended.accounting(), "the trainer has not been started"
     assert_servers_are_gone(ended)
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import Future
 from typing import Any
 
 import pytest
-from jobs import Job
+import torch
+from jobs import Job, is_listening
+from run_files import SFT_STEPS
+from safetensors.torch import load_file
+from scenarios import Chain
 
 from megatron_r1reward.monitor.run_state import ExitReport
 
@@ -14,9 +19,11 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
 COMPARED = ("sft/loss", "grad_norm", "lr", "entropy")
 
 
-def assert_same_training(job: Job, reference: Job, steps: int) -> None:
+def assert_same_training(job: Job, reference: Job) -> None:
     expected, got = reference.rows(), job.rows()
-    assert list(got) == list(expected) == list(range(1, steps + 1))
+    assert list(expected) == list(range(1, SFT_STEPS + 1))
+    assert list(got) == list(range(1, len(got) + 1)), "steps are missing or were taken twice"
+    assert len(got) >= SFT_STEPS
     for step, row in expected.items():
         for name in COMPARED:
             assert got[step][name] == pytest.approx(row[name], rel=1e-6), (step, name)
@@ -30,53 +37,86 @@ def life(job: Job, number: int) -> ExitReport:
 
 @pytest.fixture(scope="module")
 def undisturbed(running: dict[str, Future[Any]]) -> Job:
-    return running["reference"].result()[0]
+    return running["reference"].result().sft
 
 
 @pytest.mark.scenario("reference")
-def test_two_jobs_on_one_node_finish_and_agree_also_in_a_container(ended: tuple[Job, Job]) -> None:
-    first, second = ended
-    for job in ended:
-        assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", 0, 0), job.output()
-        assert job.accounting() == {"job": "COMPLETED", "batch": "COMPLETED", "trainer": "COMPLETED"}
-        assert (job.report().outcome, job.report().step, job.run.done.exists()) == ("done", 30, True)
-        assert "trainer: 4 task(s) on n1,n2" in job.output()
-    assert_same_training(second, first, 30)
+def test_a_job_that_is_left_alone_finishes(ended: Chain) -> None:
+    job = ended.sft
+    assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", 0, 0), job.output()
+    assert job.accounting() == {"job": "COMPLETED", "batch": "COMPLETED", "trainer": "COMPLETED"}
+    assert (job.report().outcome, job.report().step, job.run.done.exists()) == ("done", SFT_STEPS, True)
+    assert "trainer: 4 task(s) on n1,n2" in job.output()
+    log = job.run.log(0, "trainer").read_text(errors="replace")  # srun cuts progress bars within characters
+    assert "0: " in log, "a line says which rank wrote it"
 
 
 @pytest.mark.scenario("reference")
-def test_the_log_of_a_rank_says_which_rank_it_is(ended: tuple[Job, Job]) -> None:
-    log = ended[0].run.log(0, "trainer").read_text(errors="replace")  # srun cuts progress bars within characters
-    assert "0: " in log
-    assert "finished" in log
+def test_the_evaluation_follows_in_the_chain(ended: Chain) -> None:
+    job = ended.evaluation
+    assert (job.state, job.exit_code) == ("COMPLETED", 0), job.output()
+    assert job.accounting().keys() == {"job", "batch", "rollout-0", "evaluate"}
+    assert job.lives()[0][0] >= ended.sft.lives()[0][1], "it starts when the cold start has ended"
+    result = json.loads((job.run.root / "evaluation.json").read_text())
+    assert result["counts"]["pairs"] == 2
+    assert result["format_rate"] == 1.0, "the cold-started model is the one that was asked"
+    assert not any(is_listening(address.url) for address in job.run.addresses("rollout"))
+
+
+@pytest.mark.scenario("reference")
+def test_a_conversion_job_exports_the_same_weights(ended: Chain) -> None:
+    assert (ended.conversion.state, ended.conversion.exit_code) == ("COMPLETED", 0), ended.conversion.output()
+    got, expected = (
+        load_file(folder / "model.safetensors") for folder in (ended.conversion.run.root, ended.sft.run.root / "hf")
+    )
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.scenario("preempted")
-def test_usr1_saves_requeues_and_resumes_at_the_exact_step(ended: Job, undisturbed: Job) -> None:
+def test_usr1_saves_requeues_and_resumes_at_the_exact_step_also_in_a_container(ended: Job, undisturbed: Job) -> None:
     assert (ended.state, ended.exit_code, ended.restarts) == ("COMPLETED", 0, 1), ended.output()
     first = life(ended, 0)
     assert (first.outcome, first.code) == ("requeue", 75)
     assert first.saved_step == first.step
-    assert first.step is not None and 3 <= first.step < 30
-    assert_same_training(ended, undisturbed, 30)
+    assert first.step is not None and 3 <= first.step < SFT_STEPS
+    assert_same_training(ended, undisturbed)
     assert ended.accounting()["trainer"] == "COMPLETED"
 
 
-@pytest.mark.scenario("out_of_time")
-def test_the_time_limit_is_met_with_a_save_and_another_turn(ended: Job) -> None:
-    assert (ended.state, ended.exit_code, ended.restarts) == ("COMPLETED", 0, 1), ended.output()
+@pytest.mark.scenario("preempted")
+def test_two_jobs_on_the_same_nodes_do_not_disturb_each_other(ended: Job, undisturbed: Job) -> None:
+    (start, end, nodes), (other_start, other_end, other_nodes) = ended.lives()[0], undisturbed.lives()[0]
+    assert nodes == other_nodes == "n[1-2]"
+    assert max(start, other_start) < min(end, other_end), "they ran at the same time"
+    assert_same_training(ended, undisturbed)
+
+
+@pytest.mark.scenario("out_of_time_then_cancelled")
+def test_the_time_limit_is_met_with_a_save_and_another_turn(ended: Job, undisturbed: Job) -> None:
+    assert ended.restarts == 1, ended.output()
     first = life(ended, 0)
     assert (first.outcome, first.code) == ("requeue", 75)
-    assert "time limit" in first.reason
+    assert "the time limit is" in first.reason
     assert first.saved_step == first.step
-    assert list(ended.rows()) == list(range(1, 101))
+    assert first.step is not None and 3 <= first.step < SFT_STEPS
+    assert_same_training(ended, undisturbed)
+
+
+@pytest.mark.scenario("out_of_time_then_cancelled")
+def test_scancel_is_recorded(ended: Job) -> None:
+    assert ended.state == "CANCELLED", ended.output()
+    report = ended.report()
+    assert (report.outcome, report.code, report.life) == ("cancelled", 143, 1)
+    assert not ended.run.done.exists()
+    assert ended.accounting()["job"] == "CANCELLED"
 
 
 @pytest.mark.scenario("node_lost")
 def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(ended: Job, undisturbed: Job) -> None:
     assert (ended.state, ended.exit_code, ended.restarts) == ("COMPLETED", 0, 1), ended.output()
     assert "after step" in ended.run.log(1, "trainer").read_text(errors="replace")
-    assert_same_training(ended, undisturbed, 30)
+    assert_same_training(ended, undisturbed)
 
 
 @pytest.mark.scenario("crashed_in_a_chain")
@@ -90,17 +130,3 @@ def test_a_crashed_rank_ends_the_job_and_the_chain(ended: tuple[Job, Job]) -> No
     assert "failed: trainer: task 3" in last
     assert parent.accounting()["trainer"] in ("FAILED", "CANCELLED")
     assert child.state == "CANCELLED", "its dependency can never be satisfied"
-
-
-@pytest.mark.scenario("cancelled")
-def test_scancel_is_recorded(ended: Job) -> None:
-    assert ended.state == "CANCELLED"
-    report = ended.report()
-    assert (report.outcome, report.code) == ("cancelled", 143)
-    assert not ended.run.done.exists()
-    assert ended.accounting()["job"] == "CANCELLED"
-
-
-@pytest.mark.scenario("cancelled")
-def test_no_process_and_no_job_is_left_behind(ended: Job, left_behind: str | None) -> None:
-    assert left_behind is None

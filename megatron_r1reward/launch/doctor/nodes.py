@@ -22,17 +22,13 @@ from megatron_r1reward.launch import commands
 from megatron_r1reward.launch.doctor import gpus, imports, limits, network, packages, storage
 from megatron_r1reward.launch.doctor.clock import check_clock
 from megatron_r1reward.launch.doctor.finding import Finding, error, merge_nodes, ok, warning
+from megatron_r1reward.launch.step_environment import clean_environment
 
 _TIMEOUT_S = 300.0
 _CANARY_PATIENCE_S = 30.0  # attribute caches of network file systems live that long
 _MARK = "r1reward-node-report"
 _LINE_LENGTH = 500
 _SKEW_S = 2.0
-# srun takes these for its own options; the step of the doctor wants one task per node, whatever the job asked for.
-_JOB_SHAPE = (
-    "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_GPUS_PER_NODE",
-    "SLURM_CPUS_PER_TASK", "SLURM_MEM_PER_CPU", "SLURM_MEM_PER_NODE", "SLURM_MEM_PER_GPU",
-)  # fmt: skip
 
 
 def gpus_expected(environment: Mapping[str, str]) -> bool:
@@ -69,7 +65,6 @@ def check_nodes(folder: Path, environment: Mapping[str, str] = os.environ) -> li
     nodes = int(environment.get("SLURM_JOB_NUM_NODES", "1"))
     canary = folder / f".r1reward-canary-{uuid.uuid4().hex}"
     canary.write_text(canary.name)
-    clean = {name: value for name, value in environment.items() if name not in _JOB_SHAPE}
     host = environment.get("SLURMD_NODENAME") or socket.gethostname()
     try:
         with _Listener() as listener:
@@ -77,7 +72,7 @@ def check_nodes(folder: Path, environment: Mapping[str, str] = os.environ) -> li
             command += [sys.executable, "-m", "megatron_r1reward.launch.doctor.nodes", str(folder), canary.name]
             command += [f"{host}:{listener.port}"]
             before = time.time()
-            output = commands.run(command, timeout_s=_TIMEOUT_S, environment=clean)
+            output = commands.run(command, timeout_s=_TIMEOUT_S, environment=clean_environment(environment))
             after = time.time()
     finally:
         canary.unlink(missing_ok=True)

@@ -5,10 +5,14 @@ from __future__ import annotations
 from datetime import datetime
 from pathlib import Path
 
+import pytest
+
 from megatron_r1reward.config.schema import ClusterSection
-from megatron_r1reward.launch.layout import Node, Placement, Site
-from megatron_r1reward.launch.slurm_job import SlurmJob, clean_environment, parse_jobs
+from megatron_r1reward.launch.layout import Placement
+from megatron_r1reward.launch.site import Node, Site
+from megatron_r1reward.launch.slurm_job import SlurmJob, parse_jobs
 from megatron_r1reward.launch.slurm_steps import SlurmLauncher, first_failure
+from megatron_r1reward.launch.step_environment import clean_environment
 from megatron_r1reward.launch.steps import StepEnd
 from megatron_r1reward.monitor.run_state import Component, RunDir
 
@@ -92,10 +96,35 @@ def test_containers_and_groups_are_options(tmp_path: Path) -> None:
     assert not any("gpus" in item for item in command), "clusters without GPUs refuse the option"
 
 
-def test_options_of_sbatch_do_not_reach_srun(monkeypatch) -> None:
-    for name in ("SLURM_NTASKS", "SLURM_GPUS_PER_NODE", "SLURM_MEM_PER_NODE", "SLURM_EXPORT_ENV", "RANK"):
-        monkeypatch.setenv(name, "1")
-    monkeypatch.setenv("SLURM_JOB_ID", "9")
-    environment = clean_environment()
-    assert environment["SLURM_JOB_ID"] == "9"
-    assert environment.keys().isdisjoint({"SLURM_NTASKS", "SLURM_GPUS_PER_NODE", "SLURM_MEM_PER_NODE", "RANK"})
+def test_options_of_sbatch_do_not_reach_srun() -> None:
+    names = ("SLURM_NTASKS", "SLURM_GPUS_PER_NODE", "SLURM_MEM_PER_NODE", "SLURM_EXPORT_ENV", "RANK")
+    assert clean_environment(dict.fromkeys(names, "1") | {"SLURM_JOB_ID": "9"}) == {"SLURM_JOB_ID": "9"}
+
+
+def a_job_that_scontrol_shows(monkeypatch, words: str) -> tuple[SlurmJob, list[tuple[str, ...]]]:
+    asked: list[tuple[str, ...]] = []
+
+    def run_tool(*command: str) -> str:
+        asked.append(command)
+        return f"JobId=9 JobName=rl\n   {words}\n   EndTime=2026-03-01T03:23:51\n   NodeList=n1\n"
+
+    monkeypatch.setattr("megatron_r1reward.launch.slurm_job.run_tool", run_tool)
+    return SlurmJob({"SLURM_JOB_ID": "9"}), asked
+
+
+def test_a_job_that_is_being_ended_has_no_time_limit(monkeypatch) -> None:
+    """Its EndTime is now: taken for the time limit, a cancelled job would ask for another turn."""
+    running, _ = a_job_that_scontrol_shows(monkeypatch, "JobState=RUNNING Reason=None")
+    assert running.ends() == datetime(2026, 3, 1, 3, 23, 51).timestamp()
+    cancelled, _ = a_job_that_scontrol_shows(monkeypatch, "JobState=COMPLETING Reason=None")
+    assert cancelled.ends() is None
+
+
+def test_a_cancelled_job_is_not_queued_again(monkeypatch) -> None:
+    cancelled, asked = a_job_that_scontrol_shows(monkeypatch, "JobState=COMPLETING Reason=None")
+    with pytest.raises(ValueError, match="has been cancelled"):
+        cancelled.requeue()
+    assert not any("requeue" in command for command in asked)
+    timed_out, asked = a_job_that_scontrol_shows(monkeypatch, "JobState=COMPLETING Reason=TimeLimit")
+    timed_out.requeue()
+    assert ("scontrol", "requeue", "9") in asked

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.launch.layout import Node, Placement, Site, Stage, place
+from megatron_r1reward.launch.layout import Placement, Stage, place
+from megatron_r1reward.launch.site import Node, Site
 
 
 def config(**sections: dict[str, object]) -> RunConfig:
@@ -114,6 +115,13 @@ def test_other_stages(stage: Stage, names: list[str]) -> None:
     placements = place(config(rollout={"count": 2}), stage, site(1))
     assert [placement.component.name for placement in placements] == names
     assert placements[-1].component.gpus_per_node == (1 if stage == "judge" else 0)
+
+
+@pytest.mark.parametrize(("stage", "count", "cores"), [("eval", 8, 7), ("annotate", 1, 7)])
+def test_servers_on_all_gpus_leave_a_core_for_the_process_that_asks_them(stage: Stage, count: int, cores: int) -> None:
+    node = Site(groups=((Node(name="n1", gpus=count, cpus=8 * count),),))
+    *servers, asker = place(config(rollout={"count": count}), stage, node)
+    assert (len(servers), servers[0].cpus_per_task, asker.cpus_per_task) == (count, cores, 1)
 
 
 def test_servers_that_are_reached_by_url_are_not_started() -> None:

@@ -1,0 +1,91 @@
+"""The recipes through NeMo-Run: SFT -> RL -> evaluation as one experiment, on the cluster and on this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs import REPOSITORY, Job, tool, until
+from scenarios import NOT_THE_DOOMED, ONE_SERVER, TOKEN, Bench
+
+from megatron_r1reward.launch.health import unhealthy
+
+LAUNCHER = REPOSITORY / ".venv-recipes" / "bin" / "python"
+SHAPE = ("exclusive=false", "oversubscribe=true", "mem=3000", "cpus_per_task=4", "time=00:20:00", "account=r1reward")
+SHAPE += (f"exclude={NOT_THE_DOOMED[0].partition('=')[2]}",)
+SMALL = (
+    "run.local_ranks=1",
+    "sft:cluster.ranks_per_node=1",
+    "sft:sft.steps=15",
+    "sft:checkpoint.save_every=100",
+    "rl:rl.steps=2",
+    "eval:evaluation.max_pairs=1",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One call of recipes/pipeline.py and what it left."""
+
+    code: int
+    text: str
+    out: Path
+
+
+def _pipeline(
+    bench: Bench, executor: str, name: str, *overrides: str, environment: Mapping[str, str] | None = None
+) -> Experiment:
+    folder = bench.folder / name
+    folder.mkdir()
+    command: list[str | Path] = [LAUNCHER, str(REPOSITORY / "recipes" / "pipeline.py"), "--executor", executor]
+    for stage in ("sft", "rl", "eval"):
+        command += [f"--{stage}", str(bench.folder / f"{stage}.toml")]
+    for setting in SHAPE:
+        command += ["--slurm", setting]
+    command += ["--output-dir", str(folder / "out"), "--python", str(REPOSITORY / ".venv" / "bin" / "python")]
+    variables = {**os.environ, "NEMORUN_HOME": str(folder / "home"), "COLUMNS": "200", **(environment or {})}
+    code, text = bench.program(*command, *SMALL, *overrides, env=variables, cwd=folder)
+    return Experiment(code=code, text=text, out=folder / "out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithSharedJudge:
+    """The experiment, and the judge that it shared with whoever else would have asked."""
+
+    experiment: Experiment
+    judge: Job
+    judge_problem_afterwards: str | None
+
+
+def nemo_slurm(bench: Bench) -> WithSharedJudge:
+    """On the cluster; the RL stage uses the server of a slurm/judge.sh job, which outlives it until it is cancelled."""
+    output = bench.folder / "shared-judge"
+    judge = bench.cluster.submit(
+        "judge.sh",
+        bench.folder / "rl.toml",
+        f"run.output_dir={output}",
+        output=output,
+        options=ONE_SERVER,
+        environment=TOKEN,
+    )
+    until(lambda: judge.run.addresses("judge"), f"address of the judge\n{judge.output()}")
+    shared = f"rl:cluster.shared_judge={output}"
+    experiment = _pipeline(bench, "slurm", "nemo-slurm", shared, environment=TOKEN)
+    address = judge.run.addresses("judge")[0]
+    problem = unhealthy(address.url.replace(address.host, f"127.0.0.{10 + int(address.host[1:])}"), attempts=1)
+    tool("scancel", judge.id)
+    return WithSharedJudge(experiment=experiment, judge=judge.wait(), judge_problem_afterwards=problem)
+
+
+def nemo_local(bench: Bench) -> Experiment:
+    return _pipeline(bench, "local", "nemo-local", "rl:reward.use_judge=false")
+
+
+def nemo_slurm_fails(bench: Bench) -> Experiment:
+    return _pipeline(bench, "slurm", "nemo-slurm-fails", "sft:model.path=nowhere", "rl:reward.use_judge=false")
+
+
+def nemo_local_fails(bench: Bench) -> Experiment:
+    return _pipeline(bench, "local", "nemo-local-fails", "sft:model.path=nowhere", "rl:reward.use_judge=false")

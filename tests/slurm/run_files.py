@@ -1,0 +1,106 @@
+"""The run files of the jobs, and the inputs that they name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_r1reward.data.digits import build_digits
+from megatron_r1reward.launch.demo import write_demo_model
+
+SFT_STEPS = 30
+# A constant schedule: runs of different length take the same steps as far as they go.
+SFT_TOML = """
+[run]
+output_dir = "{folder}/reference"
+local_ranks = 4
+num_threads = 1
+[model]
+path = "{folder}/model"
+precision = "fp32"
+[precision]
+deterministic = true
+[data]
+train = "{folder}/data/sft.jsonl"
+token_budget = 2048
+[optimizer]
+lr = 3e-3
+schedule = "constant"
+warmup_fraction = 0.0
+[sft]
+steps = 30
+global_batch_size = 8
+[checkpoint]
+save_every = 10
+[monitor]
+tensorboard = false
+[cluster]
+ranks_per_node = 2
+walltime_margin_s = 15
+grace_s = 10
+"""
+RL_TOML = """
+[run]
+output_dir = "{folder}/rl"
+local_ranks = 4
+num_threads = 1
+[model]
+path = "{folder}/reference/hf"
+precision = "fp32"
+[precision]
+deterministic = true
+[data]
+train = "{folder}/data/pool.jsonl"
+token_budget = 2048
+[optimizer]
+lr = 1e-3
+warmup_fraction = 0.0
+[rl]
+steps = 3
+rollout_batch_size = 8
+train_batch_size = 8
+[algorithm]
+entropy_coefficient = 0.01  # a gradient also where all rewards are equal
+[sampling]
+max_tokens = 24
+[rollout]
+dtype = "float32"
+max_model_len = 512
+max_num_seqs = 8
+kv_cache_bytes = 67108864
+[judge]
+model_path = "{folder}/model"
+dtype = "float32"
+max_model_len = 512
+max_num_seqs = 8
+kv_cache_bytes = 67108864
+max_tokens = 4
+[checkpoint]
+save_every = 100
+[monitor]
+tensorboard = false
+[cluster]
+grace_s = 20
+"""
+EVAL_TAIL = """
+[evaluation]
+data = "{folder}/data/heldout.jsonl"
+max_pairs = 2
+samples = 1
+voting = [1]
+"""
+# What the cold start teaches within a few steps: a verdict that can be read and is right half of the time, so that RL
+# has rewards and asks the judge.
+RESPONSE = "<think>Response 1 is better.</think><answer>1</answer>"
+
+
+def write_inputs(folder: Path) -> None:
+    """Data, a tiny model, and sft.toml, rl.toml and eval.toml."""
+    data = folder / "data"
+    build_digits(data, seed=0, sft_rows=200, pool_rows=60, heldout_pairs=8, judge_rows=40)
+    rows = [json.loads(line) | {"response": RESPONSE} for line in (data / "sft.jsonl").read_text().splitlines()]
+    (data / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_demo_model(folder / "model", [data / "sft.jsonl", data / "judge_sft.jsonl"], seed=0)
+    texts = {"sft": SFT_TOML, "rl": RL_TOML, "eval": RL_TOML.replace("{folder}/rl", "{folder}/evaluation") + EVAL_TAIL}
+    for name, text in texts.items():
+        (folder / f"{name}.toml").write_text(text.format(folder=folder))
