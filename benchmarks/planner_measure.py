@@ -108,12 +108,12 @@ def _saved_by_forward(state: TrainState, found: dict[int, int]) -> Iterator[None
             handle.remove()
 
 
-class _Peak:
+class AllocatorPeak:
     """Bytes allocated above those at the start, at their highest."""
 
     bytes = 0
 
-    def __enter__(self) -> _Peak:
+    def __enter__(self) -> AllocatorPeak:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -179,7 +179,7 @@ def measure(run_file: Path, micro_batches: int) -> dict[str, Any]:
     saved: dict[int, int] = {}
     with _saved_by_forward(state, saved):
         train_micro_batches(state, sequences, one, cross_entropy)
-    with _Peak() as peak:
+    with AllocatorPeak() as peak:
         train_micro_batches(state, sequences, one * micro_batches, cross_entropy)
     return {
         "rank": topology.rank,

@@ -184,20 +184,21 @@ def head_workspace(text: TextShape, layout: Layout, numerics: Numerics, response
     stands for the weight's gradient in autograd while the gradient itself is in megatron-core's buffer.
 
     `linear_log_probs` adds to that buffer chunk by chunk. `linear_policy_loss` (`fused_loss`) forms the weight's
-    gradient in float32 in the forward pass and adds it in the backward pass, when the logits are gone.
+    gradient in float32 in the forward pass and adds it in the backward pass, when the logits are gone; where tokens of
+    a chunk are clipped it copies the logits of the others.
     """
     width, columns = numerics.width, text.vocab / layout.tp
     weights = columns * text.hidden
     rows = min(chunk_rows(numerics, columns), responses)
-    logits = rows * columns * width
-    if not numerics.fused_norm:  # row kernels in plain torch: a tile in float32 and what is computed from it
-        logits += 3 * 4 * min(TILE_ELEMENTS, rows * columns)
+    logits, beside = rows * columns * width, 0.0
+    if not numerics.fused_norm:
+        beside = 3 * 4 * min(TILE_ELEMENTS, rows * columns)  # a tile in float32 and what is computed from it
         if width < 4:  # float32 copies for the weight's gradient
-            logits += 4 * rows * (min(CPU_COLUMNS, columns) + text.hidden)
+            beside = max(beside, 4 * rows * (min(CPU_COLUMNS, columns) + text.hidden))
     placeholder, gradient_rows = weights * width, responses * text.hidden * width
     if fused_loss:
-        return gradient_rows + 4 * weights + max(logits, placeholder)
-    return gradient_rows + logits + placeholder
+        return 2 * gradient_rows + 4 * weights + max(2 * logits + beside, placeholder)
+    return gradient_rows + logits + max(beside, placeholder)
 
 
 def chunk_rows(numerics: Numerics, columns: float) -> int:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from planner_measure import AllocatorPeak
 
+from megatron_r1reward.kernels.linear_log_probs import linear_log_probs
+from megatron_r1reward.kernels.linear_policy_loss import linear_policy_loss
+from megatron_r1reward.kernels.policy_loss.options import PolicyLossOptions, TokenInputs
 from megatron_r1reward.planner import activations
 from megatron_r1reward.planner.activations import Numerics, head_workspace, language_layer, stage_activations
 from megatron_r1reward.planner.catalog import bundled_config, find_model
@@ -82,12 +87,12 @@ def test_the_head_holds_one_chunk_of_logits_not_all():
 
     def workspace(rows: int, tp: int = 1, fused_loss: bool = False) -> float:
         found = head_workspace(SEVEN.text, Layout(tp=tp), BF16, rows, fused_loss=fused_loss)
-        return found - rows * 3584 * 2
+        return found - (2 if fused_loss else 1) * rows * 3584 * 2
 
     weights = 152_064 * 3584
     assert workspace(4096) == workspace(100_000) == 2 * 4096 * 152_064 + 2 * weights
     assert workspace(4096, tp=4) == workspace(4096) / 4
-    assert workspace(4096, fused_loss=True) == 4 * weights + 2 * 4096 * 152_064
+    assert workspace(4096, fused_loss=True) == 4 * weights + 2 * 2 * 4096 * 152_064
 
 
 def test_the_planned_chunks_are_those_of_the_kernels():
@@ -213,3 +218,36 @@ def _saved_bytes(folder: Path, image_paths, section, topology) -> tuple[int, Mic
         longest=max(len(s.token_ids) for s in sequences),
     )
     return sum(size for address, size in storages.items() if address not in weights), described
+
+
+@pytest.mark.parametrize("fused_loss", [False, True], ids=["log_probs", "fused_loss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_heads_peak_is_that_of_the_allocator(fused_loss: bool, dtype: torch.dtype):
+    """With megatron-core's gradient buffer; some tokens are clipped, as in a later step of a rollout batch."""
+    rows, hidden, vocab = 1500, 256, 4096
+    generator = torch.Generator().manual_seed(0)
+    hidden_RH = torch.randn(rows, hidden, generator=generator).to(dtype).requires_grad_()
+    weight = torch.nn.Parameter((0.1 * torch.randn(vocab, hidden, generator=generator)).to(dtype))
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(vocab, hidden), False
+    targets = torch.randint(vocab, (rows,), generator=generator)
+    inputs = TokenInputs(
+        targets=targets,
+        old_log_probs=linear_log_probs(hidden_RH, weight, targets)[0].detach() - 0.1,
+        advantages=torch.where(torch.arange(rows) % 10 == 0, -1.0, 1.0),
+        weights=torch.ones(rows),
+    )
+    inputs.old_log_probs[:10] -= 1.0  # clipped
+
+    def loss() -> torch.Tensor:
+        if fused_loss:
+            return linear_policy_loss(hidden_RH, weight, inputs, PolicyLossOptions()).total
+        return linear_log_probs(hidden_RH, weight, targets)[0].sum()
+
+    loss().backward()
+    hidden_RH.grad = None
+    with AllocatorPeak() as peak:
+        loss().backward()
+    text = replace(SEVEN.text, hidden=hidden, vocab=vocab)
+    numerics = Numerics(width=dtype.itemsize, fused_norm=False)
+    planned = head_workspace(text, Layout(), numerics, rows, fused_loss=fused_loss)
+    assert planned == pytest.approx(peak.bytes, rel=0.15)
