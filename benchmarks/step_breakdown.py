@@ -3,7 +3,9 @@ only, and an image shared by samples encoded once.
 
     python benchmarks/step_breakdown.py [--samples 4] [--repeats 3] [--json FILE] [--check]
 
-A step is forward and backward of one micro-batch, on one thread. Head and tower are timed alone on the same inputs.
+A step is forward and backward of one micro-batch, on one thread. Head and tower are timed alone on the same inputs. The
+head "before" is this package's on every row: its backward leaves out rows without a gradient, which logits and autograd
+would multiply too.
 Seconds are processor time of that thread, the median of rounds in which the variants take turns: on an idle machine the
 same as wall time, and little moved by other processes.
 """
