@@ -52,7 +52,8 @@ def draw_timeline(rows: Sequence[Mapping[str, Any]]) -> TimelineDrawing | None:
     steps = trained[first : first + SHOWN_STEPS]
     own = [row for row in rows if row["step"] in steps and row["phase"] not in ("generate", "score")]
     start, end = min(row["start"] for row in own), max(row["end"] for row in own)
-    shown = [row for row in rows if row["end"] > start and row["start"] < end]
+    least = 1e-3 * (end - start)  # what is shorter cannot be seen
+    shown = [row for row in rows if row["end"] > start and row["start"] < end and row["end"] - row["start"] > least]
     return TimelineDrawing(
         image=_svg(shown, start, end), first_step=steps[0], last_step=steps[-1], overlap=overlap(rows)
     )

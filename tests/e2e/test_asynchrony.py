@@ -38,26 +38,25 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(output: Path, model: Path, data: Path, mode: str, *, max_tokens: int = 24, **asynchrony: int) -> RunConfig:
-    """A random model earns no reward: the entropy bonus is what moves its weights."""
-    return RunConfig.model_validate(
-        {
-            "run": {"output_dir": output},
-            "model": {"path": model, "precision": "fp32"},
-            "data": {"train": data / "pool.jsonl", "token_budget": 4096, "max_pixels": 50_176},
-            "optimizer": {"lr": 1e-3, "schedule": "constant", "warmup_fraction": 0.0},
-            "rl": {"steps": STEPS, "rollout_batch_size": BATCH, "train_batch_size": BATCH, "heldout_every": 3},
-            "asynchrony": {"mode": mode, **asynchrony},
-            "algorithm": {
-                "samples_per_prompt": 2, "baseline": "leave_one_out", "entropy_coefficient": 0.1,
-                "truncated_importance_sampling": 2.0, "mismatch_alarm": 100.0, "mismatch_share_alarm": 1.0,
-            },
-            "reward": {"use_judge": False},
-            "sampling": {"max_tokens": max_tokens},
-            "checkpoint": {"save_every": 2},
-            "monitor": {"tensorboard": False},
-        }
-    )  # fmt: skip
+def config(output: Path, model: Path, data: Path, mode: str, **changed: dict[str, Any]) -> RunConfig:
+    """A random model earns no reward: the entropy bonus is what moves its weights. `changed`: keys by section."""
+    tree: dict[str, dict[str, Any]] = {
+        "run": {"output_dir": output},
+        "model": {"path": model, "precision": "fp32"},
+        "data": {"train": data / "pool.jsonl", "token_budget": 4096, "max_pixels": 50_176},
+        "optimizer": {"lr": 1e-3, "schedule": "constant", "warmup_fraction": 0.0},
+        "rl": {"steps": STEPS, "rollout_batch_size": BATCH, "train_batch_size": BATCH, "heldout_every": 3},
+        "asynchrony": {"mode": mode},
+        "algorithm": {
+            "samples_per_prompt": 2, "baseline": "leave_one_out", "entropy_coefficient": 0.1,
+            "truncated_importance_sampling": 2.0, "mismatch_alarm": 100.0, "mismatch_share_alarm": 1.0,
+        },
+        "reward": {"use_judge": False},
+        "sampling": {"max_tokens": 24},
+        "checkpoint": {"save_every": 2},
+        "monitor": {"tensorboard": False},
+    }  # fmt: skip
+    return RunConfig.model_validate(tree | {name: tree[name] | keys for name, keys in changed.items()})
 
 
 def run(config: RunConfig, topology: Topology, pool: RolloutPool, probe: rl.Probe = lambda: 0.5) -> Accounting:
@@ -83,10 +82,14 @@ def killed() -> float:
 def test_one_step_off_overlaps_and_repeats_itself_after_a_kill(
     shared_pool: RolloutPool, tiny_folder: Path, data: Path, topology: Topology, tmp_path: Path
 ) -> None:
-    """Killed after step 3, with a checkpoint of step 2: steps 3 to 5 are those of the run that was left alone."""
-    whole = config(tmp_path / "whole", tiny_folder, data, "one_step_off")
+    """Killed after step 3, with a checkpoint of step 2: steps 3 to 5 are those of the run that was left alone.
+
+    No sample is right, so dynamic sampling replaces every prompt once, by what it remembers of the earlier steps.
+    """
+    again = {"dynamic_sampling_rounds": 1}
+    whole = config(tmp_path / "whole", tiny_folder, data, "one_step_off", rl=again)
     account = run(whole, topology, shared_pool)
-    assert (account.asked, account.answered, account.failed) == (STEPS * BATCH, STEPS * BATCH, 0)
+    assert account.asked == account.answered == 2 * STEPS * BATCH
     expected = rows(whole)
     assert [expected[step]["staleness/max"] for step in range(1, STEPS + 1)] == [0, 1, 1, 1, 1]
     assert [expected[step]["staleness/mean"] for step in range(1, STEPS + 1)] == [0, 1, 1, 1, 1]
@@ -100,7 +103,9 @@ def test_one_step_off_overlaps_and_repeats_itself_after_a_kill(
         assert generating[0] < training[1], "the next batch was begun before this one was trained on"
         assert generating[1] <= spans[step, "push"][0], "no request was in flight during the push"
 
-    broken = config(tmp_path / "broken", tiny_folder, data, "one_step_off")
+    assert all(row["sampling/resampled"] == row["sampling/uninformative"] == BATCH for row in expected.values())
+
+    broken = config(tmp_path / "broken", tiny_folder, data, "one_step_off", rl=again)
     with pytest.raises(KilledError):
         run(broken, topology, shared_pool, probe=killed)
     run(broken, topology, shared_pool)
@@ -112,25 +117,33 @@ def test_one_step_off_overlaps_and_repeats_itself_after_a_kill(
             assert got[step][name] == pytest.approx(row[name], rel=2e-3, abs=2e-5), (step, name)
 
 
-def test_in_flight_switches_weights_within_the_bound(
+def test_in_flight_switches_weights_in_mid_response(
     shared_pool: RolloutPool, tiny_folder: Path, data: Path, topology: Topology, tmp_path: Path
 ) -> None:
-    """Two batches ahead, but samples may be one step old: what was begun too early is sampled again."""
     settings = config(
-        tmp_path / "run", tiny_folder, data, "in_flight", max_tokens=160, batches_ahead=2, max_staleness=1
-    )
+        tmp_path / "run", tiny_folder, data, "in_flight", sampling={"max_tokens": 300}, checkpoint={"save_every": 100},
+        asynchrony={"batches_ahead": 2, "max_staleness": 2},
+    )  # fmt: skip
     account = run(settings, topology, shared_pool)
-    assert account.answered == account.asked >= STEPS * BATCH
+    assert account.asked == account.answered == STEPS * BATCH
     found = rows(settings)
     assert set(found) == set(range(1, STEPS + 1))
-    assert max(row["staleness/max"] for row in found.values()) <= 1
-    again = sum(row["staleness/regenerated"] for row in found.values())
-    assert again > 0
-    assert account.samples == 2 * STEPS * BATCH + again
-
-    bound = config(tmp_path / "bound", tiny_folder, data, "in_flight", max_tokens=160, batches_ahead=2, max_staleness=2)
-    account = run(bound, topology, shared_pool)
-    assert account.asked == STEPS * BATCH
-    found = rows(bound)
     assert max(row["staleness/max"] for row in found.values()) == 2
     assert max(row["staleness/switched_fraction"] for row in found.values()) > 0
+    assert sum(row["staleness/regenerated"] for row in found.values()) == 0
+
+
+def test_in_flight_samples_again_what_is_too_old(
+    shared_pool: RolloutPool, tiny_folder: Path, data: Path, topology: Topology, tmp_path: Path
+) -> None:
+    """Batches are begun two steps ahead, but only one is allowed."""
+    settings = config(
+        tmp_path / "run", tiny_folder, data, "in_flight", rl={"steps": 3}, checkpoint={"save_every": 100},
+        asynchrony={"batches_ahead": 2, "max_staleness": 1},
+    )  # fmt: skip
+    account = run(settings, topology, shared_pool)
+    found = rows(settings)
+    assert [found[step]["staleness/regenerated"] for step in (1, 2, 3)] == [0, 0, 2 * BATCH]
+    assert [found[step]["staleness/max"] for step in (1, 2, 3)] == [0, 1, 0]
+    assert account.samples == 2 * 4 * BATCH
+    assert found[3]["mismatch/max_abs"] < 1e-3, "by the weights of now"
