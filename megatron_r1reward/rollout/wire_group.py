@@ -35,12 +35,7 @@ class BroadcastGroup:
         self._store = store  # must live as long as the group
         self._group: Any
         if meeting.backend == "gloo":
-            options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # absent from torch's stubs
-            # When everybody meets on the loopback address, nobody listens on any other.
-            name = meeting.host if is_loopback(meeting.host) else ""
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname=name)]
-            options._timeout = timeout
-            self._group = dist.ProcessGroupGloo(store, rank, meeting.world_size, options)
+            self._group = _gloo_group(store, meeting, rank, timeout)
         else:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
@@ -68,6 +63,17 @@ class BroadcastGroup:
     def close(self) -> None:
         """Close the connections; a peer that waits for data gets an error."""
         self._group.abort()
+
+
+def _gloo_group(store: dist.TCPStore, meeting: Rendezvous, rank: int, timeout: timedelta) -> Any:
+    if not is_loopback(meeting.host):
+        # Torch finds the device: that of GLOO_SOCKET_IFNAME, else the one that this host's name leads to.
+        return dist.ProcessGroupGloo(store, rank, meeting.world_size, timeout)
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # absent from torch's stubs
+    # When everybody meets on the loopback address, nobody listens on any other.
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=meeting.host)]
+    options._timeout = timeout
+    return dist.ProcessGroupGloo(store, rank, meeting.world_size, options)
 
 
 def listen(host: str, timeout_s: float) -> dist.TCPStore:

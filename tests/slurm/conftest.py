@@ -138,10 +138,10 @@ def running(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Any]]]:
     futures = {name: pool.submit(SCENARIOS[name], bench) for name in SCENARIOS if name in asked}
     yield futures
     pool.shutdown(wait=False, cancel_futures=True)
-    if not all(future.done() for future in futures.values()):  # the tests end early
+    while not all(future.done() for future in futures.values()):  # the tests end early
         bench.stopping.set()
         tool("scancel", "--quiet", "--user=root")
-    pool.shutdown(wait=True)
+        time.sleep(1)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from scenarios import NOT_THE_DOOMED, ONE_SERVER, TOKEN, Bench
 from megatron_r1reward.launch.health import unhealthy
 
 LAUNCHER = REPOSITORY / ".venv-recipes" / "bin" / "python"
-SHAPE = ("exclusive=false", "oversubscribe=true", "mem=3000", "cpus_per_task=4", "time=00:20:00", "account=r1reward")
+SHAPE = ("exclusive=false", "mem=3000", "cpus_per_task=4", "time=00:20:00", "account=r1reward")
 SHAPE += (f"exclude={NOT_THE_DOOMED[0].partition('=')[2]}",)
 SMALL = (
     "run.local_ranks=1",
