@@ -1,0 +1,40 @@
+"""The group that weights travel in meets on the loopback address and on the name of a host."""
+
+from __future__ import annotations
+
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from megatron_r1reward.rollout.wire_group import BroadcastGroup, Rendezvous, listen
+
+TIMEOUT_S = 30.0
+
+
+def host_name() -> str:
+    try:
+        socket.getaddrinfo(socket.gethostname(), None)
+    except OSError:
+        pytest.skip("this machine's own name cannot be resolved")
+    return socket.gethostname()
+
+
+@pytest.mark.parametrize("on_the_network", [False, True], ids=["loopback", "host-name"])
+def test_a_tensor_arrives(on_the_network: bool) -> None:
+    host = host_name() if on_the_network else "127.0.0.1"
+    store = listen(host, TIMEOUT_S)
+    meeting = Rendezvous(
+        backend="gloo", host=host, port=store.port, rank_offset=1, world_size=2, timeout_s=TIMEOUT_S
+    )  # fmt: skip
+
+    def receive() -> torch.Tensor:
+        tensor = torch.zeros(5)
+        BroadcastGroup.join(meeting, 1).broadcast(tensor)
+        return tensor
+
+    with ThreadPoolExecutor(1) as pool:
+        received = pool.submit(receive)
+        BroadcastGroup(store, meeting, 0).broadcast(torch.arange(5.0))
+        assert torch.equal(received.result(TIMEOUT_S), torch.arange(5.0))
