@@ -21,7 +21,6 @@ SMALL = (
     "sft:sft.steps=15",
     "sft:checkpoint.save_every=100",
     "rl:rl.steps=2",
-    "eval:evaluation.max_pairs=1",
 )
 
 

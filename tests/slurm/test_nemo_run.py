@@ -40,7 +40,7 @@ def test_every_stage_was_a_job_of_its_own(ended: WithSharedJudge) -> None:
     states = tool("sacct", "-n", "-X", "-P", "-j", ",".join(map(str, sorted(jobs))), "-o", "State").split()
     assert states == ["COMPLETED"] * 3
     assert [row["step"] for row in rows(experiment.out, "rl")] == [1, 2]
-    assert json.loads((experiment.out / "eval" / "evaluation.json").read_text())["counts"]["pairs"] == 1
+    assert json.loads((experiment.out / "eval" / "evaluation.json").read_text())["counts"]["pairs"] == 2
 
 
 @pytest.mark.scenario("nemo_slurm")
@@ -59,7 +59,7 @@ def test_the_local_executor_gives_the_same_losses(ended: Experiment, running: di
     on_slurm: WithSharedJudge = running["nemo_slurm"].result()
     got, expected = rows(ended.out, "sft"), rows(on_slurm.experiment.out, "sft")
     assert [row["sft/loss"] for row in got] == pytest.approx([row["sft/loss"] for row in expected], rel=1e-6)
-    assert json.loads((ended.out / "eval" / "evaluation.json").read_text())["counts"]["pairs"] == 1
+    assert json.loads((ended.out / "eval" / "evaluation.json").read_text())["counts"]["pairs"] == 2
     assert read_status(ended.out / "rl").state == "done"
 
 

@@ -21,7 +21,7 @@ def assert_same_training(got: dict[int, dict[str, float]], expected: dict[int, d
     assert all(abs(row["loss"]) > 1e-6 and row["grad_norm"] > 1e-6 for row in expected.values()), "nothing is trained"
     for step, row in expected.items():
         for name in COMPARED:
-            assert got[step][name] == pytest.approx(row[name], rel=2e-3, abs=2e-5), (step, name)
+            assert got[step][name] == pytest.approx(row[name], rel=1e-6), (step, name)
 
 
 def assert_servers_are_gone(job: Job) -> None:
