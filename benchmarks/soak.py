@@ -6,7 +6,7 @@ Afterwards: exactly the asked steps in metrics.jsonl, each once; every prompt ac
 the sampler's log-probabilities equal to the trainer's; no process, descriptor, shared memory or temporary file more
 than before.
 
-    python benchmarks/soak.py [--steps 300] [--fault-every 5] [--seed 0] [--json FILE] [--check]
+    python benchmarks/soak.py [--steps 300] [--fault-every 5] [--seed 0] [--layout colocated] [--json FILE] [--check]
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def steps_done(metrics: Path) -> int:
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
-def run_file(root: Path, steps: int, seed: int) -> RunConfig:
+def run_file(root: Path, steps: int, seed: int, layout: str) -> RunConfig:
     data = root / "data"
     build_digits(data, seed=seed, sft_rows=48, pool_rows=96, heldout_pairs=12, judge_rows=48)
     model = root / "model"
@@ -186,13 +186,16 @@ def run_file(root: Path, steps: int, seed: int) -> RunConfig:
             },
             "checkpoint": {"save_every": max(steps // 3, 1)},
             "monitor": {"tensorboard": False},
+            "cluster": {"layout": layout},
         }
     )  # fmt: skip
 
 
-def soak(root: Path, *, steps: int, every: int, seed: int) -> tuple[list[dict[str, Any]], collections.Counter[str]]:
+def soak(
+    root: Path, *, steps: int, every: int, seed: int, layout: str
+) -> tuple[list[dict[str, Any]], collections.Counter[str]]:
     """Run, then one row per claim: measure, value, expected."""
-    config = run_file(root, steps, seed)
+    config = run_file(root, steps, seed, layout)
     topology = setup.initialize(config.parallel, seed=seed)
     start_what_stays()
     before = Leftovers.now()
@@ -239,6 +242,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--fault-every", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layout", choices=["split", "colocated"], default="split", help="colocated: servers sleep")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
@@ -246,12 +250,16 @@ def main() -> int:
     torch.set_num_threads(1)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="soak-") as scratch:
-        rows, faults = soak(Path(scratch), steps=options.steps, every=options.fault_every, seed=options.seed)
+        rows, faults = soak(
+            Path(scratch), steps=options.steps, every=options.fault_every, seed=options.seed, layout=options.layout
+        )
     minutes = (time.monotonic() - started) / 60
     for fault, count in sorted(faults.items()):
         print(f"{count:4d} x {fault}")
     print_table(COLUMNS, rows)
-    write_json(options.json, "soak", rows, faults=dict(faults), minutes=minutes, seed=options.seed)
+    write_json(
+        options.json, "soak", rows, faults=dict(faults), minutes=minutes, seed=options.seed, layout=options.layout
+    )
     broken = [row["measure"] for row in rows if "expected" in row and not holds(row)]
     verdict = "everything accounted for" if not broken else f"NOT as expected: {', '.join(broken)}"
     print(f"{options.steps} steps with {sum(faults.values())} faults in {minutes:.1f} minutes: {verdict}")
