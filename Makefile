@@ -39,12 +39,11 @@ $(TRITON_36)/.ready: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/r1reward demo --out runs/demo
 
-# Tests of the recipes and of a second Triton are skipped, and say so, where these cannot be installed. Slurm:
-# `make test-slurm`.
+# Tests of the recipes, of a second Triton and of Slurm are skipped, and say so, where these cannot be installed.
 test: $(STAMP)
 	-@$(MAKE) --no-print-directory recipes
 	-@$(MAKE) --no-print-directory $(TRITON_36)/.ready
-	$(BIN)/python -m pytest -m "not slurm"
+	$(BIN)/python -m pytest
 
 # Real jobs on a real Slurm cluster of virtual nodes; says why where it is skipped. Installs Slurm's packages as root.
 test-slurm: $(STAMP)

@@ -119,7 +119,10 @@ def evaluate(
     generated = pool.generate(prompts, sampling, n=samples, seed=seed, progress=progress)
     pairs = _judged_pairs(shown, prompts, generated.rollouts)
     if len(pairs) < 2:
-        raise ValueError(f"{len(pairs)} of {len(shown)} pairs got responses in both orders: see the log of the servers")
+        raise ValueError(
+            f"{len(pairs)} of {len(shown)} pairs got responses in both orders, an interval needs two: give more pairs, "
+            "or see the log of the servers"
+        )
     counts = Counts(
         pairs=len(pairs),
         samples=sum(len(part) for pair in pairs for part in pair.samples.values()),

@@ -95,5 +95,6 @@ def test_a_server_that_dies_is_named_as_the_cause(ended: Job) -> None:
     assert (report.outcome, report.code, report.component) == ("failed", 137, "judge-0")
     assert report.step is not None and report.step >= 1
     assert "failed: judge-0" in ended.output().strip().splitlines()[-1]
-    assert ended.accounting().keys() == {"job", "batch", *ALL_STEPS}
+    # Where the step ended for Slurm before its watcher saw it, the supervisor asks the node whether it is there.
+    assert ended.accounting().keys() - {"probe"} == {"job", "batch", *ALL_STEPS}
     assert_servers_are_gone(ended)
