@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reference import Reference
 
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.digits import build_digits
@@ -29,6 +30,12 @@ def topology() -> Iterator[Topology]:
 
     yield setup.initialize(ParallelSection(), seed=0)
     setup.shutdown()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def original_weights_afterwards(shared_pool: RolloutPool, reference: Reference) -> Iterator[None]:
+    yield
+    shared_pool.push_weights(*reference.weights(), version=0)
 
 
 @pytest.fixture(scope="module")
@@ -120,12 +127,13 @@ def test_one_step_off_overlaps_and_repeats_itself_after_a_kill(
 def test_in_flight_switches_weights_in_mid_response(
     shared_pool: RolloutPool, tiny_folder: Path, data: Path, topology: Topology, tmp_path: Path
 ) -> None:
+    """Few, long responses: sampling takes longer than training, which a push in mid-response needs."""
     settings = config(
-        tmp_path / "run", tiny_folder, data, "in_flight", sampling={"max_tokens": 300}, checkpoint={"save_every": 100},
-        asynchrony={"batches_ahead": 2, "max_staleness": 2},
+        tmp_path / "run", tiny_folder, data, "in_flight", sampling={"max_tokens": 700}, checkpoint={"save_every": 100},
+        asynchrony={"batches_ahead": 2, "max_staleness": 2}, rl={"rollout_batch_size": 2, "train_batch_size": 2},
     )  # fmt: skip
     account = run(settings, topology, shared_pool)
-    assert account.asked == account.answered == STEPS * BATCH
+    assert account.asked == account.answered == STEPS * 2
     found = rows(settings)
     assert set(found) == set(range(1, STEPS + 1))
     assert max(row["staleness/max"] for row in found.values()) == 2

@@ -81,7 +81,7 @@ SchedulerParameters=sched_interval=2,sched_min_interval=100000,bf_interval=2,bat
 ReturnToService=2
 JobRequeue=1
 KillWait=5
-MinJobAge=600
+MinJobAge=7200
 InactiveLimit=0
 OverTimeLimit=0
 SlurmctldTimeout=30

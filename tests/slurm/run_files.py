@@ -75,6 +75,7 @@ max_model_len = 512
 max_num_seqs = 8
 kv_cache_bytes = 67108864
 max_tokens = 4
+retries = 0  # untrained, it gives no verdict, however often it is asked
 [checkpoint]
 save_every = 100
 [monitor]
