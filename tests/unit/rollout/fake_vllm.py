@@ -15,6 +15,7 @@ from megatron_r1reward.rollout.control import ControlPlane
 from megatron_r1reward.rollout.snapshot import BucketSource
 from megatron_r1reward.rollout.transport import Transport
 from megatron_r1reward.rollout.wire import WeightUpdate
+from megatron_r1reward.types import Prompt
 
 MEMORY = {"weights", "kv_cache"}
 NEEDS_WEIGHTS = {"/start_weight_update", "/update_weights", "/finish_weight_update"}
@@ -158,3 +159,21 @@ def _choice(index: int, seed: int, version: str) -> dict[str, Any]:
         "logprobs": {"content": [{"token_id": token_id, "logprob": -0.5} for token_id in ids]},
         "weight_versions": [{"version": version, "start": 0, "end": len(ids)}],
     }
+
+
+class Words:
+    """A tokenizer whose token 4 is the image placeholder."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        return " ".join(map(str, token_ids))
+
+    def convert_tokens_to_ids(self, tokens: str) -> int:
+        assert tokens == "<|image_pad|>"
+        return 4
+
+
+def prompts(count: int) -> list[Prompt]:
+    return [
+        Prompt(id=f"p{i}", preference_id=f"p{i}", token_ids=(i + 10,), image_paths=(), label=1, swapped=False)
+        for i in range(count)
+    ]

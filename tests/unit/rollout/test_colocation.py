@@ -9,7 +9,7 @@ from typing import get_args
 
 import pytest
 import torch
-from fake_vllm import MEMORY, FakeVllm, Silent
+from fake_vllm import MEMORY, FakeVllm, Silent, Words, prompts
 
 from megatron_r1reward.config.schema import SamplingSection, ServerSection
 from megatron_r1reward.rollout.colocation import NEXT, Colocation, DeviceMemory, Phase, PhaseError, PhaseMachine
@@ -18,7 +18,7 @@ from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.rollout.server import ServerError
 from megatron_r1reward.rollout.server_command import server_command
 from megatron_r1reward.rollout.weights import WeightPushError
-from megatron_r1reward.types import Prompt, TensorMeta
+from megatron_r1reward.types import TensorMeta
 
 SAMPLING = SamplingSection(max_tokens=8)
 SECTION = ServerSection(
@@ -48,14 +48,6 @@ MakeFake = Callable[..., FakeVllm]
 MakePool = Callable[..., RolloutPool]
 
 
-class Words:
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
-        return " ".join(map(str, token_ids))
-
-    def convert_tokens_to_ids(self, tokens: str) -> int:
-        return 4
-
-
 @pytest.fixture
 def make_pool() -> Iterator[MakePool]:
     pools: list[RolloutPool] = []
@@ -72,13 +64,6 @@ def make_pool() -> Iterator[MakePool]:
     yield make
     for pool in pools:
         pool.close()
-
-
-def prompts(count: int) -> list[Prompt]:
-    return [
-        Prompt(id=f"p{i}", preference_id=f"p{i}", token_ids=(i + 10,), image_paths=(), label=1, swapped=False)
-        for i in range(count)
-    ]
 
 
 def push(pool: RolloutPool, version: int) -> None:

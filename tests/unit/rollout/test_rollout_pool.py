@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_vllm import FakeVllm, Silent
+from fake_vllm import FakeVllm, Silent, Words, prompts
 
 from megatron_r1reward.config.schema import SamplingSection, ServerSection
 from megatron_r1reward.rollout.client import MAX_BANNED_IDS, RolloutClient, sample_seed
@@ -38,24 +38,6 @@ SEED_OF_0_A = 3_420_577_078_021_437_369
 
 MakeFake = Callable[..., FakeVllm]
 MakePool = Callable[..., RolloutPool]
-
-
-class Words:
-    """A tokenizer whose token 4 is the image placeholder."""
-
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
-        return " ".join(map(str, token_ids))
-
-    def convert_tokens_to_ids(self, tokens: str) -> int:
-        assert tokens == "<|image_pad|>"
-        return 4
-
-
-def prompts(count: int) -> list[Prompt]:
-    return [
-        Prompt(id=f"p{i}", preference_id=f"p{i}", token_ids=(i + 10,), image_paths=(), label=1, swapped=False)
-        for i in range(count)
-    ]
 
 
 @pytest.fixture
