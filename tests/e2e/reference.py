@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from megatron_r1reward.config.schema import ServerSection
+from megatron_r1reward.network.tokens import bearer
+from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.types import Prompt, Rollout, TensorMeta
 
 SERVER = ServerSection(
@@ -73,3 +76,12 @@ class Reference:
     def error(self, rollout: Rollout) -> float:
         """Largest distance between the server's and transformers' log-probabilities."""
         return float((self.log_probs(rollout) - torch.tensor(rollout.log_probs)).abs().max())
+
+
+def requests_running(pool: RolloutPool) -> float:
+    """Sequences that the pool's first server is sampling at this moment."""
+    member = pool.group.members[0]
+    metrics = httpx.get(f"{member.url}/metrics", headers=bearer(member.bearer_token)).text
+    return sum(
+        float(line.split()[-1]) for line in metrics.splitlines() if line.startswith("vllm:num_requests_running{")
+    )

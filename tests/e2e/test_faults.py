@@ -20,6 +20,7 @@ import torch
 from fault_proxy import ProxiedServer, garbage, internal_error, no_fault
 from reference import SERVER, Reference
 from tenacity import Retrying, stop_after_delay, wait_fixed
+from waiting import wait_until
 
 from megatron_r1reward.config.schema import JudgeSection, SamplingSection
 from megatron_r1reward.network.tokens import bearer
@@ -151,13 +152,6 @@ def leftovers() -> set[str]:
     children = {f"process {p.pid} {p.name()}" for p in psutil.Process().children(recursive=True)}
     shared = {str(path) for path in Path("/dev/shm").glob("psm_*")}
     return children | shared | {str(path) for path in Path("/tmp").glob("r1reward-server-*")}
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def generate_and_break(setup: Setup, break_it: Callable[[], None]) -> GenerateResult:

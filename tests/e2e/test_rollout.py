@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
-from reference import Reference
+from reference import Reference, requests_running
+from waiting import wait_until
 
 from megatron_r1reward.config.schema import SamplingSection
-from megatron_r1reward.network.tokens import bearer
 from megatron_r1reward.rollout.banned import banned_token_ids
 from megatron_r1reward.rollout.client import RolloutClient
 from megatron_r1reward.rollout.pool import SERVED_NAME, GenerateResult, RolloutPool
@@ -162,7 +160,7 @@ def test_a_push_in_mid_response_switches_the_weights_at_the_span(
     long = SamplingSection(max_tokens=400)
     sampler = threading.Thread(target=lambda: results.append(restored_pool.generate(prompts, long, n=4, seed=0)))
     sampler.start()
-    wait_until_running(restored_pool, 12)
+    wait_until(lambda: requests_running(restored_pool) >= 12)
     restored_pool.push_weights(*other.weights(), version=1)
     sampler.join()
     switched = [rollout for rollout in results[0].rollouts if versions(rollout) == [0, 1]]
@@ -172,15 +170,3 @@ def test_a_push_in_mid_response_switches_the_weights_at_the_span(
         served = torch.tensor(rollout.log_probs)
         torch.testing.assert_close(reference.log_probs(rollout)[:switch], served[:switch], atol=TOLERANCE, rtol=0)
         torch.testing.assert_close(other.log_probs(rollout)[switch:], served[switch:], atol=TOLERANCE, rtol=0)
-
-
-def wait_until_running(pool: RolloutPool, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        member = pool.group.members[0]
-        metrics = httpx.get(f"{member.url}/metrics", headers=bearer(member.bearer_token)).text
-        running = [line for line in metrics.splitlines() if line.startswith("vllm:num_requests_running{")]
-        if sum(float(line.split()[-1]) for line in running) >= count:
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"fewer than {count} requests running after a minute")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
 import psutil
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from waiting import wait_until
 
 from megatron_r1reward.checkpoint.write_results import WriteResults
 
@@ -25,13 +25,6 @@ def start_and_wait(pipe: Connection) -> None:
 
 def gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_it_ends_with_a_rank_that_is_killed() -> None:

@@ -10,6 +10,7 @@ from typing import get_args
 import pytest
 import torch
 from fake_vllm import MEMORY, FakeVllm, Silent, Words, prompts
+from waiting import wait_until
 
 from megatron_r1reward.config.schema import SamplingSection, ServerSection
 from megatron_r1reward.rollout.colocation import NEXT, Colocation, DeviceMemory, Phase, PhaseError, PhaseMachine
@@ -254,10 +255,3 @@ def test_nccl_is_refused_between_processes_on_one_gpu(monkeypatch: pytest.Monkey
     assert weight_transport(SECTION, colocated=True) == "gloo"
     with pytest.raises(ValueError, match="'nccl' cannot reach servers on the trainer's own GPUs"):
         weight_transport(SECTION.model_copy(update={"weight_transport": "nccl"}), colocated=True)
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 15.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

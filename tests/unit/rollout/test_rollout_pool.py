@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_vllm import FakeVllm, Silent, Words, prompts
+from waiting import wait_until
 
 from megatron_r1reward.config.schema import SamplingSection, ServerSection
 from megatron_r1reward.rollout.client import MAX_BANNED_IDS, RolloutClient, sample_seed
@@ -321,13 +322,6 @@ def test_images_cannot_leave_their_folders(fake_vllm: MakeFake, tmp_path: Path) 
     assert [rollout.prompt.id for rollout in result.rollouts] == ["0"]
     assert all("outside of the folders" in failure.reason for failure in result.failed)
     assert len(result.failed) == 3
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_seeds_are_stable_and_distinct() -> None:
