@@ -14,10 +14,10 @@ def main() -> None:
     given = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     group = BroadcastGroup.join(Rendezvous(**given["meeting"]), given["rank"])
-    buffer = torch.zeros(max(given["sizes"]), dtype=torch.uint8)
+    buckets = torch.zeros(sum(given["sizes"]), dtype=torch.uint8).split(given["sizes"])
     for _ in range(given["rounds"]):
-        for size in given["sizes"]:
-            group.broadcast(buffer[:size])
+        for bucket in buckets:
+            group.broadcast(bucket)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ what copying the bytes in memory reaches, in the same run. Goal: a gloo push of 
 of the plain broadcast. A push is everything between the trainer's call and its return: pause, clear caches, pack, send,
 checksums on both ends, load into the layers, finish, verify, resume.
 
-    python benchmarks/weight_push.py [--sizes 128x2 512x8 1024x8] [--json FILE] [--check]
+    python benchmarks/weight_push.py [--sizes 128x2 768x8 2048x6] [--json FILE] [--check]
 
 `ipc` is a memory file on a CPU and CUDA IPC on a GPU; `nccl` is measured where there is a GPU.
 """
@@ -71,8 +71,8 @@ def plain_gloo_s(num_bytes: int, receivers: int, bucket_bytes: int, repeats: int
         for rank in range(1, receivers + 1)
     ]
     group = BroadcastGroup(store, meeting, 0)
-    source = torch.ones(max(sizes), dtype=torch.uint8)
-    seconds = best_of(repeats, lambda: [group.broadcast(source[:size]) for size in sizes])
+    source = torch.ones(num_bytes, dtype=torch.uint8).split(sizes)
+    seconds = best_of(repeats, lambda: [group.broadcast(bucket) for bucket in source])
     for child in children:
         child.wait()
     return seconds
@@ -129,7 +129,7 @@ def push_rows(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["128x2", "768x8"], help="hidden size x layers")
+    parser.add_argument("--sizes", nargs="+", default=["128x2", "768x8", "2048x6"], help="hidden size x layers")
     parser.add_argument("--servers", type=int, default=2)
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--transports", nargs="+", default=["gloo", "ipc", *(["nccl"] * torch.cuda.is_available())])

@@ -28,6 +28,9 @@ _HIDDEN_VARIABLES = frozenset({
     "VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_SERVER_DEV_MODE", "VLLM_API_KEY",
 })  # fmt: skip
 _MIN_BATCHED_TOKENS = 8192
+# glibc gives large blocks back to the kernel when they are freed. A weight push frees and allocates every layer, and
+# faulting all its pages in again takes longer than the transfer: keep them for the next push.
+_KEEP_FREED_MEMORY = "glibc.malloc.mmap_threshold=1099511627776:glibc.malloc.trim_threshold=1099511627776"
 
 
 def server_command(
@@ -82,6 +85,9 @@ def server_command(
         command += ["--trust-remote-code"]
     if weight_transfer is not None:
         command += ["--weight-transfer-config", json.dumps({"backend": RECEIVERS[weight_transfer]})]
+        # A push clears vLLM's cache of processed images in the API process and in the engine one after the other. A
+        # request between the two comes with an image that neither has: the engine dies.
+        command += ["--mm-processor-cache-gb", "0"]
     if media_root is not None:
         command += ["--allowed-local-media-path", str(media_root.resolve())]
     if pixels is not None:
@@ -113,6 +119,8 @@ def server_environment(
     }
     if developer_routes:
         environment["VLLM_SERVER_DEV_MODE"] = "1"
+        if on_cpu:
+            environment.setdefault("GLIBC_TUNABLES", _KEEP_FREED_MEMORY)
     if on_cpu:
         environment |= {
             "OMP_NUM_THREADS": str(section.num_threads),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import torch
@@ -57,7 +59,8 @@ class _Receiver(WeightTransferEngine[Any, Any]):
 
 
 class GroupReceiver(_Receiver):
-    """Receives by broadcast; the next bucket comes in while one is being loaded. The checksums come last."""
+    """Receives by broadcast, in a thread of its own, while buckets that have come are being loaded. The checksums come
+    last."""
 
     init_info_cls = Rendezvous
     _group: BroadcastGroup | None = None
@@ -70,40 +73,47 @@ class GroupReceiver(_Receiver):
         self._group = BroadcastGroup.join(init_info, init_info.rank_offset + worker)
 
     def _receive(self, update: WeightUpdate, message: UpdateMessage) -> None:
+        group = self._group
+        if group is None:
+            raise WeightPushError("no weight sender is connected: call /init_weight_transfer_engine first")
         buckets = update.buckets()
         got = []
-        for bucket, flat in zip(buckets, self._incoming(buckets), strict=True):
-            got.append(checksums(bucket, flat))
+        for bucket, flat, sums in self._incoming(group, buckets):
             self._load(bucket, flat)
+            got.append(sums)
         metas = [meta for bucket in buckets for meta in bucket.metas]
         expected = torch.empty(len(metas), dtype=torch.int64, device=self._wire_device)
-        assert self._group is not None
-        self._group.broadcast(expected)
+        group.broadcast(expected)
         verify(metas, expected.cpu(), torch.cat(got))
 
     @property
     def _wire_device(self) -> torch.device:
         return self.device if self.device.type == "cuda" else torch.device("cpu")
 
-    def _incoming(self, buckets: list[Bucket]) -> Iterator[torch.Tensor]:
-        """uint8 [num_bytes] of each bucket; while the caller has one, the next one is received."""
-        group = self._group
-        if group is None:
-            raise WeightPushError("no weight sender is connected: call /init_weight_transfer_engine first")
+    def _incoming(
+        self, group: BroadcastGroup, buckets: Sequence[Bucket]
+    ) -> Iterator[tuple[Bucket, torch.Tensor, torch.Tensor]]:
+        """(bucket, its bytes, uint8 [num_bytes], its checksums, int64 [tensors]).
 
-        def receive(bucket: Bucket) -> torch.Tensor:
+        While the caller has one, others come in: all that there is room for, which on a GPU is the next one.
+        """
+        ahead = len(buckets) if self._wire_device.type == "cpu" else 1
+
+        def receive(bucket: Bucket) -> tuple[Bucket, torch.Tensor, torch.Tensor]:
             flat = self._buffer(bucket, buckets[-1].start + buckets[-1].num_bytes)
             group.broadcast(flat)
-            return flat
+            return bucket, flat, checksums(bucket, flat)
 
+        waiting = iter(buckets)
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights") as thread:
-            coming = [thread.submit(receive, bucket) for bucket in buckets[:1]]
-            for bucket in buckets[1:]:
-                flat = coming.pop().result()
-                coming.append(thread.submit(receive, bucket))
-                yield flat
-            for last in coming:
-                yield last.result()
+            coming = deque(thread.submit(receive, bucket) for bucket in islice(waiting, ahead))
+            try:
+                while coming:
+                    arrived = coming.popleft().result()
+                    coming.extend(thread.submit(receive, bucket) for bucket in islice(waiting, 1))
+                    yield arrived
+            finally:
+                thread.shutdown(wait=False, cancel_futures=True)  # a bucket that cannot be loaded ends the update
 
     def _buffer(self, bucket: Bucket, total_bytes: int) -> torch.Tensor:
         if self._wire_device.type != "cpu":

@@ -160,7 +160,10 @@ def test_in_flight_switches_weights_in_mid_response(
         tmp_path / "run", tiny_folder, data, "in_flight", sampling={"max_tokens": 700}, checkpoint={"save_every": 100},
         asynchrony={"batches_ahead": 2, "max_staleness": 2}, rl={"rollout_batch_size": 2, "train_batch_size": 2},
     )  # fmt: skip
-    account = run(settings, topology, cast(RolloutPool, PushInMidResponse(shared_pool)))
+    shared_pool.total = Accounting()
+    run(settings, topology, cast(RolloutPool, PushInMidResponse(shared_pool)))
+    account = shared_pool.total
+    assert account.retried == account.withdrawn == 0, "the server lives through it"
     assert account.asked == account.answered == STEPS * 2
     found = rows(settings)
     assert set(found) == set(range(1, STEPS + 1))

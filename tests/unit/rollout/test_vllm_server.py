@@ -33,6 +33,7 @@ def test_command_of_a_rollout_server_on_a_cpu() -> None:
     words = command(section, on_cpu=True, weight_transfer="gloo", media_root=Path("/data"), pixels=(3136, 50176))
     assert value(words, "--weight-transfer-config") == '{"backend": "r1reward_gloo"}'
     assert value(words, "--host") == "127.0.0.1", "never on the network unless asked"
+    assert value(words, "--mm-processor-cache-gb") == "0", "pushes would clear it under requests in flight"
     assert value(words, "--allowed-local-media-path") == "/data"
     assert value(words, "--mm-processor-kwargs") == '{"min_pixels": 3136, "max_pixels": 50176}'
     assert value(words, "--kv-cache-memory-bytes") == str(1 << 27)
@@ -73,6 +74,13 @@ def test_environment_hides_the_trainer_from_vllm() -> None:
     pushed_to = server_environment(ServerSection(), token="t", developer_routes=True, gpu_ids=(2, 3), base=base)
     assert pushed_to["VLLM_SERVER_DEV_MODE"] == "1"
     assert pushed_to["CUDA_VISIBLE_DEVICES"] == "2,3"
+
+
+@pytest.mark.parametrize(("own", "expected"), [({}, "mmap_threshold"), ({"GLIBC_TUNABLES": "a=1"}, "a=1")])
+def test_a_cpu_server_keeps_freed_memory_for_the_next_push(own: dict[str, str], expected: str) -> None:
+    environment = server_environment(ServerSection(), token="t", developer_routes=True, on_cpu=True, base=own)
+    assert expected in environment["GLIBC_TUNABLES"]
+    assert "GLIBC_TUNABLES" not in server_environment(ServerSection(), token="t", on_cpu=True, base={})
 
 
 def server_running(program: str, tmp_path: Path, **limits: float) -> VllmServer:
