@@ -72,13 +72,21 @@ class GroupReceiver(_Receiver):
     def _receive(self, update: WeightUpdate, message: UpdateMessage) -> None:
         buckets = update.buckets()
         got = []
+        failure: Exception | None = None
         for bucket, flat in zip(buckets, self._incoming(buckets), strict=True):
-            got.append(checksums(bucket, flat))
-            self._load(bucket, flat)
+            if failure is not None:
+                continue  # received all the same: the sender and the other workers would wait for one who left
+            try:
+                got.append(checksums(bucket, flat))
+                self._load(bucket, flat)
+            except Exception as error:
+                failure = error
         metas = [meta for bucket in buckets for meta in bucket.metas]
         expected = torch.empty(len(metas), dtype=torch.int64, device=self._wire_device)
         assert self._group is not None
         self._group.broadcast(expected)
+        if failure is not None:
+            raise failure
         verify(metas, expected.cpu(), torch.cat(got))
 
     @property
