@@ -131,7 +131,8 @@ def mislead(monkeypatch: pytest.MonkeyPatch, worker: int, tensor: int) -> None:
         if path == "/update_weights" and all(body["update_info"]["update"] for body in bodies.values()):
             messages = {target: [deepcopy(body["update_info"]) for _ in range(2)] for target, body in bodies.items()}
             for per_worker in messages.values():
-                per_worker[worker]["update"]["tensors"][tensor][0] = "model.language_model.layers.0.no_such.weight"
+                tensors = per_worker[worker]["update"]["tensors"]
+                tensors[tensor] = ("model.language_model.layers.0.no_such.weight", *tensors[tensor][1:])
             bodies = {target: {"update_info": per_worker} for target, per_worker in messages.items()}
         return original(self, path, bodies, **options)
 
