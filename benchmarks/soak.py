@@ -2,9 +2,9 @@
 
 The trainer, two rollout servers and a judge are the product's own, on this machine. Faults are drawn from a seed: a
 rollout server or the judge is killed, its worker is killed, it is stopped (SIGSTOP), or stopped for a moment.
-Afterwards: exactly the asked steps in metrics.jsonl, each once; every prompt accounted for;
-the sampler's log-probabilities equal to the trainer's; no process, descriptor, shared memory or temporary file more
-than before.
+Afterwards: exactly the asked steps in metrics.jsonl, each once; every prompt accounted for, and trained on in the step
+that it was drawn for and in no other; the sampler's log-probabilities equal to the trainer's; no process, descriptor,
+shared memory or temporary file more than before.
 
     python benchmarks/soak.py [--steps 300] [--fault-every 5] [--seed 0] [--layout colocated] [--json FILE] [--check]
 """
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
@@ -34,16 +34,19 @@ import psutil
 import torch
 from reporting import print_table, write_json
 
-from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.config.schema import RewardSection, RunConfig
 from megatron_r1reward.data.digits import build_digits
+from megatron_r1reward.data.loader import EpochSampler
 from megatron_r1reward.launch.demo import write_demo_model
 from megatron_r1reward.launch.services import open_rl_services
 from megatron_r1reward.parallel import setup
+from megatron_r1reward.reward.consistency import ConsistencyJudge
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.accounting import Accounting
 from megatron_r1reward.rollout.server import VllmServer
 from megatron_r1reward.rollout.wire_group import listen
 from megatron_r1reward.training import rl
+from megatron_r1reward.types import Rollout, ScoredRollout
 
 BATCH = 8
 COLUMNS = ("measure", "value", "expected")
@@ -88,6 +91,26 @@ def open_file(descriptor: str) -> str | None:
     with suppress(OSError):
         return os.readlink(f"/proc/self/fd/{descriptor}")
     return None
+
+
+class RecordingScorer(RewardScorer):
+    """Remembers what it scored: what comes out of it is what the step trains on."""
+
+    def __init__(self, section: RewardSection, judge: ConsistencyJudge | None) -> None:
+        super().__init__(section, judge)
+        self.steps: list[list[str]] = []  # ids of preferences, by step
+
+    def score(self, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], dict[str, int]]:
+        scored, counts = super().score(rollouts)
+        self.steps.append([one.rollout.prompt.preference_id for one in scored])
+        return scored, counts
+
+
+def drawn(config: RunConfig) -> list[list[str]]:
+    """Ids of the preferences that each step should train on."""
+    ids = [json.loads(line)["id"] for line in config.data.train.read_text().splitlines()]
+    sampler = EpochSampler(len(ids), seed=config.run.seed)
+    return [[ids[draw.index] for draw in sampler.batch(step, BATCH)] for step in range(config.rl.steps)]
 
 
 @dataclass
@@ -214,8 +237,8 @@ def soak(
         thread.start()
         stack.callback(thread.join)
         stack.callback(injector.stop)
-        services = rl.Services(pool=opened.pool, scorer=RewardScorer(config.reward, opened.judge))
-        rl.run(config, topology, services)
+        scorer = RecordingScorer(config.reward, opened.judge)
+        rl.run(config, topology, rl.Services(pool=opened.pool, scorer=scorer))
         account: Accounting = opened.pool.total
         restarts = sum(row.restarts for row in opened.pool.status())
     left = Leftovers.now().beyond(before)
@@ -228,6 +251,7 @@ def soak(
          "expected": True},
         {"measure": "prompts answered", "value": account.answered, "expected": steps * BATCH},
         {"measure": "prompts failed", "value": account.failed, "expected": 0},
+        {"measure": "each step trained on its prompts", "value": scorer.steps == drawn(config), "expected": True},
         {"measure": "largest sampler gap below 1e-3",
          "value": max(row["mismatch/max_abs"] for row in rows_of_steps) < 1e-3, "expected": True},
         *({"measure": f"{kind} left", "value": len(names), "expected": 0} for kind, names in left.items()),

@@ -20,6 +20,7 @@ WeightTransport = Literal["gloo", "nccl", "ipc"]
 # Names under which our receivers are registered inside vLLM; "nccl" and "ipc" are vLLM's own, which pickle.
 RECEIVERS: Mapping[WeightTransport, str] = {"gloo": "r1reward_gloo", "nccl": "r1reward_nccl", "ipc": "r1reward_ipc"}
 GUARD = "megatron_r1reward.network.guard.BearerGuard"
+EXECUTOR = "megatron_r1reward.rollout.vllm_executor.WholeAnswerExecutor"
 
 # The trainer's own distributed set-up, which vLLM's workers would take for theirs, and what would weaken a server.
 _HIDDEN_VARIABLES = frozenset({
@@ -88,6 +89,8 @@ def server_command(
         # A push clears vLLM's cache of processed images in the API process and in the engine one after the other. A
         # request between the two comes with an image that neither has: the engine dies.
         command += ["--mm-processor-cache-gb", "0"]
+        if section.tensor_parallel_size > 1:
+            command += ["--distributed-executor-backend", EXECUTOR]
     if media_root is not None:
         command += ["--allowed-local-media-path", str(media_root.resolve())]
     if pixels is not None:

@@ -78,12 +78,20 @@ class GroupReceiver(_Receiver):
             raise WeightPushError("no weight sender is connected: call /init_weight_transfer_engine first")
         buckets = update.buckets()
         got = []
+        failure: Exception | None = None
         for bucket, flat, sums in self._incoming(group, buckets):
-            self._load(bucket, flat)
-            got.append(sums)
+            if failure is not None:
+                continue  # received all the same: the sender and the other workers would wait for one who left
+            try:
+                self._load(bucket, flat)
+                got.append(sums)
+            except Exception as error:
+                failure = error
         metas = [meta for bucket in buckets for meta in bucket.metas]
         expected = torch.empty(len(metas), dtype=torch.int64, device=self._wire_device)
         group.broadcast(expected)
+        if failure is not None:
+            raise failure
         verify(metas, expected.cpu(), torch.cat(got))
 
     @property
@@ -113,7 +121,7 @@ class GroupReceiver(_Receiver):
                     coming.extend(thread.submit(receive, bucket) for bucket in islice(waiting, 1))
                     yield arrived
             finally:
-                thread.shutdown(wait=False, cancel_futures=True)  # a bucket that cannot be loaded ends the update
+                thread.shutdown(wait=False, cancel_futures=True)  # the broadcast broke off
 
     def _buffer(self, bucket: Bucket, total_bytes: int) -> torch.Tensor:
         if self._wire_device.type != "cpu":

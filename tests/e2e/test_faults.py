@@ -78,8 +78,10 @@ class Setup:
 
     def check(self, result: GenerateResult, n: int) -> None:
         """Every prompt came back, once, from the weights of this version."""
-        print(f"accounting: {result.accounting}")
-        assert result.accounting.failed == 0
+        account = result.accounting
+        print(f"accounting: {account}")
+        assert (account.asked, account.answered, account.failed) == (len(self.prompts), len(self.prompts), 0)
+        assert (account.samples, account.quarantined) == (n * len(self.prompts), 0)
         keys = [(rollout.prompt.id, rollout.sample_index) for rollout in result.rollouts]
         assert keys == [(prompt.id, index) for prompt in self.prompts for index in range(n)]
         assert {span.version for r in result.rollouts for span in r.weight_spans} == {self.version}
@@ -136,6 +138,7 @@ def setup(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, image_pat
     print(f"all accounting: {pool.total}")
     pool.close()
     judges.close()
+    assert pool.total.asked == pool.total.answered, "a prompt was lost"
     assert not leftovers() - before, "processes, shared memory or temporary files are left behind"
 
 
@@ -286,24 +289,33 @@ def test_push_that_arrives_damaged(setup: Setup, monkeypatch: pytest.MonkeyPatch
     setup.check(setup.pool.generate(setup.prompts, LONG, n=2, seed=7), 2)
 
 
-def test_judge_killed(setup: Setup) -> None:
-    """While it is away there is no verdict, quickly; then it is asked again. (A random model talks garbage.)"""
+def test_judge_that_talks_garbage_is_killed(setup: Setup) -> None:
+    """A random model's replies are no verdicts. Dead it gives none either, quickly; then it is asked again."""
     section = JudgeSection(retries=1, backoff_s=0.05, backoff_max_s=0.1, breaker_failures=2, model="judge")
     judge = ConsistencyJudge(section, setup.judges.endpoints)
-    cases = [(f"case {i}", 1) for i in range(6)]
-    assert asyncio.run(judge.judge_many(cases)) == ["unknown"] * 6
-    served = requests_of(setup.judge_server)
-    assert served > 0
-    pid = setup.judge_server.pid
-    assert pid is not None
-    os.killpg(pid, signal.SIGKILL)
+    server = setup.judge_server
+
+    def ask() -> tuple[int, int]:
+        """(calls, questions that were not tried) for six questions; each was tried twice or not at all."""
+        assert asyncio.run(judge.judge_many([(f"case {i}", 1) for i in range(6)])) == ["unknown"] * 6
+        calls, not_tried = judge.counts["calls"], judge.counts["not_tried"]
+        print(f"accounting: 6 questions = {calls // 2} asked twice + {not_tried} not tried")
+        assert calls == 2 * (6 - not_tried)
+        return calls, not_tried
+
+    served = requests_of(server)
+    assert ask() == (12, 0)
+    wait_until(lambda: requests_of(server) == served + 12)
+    assert server.pid is not None
+    os.killpg(server.pid, signal.SIGKILL)
     started = time.monotonic()
-    assert asyncio.run(judge.judge_many(cases)) == ["unknown"] * 6
+    assert ask() == (2, 5), "one trial question"
     assert time.monotonic() - started < 10
     wait_until(lambda: setup.judges.status()[0].restarts == 1, 20)
     wait_until(lambda: setup.judges.status()[0].state == "ready", 180)
-    asyncio.run(judge.judge_many(cases))
-    assert requests_of(setup.judge_server) > 0
+    served = requests_of(server)
+    assert ask() == (2, 5)
+    wait_until(lambda: requests_of(server) == served + 2)
 
 
 def requests_of(server: VllmServer) -> int:

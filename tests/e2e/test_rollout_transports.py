@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -13,6 +16,7 @@ from megatron_r1reward.config.schema import SamplingSection
 from megatron_r1reward.models.tiny import write_tiny_checkpoint
 from megatron_r1reward.network.tokens import bearer
 from megatron_r1reward.rollout.banned import banned_token_ids
+from megatron_r1reward.rollout.control import ControlPlane
 from megatron_r1reward.rollout.opening import build_transport
 from megatron_r1reward.rollout.pool import SERVED_NAME, RolloutPool
 from megatron_r1reward.rollout.server import VllmServer, start_servers
@@ -114,3 +118,53 @@ class TestTransport:
         result = pool.generate(prompts, SAMPLING, seed=0)
         assert max(map(reference.error, result.rollouts)) < 1e-3
         assert pool.status()[0].restarts == 0
+
+
+def mislead(monkeypatch: pytest.MonkeyPatch, worker: int, tensor: int) -> None:
+    """From now on one worker is told another name for one tensor than its peers: it cannot load it, and they can.
+
+    vLLM takes a list of messages, one per worker.
+    """
+    original = ControlPlane.start
+
+    def start(self: ControlPlane, path: str, bodies: Any = None, **options: Any) -> Any:
+        if path == "/update_weights" and all(body["update_info"]["update"] for body in bodies.values()):
+            messages = {target: [deepcopy(body["update_info"]) for _ in range(2)] for target, body in bodies.items()}
+            for per_worker in messages.values():
+                tensors = per_worker[worker]["update"]["tensors"]
+                tensors[tensor] = ("model.language_model.layers.0.no_such.weight", *tensors[tensor][1:])
+            bodies = {target: {"update_info": per_worker} for target, per_worker in messages.items()}
+        return original(self, path, bodies, **options)
+
+    monkeypatch.setattr(ControlPlane, "start", start)
+
+
+# The first is heard before its peer, which vLLM does not ask then; the last fails when its peer has everything.
+@pytest.mark.parametrize(("worker", "tensor", "version"), [(0, 20, 10), (1, 20, 20), (1, -1, 30)])
+def test_one_worker_fails_alone(
+    worker: int, tensor: int, version: int, pools: dict[str, RolloutPool], reference: Reference, prompts: list[Prompt]
+) -> None:
+    """Its peer has new weights, it has not: the server answers nothing until a push has reached both."""
+    pool = pools["gloo"]
+    (member,) = pool.group.members
+    started = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        mislead(patch, worker, tensor)
+        with pytest.raises(WeightPushError, match=r"the servers stay paused.*no_such"):
+            pool.push_weights(*reference.redrawn(seed=version).weights(), version=version)
+    assert time.monotonic() - started < SECTIONS["gloo"].push_timeout_s / 10, "nobody waits for who has failed"
+    assert says(pool, "/is_paused") == {"is_paused": True}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{member.url}/v1/completions",
+            json={"model": SERVED_NAME, "prompt": "Which digit?", "max_tokens": 1},
+            headers=bearer(member.bearer_token),
+            timeout=1.0,
+        )
+    pool.push_weights(*reference.redrawn(seed=version + 1).weights(), version=version + 1)
+    result = pool.generate(prompts, SAMPLING, seed=0)
+    print(f"accounting: {result.accounting}")
+    assert result.accounting.answered == len(prompts)
+    assert {span.version for rollout in result.rollouts for span in rollout.weight_spans} == {version + 1}
+    assert max(map(reference.error, result.rollouts)) < 1e-3
+    assert pool.status()[0].restarts == 0

@@ -117,6 +117,15 @@ def test_a_server_that_dies_with_the_trainer_is_the_cause(tmp_path: Path, server
     assert (report.code, report.component) == (9, "rollout-0")
 
 
+def test_a_server_that_dies_alone_ends_the_life(tmp_path: Path, server_url: str) -> None:
+    """It is not started again, not even where its memory is the trainer's at that time (colocated)."""
+    life = OneLife(tmp_path)
+    publish(life.run, server_url)
+    report = life("time.sleep(60)", server="import time, sys; print('began'); time.sleep(0.8); sys.exit(9)")
+    assert (report.outcome, report.code, report.component) == ("failed", 9, "rollout-0")
+    assert report.log_tail == ("began",)
+
+
 def test_an_address_that_cannot_be_reached_is_said(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("megatron_r1reward.launch.health._PAUSE_S", 0.01)
     life = OneLife(tmp_path)

@@ -57,6 +57,14 @@ def test_command_of_a_judge_on_gpus() -> None:
     assert absent.isdisjoint(words)
 
 
+def test_several_workers_that_take_weights_are_all_heard() -> None:
+    """vLLM's own executor loses answers when a worker fails; a judge's weights never change."""
+    section = ServerSection(tensor_parallel_size=2)
+    assert value(command(section, weight_transfer="nccl"), "--distributed-executor-backend").endswith("Executor")
+    assert "--distributed-executor-backend" not in command(section)
+    assert "--distributed-executor-backend" not in command(ServerSection(), weight_transfer="nccl")
+
+
 @pytest.mark.parametrize("section", [ServerSection(num_threads=2), ServerSection(tensor_parallel_size=2)])
 def test_the_engine_is_forked_only_without_openmp_threads(section: ServerSection) -> None:
     assert "--fork-engine-core" not in command(section, on_cpu=True)

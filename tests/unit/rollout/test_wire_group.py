@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,3 +40,32 @@ def test_a_tensor_arrives(on_the_network: bool) -> None:
         received = pool.submit(receive)
         BroadcastGroup(store, meeting, 0).broadcast(torch.arange(5.0))
         assert torch.equal(received.result(TIMEOUT_S), torch.arange(5.0))
+
+
+def test_who_leaves_is_noticed_long_before_the_time_out() -> None:
+    """By the sender, and through it by the others."""
+    store = listen("127.0.0.1", TIMEOUT_S)
+    meeting = Rendezvous(
+        backend="gloo", host="127.0.0.1", port=store.port, rank_offset=0, world_size=3, timeout_s=TIMEOUT_S
+    )
+
+    def broadcasts(group: BroadcastGroup, count: int) -> None:
+        try:
+            for _ in range(count):
+                group.broadcast(torch.ones(1 << 20))
+        finally:
+            group.close()
+
+    def receive(rank: int, count: int) -> None:
+        broadcasts(BroadcastGroup.join(replace(meeting, rank_offset=rank), rank), count)
+
+    with ThreadPoolExecutor(2) as pool:
+        leaving, staying = pool.submit(receive, 1, 2), pool.submit(receive, 2, 100)
+        sender = BroadcastGroup(store, meeting, 0)
+        started = time.monotonic()
+        with pytest.raises(RuntimeError):
+            broadcasts(sender, 100)
+        leaving.result(TIMEOUT_S)
+        with pytest.raises(RuntimeError):
+            staying.result(TIMEOUT_S)
+        assert time.monotonic() - started < TIMEOUT_S / 3
