@@ -28,7 +28,7 @@ SCRIPT = Path(__file__).parent / "cluster.sh"
 NODES = 7
 INSTALL = "as root: bash tests/slurm/cluster.sh install (Debian/Ubuntu packages of Slurm, MUNGE and MariaDB)"
 
-# In this order: first the cold start that RL begins with, then what waits for Slurm beside what computes.
+# In this order: first the chain whose parts others begin with, then what waits for Slurm beside what computes.
 SCENARIOS: dict[str, Callable[[Bench], Any]] = {
     story.__name__: story
     for story in (
@@ -36,23 +36,21 @@ SCENARIOS: dict[str, Callable[[Bench], Any]] = {
         stories.preempted,
         stories.node_lost,
         stories.out_of_time_then_cancelled,
-        stories.rl_finished,
         recipe_runs.nemo_slurm,
         stories.rl_local,
         stories.crashed_in_a_chain,
         stories.rl_heterogeneous,
         recipe_runs.nemo_slurm_fails,
         recipe_runs.nemo_local,
-        stories.rl_server_dies,
+        stories.rl_colocated_server_dies,
         recipe_runs.nemo_local_fails,
         stories.rl_server_does_not_start,
     )
 }
-NEEDS = {  # whose end a scenario begins with or is compared with
-    **dict.fromkeys(("preempted", "node_lost", "out_of_time_then_cancelled", "rl_finished"), "reference"),
-    **dict.fromkeys(("rl_local", "rl_heterogeneous", "rl_server_dies"), "rl_finished"),
-    "nemo_local": "nemo_slurm",
-}
+COMPARED = ("preempted", "node_lost", "out_of_time_then_cancelled")
+COMPARED += ("rl_local", "rl_heterogeneous", "rl_colocated_server_dies")
+# Whose end a scenario begins with or is compared with.
+NEEDS = {**dict.fromkeys(COMPARED, "reference"), "nemo_local": "nemo_slurm"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
