@@ -53,6 +53,9 @@ COMPARED += ("rl_local", "rl_heterogeneous", "rl_colocated_server_dies")
 NEEDS = {**dict.fromkeys(COMPARED, "reference"), "nemo_local": "nemo_slurm"}
 
 
+TIMELINE = pytest.StashKey[list[str]]()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "scenario(name): the background scenario whose end a test looks at")
 
@@ -120,6 +123,38 @@ def bench(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench.make(cluster, tmp_path_factory.mktemp("jobs"))
 
 
+class Times:
+    """When scenarios and jobs ran, and what jobs cost: where the time of the tests goes."""
+
+    def __init__(self) -> None:
+        self._began = time.time()
+        self._rows: list[tuple[float, float, str]] = []
+
+    def of(self, name: str, bench: Bench) -> Any:
+        """The result of a scenario."""
+        began = time.time()
+        try:
+            return SCENARIOS[name](bench)
+        finally:
+            self._rows.append((began, time.time(), name))
+
+    def table(self) -> list[str]:
+        columns = "JobID,JobName,Start,End,TotalCPU"
+        variables = {"SLURM_TIME_FORMAT": "%s"}
+        text = tool("sacct", "-n", "-P", "-X", "-D", "-a", "-o", columns, environment=variables)
+        rows = list(self._rows)
+        for job, name, start, end, cpu in (line.split("|") for line in text.splitlines()):
+            if start.isdigit() and end.isdigit():
+                rows.append((float(start), float(end), f"    job {job} {name}, processor time {cpu}"))
+        return [f"{a - self._began:5.0f} s to {b - self._began:5.0f} s  {what}" for a, b, what in sorted(rows)]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if lines := config.stash.get(TIMELINE, None):
+        terminalreporter.section("scenarios and jobs")
+        terminalreporter.write_line("\n".join(lines))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def running(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Any]]]:
     """Scenarios by name, under way from the first test on."""
@@ -132,14 +167,16 @@ def running(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Any]]]:
         yield {}
         return
     bench: Bench = request.getfixturevalue("bench")
+    times = Times()
     pool = ThreadPoolExecutor(max_workers=3, thread_name_prefix="scenario")
-    futures = {name: pool.submit(SCENARIOS[name], bench) for name in SCENARIOS if name in asked}
+    futures = {name: pool.submit(times.of, name, bench) for name in SCENARIOS if name in asked}
     yield futures
     pool.shutdown(wait=False, cancel_futures=True)
     while not all(future.done() for future in futures.values()):  # the tests end early
         bench.stopping.set()
         tool("scancel", "--quiet", "--user=root")
         time.sleep(1)
+    request.config.stash[TIMELINE] = times.table()
 
 
 @pytest.fixture
