@@ -141,10 +141,10 @@ class Times:
     def table(self) -> list[str]:
         columns = "JobID,JobName,Start,End,TotalCPU"
         variables = {"SLURM_TIME_FORMAT": "%s"}
-        text = tool("sacct", "-n", "-P", "-X", "-D", "-a", "-o", columns, environment=variables)
+        text = tool("sacct", "-n", "-P", "-D", "-a", "-o", columns, environment=variables)  # of jobs alone (-X) it is 0
         rows = list(self._rows)
         for job, name, start, end, cpu in (line.split("|") for line in text.splitlines()):
-            if start.isdigit() and end.isdigit():
+            if "." not in job and start.isdigit() and end.isdigit():
                 rows.append((float(start), float(end), f"    job {job} {name}, processor time {cpu}"))
         return [f"{a - self._began:5.0f} s to {b - self._began:5.0f} s  {what}" for a, b, what in sorted(rows)]
 
