@@ -15,7 +15,7 @@ from megatron_r1reward.launch.paths import media_root
 from megatron_r1reward.launch.steps import code_of, name_of
 from megatron_r1reward.monitor.run_state import Address, RunDir
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE, token_from
-from megatron_r1reward.rollout.opening import weight_transport
+from megatron_r1reward.rollout.devices import weight_transport
 from megatron_r1reward.rollout.server import ServerError, VllmServer
 
 log = logging.getLogger(__name__)

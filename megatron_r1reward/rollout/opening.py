@@ -7,35 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.rollout.banned import banned_token_ids
 from megatron_r1reward.rollout.client import PolicyTokenizer
 from megatron_r1reward.rollout.colocation import SleepLevel
+from megatron_r1reward.rollout.devices import weight_transport
 from megatron_r1reward.rollout.pool import SERVED_NAME, RolloutPool
 from megatron_r1reward.rollout.server import Report, VllmServer, start_servers
-from megatron_r1reward.rollout.server_command import WeightTransport
 from megatron_r1reward.rollout.transport import Transport
 from megatron_r1reward.rollout.weights_gloo import GlooTransport
 from megatron_r1reward.rollout.weights_ipc import IpcTransport
 from megatron_r1reward.rollout.weights_nccl import NcclTransport
-
-
-def weight_transport(section: ServerSection, *, colocated: bool = False) -> WeightTransport:
-    """`section.weight_transport`, "auto" resolved: nccl where this process sees a GPU of its own, else gloo.
-
-    Raises:
-        ValueError: nccl between two processes on one GPU, which it refuses.
-    """
-    if colocated and section.weight_transport == "nccl":
-        raise ValueError(
-            "rollout.weight_transport 'nccl' cannot reach servers on the trainer's own GPUs (cluster.layout "
-            "'colocated'): use 'auto', 'gloo', or 'ipc' with one GPU"
-        )
-    if section.weight_transport != "auto":
-        return section.weight_transport
-    return "nccl" if torch.cuda.is_available() and not colocated else "gloo"
 
 
 def build_transport(section: ServerSection, *, colocated: bool = False) -> Transport:

@@ -13,10 +13,10 @@ from pathlib import Path
 from types import TracebackType
 
 import httpx
-import torch
 
 from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.network.tokens import bearer, new_token
+from megatron_r1reward.rollout.devices import sees_gpu
 from megatron_r1reward.rollout.leftovers import ScratchFolder, remove, shared_memory_of
 from megatron_r1reward.rollout.server_command import WeightTransport, server_command, server_environment
 from megatron_r1reward.rollout.server_log import address_in_use, explain
@@ -65,7 +65,7 @@ class VllmServer:
         self.token = token or new_token()
         self._section = section
         self._host = section.host if host is None else host
-        self._on_cpu = not torch.cuda.is_available() if on_cpu is None else on_cpu
+        self._on_cpu = not sees_gpu() if on_cpu is None else on_cpu
         self._model_path = model_path
         self._weight_transfer = weight_transfer
         self._media_root, self._pixels = media_root, pixels

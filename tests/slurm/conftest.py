@@ -28,7 +28,7 @@ SCRIPT = Path(__file__).parent / "cluster.sh"
 NODES = 7
 INSTALL = "as root: bash tests/slurm/cluster.sh install (Debian/Ubuntu packages of Slurm, MUNGE and MariaDB)"
 
-# In this order: first the cold start that RL begins with, then what waits for Slurm beside what computes.
+# In this order: first the chain whose parts others begin with, then what waits for Slurm beside what computes.
 SCENARIOS: dict[str, Callable[[Bench], Any]] = {
     story.__name__: story
     for story in (
@@ -36,23 +36,24 @@ SCENARIOS: dict[str, Callable[[Bench], Any]] = {
         stories.preempted,
         stories.node_lost,
         stories.out_of_time_then_cancelled,
-        stories.rl_finished,
         recipe_runs.nemo_slurm,
         stories.rl_local,
         stories.crashed_in_a_chain,
         stories.rl_heterogeneous,
         recipe_runs.nemo_slurm_fails,
         recipe_runs.nemo_local,
-        stories.rl_server_dies,
+        stories.rl_colocated_server_dies,
         recipe_runs.nemo_local_fails,
         stories.rl_server_does_not_start,
     )
 }
-NEEDS = {  # whose end a scenario begins with or is compared with
-    **dict.fromkeys(("preempted", "node_lost", "out_of_time_then_cancelled", "rl_finished"), "reference"),
-    **dict.fromkeys(("rl_local", "rl_heterogeneous", "rl_server_dies"), "rl_finished"),
-    "nemo_local": "nemo_slurm",
-}
+COMPARED = ("preempted", "node_lost", "out_of_time_then_cancelled")
+COMPARED += ("rl_local", "rl_heterogeneous", "rl_colocated_server_dies")
+# Whose end a scenario begins with or is compared with.
+NEEDS = {**dict.fromkeys(COMPARED, "reference"), "nemo_local": "nemo_slurm"}
+
+
+TIMELINE = pytest.StashKey[list[str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -122,6 +123,38 @@ def bench(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench.make(cluster, tmp_path_factory.mktemp("jobs"))
 
 
+class Times:
+    """When scenarios and jobs ran, and what jobs cost: where the time of the tests goes."""
+
+    def __init__(self) -> None:
+        self._began = time.time()
+        self._rows: list[tuple[float, float, str]] = []
+
+    def of(self, name: str, bench: Bench) -> Any:
+        """The result of a scenario."""
+        began = time.time()
+        try:
+            return SCENARIOS[name](bench)
+        finally:
+            self._rows.append((began, time.time(), name))
+
+    def table(self) -> list[str]:
+        columns = "JobID,JobName,Start,End,TotalCPU"
+        variables = {"SLURM_TIME_FORMAT": "%s"}
+        text = tool("sacct", "-n", "-P", "-D", "-a", "-o", columns, environment=variables)  # of jobs alone (-X) it is 0
+        rows = list(self._rows)
+        for job, name, start, end, cpu in (line.split("|") for line in text.splitlines()):
+            if "." not in job and start.isdigit() and end.isdigit():
+                rows.append((float(start), float(end), f"    job {job} {name}, processor time {cpu}"))
+        return [f"{a - self._began:5.0f} s to {b - self._began:5.0f} s  {what}" for a, b, what in sorted(rows)]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if lines := config.stash.get(TIMELINE, None):
+        terminalreporter.section("scenarios and jobs")
+        terminalreporter.write_line("\n".join(lines))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def running(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Any]]]:
     """Scenarios by name, under way from the first test on."""
@@ -134,14 +167,16 @@ def running(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Any]]]:
         yield {}
         return
     bench: Bench = request.getfixturevalue("bench")
+    times = Times()
     pool = ThreadPoolExecutor(max_workers=3, thread_name_prefix="scenario")
-    futures = {name: pool.submit(SCENARIOS[name], bench) for name in SCENARIOS if name in asked}
+    futures = {name: pool.submit(times.of, name, bench) for name in SCENARIOS if name in asked}
     yield futures
     pool.shutdown(wait=False, cancel_futures=True)
     while not all(future.done() for future in futures.values()):  # the tests end early
         bench.stopping.set()
         tool("scancel", "--quiet", "--user=root")
         time.sleep(1)
+    request.config.stash[TIMELINE] = times.table()
 
 
 @pytest.fixture

@@ -130,6 +130,14 @@ class Job:
         found = (pid for pid in all_processes(*words) if f"SLURM_JOB_ID={self.id}" in environment_of(pid))
         return [pid for pid in found if pid not in all_processes("srun")]
 
+    def gpus(self, *words: str) -> set[tuple[str, str]]:
+        """(node, CUDA_VISIBLE_DEVICES) of its processes with these words."""
+        found = set()
+        for pid in self.processes(*words):
+            variables = dict(item.partition("=")[::2] for item in environment_of(pid))
+            found.add((variables["SLURMD_NODENAME"], variables["CUDA_VISIBLE_DEVICES"]))
+        return found
+
     def kill_one(self, number: signal.Signals, *words: str, procid: int | None = None) -> None:
         """Send a signal to one process of this job, as an accident would."""
         pids = self.processes(*words)

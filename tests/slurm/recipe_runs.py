@@ -39,8 +39,8 @@ def _pipeline(
     folder = bench.folder / name
     folder.mkdir()
     command: list[str | Path] = [LAUNCHER, str(REPOSITORY / "recipes" / "pipeline.py"), "--executor", executor]
-    for stage in ("sft", "rl", "eval"):
-        command += [f"--{stage}", str(bench.folder / f"{stage}.toml")]
+    for stage, run_file in (("sft", "sft"), ("rl", "rl-unselected"), ("eval", "eval")):
+        command += [f"--{stage}", str(bench.folder / f"{run_file}.toml")]
     for setting in SHAPE:
         command += ["--slurm", setting]
     command += ["--output-dir", str(folder / "out"), "--python", str(REPOSITORY / ".venv" / "bin" / "python")]
@@ -63,7 +63,7 @@ def nemo_slurm(bench: Bench) -> WithSharedJudge:
     output = bench.folder / "shared-judge"
     judge = bench.cluster.submit(
         "judge.sh",
-        bench.folder / "rl.toml",
+        bench.folder / "rl-unselected.toml",
         f"run.output_dir={output}",
         output=output,
         options=ONE_SERVER,

@@ -39,21 +39,24 @@ ranks_per_node = 2
 walltime_margin_s = 15
 grace_s = 10
 """
+# As above a constant schedule. The stages with servers differ in output, model and data.
 RL_TOML = """
 [run]
-output_dir = "{folder}/rl"
+output_dir = "{folder}/{output}"
 local_ranks = 4
 num_threads = 1
 [model]
-path = "{folder}/reference/hf"
+path = "{folder}/{model}"
 precision = "fp32"
 [precision]
 deterministic = true
 [data]
 train = "{folder}/data/pool.jsonl"
+{select}
 token_budget = 2048
 [optimizer]
 lr = 1e-3
+schedule = "constant"
 warmup_fraction = 0.0
 [rl]
 steps = 3
@@ -76,6 +79,14 @@ max_num_seqs = 8
 kv_cache_bytes = 67108864
 max_tokens = 4
 retries = 0  # untrained, it gives no verdict, however often it is asked
+[annotate]
+max_rows = 24
+attempts = 2
+[evaluation]
+data = "{folder}/data/heldout.jsonl"
+max_pairs = 2
+samples = 1
+voting = [1]
 [checkpoint]
 save_every = 100
 [monitor]
@@ -83,25 +94,26 @@ tensorboard = false
 [cluster]
 grace_s = 20
 """
-EVAL_TAIL = """
-[evaluation]
-data = "{folder}/data/heldout.jsonl"
-max_pairs = 2
-samples = 1
-voting = [1]
-"""
-# What the cold start teaches within a few steps: a verdict that can be read and is right half of the time, so that RL
-# has rewards and asks the judge.
+# What the cold start teaches within a few steps: a verdict that can be read and is right half of the time, so that some
+# samples are hard, RL has rewards and asks the judge.
 RESPONSE = "<think>Response 1 is better.</think><answer>1</answer>"
 
 
 def write_inputs(folder: Path) -> None:
-    """Data, a tiny model, and sft.toml, rl.toml and eval.toml."""
+    """Data, a tiny model, and run files: those of the chain's stages, each of which continues the one before, and
+    rl-unselected.toml, which needs only the cold start."""
     data = folder / "data"
     build_digits(data, seed=0, sft_rows=200, pool_rows=60, heldout_pairs=8, judge_rows=40)
     rows = [json.loads(line) | {"response": RESPONSE} for line in (data / "sft.jsonl").read_text().splitlines()]
     (data / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_demo_model(folder / "model", [data / "sft.jsonl", data / "judge_sft.jsonl"], seed=0)
-    texts = {"sft": SFT_TOML, "rl": RL_TOML, "eval": RL_TOML.replace("{folder}/rl", "{folder}/evaluation") + EVAL_TAIL}
+    select = f'select = "{folder}/annotate/hard.json"'
+    texts = {
+        "sft": SFT_TOML.format(folder=folder),
+        "annotate": RL_TOML.format(folder=folder, output="annotate", model="reference/hf", select=""),
+        "rl": RL_TOML.format(folder=folder, output="rl", model="reference/hf", select=select),
+        "eval": RL_TOML.format(folder=folder, output="evaluation", model="rl/hf", select=""),
+        "rl-unselected": RL_TOML.format(folder=folder, output="rl", model="reference/hf", select=""),
+    }
     for name, text in texts.items():
-        (folder / f"{name}.toml").write_text(text.format(folder=folder))
+        (folder / f"{name}.toml").write_text(text)

@@ -15,13 +15,16 @@ from typing import Any
 from jobs import Cluster, Job, tool, until
 from run_files import write_inputs
 
-from megatron_r1reward.monitor.run_state import RunDir
+from megatron_r1reward.monitor.run_state import ExitReport, RunDir
 
 # n5 to n7 are kept for the story in which one of them dies.
 NOT_THE_DOOMED = ("--exclude=n5,n6,n7",)
 TWO_NODES = ("--oversubscribe", "--nodes=2", "--gpus-per-node=0", "--cpus-per-task=3", "--mem=1500", "--time=20")
 ONE_SERVER = ("--oversubscribe", "--nodes=1", "--gpus-per-node=1", "--cpus-per-task=4", "--mem=3000", "--time=20")
 ONE_SERVER += NOT_THE_DOOMED
+# Trainer on two nodes with two (fake) GPUs each, rollout server and judge on those of a third.
+THREE_NODES = ("--oversubscribe", "--nodes=3", "--gpus-per-node=2", "--cpus-per-task=4", "--mem=4000", "--time=20")
+THREE_NODES += NOT_THE_DOOMED
 TOKEN = {"R1REWARD_SERVER_TOKEN": "of-all-jobs-that-share-a-judge"}
 _one_with_servers = threading.Lock()  # two stages with vLLM servers at a time would be short of memory
 
@@ -61,9 +64,7 @@ class Bench:
             options=(*TWO_NODES, *options),
         )
 
-    def rl(self, name: str, *overrides: str, options: tuple[str, ...] = ()) -> Job:
-        """Trainer on two nodes with two (fake) GPUs each, rollout server and judge on those of a third."""
-        shape = ("--oversubscribe", "--nodes=3", "--gpus-per-node=2", "--cpus-per-task=4", "--mem=4000", "--time=20")
+    def rl(self, name: str, *overrides: str, options: tuple[str, ...] = THREE_NODES) -> Job:
         output = self.folder / name
         return self.cluster.submit(
             "rl_stage.sh",
@@ -71,41 +72,52 @@ class Bench:
             f"run.output_dir={output}",
             *overrides,
             output=output,
-            options=(*(options or shape), *NOT_THE_DOOMED),
+            options=options,
         )
 
-    def wait_for_cold_start(self) -> None:
-        """The RL jobs begin with the model that the reference job trains."""
-        run = RunDir(root=self.folder / "reference")
-        until(lambda: run.done.exists() or run.exit_report.exists(), "end of the cold start")
-        until(run.done.exists, "success of the cold start", timeout_s=5)
+    def wait_for_hard_set(self) -> None:
+        """RL begins with the model that the chain's first stage trains, on the samples that its second selects."""
+        trained, selected = RunDir(root=self.folder / "reference"), RunDir(root=self.folder / "annotate")
+        until(lambda: trained.done.exists() or trained.exit_report.exists(), "end of the cold start")
+        until(trained.done.exists, "success of the cold start", timeout_s=5)
+        report = until(lambda: ExitReport.read(selected.exit_report), "end of the selection")
+        assert report.outcome == "done", report
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chain:
-    """Jobs one after the other."""
+    """The jobs of slurm/pipeline.sh, one after the other, and one that converts what the first has trained."""
 
     sft: Job
+    selection: Job
+    rl: Job
     evaluation: Job
     conversion: Job
 
 
 def reference(bench: Bench) -> Chain:
-    """slurm/pipeline.sh: a cold start that nobody disturbs, then its evaluation; slurm/convert.sh on its checkpoint."""
+    """slurm/pipeline.sh with all stages, which nobody disturbs; slurm/convert.sh on the cold start's checkpoint."""
     folder = bench.folder
-    options = {"sft": (*TWO_NODES, *NOT_THE_DOOMED, "--nodelist=n1,n2"), "eval": ONE_SERVER}
-    ids = bench.cluster.chain(folder / "sft.toml", "-", "-", folder / "eval.toml", folder=folder, options=options)
-    sft = Job(id=ids["sft"], run=RunDir(root=folder / "reference"), folder=folder)
-    evaluation = Job(id=ids["eval"], run=RunDir(root=folder / "evaluation"), folder=folder)
-    conversion = bench.cluster.submit(
-        "convert.sh",
-        "export",
-        sft.run.root / "checkpoints" / "step-00000030",
-        folder / "exported",
-        output=folder / "exported",
-        options=("--oversubscribe", "--mem=1500", *NOT_THE_DOOMED, f"--dependency=afterok:{sft.id}"),
-    )
-    return Chain(sft=sft.wait(), evaluation=evaluation.wait(), conversion=conversion.wait())
+    files = [folder / f"{stage}.toml" for stage in ("sft", "annotate", "rl", "eval")]
+    options = {"sft": (*TWO_NODES, *NOT_THE_DOOMED, "--nodelist=n1,n2"), "select": ONE_SERVER}
+    options |= {"rl": THREE_NODES, "eval": ONE_SERVER}
+    with _one_with_servers:  # no other could start before the cold start has ended
+        ids = bench.cluster.chain(*files, folder=folder, options=options)
+        outputs = {"sft": "reference", "select": "annotate", "rl": "rl", "eval": "evaluation"}
+        sft, selection, rl, evaluation = (
+            Job(id=ids[stage], run=RunDir(root=folder / output), folder=folder) for stage, output in outputs.items()
+        )
+        conversion = bench.cluster.submit(
+            "convert.sh",
+            "export",
+            sft.run.root / "checkpoints" / "step-00000030",
+            folder / "exported",
+            output=folder / "exported",
+            options=("--oversubscribe", "--mem=1500", *NOT_THE_DOOMED, f"--dependency=afterok:{sft.id}"),
+        )
+        for job in (sft, selection, rl):
+            job.wait()
+    return Chain(sft=sft, selection=selection, rl=rl, evaluation=evaluation.wait(), conversion=conversion.wait())
 
 
 def preempted(bench: Bench) -> Job:
@@ -166,15 +178,9 @@ def node_lost(bench: Bench) -> Job:
         bench.cluster.chaos("start-node", lost[1:])
 
 
-def rl_finished(bench: Bench) -> Job:
-    bench.wait_for_cold_start()
-    with _one_with_servers:
-        return bench.rl("rl").wait()
-
-
 def rl_local(bench: Bench) -> Path:
     """The same run file without Slurm."""
-    bench.wait_for_cold_start()
+    bench.wait_for_hard_set()
     output = bench.folder / "rl-local"
     command = [sys.executable, "-m", "megatron_r1reward.cli", "launch", "--local", "rl", bench.folder / "rl.toml"]
     with _one_with_servers:
@@ -184,22 +190,33 @@ def rl_local(bench: Bench) -> Path:
 
 
 def rl_server_does_not_start(bench: Bench) -> Job:
-    with _one_with_servers:
-        return bench.rl("rl-no-start", f"model.path={bench.folder}/model", 'rollout.extra_args=["--no-such"]').wait()
+    return bench.rl("rl-no-start", f"model.path={bench.folder}/model", 'rollout.extra_args=["--no-such"]').wait()
 
 
-def rl_server_dies(bench: Bench) -> Job:
-    bench.wait_for_cold_start()
+@dataclass(frozen=True, kw_only=True)
+class Colocated:
+    """A job, and which GPUs its components saw (CUDA_VISIBLE_DEVICES), by node."""
+
+    job: Job
+    trainer: set[tuple[str, str]]
+    rollout: set[tuple[str, str]]
+
+
+def rl_colocated_server_dies(bench: Bench) -> Colocated:
+    """The rollout server sleeps on the trainer's GPUs; the judge, elsewhere, dies after three steps."""
+    bench.wait_for_hard_set()
     with _one_with_servers:
-        job = bench.rl("rl-server-dies", "rl.steps=500")
-        job.wait_step(1)
+        job = bench.rl("rl-colocated", "rl.steps=500", "cluster.layout=colocated")
+        job.wait_step(3)
+        trainer = job.gpus("worker", "rl")
+        rollout = job.gpus("server", "rollout")
         job.kill_one(signal.SIGKILL, "megatron_r1reward.rollout.vllm_main", "judge")
-        return job.wait()
+        return Colocated(job=job.wait(), trainer=trainer, rollout=rollout)
 
 
 def rl_heterogeneous(bench: Bench) -> Job:
     """Trainer and rollout server on one kind of node, the judge on another."""
-    bench.wait_for_cold_start()
+    bench.wait_for_hard_set()
     options = ("--oversubscribe", "--nodes=2", "--gpus-per-node=3", "--cpus-per-task=6", "--mem=4000", "--time=20")
     options += (*NOT_THE_DOOMED, ":", "--nodes=1", "--gpus-per-node=1", "--cpus-per-task=2", "--mem=4000")
     overrides = ("cluster.judge_het_group=1", "cluster.trainer_nodes=2", "cluster.ranks_per_node=2")

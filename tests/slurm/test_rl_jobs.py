@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from jobs import Job, is_listening
+from safetensors.torch import load_file
+from scenarios import Chain, Colocated
+
+from megatron_r1reward.training.rundir import describe_data
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
 COMPARED = ("loss", "grad_norm", "lr", "entropy", "reward/mean", "response/mean_tokens")
@@ -17,7 +22,8 @@ ALL_STEPS = {"rollout-0", "judge-0", "trainer"}
 
 
 def assert_same_training(got: dict[int, dict[str, float]], expected: dict[int, dict[str, float]]) -> None:
-    assert list(got) == list(expected) == [1, 2, 3]
+    """The three steps of `expected`, whatever comes after them."""
+    assert list(expected) == list(got)[:3] == [1, 2, 3]
     assert all(abs(row["loss"]) > 1e-6 and row["grad_norm"] > 1e-6 for row in expected.values()), "nothing is trained"
     for step, row in expected.items():
         for name in COMPARED:
@@ -30,35 +36,83 @@ def assert_servers_are_gone(job: Job) -> None:
             assert not is_listening(address.url), address
 
 
+def node_and_gpu(job: Job, name: str) -> tuple[str, str]:
+    """What the server's log says."""
+    log = job.run.log(0, name).read_text()
+    match = re.search(rf"{name} on (\S+), CUDA_VISIBLE_DEVICES=(\S+)", log)
+    assert match is not None, log
+    return match[1], match[2]
+
+
 @pytest.fixture(scope="module")
-def finished(running: dict[str, Future[Any]]) -> Job:
-    return running["rl_finished"].result()
+def chain(running: dict[str, Future[Any]]) -> Chain:
+    return running["reference"].result()
 
 
-@pytest.mark.scenario("rl_finished")
-def test_a_job_with_servers_finishes(ended: Job) -> None:
-    assert (ended.state, ended.exit_code) == ("COMPLETED", 0), ended.output()
-    assert ended.report().outcome == "done"
-    rewards = [row["reward/mean"] for row in ended.rows().values()]
+@pytest.fixture(scope="module")
+def finished(chain: Chain) -> Job:
+    return chain.rl
+
+
+@pytest.mark.scenario("reference")
+def test_a_job_selects_the_hard_samples(chain: Chain) -> None:
+    job = chain.selection
+    assert (job.state, job.exit_code) == ("COMPLETED", 0), job.output()
+    assert (job.report().outcome, job.report().code) == ("done", 0)
+    assert job.accounting().keys() == {"job", "batch", "rollout-0", "annotate"}
+    assert (job.accounting()["job"], job.accounting()["annotate"]) == ("COMPLETED", "COMPLETED")
+    assert job.lives()[0][0] >= chain.sft.lives()[0][1], "it starts when the cold start has ended"
+    attempts = [json.loads(line) for line in (job.run.root / "attempts.jsonl").read_text().splitlines()]
+    assert sorted(record["preference_id"] for record in attempts) == [f"pool-{number:05}" for number in range(24)]
+    hard = json.loads((job.run.root / "hard.json").read_text())
+    assert sorted(hard) == sorted(record["preference_id"] for record in attempts if not record["attempts"][0])
+    assert 0 < len(hard) < 24, "the cold-started model is right on some"
+    assert_servers_are_gone(job)
+
+
+@pytest.mark.scenario("reference")
+def test_the_rl_job_trains_on_what_was_selected(chain: Chain) -> None:
+    assert chain.rl.lives()[0][0] >= chain.selection.lives()[0][1], "it starts when the selection has ended"
+    hard = json.loads((chain.selection.run.root / "hard.json").read_text())
+    saved = json.loads((chain.rl.run.root / "checkpoints" / "step-00000003" / "state.json").read_text())
+    assert saved["data"] == describe_data(hard, seed=0, batch_size=8)
+
+
+@pytest.mark.scenario("reference")
+def test_a_job_with_servers_finishes(finished: Job) -> None:
+    assert (finished.state, finished.exit_code) == ("COMPLETED", 0), finished.output()
+    assert finished.report().outcome == "done"
+    rewards = [row["reward/mean"] for row in finished.rows().values()]
     assert max(rewards) > 0.5, f"a right answer is worth at least 1: {rewards}"
-    assert sum(row["judge/asked"] - row["judge/not_tried"] for row in ended.rows().values()) > 0
-    states = ended.accounting()
+    assert sum(row["judge/asked"] - row["judge/not_tried"] for row in finished.rows().values()) > 0
+    states = finished.accounting()
     assert states.keys() == {"job", "batch", *ALL_STEPS}
     assert (states["job"], states["trainer"]) == ("COMPLETED", "COMPLETED")
-    assert {address.component for address in ended.run.addresses("rollout")} == {"rollout-0"}
-    assert_servers_are_gone(ended)
+    assert {address.component for address in finished.run.addresses("rollout")} == {"rollout-0"}
+    assert_servers_are_gone(finished)
 
 
-@pytest.mark.scenario("rl_finished")
-def test_components_have_disjoint_gpus(ended: Job) -> None:
-    where = {}
-    for name in ("rollout-0", "judge-0"):
-        log = ended.run.log(0, name).read_text()
-        match = re.search(rf"{name} on (\S+), CUDA_VISIBLE_DEVICES=(\S+)", log)
-        assert match is not None, log
-        where[name] = (match[1], match[2])
+@pytest.mark.scenario("reference")
+def test_components_have_disjoint_gpus(finished: Job) -> None:
+    where = {name: node_and_gpu(finished, name) for name in ("rollout-0", "judge-0")}
     assert where["rollout-0"][0] == where["judge-0"][0], "both fit on the node that the trainer leaves free"
     assert {gpu for _, gpu in where.values()} == {"0", "1"}
+
+
+@pytest.mark.scenario("reference")
+def test_the_evaluation_at_the_end_of_the_chain_asks_the_trained_model(chain: Chain) -> None:
+    job = chain.evaluation
+    assert (job.state, job.exit_code) == ("COMPLETED", 0), job.output()
+    assert job.accounting().keys() == {"job", "batch", "rollout-0", "evaluate"}
+    assert job.lives()[0][0] >= chain.rl.lives()[0][1], "it starts when RL has ended"
+    before, after = chain.sft.run.root / "hf", chain.rl.run.root / "hf"
+    assert str(after) in job.run.log(0, "rollout-0.vllm").read_text()
+    weights, trained = (load_file(folder / "model.safetensors") for folder in (before, after))
+    assert any(not torch.equal(weights[name], tensor) for name, tensor in trained.items()), "RL has trained"
+    result = json.loads((job.run.root / "evaluation.json").read_text())
+    assert result["counts"]["pairs"] == 2
+    assert result["format_rate"] == 1.0, "the model in which all began cannot do that"
+    assert_servers_are_gone(job)
 
 
 @pytest.mark.scenario("rl_local")
@@ -88,13 +142,30 @@ def test_a_server_that_does_not_start_fails_the_job_with_its_own_words(ended: Jo
     assert_servers_are_gone(ended)
 
 
-@pytest.mark.scenario("rl_server_dies")
-def test_a_server_that_dies_is_named_as_the_cause(ended: Job) -> None:
-    assert (ended.state, ended.exit_code) == ("FAILED", 137), ended.output()  # 128 + SIGKILL
-    report = ended.report()
+@pytest.mark.scenario("rl_colocated_server_dies")
+def test_a_colocated_server_sleeps_on_the_gpus_of_the_trainer(ended: Colocated, finished: Job) -> None:
+    assert len({node for node, _ in ended.trainer}) == 2
+    assert {gpus for _, gpus in ended.trainer} == {"0,1"}
+    node, gpu = node_and_gpu(ended.job, "rollout-0")
+    assert ended.rollout == {(node, gpu)}
+    assert (node, "0,1") in ended.trainer and gpu == "0"
+    assert node_and_gpu(ended.job, "judge-0")[0] not in {node for node, _ in ended.trainer}
+    log = ended.job.run.log(0, "trainer").read_text(errors="replace")
+    assert log.count("servers are asleep") >= 3, "in every step"
+    rows = ended.job.rows()
+    assert all(rows[step]["servers/free_asleep_gb"] > 0 for step in (1, 2, 3))
+    assert not any("servers/free_asleep_gb" in row for row in finished.rows().values())
+    assert_same_training(rows, finished.rows())
+
+
+@pytest.mark.scenario("rl_colocated_server_dies")
+def test_a_server_that_dies_is_named_as_the_cause(ended: Colocated) -> None:
+    job = ended.job
+    assert (job.state, job.exit_code) == ("FAILED", 137), job.output()  # 128 + SIGKILL
+    report = job.report()
     assert (report.outcome, report.code, report.component) == ("failed", 137, "judge-0")
-    assert report.step is not None and report.step >= 1
-    assert "failed: judge-0" in ended.output().strip().splitlines()[-1]
+    assert report.step is not None and report.step >= 3
+    assert "failed: judge-0" in job.output().strip().splitlines()[-1]
     # Where the step ended for Slurm before its watcher saw it, the supervisor asks the node whether it is there.
-    assert ended.accounting().keys() - {"probe"} == {"job", "batch", *ALL_STEPS}
-    assert_servers_are_gone(ended)
+    assert job.accounting().keys() - {"probe"} == {"job", "batch", *ALL_STEPS}
+    assert_servers_are_gone(job)

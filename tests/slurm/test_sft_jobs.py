@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import Future
 from typing import Any
 
 import pytest
 import torch
-from jobs import Job, is_listening
+from jobs import Job
 from run_files import SFT_STEPS
 from safetensors.torch import load_file
 from scenarios import Chain
@@ -49,18 +48,6 @@ def test_a_job_that_is_left_alone_finishes(ended: Chain) -> None:
     assert "trainer: 4 task(s) on n1,n2" in job.output()
     log = job.run.log(0, "trainer").read_text(errors="replace")  # srun cuts progress bars within characters
     assert "0: " in log, "a line says which rank wrote it"
-
-
-@pytest.mark.scenario("reference")
-def test_the_evaluation_follows_in_the_chain(ended: Chain) -> None:
-    job = ended.evaluation
-    assert (job.state, job.exit_code) == ("COMPLETED", 0), job.output()
-    assert job.accounting().keys() == {"job", "batch", "rollout-0", "evaluate"}
-    assert job.lives()[0][0] >= ended.sft.lives()[0][1], "it starts when the cold start has ended"
-    result = json.loads((job.run.root / "evaluation.json").read_text())
-    assert result["counts"]["pairs"] == 2
-    assert result["format_rate"] == 1.0, "the cold-started model is the one that was asked"
-    assert not any(is_listening(address.url) for address in job.run.addresses("rollout"))
 
 
 @pytest.mark.scenario("reference")

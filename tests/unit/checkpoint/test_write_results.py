@@ -1,55 +1,69 @@
-"""The process behind the checkpoint writers ends when it should."""
+"""What checkpoint writers report arrives in the rank, and nothing of it stays."""
 
 from __future__ import annotations
 
 import os
+import queue
 import signal
-import time
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
 
 import psutil
+import pytest
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from waiting import wait_until
 
 from megatron_r1reward.checkpoint.write_results import WriteResults
 
 
-def start_and_wait(pipe: Connection) -> None:
+@pytest.fixture
+def results() -> Iterator[WriteResults]:
     results = WriteResults()
     results.start()
-    assert results._manager is not None
-    pipe.send(results._manager._process.pid)  # type: ignore[attr-defined]
-    time.sleep(60)
+    yield results
+    results.close()
 
 
-def gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+def in_writer(work: Callable[[], object]) -> None:
+    writer = get_context("fork").Process(target=work)
+    writer.start()
+    writer.join()
 
 
-def test_it_ends_with_a_rank_that_is_killed() -> None:
-    here, there = get_context("fork").Pipe()
-    rank = get_context("fork").Process(target=start_and_wait, args=(there,))
-    rank.start()
-    assert rank.pid is not None
-    pid = here.recv()
-    assert not gone(pid)
-    os.kill(rank.pid, signal.SIGKILL)
-    rank.join()
-    wait_until(lambda: gone(pid))
+def test_what_forked_writers_put_arrives_in_order(results: WriteResults) -> None:
+    large = {0: list(range(1_000_000))}  # more than a pipe holds: nobody reads before the writer has ended
+    in_writer(lambda: filesystem_async._get_write_results_queue().put(large))
+    in_writer(lambda: filesystem_async._get_write_results_queue().put(OSError(28, "no space left")))
+    queue_ = filesystem_async._get_write_results_queue()
+    assert queue_.get_nowait() == large
+    error = queue_.get_nowait()
+    assert (type(error), error.errno) == (OSError, 28)
+    with pytest.raises(queue.Empty):
+        queue_.get_nowait()
 
 
-def test_close_ends_it_and_the_next_save_starts_another() -> None:
-    pids = []
+def test_a_writer_that_is_killed_has_reported_nothing(results: WriteResults) -> None:
+    in_writer(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(queue.Empty):
+        results.get_nowait()
+
+
+def test_what_a_failed_save_left_is_not_the_next_ones(results: WriteResults) -> None:
+    in_writer(lambda: results.put("of the save that failed"))
+    results.start()
+    in_writer(lambda: results.put("of this one"))
+    assert results.get_nowait() == "of this one"
+
+
+def test_no_process_and_no_open_file_is_left() -> None:
+    this = psutil.Process()
+    before = (this.num_fds(), this.children())
     for _ in range(2):
         results = WriteResults()
         results.start()
-        results.start()
-        assert results._manager is not None
-        pids.append(results._manager._process.pid)  # type: ignore[attr-defined]
-        filesystem_async._get_write_results_queue().put("result")
-        assert filesystem_async._get_write_results_queue().get() == "result"
+        in_writer(lambda results=results: results.put("result"))  # type: ignore[misc]
+        assert results.get_nowait() == "result"
+        assert this.children() == before[1]
         results.close()
         results.close()
-        assert gone(pids[-1])
-    assert len(set(pids)) == 2
+    assert (this.num_fds(), this.children()) == before
+    assert filesystem_async._results_queue is None

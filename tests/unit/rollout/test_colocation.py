@@ -14,7 +14,7 @@ from waiting import wait_until
 
 from megatron_r1reward.config.schema import SamplingSection, ServerSection
 from megatron_r1reward.rollout.colocation import NEXT, Colocation, DeviceMemory, Phase, PhaseError, PhaseMachine
-from megatron_r1reward.rollout.opening import weight_transport
+from megatron_r1reward.rollout.devices import weight_transport
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.rollout.server import ServerError
 from megatron_r1reward.rollout.server_command import server_command

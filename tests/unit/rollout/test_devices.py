@@ -1,0 +1,35 @@
+"""A server step starts without torch where there is no GPU that torch could know of."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_r1reward.rollout.devices import sees_gpu
+
+
+def has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def test_it_says_what_torch_says() -> None:
+    assert sees_gpu() == torch.cuda.is_available()
+
+
+@pytest.mark.skipif(has_driver(), reason="about a machine without NVIDIA's driver")
+def test_a_server_step_does_not_import_torch() -> None:
+    program = (
+        "import sys, megatron_r1reward.cli, megatron_r1reward.launch.server_step\n"
+        "from megatron_r1reward.rollout.devices import sees_gpu\n"
+        "assert not sees_gpu()\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
