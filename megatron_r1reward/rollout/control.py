@@ -28,7 +28,8 @@ class ControlPlane:
 
     def __init__(self, targets: Sequence[Target], *, timeout_s: float) -> None:
         self.targets = tuple(targets)
-        self._http = httpx.Client(timeout=timeout_s, trust_env=False)
+        # A connection for each call: a server closes it after answering 500, and the next call on it would fail.
+        self._http = httpx.Client(timeout=timeout_s, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
         self._threads = ThreadPoolExecutor(max_workers=max(len(self.targets), 1), thread_name_prefix="weight-push")
 
     def start(
