@@ -53,6 +53,8 @@ class BroadcastGroup:
 
         Returns when `tensor` may be changed (sender) or read (receivers).
         """
+        if self._group is None:
+            raise RuntimeError("the broadcast group is closed")  # what torch raises for one that is aborted
         options = dist.BroadcastOptions()
         options.rootRank = SENDER_RANK
         options.rootTensor = 0
@@ -61,8 +63,10 @@ class BroadcastGroup:
             torch.cuda.current_stream(tensor.device).synchronize()  # nccl's wait() only orders streams
 
     def close(self) -> None:
-        """Close the connections; a peer that waits for data gets an error."""
-        self._group.abort()
+        """Close the connections; a peer that waits for data gets an error. Safe to call twice."""
+        group, self._group = self._group, None  # gloo closes them when the group is gone
+        if group is not None:
+            group.abort()
 
 
 def _gloo_group(store: dist.TCPStore, meeting: Rendezvous, rank: int, timeout: timedelta) -> Any:
