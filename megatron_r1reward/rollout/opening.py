@@ -69,6 +69,7 @@ def open_rollout_pool(
     media_roots: Sequence[Path] = (),
     pixels: tuple[int, int] | None = None,
     takes_weights: bool = True,
+    in_flight: bool = False,
     sleep_level: SleepLevel | None = None,
     status_file: Path | None = None,
     progress: Report | None = None,
@@ -81,6 +82,7 @@ def open_rollout_pool(
         media_roots: folders that images must be in; none: text only. vLLM gets the one folder above all of them.
         pixels: (min, max) of the image processor (see `server_command`).
         takes_weights: False for a policy that does not change (evaluation).
+        in_flight: weights may be pushed while requests are being sampled (see `server_command`).
         sleep_level: of servers on the trainer's devices, see `RolloutPool`.
 
     Raises:
@@ -98,6 +100,7 @@ def open_rollout_pool(
             served_name=SERVED_NAME,
             weight_transfer=weight_transport(section, colocated=colocated) if takes_weights else None,
             sleep_mode=colocated,
+            in_flight=in_flight,
             media_root=_common_folder(media_roots),
             pixels=pixels,
         )

@@ -56,6 +56,7 @@ class VllmServer:
         media_root: Path | None = None,
         pixels: tuple[int, int] | None = None,
         sleep_mode: bool = False,
+        in_flight: bool = False,
         token: str | None = None,
     ) -> None:
         if not (model_path / "config.json").is_file():
@@ -69,7 +70,7 @@ class VllmServer:
         self._model_path = model_path
         self._weight_transfer = weight_transfer
         self._media_root, self._pixels = media_root, pixels
-        self._sleep_mode = sleep_mode
+        self._sleep_mode, self._in_flight = sleep_mode, in_flight
         self._environment = server_environment(
             section,
             token=self.token,
@@ -105,6 +106,7 @@ class VllmServer:
             media_root=self._media_root,
             pixels=self._pixels,
             sleep_mode=self._sleep_mode,
+            in_flight=self._in_flight,
         )
 
     @property

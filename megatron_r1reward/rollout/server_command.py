@@ -46,6 +46,7 @@ def server_command(
     media_root: Path | None = None,
     pixels: tuple[int, int] | None = None,
     sleep_mode: bool = False,
+    in_flight: bool = False,
 ) -> list[str]:
     """The command that runs one server.
 
@@ -55,6 +56,7 @@ def server_command(
         weight_transfer: transport of weight pushes; None for a server whose weights never change (a judge).
         media_root: folder below which requests may name images as file:// URLs; None forbids it.
         pixels: (min_pixels, max_pixels) of the image processor, which must be the trainer's; None: the checkpoint's.
+        in_flight: pushes come while requests are being sampled; without it they had better not.
         sleep_mode: allocate GPU memory such that /sleep can free it (colocated servers); a CPU has no such thing.
     """
     command = [sys.executable, "-m", "megatron_r1reward.rollout.vllm_main"]
@@ -86,11 +88,12 @@ def server_command(
         command += ["--trust-remote-code"]
     if weight_transfer is not None:
         command += ["--weight-transfer-config", json.dumps({"backend": RECEIVERS[weight_transfer]})]
-        # A push clears vLLM's cache of processed images in the API process and in the engine one after the other. A
-        # request between the two comes with an image that neither has: the engine dies.
-        command += ["--mm-processor-cache-gb", "0"]
         if section.tensor_parallel_size > 1:
             command += ["--distributed-executor-backend", EXECUTOR]
+    if in_flight:
+        # vLLM does not give its worker the image of a request whose image lies in a cached prefix, as of the second
+        # sample of a prompt. A push clears the cache; to go on, the worker needs the image, and the engine dies.
+        command += ["--no-enable-prefix-caching"]
     if media_root is not None:
         command += ["--allowed-local-media-path", str(media_root.resolve())]
     if pixels is not None:

@@ -24,6 +24,11 @@ def shared_pool(
     """A pool with one server of `tiny_folder`. A test that pushes weights pushes the original ones afterwards."""
     logs = tmp_path_factory.mktemp("server-logs")
     with open_rollout_pool(
-        SERVER, model_path=tiny_folder, tokenizer=reference.tokenizer, log_dir=logs, media_roots=[Path("/")]
+        SERVER,
+        model_path=tiny_folder,
+        tokenizer=reference.tokenizer,
+        log_dir=logs,
+        media_roots=[Path("/")],
+        in_flight=True,
     ) as pool:
         yield pool

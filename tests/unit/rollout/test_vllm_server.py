@@ -33,7 +33,8 @@ def test_command_of_a_rollout_server_on_a_cpu() -> None:
     words = command(section, on_cpu=True, weight_transfer="gloo", media_root=Path("/data"), pixels=(3136, 50176))
     assert value(words, "--weight-transfer-config") == '{"backend": "r1reward_gloo"}'
     assert value(words, "--host") == "127.0.0.1", "never on the network unless asked"
-    assert value(words, "--mm-processor-cache-gb") == "0", "pushes would clear it under requests in flight"
+    assert "--no-enable-prefix-caching" not in words
+    assert "--no-enable-prefix-caching" in command(section, weight_transfer="gloo", in_flight=True)
     assert value(words, "--allowed-local-media-path") == "/data"
     assert value(words, "--mm-processor-kwargs") == '{"min_pixels": 3136, "max_pixels": 50176}'
     assert value(words, "--kv-cache-memory-bytes") == str(1 << 27)
