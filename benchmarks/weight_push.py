@@ -8,6 +8,8 @@ a core each: loading the layers, which a plain broadcast does not do, is work fo
 
     python benchmarks/weight_push.py [--sizes 128x2 768x8 2048x6] [--json FILE] [--check]
 
+Two servers of two workers with the largest size take more than 24 GB of memory: choose a smaller one there.
+
 `ipc` is a memory file on a CPU and CUDA IPC on a GPU; `nccl` is measured where there is a GPU.
 """
 
