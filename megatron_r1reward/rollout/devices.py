@@ -9,13 +9,19 @@ from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.rollout.server_command import WeightTransport
 
 
+def has_driver() -> bool:
+    """Whether NVIDIA's driver is here; CUDA loads its library by this name."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def sees_gpu() -> bool:
-    """`torch.cuda.is_available()`; it is False for sure without the driver's library, which CUDA loads by this name."""
-    if "torch" not in sys.modules:
-        try:
-            ctypes.CDLL("libcuda.so.1")
-        except OSError:
-            return False
+    """`torch.cuda.is_available()`, which is False for sure without the driver."""
+    if "torch" not in sys.modules and not has_driver():
+        return False
     import torch
 
     return torch.cuda.is_available()

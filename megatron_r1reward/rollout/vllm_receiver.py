@@ -113,15 +113,15 @@ class GroupReceiver(_Receiver):
             return bucket, flat, checksums(bucket, flat)
 
         waiting = iter(buckets)
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights") as thread:
+        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
+        try:
             coming = deque(thread.submit(receive, bucket) for bucket in islice(waiting, ahead))
-            try:
-                while coming:
-                    arrived = coming.popleft().result()
-                    coming.extend(thread.submit(receive, bucket) for bucket in islice(waiting, 1))
-                    yield arrived
-            finally:
-                thread.shutdown(wait=False, cancel_futures=True)  # the broadcast broke off
+            while coming:
+                arrived = coming.popleft().result()
+                coming.extend(thread.submit(receive, bucket) for bucket in islice(waiting, 1))
+                yield arrived
+        finally:
+            thread.shutdown(cancel_futures=True)  # some are left when a broadcast broke off
 
     def _buffer(self, bucket: Bucket, total_bytes: int) -> torch.Tensor:
         if self._wire_device.type != "cpu":

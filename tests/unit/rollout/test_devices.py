@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from megatron_r1reward.rollout.devices import sees_gpu
-
-
-def has_driver() -> bool:
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
+from megatron_r1reward.rollout.devices import has_driver, sees_gpu
 
 
 def test_it_says_what_torch_says() -> None:
