@@ -171,6 +171,7 @@ class ServerSection(Section):
     sender_host: str = "127.0.0.1"  # address of the trainer's main rank as the servers see it, for weight pushes
     weight_transport: Literal["auto", "gloo", "nccl", "ipc"] = "auto"  # auto: nccl on GPUs, else gloo
     weight_bucket_bytes: PositiveInt = 64 << 20  # tensors travel in pieces of this size
+    weights_once_per_host: bool = True  # gloo: of the workers on one machine one receives, for all of them
     push_timeout_s: Annotated[float, Field(gt=0)] = 600.0  # one stage of a weight push, on the slowest server
     keep_snapshot: bool = True  # a host copy of the last pushed weights, so that a restarted server gets them at once
     gpu_ids: tuple[int, ...] = ()  # GPUs shared out among started servers, tensor_parallel_size each; (): all visible

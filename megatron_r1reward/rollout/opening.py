@@ -31,7 +31,9 @@ def build_transport(section: ServerSection, *, colocated: bool = False) -> Trans
         return IpcTransport()
     if name == "nccl":
         return NcclTransport(host=section.sender_host, timeout_s=section.push_timeout_s)
-    return GlooTransport(host=section.sender_host, timeout_s=section.push_timeout_s)
+    return GlooTransport(
+        host=section.sender_host, timeout_s=section.push_timeout_s, once_per_host=section.weights_once_per_host
+    )
 
 
 def build_servers(section: ServerSection, *, name: str, log_dir: Path, **options: Any) -> list[VllmServer]:

@@ -16,8 +16,9 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from megatron_r1reward.rollout.weights import WeightPushError
 from megatron_r1reward.rollout.wire import Bucket, UpdateMessage, WeightUpdate, checksums, verify
-from megatron_r1reward.rollout.wire_group import BroadcastGroup, Rendezvous
-from megatron_r1reward.rollout.wire_shared import SharedBuffer, open_cuda, open_memory_file
+from megatron_r1reward.rollout.wire_group import Rendezvous
+from megatron_r1reward.rollout.wire_host import Inlet
+from megatron_r1reward.rollout.wire_shared import IPC_ADVICE, SharedBuffer, open_cuda, open_memory_file
 
 
 class _Receiver(WeightTransferEngine[Any, Any]):
@@ -63,23 +64,24 @@ class GroupReceiver(_Receiver):
     last."""
 
     init_info_cls = Rendezvous
-    _group: BroadcastGroup | None = None
-    _arena: torch.Tensor | None = None  # CPU only: fresh pages for every push would cost more than the transfer
+    _inlet: Inlet | None = None
 
     def init_transfer_engine(self, init_info: Rendezvous) -> None:
         self.shutdown()
         parallel = self.parallel_config
         worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
-        self._group = BroadcastGroup.join(init_info, init_info.rank_offset + worker)
+        device = self.device if self.device.type == "cuda" else torch.device("cpu")
+        self._inlet = Inlet.join(init_info, init_info.rank_offset + worker, device)
 
     def _receive(self, update: WeightUpdate, message: UpdateMessage) -> None:
-        group = self._group
-        if group is None:
+        inlet = self._inlet
+        if inlet is None:
             raise WeightPushError("no weight sender is connected: call /init_weight_transfer_engine first")
         buckets = update.buckets()
+        inlet.begin(buckets[-1].start + buckets[-1].num_bytes)
         got = []
         failure: Exception | None = None
-        for bucket, flat, sums in self._incoming(group, buckets):
+        for bucket, flat, sums in self._incoming(inlet, buckets):
             if failure is not None:
                 continue  # received all the same: the sender and the other workers would wait for one who left
             try:
@@ -88,28 +90,20 @@ class GroupReceiver(_Receiver):
             except Exception as error:
                 failure = error
         metas = [meta for bucket in buckets for meta in bucket.metas]
-        expected = torch.empty(len(metas), dtype=torch.int64, device=self._wire_device)
-        group.broadcast(expected)
+        expected = inlet.checksums(len(metas))
         if failure is not None:
             raise failure
-        verify(metas, expected.cpu(), torch.cat(got))
+        verify(metas, expected, torch.cat(got))
 
-    @property
-    def _wire_device(self) -> torch.device:
-        return self.device if self.device.type == "cuda" else torch.device("cpu")
-
-    def _incoming(
-        self, group: BroadcastGroup, buckets: Sequence[Bucket]
-    ) -> Iterator[tuple[Bucket, torch.Tensor, torch.Tensor]]:
+    def _incoming(self, inlet: Inlet, buckets: Sequence[Bucket]) -> Iterator[tuple[Bucket, torch.Tensor, torch.Tensor]]:
         """(bucket, its bytes, uint8 [num_bytes], its checksums, int64 [tensors]).
 
         While the caller has one, others come in: all that there is room for, which on a GPU is the next one.
         """
-        ahead = len(buckets) if self._wire_device.type == "cpu" else 1
+        ahead = len(buckets) if self.device.type != "cuda" else 1
 
         def receive(bucket: Bucket) -> tuple[Bucket, torch.Tensor, torch.Tensor]:
-            flat = self._buffer(bucket, buckets[-1].start + buckets[-1].num_bytes)
-            group.broadcast(flat)
+            flat = inlet.receive(bucket)
             return bucket, flat, checksums(bucket, flat)
 
         waiting = iter(buckets)
@@ -123,17 +117,10 @@ class GroupReceiver(_Receiver):
         finally:
             thread.shutdown(cancel_futures=True)  # some are left when a broadcast broke off
 
-    def _buffer(self, bucket: Bucket, total_bytes: int) -> torch.Tensor:
-        if self._wire_device.type != "cpu":
-            return torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._wire_device)
-        if self._arena is None or self._arena.numel() != total_bytes:
-            self._arena = torch.empty(total_bytes, dtype=torch.uint8)
-        return self._arena[bucket.start : bucket.start + bucket.num_bytes]
-
     def shutdown(self) -> None:
-        if self._group is not None:
-            self._group.close()
-            self._group = None
+        if self._inlet is not None:
+            self._inlet.close()
+            self._inlet = None
 
 
 class SharedReceiver(_Receiver):
@@ -148,7 +135,7 @@ class SharedReceiver(_Receiver):
             self._shared = open_cuda(init_info, self.device)
         else:
             assert init_info.path is not None
-            self._shared = open_memory_file(init_info.path, init_info.num_bytes)
+            self._shared = open_memory_file(init_info.path, init_info.num_bytes, IPC_ADVICE)
 
     def _receive(self, update: WeightUpdate, message: UpdateMessage) -> None:
         if self._shared is None:

@@ -15,6 +15,7 @@ from megatron_r1reward.rollout.transport import Transport, wait_for
 from megatron_r1reward.rollout.weights import WeightPushError
 from megatron_r1reward.rollout.wire import UpdateMessage, WeightUpdate
 from megatron_r1reward.rollout.wire_group import SENDER_RANK, BroadcastGroup, Rendezvous, listen
+from megatron_r1reward.rollout.wire_host import open_sender
 
 
 class GroupTransport(Transport):
@@ -23,13 +24,15 @@ class GroupTransport(Transport):
     Args:
         host: the address under which the servers reach this process.
         timeout_s: of the rendezvous and of one broadcast.
+        once_per_host: workers on one machine without GPUs share what one of them receives.
     """
 
     backend: Literal["gloo", "nccl"]
 
-    def __init__(self, *, host: str = "127.0.0.1", timeout_s: float = 600.0) -> None:
+    def __init__(self, *, host: str = "127.0.0.1", timeout_s: float = 600.0, once_per_host: bool = True) -> None:
         self._host = host
         self._timeout_s = timeout_s
+        self._once_per_host = once_per_host
         self._group: BroadcastGroup | None = None
         # Broadcasts block until the peers answer; in a thread of their own a refusing server interrupts the wait.
         self._thread: ThreadPoolExecutor | None = None
@@ -44,6 +47,7 @@ class GroupTransport(Transport):
             rank_offset=SENDER_RANK,
             world_size=1 + sum(workers),
             timeout_s=self._timeout_s,
+            once_per_host=self._once_per_host,
         )
         offsets = accumulate(workers[:-1], initial=1)
         bodies = {
@@ -52,7 +56,7 @@ class GroupTransport(Transport):
         }
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=self.backend)
         joining = list(control.start("/init_weight_transfer_engine", bodies).values())
-        self._group = wait_for(self._thread.submit(BroadcastGroup, store, meeting, SENDER_RANK), joining)
+        self._group = wait_for(self._thread.submit(open_sender, store, meeting), joining)
         for call in joining:
             call.result()
 

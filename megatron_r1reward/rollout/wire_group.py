@@ -25,14 +25,20 @@ class Rendezvous:
     rank_offset: int  # rank of this server's first worker
     world_size: int  # the sender and all workers of all servers
     timeout_s: float
+    once_per_host: bool = False  # workers on one machine: one receives for all of them
+
+    def store(self) -> dist.TCPStore:
+        """A worker's way to the sender's store; blocks until it is there or the timeout has passed."""
+        timeout = timedelta(seconds=self.timeout_s)
+        return dist.TCPStore(self.host, self.port, is_master=False, timeout=timeout)
 
 
 class BroadcastGroup:
     """A process group of its own, apart from torch.distributed's default group."""
 
-    def __init__(self, store: dist.TCPStore, meeting: Rendezvous, rank: int) -> None:
+    def __init__(self, store: dist.Store, meeting: Rendezvous, rank: int) -> None:
         timeout = timedelta(seconds=meeting.timeout_s)
-        self._store = store  # must live as long as the group
+        self._store: dist.Store | None = store  # must live as long as the group
         self._group: Any
         if meeting.backend == "gloo":
             self._group = _gloo_group(store, meeting, rank, timeout)
@@ -44,9 +50,7 @@ class BroadcastGroup:
     @classmethod
     def join(cls, meeting: Rendezvous, rank: int) -> BroadcastGroup:
         """Join as a worker; blocks until all ranks are there or the timeout has passed."""
-        timeout = timedelta(seconds=meeting.timeout_s)
-        store = dist.TCPStore(meeting.host, meeting.port, is_master=False, timeout=timeout)
-        return cls(store, meeting, rank)
+        return cls(meeting.store(), meeting, rank)
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Send (rank 0) or receive (the others) a contiguous tensor: on the CPU with gloo, on the GPU with nccl.
@@ -67,9 +71,10 @@ class BroadcastGroup:
         group, self._group = self._group, None  # gloo closes them when the group is gone
         if group is not None:
             group.abort()
+        self._store = None  # the sender's goes with it, and sets free who waits there
 
 
-def _gloo_group(store: dist.TCPStore, meeting: Rendezvous, rank: int, timeout: timedelta) -> Any:
+def _gloo_group(store: dist.Store, meeting: Rendezvous, rank: int, timeout: timedelta) -> Any:
     if not is_loopback(meeting.host):
         # Torch finds the device: that of GLOO_SOCKET_IFNAME, else the one that this host's name leads to.
         return dist.ProcessGroupGloo(store, rank, meeting.world_size, timeout)

@@ -14,6 +14,8 @@ import torch
 
 from megatron_r1reward.rollout.weights import WeightPushError
 
+IPC_ADVICE = "weight_transport 'ipc' needs servers on the trainer's machine; use 'gloo' or 'nccl'"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SharedBuffer:
@@ -31,7 +33,7 @@ class MemoryFile:
         self._descriptor = os.memfd_create("r1reward-weights", os.MFD_CLOEXEC)
         os.ftruncate(self._descriptor, num_bytes)
         self.path = f"/proc/{os.getpid()}/fd/{self._descriptor}"
-        self.tensor = open_memory_file(self.path, num_bytes)
+        self.tensor = open_memory_file(self.path, num_bytes, "is /proc mounted?")
 
     def close(self) -> None:
         """Give the descriptor back; the memory lives until the last mapping is gone."""
@@ -40,19 +42,19 @@ class MemoryFile:
             self._descriptor = -1
 
 
-def open_memory_file(path: str, num_bytes: int) -> torch.Tensor:
+def open_memory_file(path: str, num_bytes: int, advice: str) -> torch.Tensor:
     """uint8 [num_bytes], shared.
 
+    Args:
+        advice: what to do if it cannot be opened.
+
     Raises:
-        WeightPushError: there is no such file here: sender and receiver are on different machines, or users.
+        WeightPushError: there is no such file here: its owner is on another machine, another user, or gone.
     """
     try:
         return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
     except RuntimeError as error:
-        raise WeightPushError(
-            f"cannot open the sender's memory {path} ({error}): rollout.weight_transport 'ipc' needs servers on the "
-            "trainer's machine; use 'gloo' or 'nccl'"
-        ) from error
+        raise WeightPushError(f"cannot open the memory {path} of another process ({error}): {advice}") from error
 
 
 def export_cuda(flat: torch.Tensor) -> SharedBuffer:
