@@ -5,7 +5,7 @@ what copying the bytes in memory reaches, in the same run. A push is everything 
 return: pause, clear caches, pack, send, checksums on both ends, load into the layers, finish, verify, resume. Goal: a
 gloo push of the largest size reaches at least half of the plain broadcast, into every layout of servers.
 
-    python benchmarks/weight_push.py [--sizes 128x2 768x8 2048x6] [--json FILE] [--check]
+    python benchmarks/weight_push.py [--sizes 128x2 768x8 1536x8] [--json FILE] [--check]
 
 `ipc` is a memory file on a CPU and CUDA IPC on a GPU; `nccl` is measured where there is a GPU.
 """
@@ -129,7 +129,7 @@ def push_rows(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["128x2", "768x8", "2048x6"], help="hidden size x layers")
+    parser.add_argument("--sizes", nargs="+", default=["128x2", "768x8", "1536x8"], help="hidden size x layers")
     parser.add_argument("--servers", type=int, default=2)
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--transports", nargs="+", default=["gloo", "ipc", *(["nccl"] * torch.cuda.is_available())])
