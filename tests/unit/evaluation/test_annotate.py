@@ -97,7 +97,7 @@ def preferences(tmp_path: Path) -> list[Preference]:
 
 
 def run(endpoint: Endpoint, preferences: list[Preference], output: Path, **changes: Any) -> list[AttemptRecord]:
-    options: dict[str, Any] = {"max_retries": 2, "concurrency": 4, "timeout_s": 10.0, **changes}
+    options: dict[str, Any] = {"max_retries": 2, "concurrency": 4, "timeout_s": 60.0, **changes}
     return annotate(
         preferences, base_url=endpoint.url, model="judge", api_key="secret", max_tokens=64, output=output, **options
     )

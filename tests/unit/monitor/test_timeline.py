@@ -20,18 +20,18 @@ def test_phases_of_all_threads_share_one_clock(tmp_path: Path) -> None:
 
     def generate() -> None:
         with timeline.phase("generate", step=8):
-            time.sleep(0.05)
+            time.sleep(0.01)
 
     thread = threading.Thread(target=generate)
     with timer.phase("update"):
         thread.start()
-        time.sleep(0.02)
         thread.join()
+    after = time.time()
     timeline.close()
     generated, updated = read_timeline(tmp_path / "run" / "timeline.jsonl")
     assert (generated["step"], generated["phase"], updated["step"], updated["phase"]) == (8, "generate", 7, "update")
     assert updated["start"] <= generated["start"] < generated["end"] <= updated["end"]
-    assert abs(updated["start"] - before) < 5
+    assert before - 1 < updated["start"] <= updated["end"] < after + 1, "seconds since the epoch"
 
 
 def test_a_resumed_run_forgets_the_steps_that_it_repeats(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import threading
 from concurrent.futures import CancelledError
 
 import pytest
@@ -93,8 +93,14 @@ def test_the_breaker_opens_tries_once_and_closes() -> None:
 def test_the_loop_thread_runs_cancels_and_ends() -> None:
     loop = EventLoopThread("test")
     assert loop.run(asyncio.sleep(0, "done")) == "done"
-    endless = loop.submit(asyncio.sleep(100))
-    time.sleep(0.05)
+    begun = threading.Event()
+
+    async def work() -> None:
+        begun.set()
+        await asyncio.sleep(3600)
+
+    endless = loop.submit(work())
+    assert begun.wait(60)
     loop.close()
     loop.close()
     with pytest.raises(CancelledError):

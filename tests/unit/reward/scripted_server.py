@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from waiting import Door
 
 Action = str | int | float  # a reply's text; an HTTP status to fail with; seconds to hang
 HTML, BAD_JSON, WRONG_SHAPE = "<html>gateway</html>", "{broken json", '{"choices": []}'
 
 
 class ScriptedServer:
-    """Answers the n-th chat call with the n-th action, the last one for ever; counts what happens."""
+    """Answers the n-th chat call with the n-th action, the last one for ever; counts what happens.
+
+    Requests are behind a door until their answer is sent: `chat`, or `models` for the list of models.
+    """
 
     def __init__(self, actions: Sequence[Action]) -> None:
         self.actions = list(actions)
         self.requests: list[dict] = []
-        self.in_flight = self.most_in_flight = 0
-        self.delay_s = self.models_delay_s = 0.0
+        self.chat, self.models = Door(), Door()
         self.model_lookups = 0
         self._lock = threading.Lock()
         self._stopping = threading.Event()
@@ -34,6 +37,8 @@ class ScriptedServer:
 
     def stop(self) -> None:
         self._stopping.set()
+        self.chat.open()
+        self.models.open()
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()
@@ -41,16 +46,12 @@ class ScriptedServer:
     def _take(self, body: dict) -> Action:
         with self._lock:
             self.requests.append(body)
-            self.in_flight += 1
-            self.most_in_flight = max(self.most_in_flight, self.in_flight)
             return self.actions[min(len(self.requests), len(self.actions)) - 1]
 
     def _reply(self, body: dict) -> tuple[int, str, str]:
         """Status, content type and body of one chat call."""
-        action = self._take(body)
-        time.sleep(self.delay_s)
-        with self._lock:
-            self.in_flight -= 1
+        with self.chat:
+            action = self._take(body)
         if isinstance(action, int):
             return action, "application/json", json.dumps({"error": {"message": "scripted failure"}})
         if isinstance(action, float):
@@ -63,8 +64,10 @@ class ScriptedServer:
     def _handler(server: ScriptedServer) -> type[BaseHTTPRequestHandler]:  # noqa: N805
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                server.model_lookups += 1
-                server._stopping.wait(server.models_delay_s)
+                with server._lock:
+                    server.model_lookups += 1
+                with server.models:
+                    pass
                 self._send(200, "application/json", json.dumps({"data": [{"id": "judge-model"}]}))
 
             def do_POST(self) -> None:

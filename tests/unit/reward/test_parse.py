@@ -61,7 +61,7 @@ def test_reasoning(text: str, reasoning: str) -> None:
     assert parse_response(text).reasoning == reasoning
 
 
-@pytest.mark.timeout(5)
+@pytest.mark.timeout(60)  # what backtracks takes hours
 @pytest.mark.parametrize("unit", ["<think>", "</think><answer>", "<answer>", "</think>", "<think></think><answer>"])
 def test_repetitive_garbage_is_parsed_in_no_time(unit: str) -> None:
     assert not parse_response(unit * 20_000).well_formed

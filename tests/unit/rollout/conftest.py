@@ -11,8 +11,8 @@ def fake_vllm() -> Iterator[Callable[..., FakeVllm]]:
     """Makes fake servers that are stopped after the test."""
     fakes: list[FakeVllm] = []
 
-    def make(fault: Fault = "ok", **options: float) -> FakeVllm:
-        fakes.append(FakeVllm(fault, **options))
+    def make(fault: Fault = "ok") -> FakeVllm:
+        fakes.append(FakeVllm(fault))
         return fakes[-1]
 
     yield make

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import torch
+from waiting import Door
 
 from megatron_r1reward.rollout.control import ControlPlane
 from megatron_r1reward.rollout.snapshot import BucketSource
@@ -19,6 +19,7 @@ from megatron_r1reward.types import Prompt
 
 MEMORY = {"weights", "kv_cache"}
 NEEDS_WEIGHTS = {"/start_weight_update", "/update_weights", "/finish_weight_update"}
+FOR_EVER_S = 3600.0
 Fault = str | int  # "ok" or the name of a fault; an HTTP status
 
 
@@ -30,20 +31,19 @@ class _QuietServer(ThreadingHTTPServer):
 class FakeVllm:
     """Answers every generate request according to `fault`; routes in `refused` answer 500.
 
-    Asleep it cannot generate, and takes no weights before their memory is back.
+    Generate requests are behind `door` until their answer is sent: a client that has it finds them gone. Asleep it
+    cannot generate, and takes no weights before their memory is back.
     """
 
-    def __init__(self, fault: Fault = "ok", *, delay_s: float = 0.0) -> None:
+    def __init__(self, fault: Fault = "ok") -> None:
         self.fault = fault
-        self.delay_s = delay_s
+        self.door = Door()
         self.refused: set[str] = set()
         self.refusal = 500
         self.version = "default"
         self.keeps_version = False
         self.resident = set(MEMORY)
         self.calls: list[str] = []  # "METHOD /path?query", in order of arrival
-        self.in_flight = self.most_in_flight = 0
-        self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._http = _QuietServer(("127.0.0.1", 0), self._handler())
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
@@ -59,12 +59,12 @@ class FakeVllm:
 
     def stop(self) -> None:
         self._stopping.set()
+        self.door.open()
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()
 
     def _generate(self, body: dict[str, Any]) -> tuple[int, str]:
-        time.sleep(self.delay_s)
         if self.resident != MEMORY:
             return 500, json.dumps({"error": {"message": f"only {self.resident} is resident"}})
         params = body["sampling_params"]
@@ -72,7 +72,7 @@ class FakeVllm:
         if isinstance(self.fault, int):
             return self.fault, json.dumps({"error": {"message": f"fault {self.fault}"}})
         if self.fault == "hang":
-            self._stopping.wait(30)
+            self._stopping.wait(FOR_EVER_S)
         elif self.fault == "garbage":
             return 200, "<html>gateway</html>"
         elif self.fault == "one sample short":
@@ -111,21 +111,19 @@ class FakeVllm:
                 body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "null") or {}
                 url = urlsplit(self.path)
                 path, query = url.path, parse_qs(url.query)
-                with fake._lock:
-                    fake.calls.append(f"{method} {self.path}")
-                    fake.in_flight += 1
-                    fake.most_in_flight = max(fake.most_in_flight, fake.in_flight)
-                generate = path == "/inference/v1/generate"
-                if generate and fake.fault == "drop":
-                    self.close_connection = True
+                fake.calls.append(f"{method} {self.path}")
+                if path != "/inference/v1/generate":
+                    status, text = fake._administer(path, query, body)
                 else:
-                    status, text = fake._generate(body) if generate else fake._administer(path, query, body)
-                    self.send_response(status)
-                    self.send_header("Content-Length", str(len(text)))
-                    self.end_headers()
-                    self.wfile.write(text.encode())
-                with fake._lock:
-                    fake.in_flight -= 1
+                    with fake.door:
+                        status, text = fake._generate(body)
+                    if fake.fault == "drop":
+                        self.close_connection = True
+                        return
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text.encode())
 
             def log_message(self, *_: object) -> None:
                 pass

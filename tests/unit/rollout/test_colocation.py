@@ -23,8 +23,9 @@ from megatron_r1reward.types import TensorMeta
 
 SAMPLING = SamplingSection(max_tokens=8)
 SECTION = ServerSection(
-    health_interval_s=0.05, health_timeout_s=5.0, probe_timeout_s=5.0, startup_timeout_s=20.0, backoff_s=0.01, retries=0
-)
+    health_interval_s=0.05, health_timeout_s=60.0, probe_timeout_s=60.0, startup_timeout_s=300.0, backoff_s=0.01,
+    retries=0,
+)  # fmt: skip
 PHASES: tuple[Phase, ...] = get_args(Phase)
 ROUTE: dict[Phase, tuple[Phase, ...]] = {  # a way to every phase
     "ready": (),
@@ -146,13 +147,15 @@ def test_sleeping_servers_are_not_asked(fake_vllm: MakeFake, make_pool: MakePool
 
 
 def test_servers_that_generate_neither_sleep_nor_wake(fake_vllm: MakeFake, make_pool: MakePool) -> None:
-    fake = fake_vllm(delay_s=0.3)
+    fake = fake_vllm()
+    fake.door.close()
     pool = make_pool(fake)
     future = pool.submit(prompts(1), SAMPLING, seed=0)
     with pytest.raises(PhaseError, match="rollouts are being generated"):
         pool.sleep()
     with pytest.raises(PhaseError, match="rollouts are being generated"):
         push(pool, 1)
+    fake.door.open()
     assert len(future.result().rollouts) == 1
     pool.sleep()
     assert not any("pause" in call for call in fake.calls)

@@ -23,16 +23,16 @@ from megatron_r1reward.types import Prompt, TensorMeta
 SAMPLING = SamplingSection(max_tokens=8)
 FAULTS = [500, 503, "drop", "hang", "garbage", "one sample short", "log-probs of other tokens", "no log-prob"]
 
-# Timings for servers that answer at once.
+# Short pauses for servers that answer at once; long limits, which a busy machine must not reach.
 SHORT = {
-    "request_timeout_s": 20.0,
+    "request_timeout_s": 120.0,
     "retries": 3,
     "backoff_s": 0.01,
     "backoff_max_s": 0.1,
     "health_interval_s": 0.05,
-    "health_timeout_s": 10.0,
-    "probe_timeout_s": 10.0,
-    "startup_timeout_s": 20.0,
+    "health_timeout_s": 60.0,
+    "probe_timeout_s": 60.0,
+    "startup_timeout_s": 300.0,
     "request_failures": 1000,  # no quarantine unless the test is about it
 }
 SEED_OF_0_A = 3_420_577_078_021_437_369
@@ -71,9 +71,9 @@ def make_pool() -> Iterator[MakePool]:
         pool.close()
 
 
-def timeout_of(fault: str | int) -> float:
-    """Short only where it is what the test waits for."""
-    return 2.0 if fault == "hang" else 10.0
+def limits_of(fault: str | int) -> dict[str, float]:
+    """A short limit only where it is what the test waits for; more attempts there, as it may strike a good server."""
+    return {"request_timeout_s": 2.0, "retries": 10} if fault == "hang" else {}
 
 
 def accounted_for(result: GenerateResult, asked: list[Prompt], n: int) -> bool:
@@ -96,8 +96,8 @@ def test_samples_come_in_the_order_of_prompts(fake_vllm: MakeFake, make_pool: Ma
 def test_another_server_takes_over(fake_vllm: MakeFake, make_pool: MakePool, fault: str | int) -> None:
     asked = prompts(6)
     bad, good = fake_vllm(fault), fake_vllm()
-    result = make_pool(bad, good, request_timeout_s=timeout_of(fault)).generate(asked, SAMPLING, n=2, seed=0)
-    assert bad.generate_calls > 0
+    result = make_pool(bad, good, **limits_of(fault)).generate(asked, SAMPLING, n=2, seed=0)
+    assert result.accounting.retried > 0
     assert len(result.rollouts) == 12
     assert accounted_for(result, asked, 2)
     alone = make_pool(good).generate(asked, SAMPLING, n=2, seed=0)
@@ -107,10 +107,11 @@ def test_another_server_takes_over(fake_vllm: MakeFake, make_pool: MakePool, fau
 @pytest.mark.parametrize("fault", FAULTS)
 def test_prompts_that_nobody_can_serve_say_why(fake_vllm: MakeFake, make_pool: MakePool, fault: str | int) -> None:
     asked, bad = prompts(3), fake_vllm(fault)
-    result = make_pool(bad, request_timeout_s=timeout_of(fault), retries=1).generate(asked, SAMPLING, n=2, seed=0)
+    result = make_pool(bad, **limits_of(fault) | {"retries": 1}).generate(asked, SAMPLING, n=2, seed=0)
     assert [failure.prompt for failure in result.failed] == asked
     assert accounted_for(result, asked, 2)
-    assert bad.generate_calls == 6, "one retry each"
+    assert result.accounting.attempts == 6, "one retry each"
+    assert bad.generate_calls == 6 or fault == "hang", "a busy machine may let the time pass before it has sent any"
     expected = {"drop": "RemoteProtocolError", "hang": "no answer within 2 s", "garbage": "did not answer with"}
     reason = result.failed[0].reason
     assert bad.url in reason
@@ -125,16 +126,28 @@ def test_a_refusal_is_final(fake_vllm: MakeFake, make_pool: MakePool) -> None:
 
 
 def test_the_slow_server_gets_less(fake_vllm: MakeFake, make_pool: MakePool) -> None:
-    slow, fast = fake_vllm(delay_s=1.5), fake_vllm()
-    make_pool(slow, fast, max_concurrency=2).generate(prompts(40), SAMPLING, seed=0)
-    assert slow.generate_calls + fast.generate_calls == 40
-    assert slow.generate_calls < 15
+    slow, fast = fake_vllm(), fake_vllm()
+    slow.door.close()
+    generation = make_pool(slow, fast, max_concurrency=2).submit(prompts(40), SAMPLING, seed=0)
+    wait_until(lambda: fast.generate_calls == 38)
+    slow.door.open()
+    assert len(generation.result().rollouts) == 40
+    assert slow.generate_calls == 2
 
 
 def test_no_more_in_flight_than_allowed(fake_vllm: MakeFake, make_pool: MakePool) -> None:
-    fakes = fake_vllm(delay_s=0.02), fake_vllm(delay_s=0.02)
-    make_pool(*fakes, max_concurrency=3).generate(prompts(30), SAMPLING, seed=0)
-    assert all(2 <= fake.most_in_flight <= 3 for fake in fakes)
+    fakes = fake_vllm(), fake_vllm()
+    for fake in fakes:
+        fake.door.close()
+    pool = make_pool(*fakes, max_concurrency=3)
+    generation = pool.submit(prompts(30), SAMPLING, seed=0)
+    wait_until(lambda: [fake.door.inside for fake in fakes] == [3, 3])
+    assert [server.in_flight for server in pool.status()] == [3, 3]
+    assert pool.group.router.waiting == 24
+    for fake in fakes:
+        fake.door.open()
+    assert len(generation.result().rollouts) == 30
+    assert [fake.door.most for fake in fakes] == [3, 3]
 
 
 def test_rollouts_with_banned_ids_are_set_aside(fake_vllm: MakeFake, make_pool: MakePool) -> None:
@@ -178,17 +191,19 @@ def test_no_rollouts_from_servers_in_an_unknown_state(fake_vllm: MakeFake, make_
 
 def test_a_sick_server_leaves_service_and_comes_back(fake_vllm: MakeFake, make_pool: MakePool) -> None:
     """It answers 500 to everything, the probe included, until it is well again."""
-    sick, well = fake_vllm(500), fake_vllm(delay_s=0.02)
+    sick, well = fake_vllm(500), fake_vllm()
     sick.refused.add("/v1/completions")
     pool = make_pool(sick, well, request_failures=2, max_concurrency=2)
     result = pool.generate(prompts(20), SAMPLING, seed=0)
     assert len(result.rollouts) == 20
-    assert sick.generate_calls <= 4, "two failures, and what was in flight beside them"
+    tried = sick.generate_calls
+    assert tried <= 4, "two failures, and what was in flight beside them"
     assert [server.state for server in pool.status()] == ["quarantined", "ready"]
     sick.fault = "ok"
     sick.refused.clear()
     wait_until(lambda: pool.status()[0].state == "ready")
-    assert sick.generate_calls + pool.generate(prompts(20), SAMPLING, seed=0).accounting.attempts > 20
+    assert pool.generate(prompts(20), SAMPLING, seed=0).accounting.attempts == 20
+    assert sick.generate_calls > tried
 
 
 def test_prompts_wait_while_no_server_is_in_service(fake_vllm: MakeFake, make_pool: MakePool) -> None:
@@ -201,7 +216,7 @@ def test_prompts_wait_while_no_server_is_in_service(fake_vllm: MakeFake, make_po
     assert not waiting.done()
     fake.fault = "ok"
     fake.refused.clear()
-    assert len(waiting.result(20).rollouts) == 30
+    assert len(waiting.result(120).rollouts) == 30
 
 
 def test_a_server_that_stays_away_is_given_up(fake_vllm: MakeFake, make_pool: MakePool) -> None:
@@ -209,15 +224,17 @@ def test_a_server_that_stays_away_is_given_up(fake_vllm: MakeFake, make_pool: Ma
     fake.refused.add("/health")
     pool = make_pool(fake, request_failures=1, startup_timeout_s=0.3)
     with pytest.raises(ServerError, match=r"all 1 servers have been given up.*/health refused"):
-        pool.generate(prompts(3), SAMPLING, seed=0)
+        pool.generate(prompts(1), SAMPLING, seed=0)
 
 
 def test_a_server_that_hangs_loses_its_requests_to_others(fake_vllm: MakeFake, make_pool: MakePool) -> None:
     """Long before the time-out of a request: the health check tells."""
     hung, well = fake_vllm("hang"), fake_vllm()
+    pool = make_pool(hung, well, request_timeout_s=600.0, health_failures=2)
+    generation = pool.submit(prompts(8), SAMPLING, seed=0)
+    wait_until(lambda: hung.door.inside > 0)
     hung.refused.add("/health")
-    pool = make_pool(hung, well, request_timeout_s=60.0, health_failures=2)
-    result = pool.generate(prompts(8), SAMPLING, seed=0)
+    result = generation.result()
     assert len(result.rollouts) == 8
     assert result.accounting.withdrawn >= 1
     assert result.accounting.attempts == 8 + result.accounting.withdrawn
@@ -274,13 +291,21 @@ def test_an_answer_that_missed_a_push_is_thrown_away(fake_vllm: MakeFake, make_p
 
 
 def test_work_goes_on_in_the_background(fake_vllm: MakeFake, make_pool: MakePool) -> None:
-    pool = make_pool(fake_vllm(delay_s=0.05), max_concurrency=4)
+    fake = fake_vllm()
+    fake.door.close()
+    pool = make_pool(fake, max_concurrency=4)
     first, second = (pool.submit(part, SAMPLING, seed=0) for part in (prompts(8), prompts(12)[8:]))
     assert not first.done()
-    assert (len(second.result(10).rollouts), len(first.result(10).rollouts)) == (4, 8)
+    fake.door.open()
+    assert (len(second.result(120).rollouts), len(first.result(120).rollouts)) == (4, 8)
+    fake.door.close()
     given_up = pool.submit(prompts(8), SAMPLING, seed=0)
+    wait_until(lambda: fake.door.inside == 4)
     given_up.cancel()
-    assert len(pool.generate(prompts(3), SAMPLING, seed=0).rollouts) == 3, "slots of cancelled requests are free again"
+    wait_until(lambda: pool.status()[0].in_flight == 0)
+    assert fake.door.inside == 4, "slots of cancelled requests are free again, whatever the server does with them"
+    fake.door.open()
+    assert len(pool.generate(prompts(3), SAMPLING, seed=0).rollouts) == 3
 
 
 def test_the_state_of_the_servers_is_in_a_file(fake_vllm: MakeFake, make_pool: MakePool, tmp_path: Path) -> None:

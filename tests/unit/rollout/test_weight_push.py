@@ -136,8 +136,8 @@ def test_a_snapshot_replays_what_was_recorded() -> None:
 def test_gloo_delivers_to_all_receivers() -> None:
     tensors = named_tensors((7, 3), (5,), ()) | {"half": torch.randn(6).bfloat16()}
     recording = recording_of(tensors)
-    store = listen("127.0.0.1", 20)
-    meeting = Rendezvous(backend="gloo", host="127.0.0.1", port=store.port, rank_offset=0, world_size=3, timeout_s=20)
+    store = listen("127.0.0.1", 120)
+    meeting = Rendezvous(backend="gloo", host="127.0.0.1", port=store.port, rank_offset=0, world_size=3, timeout_s=120)
 
     def receive(rank: int) -> dict[str, torch.Tensor]:
         group = BroadcastGroup.join(replace(meeting, rank_offset=rank), rank)
@@ -163,7 +163,7 @@ def targets_of(*fakes: FakeVllm) -> list[Target]:
 
 @pytest.fixture
 def push() -> Iterator[WeightPush]:
-    made = WeightPush(Silent(), timeout_s=5, control_timeout_s=5)
+    made = WeightPush(Silent(), timeout_s=60, control_timeout_s=60)
     yield made
     made.close()
 
@@ -205,7 +205,7 @@ def test_a_lost_transport_resumes_nobody(fake_vllm: MakeFake) -> None:
             raise RuntimeError("Connection closed by peer")
 
     fakes = [fake_vllm(), fake_vllm()]
-    push = WeightPush(Lost(), timeout_s=5, control_timeout_s=5)
+    push = WeightPush(Lost(), timeout_s=60, control_timeout_s=60)
     recording = recording_of(named_tensors((3,)))
     failures = push.run(targets_of(*fakes), recording.update, recording, version=1)
     push.close()

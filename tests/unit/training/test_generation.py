@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from typing import Any
 
 import pytest
 from rollouts import generated, prompt, rollout, step_rollouts
+from waiting import wait_until
 
 from megatron_r1reward.config.schema import AsynchronySection
 from megatron_r1reward.reward.consistency import JudgeDownError
@@ -19,6 +19,7 @@ from megatron_r1reward.training.generation import RolloutProducer
 from megatron_r1reward.training.sampling import GeneratedStep, StepRollouts
 
 STEPS = 5
+HANG_S = 120.0
 
 
 class Curriculum:
@@ -27,12 +28,15 @@ class Curriculum:
 
 
 class Sampler:
-    """Servers that take `seconds` for a batch and answer with the weights that they held at its start and end."""
+    """Servers that answer with the weights that they held at the start and the end of a batch.
 
-    def __init__(self, seconds: float = 0.0) -> None:
-        self.seconds, self.version = seconds, 0
+    Args:
+        answers: a batch is answered when this is true of it, or when all is cancelled.
+    """
+
+    def __init__(self, answers: Callable[[int], bool] = lambda step: True) -> None:
+        self.answers, self.version = answers, 0
         self.curriculum = Curriculum()
-        self.generating = 0
         self.log: list[str] = []
         self.down_at: int | None = None
         self.oldest: list[tuple[int, int]] = []
@@ -40,10 +44,10 @@ class Sampler:
 
     def generate(self, step: int) -> GeneratedStep:
         first = self.version
-        self.generating += 1
         self.log.append(f"generate {step}")
-        self.cancelled.wait(self.seconds)
-        self.generating -= 1
+        wait_until(lambda: self.answers(step) or self.cancelled.is_set(), HANG_S)
+        if not self.answers(step):
+            self.log.append(f"give up {step}")
         return generated(step, [rollout(prompt(f"p{step}"), [first, self.version])])
 
     def score(self, of: GeneratedStep) -> StepRollouts:
@@ -82,14 +86,17 @@ def versions(batch: StepRollouts) -> list[int]:
 
 
 def train(
-    producer: RolloutProducer, sampler: Sampler, steps: range = range(STEPS), seconds: float = 0.01
+    producer: RolloutProducer,
+    sampler: Sampler,
+    steps: range = range(STEPS),
+    train_on: Callable[[int], None] = lambda step: None,
 ) -> list[tuple[int, list[int]]]:
     """What each step trained on: the batch's number and its versions."""
     trained = []
     for step in steps:
         batch = producer.take(step)
         trained.append((batch.generated.step, versions(batch)))
-        time.sleep(seconds)
+        train_on(step)
         producer.before_push()
         sampler.log.append(f"push {step + 1}")
         sampler.version = step + 1
@@ -103,11 +110,19 @@ def test_synchronous_samples_by_the_weights_that_are_trained(make: Make) -> None
                            for word in ("generate", "score", "push")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("generating", "training"), [(0.05, 0.0), (0.0, 0.05)])
-def test_one_step_off_samples_by_the_weights_before_the_update(make: Make, generating: float, training: float) -> None:
-    """However long the two take."""
-    sampler = Sampler(generating)
-    trained = train(make(sampler, "one_step_off"), sampler, seconds=training)
+@pytest.mark.parametrize("slower", ["sampler", "trainer"])
+def test_one_step_off_samples_by_the_weights_before_the_update(make: Make, slower: str) -> None:
+    """However long the two take: samples are there only when the step is trained, or the other way round."""
+    trained_on: list[int] = []
+    sampler = Sampler((lambda step: step == 0 or step - 1 in trained_on) if slower == "sampler" else lambda step: True)
+    producer = make(sampler, "one_step_off")
+
+    def train_on(step: int) -> None:
+        if slower == "trainer":
+            wait_until(lambda: f"score {min(step + 1, STEPS - 1)}" in sampler.log)
+        trained_on.append(step)
+
+    trained = train(producer, sampler, train_on=train_on)
     assert trained == [(0, [0, 0])] + [(step, [step - 1, step - 1]) for step in range(1, STEPS)]
     order = [line for line in sampler.log if "score" not in line]
     assert order == ["generate 0", "generate 1", "push 1", "generate 2", "push 2", "generate 3", "push 3",
@@ -115,12 +130,16 @@ def test_one_step_off_samples_by_the_weights_before_the_update(make: Make, gener
 
 
 def test_in_flight_pushes_while_samples_are_being_drawn(make: Make) -> None:
-    sampler = Sampler(0.06)
-    trained = train(make(sampler, "in_flight", batches_ahead=2, max_staleness=2), sampler, seconds=0.02)
+    """Batches are begun two steps ahead, and each is answered only after a push."""
+    sampler = Sampler(lambda step: sampler.version >= step - 1)
+
+    def train_on(step: int) -> None:
+        wait_until(lambda: {f"generate {ahead}" for ahead in range(step + 1, min(step + 3, STEPS))} <= set(sampler.log))
+
+    trained = train(make(sampler, "in_flight", batches_ahead=2, max_staleness=2), sampler, train_on=train_on)
     assert [number for number, _ in trained] == list(range(STEPS))
-    ages = [step - min(found) for step, found in trained]
-    assert max(ages) <= 2
-    assert any(len(set(found)) > 1 for _, found in trained), "no batch saw a push"
+    assert [step - min(found) for step, found in trained] == [0, 1, 2, 2, 2]
+    assert all(len(set(found)) == 2 for step, found in trained if step >= 2), "each of them saw a push"
 
 
 def test_nothing_is_sampled_beyond_the_last_step(make: Make) -> None:
@@ -182,7 +201,7 @@ def test_a_judge_that_is_down_is_told_to_the_step_that_needs_it(make: Make) -> N
 
 
 def test_closing_gives_up_what_is_being_sampled(make: Make) -> None:
-    sampler = Sampler(60.0)
+    sampler = Sampler(lambda step: False)
     producer = make(sampler, "in_flight", batches_ahead=2)
 
     def wait_for_a_batch() -> None:
@@ -191,9 +210,8 @@ def test_closing_gives_up_what_is_being_sampled(make: Make) -> None:
 
     thread = threading.Thread(target=wait_for_a_batch, daemon=True)
     thread.start()
-    while sampler.generating < 3:
-        time.sleep(0.005)
-    started = time.monotonic()
+    wait_until(lambda: len(sampler.log) == 3)
     producer.close()
     producer.close()
-    assert time.monotonic() - started < 30
+    thread.join(HANG_S)
+    assert {f"give up {step}" for step in range(3)} <= set(sampler.log), "nobody waits until they answer"
