@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from queue import Empty
 from typing import Any
 
 import torch
@@ -14,10 +16,12 @@ import torch
 from megatron_r1reward.parallel import setup
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _reserved_port() -> socket.socket:
+    """Bound but never listening: rank 0 may listen on this port, and the kernel gives it to nobody else."""
+    reservation = socket.socket()
+    reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reservation.bind(("127.0.0.1", 0))
+    return reservation
 
 
 def _entry(function: Callable[..., Any], rank: int, size: int, port: int, args: tuple[Any, ...], queue: Any) -> None:
@@ -35,21 +39,41 @@ def _entry(function: Callable[..., Any], rank: int, size: int, port: int, args: 
     os._exit(0)
 
 
-def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
-    """The results of `function(*args)` on `size` ranks, in rank order; the first error fails the test."""
+def _results(queue: Any, processes: Sequence[Any], timeout_s: float) -> list[Any]:
+    """One (rank, status, value) per process, in the order of their ends."""
+    results: list[Any] = []
+    deadline = time.monotonic() + timeout_s
+    while len(results) < len(processes):
+        try:
+            results.append(queue.get(timeout=1.0))
+        except Empty:
+            crashed = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}
+            assert not crashed, f"exit codes of ranks that crashed: {crashed}"
+            assert time.monotonic() < deadline, f"no result within {timeout_s:g} s"
+    return results
+
+
+def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout_s: float = 500.0) -> list[Any]:
+    """The results of `function(*args)` on `size` ranks, in rank order; the first error fails the test.
+
+    `timeout_s` is a bound on a hang.
+    """
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    port = _free_port()
-    processes = [context.Process(target=_entry, args=(function, rank, size, port, args, queue)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    try:
-        results = [queue.get(timeout=timeout_s) for _ in processes]
-    finally:
+    with _reserved_port() as reservation:
+        port = reservation.getsockname()[1]
+        processes = [
+            context.Process(target=_entry, args=(function, rank, size, port, args, queue)) for rank in range(size)
+        ]
         for process in processes:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
+            process.start()
+        try:
+            results = _results(queue, processes, timeout_s)
+        finally:
+            for process in processes:
+                process.join(5)
+                if process.is_alive():
+                    process.kill()
     errors = [f"rank {rank}:\n{value}" for rank, status, value in results if status == "error"]
     assert not errors, "\n".join(errors)
     return [value for _, _, value in sorted(results, key=lambda item: item[0])]

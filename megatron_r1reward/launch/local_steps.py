@@ -38,6 +38,8 @@ class LocalStep:
                     what = f"task {rank} {name_of(code_of(code))}" if len(codes) > 1 else name_of(code_of(code))
                     self._failed = StepEnd(code=code_of(code), what=what)
                     self.signal(signal.SIGTERM)
+                    for tee in self._tees[rank : rank + 1]:
+                        tee.join(timeout=5)  # the reason is in its last lines: the report wants them in the log
                     break
         if self._failed is not None:
             return self._failed

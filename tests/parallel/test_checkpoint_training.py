@@ -163,7 +163,7 @@ def test_a_kill_at_a_random_moment_leaves_a_checkpoint_to_go_on_from(
         process = get_context("fork").Process(target=save_forever, args=(str(tmp_path), tiny_folder, image_paths[0]))
         process.start()
         assert process.pid is not None
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 400
         before = (tmp_path / LATEST).read_text() if attempt else None
         while time.monotonic() < deadline:  # a first complete one of this attempt
             if (tmp_path / LATEST).is_file() and (tmp_path / LATEST).read_text() != before:

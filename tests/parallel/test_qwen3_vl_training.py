@@ -77,9 +77,9 @@ def losses(out: Path) -> list[float]:
 
 def test_sft_learns_resumes_and_exports(folder: Path, data: Path, tmp_path: Path) -> None:
     parallel = LAYOUTS[load_hf_config(folder).model_type]
-    run_ranks(run_sft, 2, folder, data, tmp_path / "through", parallel, 5, timeout_s=400)
+    run_ranks(run_sft, 2, folder, data, tmp_path / "through", parallel, 5)
     for steps in (3, 5):  # a run saves at its end
-        run_ranks(run_sft, 2, folder, data, tmp_path / "resumed", parallel, steps, timeout_s=400)
+        run_ranks(run_sft, 2, folder, data, tmp_path / "resumed", parallel, steps)
     through, resumed = losses(tmp_path / "through"), losses(tmp_path / "resumed")
     assert len(through) == 5
     assert through[-1] < 0.9 * through[0]

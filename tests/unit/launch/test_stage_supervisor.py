@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
-import signal
+import socket
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
+from waiting import wait_until
 
 from megatron_r1reward.config.schema import ClusterSection
+from megatron_r1reward.launch import supervisor
 from megatron_r1reward.launch.layout import Placement
 from megatron_r1reward.launch.local_steps import LocalLauncher
 from megatron_r1reward.launch.supervisor import Plan, Supervisor
@@ -21,13 +26,16 @@ from megatron_r1reward.launch.walltime import WalltimeGuard
 from megatron_r1reward.monitor.run_state import Address, Component, ExitReport, Heartbeat, RunDir, RunInfo
 
 BEAT = """
-import json, os, sys, time
+import json, os, signal, sys, time
 def beat(phase, step=5, saved=5, first=0, age=0.0):
     row = dict(component="trainer", host="h", pid=os.getpid(), time=time.time() - age, phase=phase, step=step,
                total_steps=9, first_step=first, longest_step_s=0.1, longest_save_s=0.1, saved_step=saved)
     open("{live}/b", "w").write(json.dumps(row)); os.rename("{live}/b", "{live}/trainer.heartbeat.json")
 """
-OBEY = "beat('training')\nwhile not os.path.exists('{live}/stop.json'): time.sleep(0.02)\nbeat('stopped')"
+OBEY = "while not os.path.exists('{live}/stop.json'): time.sleep(0.02)\nbeat('stopped')"
+# From the trainer, so that neither it nor the supervisor's handlers can be missing yet.
+TELL = "beat('training'); os.kill(os.getppid(), signal.{signal})\n"
+FOR_EVER = "time.sleep(600)"
 
 
 class OneLife:
@@ -53,7 +61,7 @@ class OneLife:
             return [sys.executable, "-c", texts[placement.component.name].replace("{live}", str(self.run.live))]
 
         plan = Plan(
-            info=info, placements=tuple(placements), command=command, startup_timeout_s=20, resumes=resumes,
+            info=info, placements=tuple(placements), command=command, startup_timeout_s=120, resumes=resumes,
             requeues=resumes, finished=self.run.done.exists,
         )  # fmt: skip
         return Supervisor(self.run, self.section, plan, self.launcher(self.run, token="secret")).run()
@@ -74,7 +82,7 @@ def server_url():
         def log_message(self, *args: object) -> None:
             """Quiet."""
 
-    server = HTTPServer(("127.0.0.1", 0), Health)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Health)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -94,11 +102,9 @@ def test_done_needs_the_done_file(tmp_path: Path) -> None:
 
 
 def test_the_first_failing_rank_is_the_cause_and_ends_the_others(tmp_path: Path) -> None:
-    started = time.monotonic()
     report = OneLife(tmp_path)(
-        "\nif os.environ['RANK'] == '2': print('out of cheese'); sys.exit(13)\ntime.sleep(60)", tasks=3
+        f"\nif os.environ['RANK'] == '2': print('out of cheese'); sys.exit(13)\n{FOR_EVER}", tasks=3
     )
-    assert time.monotonic() - started < 20
     assert (report.outcome, report.code, report.reason) == ("failed", 13, "trainer: task 2 exited with code 13")
     assert report.log_tail == ("out of cheese",)
     assert ExitReport.read(tmp_path / "exit.json") == report == ExitReport.read(tmp_path / "logs-0" / "exit.json")
@@ -110,10 +116,27 @@ def test_a_server_that_dies_at_start_keeps_the_trainer_from_starting(tmp_path: P
     assert not (tmp_path / "logs-0" / "trainer.log").exists()
 
 
-def test_a_server_that_dies_with_the_trainer_is_the_cause(tmp_path: Path, server_url: str) -> None:
+def test_a_server_that_dies_with_the_trainer_is_the_cause(
+    tmp_path: Path, server_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer is gone first, and the server a moment later; for the supervisor no time passes until it is."""
     life = OneLife(tmp_path)
     publish(life.run, server_url)
-    report = life("time.sleep(0.3); sys.exit(3)", server="import time, sys; time.sleep(0.8); sys.exit(9)")
+    began, step_id = time.time(), life.run.step_id("rollout-0")
+
+    def now() -> float:
+        """The wall clock, which stands still while the server runs."""
+        with suppress(FileNotFoundError, psutil.NoSuchProcess):  # not started yet; gone
+            if psutil.Process(int(step_id.read_text().split()[1])).status() != psutil.STATUS_ZOMBIE:
+                return began
+        return time.time()
+
+    monkeypatch.setattr(supervisor, "time", SimpleNamespace(time=now, sleep=time.sleep))
+    report = life(
+        "open('{live}/left', 'w'); sys.exit(3)",
+        server="import os, sys, time\nwhile not os.path.exists('{live}/left'): time.sleep(0.02)\n"
+        "time.sleep(0.5); sys.exit(9)",
+    )
     assert (report.code, report.component) == (9, "rollout-0")
 
 
@@ -121,7 +144,11 @@ def test_a_server_that_dies_alone_ends_the_life(tmp_path: Path, server_url: str)
     """It is not started again, not even where its memory is the trainer's at that time (colocated)."""
     life = OneLife(tmp_path)
     publish(life.run, server_url)
-    report = life("time.sleep(60)", server="import time, sys; print('began'); time.sleep(0.8); sys.exit(9)")
+    report = life(
+        f"open('{{live}}/began', 'w'); {FOR_EVER}",
+        server="import os, time, sys; print('began')\n"
+        "while not os.path.exists('{live}/began'): time.sleep(0.02)\nsys.exit(9)",
+    )
     assert (report.outcome, report.code, report.component) == ("failed", 9, "rollout-0")
     assert report.log_tail == ("began",)
 
@@ -129,47 +156,56 @@ def test_a_server_that_dies_alone_ends_the_life(tmp_path: Path, server_url: str)
 def test_an_address_that_cannot_be_reached_is_said(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("megatron_r1reward.launch.health._PAUSE_S", 0.01)
     life = OneLife(tmp_path)
-    publish(life.run, "http://127.0.0.1:9")
-    report = life("", server="import time; time.sleep(60)")
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # and not listening
+        publish(life.run, f"http://127.0.0.1:{bound.getsockname()[1]}")
+        report = life("", server=f"import time; {FOR_EVER}")
     assert "cannot be reached" in report.reason
 
 
 def test_stop_request_ends_with_75(tmp_path: Path) -> None:
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
-    report = OneLife(tmp_path)(OBEY)
+    report = OneLife(tmp_path)(TELL.replace("{signal}", "SIGUSR1") + OBEY)
     assert (report.outcome, report.code, report.saved_step) == ("requeue", 75, 5)
 
 
 def test_the_time_limit_is_anticipated(tmp_path: Path) -> None:
-    report = OneLife(tmp_path, ends=time.time() + 4, walltime_margin_s=3)(OBEY)
-    assert (report.outcome, report.code) == ("requeue", 75)
-    assert "time limit" in report.reason
+    report = OneLife(tmp_path, ends=time.time() + 300.5, walltime_margin_s=300)("beat('training')\n" + OBEY)
+    assert (report.outcome, report.code, report.saved_step) == ("requeue", 75, 5)
+    assert "the time limit is " in report.reason
 
 
 def test_turns_that_bring_nothing_come_to_an_end(tmp_path: Path) -> None:
     for life in (0, 1):
         earlier = ExitReport(outcome="requeue", code=75, reason="x", life=life, time=0.0, saved_step=5)
         earlier.write(tmp_path / f"logs-{life}" / "exit.json")
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
-    report = OneLife(tmp_path, life=2)(OBEY.replace("'stopped'", "'stopped', first=5"))
+    obey = OBEY.replace("'stopped'", "'stopped', first=5")
+    report = OneLife(tmp_path, life=2)(TELL.replace("{signal}", "SIGUSR1") + obey)
     assert (report.outcome, report.code) == ("failed", EXIT_TIME)
     assert "3 turns in a row" in report.reason
 
 
-def test_a_hang_leaves_stacks(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("megatron_r1reward.launch.supervisor._STACK_DUMP_S", 0.5)
-    report = OneLife(tmp_path, stall_timeout_s=1)(
-        "import faulthandler, signal; faulthandler.register(signal.SIGUSR2)\n"
-        "def stuck_in_a_collective(): time.sleep(60)\n"
-        "beat('training', age=0.5); stuck_in_a_collective()"
+def test_a_hang_leaves_stacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    life = OneLife(tmp_path, stall_timeout_s=1)
+
+    def sleep(seconds: float) -> None:
+        """Until the stacks have been written, however long that takes."""
+        if seconds == supervisor._STACK_DUMP_S:
+            wait_until(lambda: "stuck_in_a_collective" in life.run.log(0, "trainer").read_text())
+        else:
+            time.sleep(seconds)
+
+    monkeypatch.setattr(supervisor, "time", SimpleNamespace(time=time.time, sleep=sleep))
+    report = life(
+        "import faulthandler; faulthandler.register(signal.SIGUSR2)\n"
+        f"def stuck_in_a_collective(): beat('training', age=100); {FOR_EVER}\n"
+        "stuck_in_a_collective()"
     )
     assert (report.outcome, report.code) == ("failed", EXIT_STALLED)
     assert any("stuck_in_a_collective" in line for line in report.log_tail)
 
 
 def test_sigterm_is_passed_on_and_recorded(tmp_path: Path) -> None:
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    report = OneLife(tmp_path)("time.sleep(60)")
+    report = OneLife(tmp_path)(TELL.replace("{signal}", "SIGTERM") + FOR_EVER)
     assert (report.outcome, report.code) == ("cancelled", 143)
 
 
@@ -188,12 +224,14 @@ def test_nobody_is_left(tmp_path: Path) -> None:
     """Also one that ignores SIGTERM."""
     marker = str(tmp_path)
     OneLife(tmp_path, grace_s=0.5)(
-        f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); '{marker}'\n"
-        "if os.environ['RANK'] == '1': sys.exit(1)\ntime.sleep(60)",
+        f"signal.signal(signal.SIGTERM, signal.SIG_IGN); '{marker}'\n"
+        "if os.environ['RANK'] == '0': open('{live}/deaf', 'w')\n"
+        "while not os.path.exists('{live}/deaf'): time.sleep(0.02)\n"
+        f"if os.environ['RANK'] == '1': sys.exit(1)\n{FOR_EVER}",
         tasks=2,
     )
-    commands = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.parent.exists()]
-    assert not any(marker.encode() in command for command in commands)
+    commands = [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]  # those that go are passed over
+    assert not any(marker in word for command in commands for word in command or ())
 
 
 def test_walltime_guard_counts_from_the_end_of_the_job() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import math
 import os
 import socket
 import subprocess
@@ -11,6 +12,8 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -88,6 +91,19 @@ class TestSlurm:
         assert levels(slurm._this_job("7")) == {"slurm.job": "ok", "slurm.job-requeue": "warning"}
 
 
+class Clock:
+    """The clock of `nodes`, which only its own pauses move; `path` is there from `after_s` on."""
+
+    def __init__(self, monkeypatch, path: Path, after_s: float = math.inf):
+        self.now, self.path, self.after_s = 0.0, path, after_s
+        monkeypatch.setattr(nodes, "time", SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep))
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        if self.now >= self.after_s:
+            self.path.write_text(self.path.name)
+
+
 class TestNodes:
     def test_what_all_nodes_say_is_said_once(self):
         same = ok("a", "fine")
@@ -112,14 +128,17 @@ class TestNodes:
         assert nodes.read_reports("\n".join(mixed)) == [first, second]
         assert nodes.read_reports("\n".join([*one, *two[:-1]])) == [first]
 
-    def test_a_folder_that_is_not_shared(self, tmp_path):
+    def test_a_folder_that_is_not_shared(self, tmp_path, monkeypatch):
+        clock = Clock(monkeypatch, tmp_path / "late")
         (tmp_path / "seen").write_text("seen")
         assert nodes.check_canary(tmp_path, "seen").level == "ok"
-        assert nodes.check_canary(tmp_path, "elsewhere", patience_s=0.5).level == "error"
+        assert nodes.check_canary(tmp_path, "elsewhere").level == "error"
+        assert 30 < clock.now < 31
 
-    def test_a_canary_that_comes_late(self, tmp_path):
-        threading.Timer(0.4, lambda: (tmp_path / "late").write_text("late")).start()
-        assert nodes.check_canary(tmp_path, "late").level == "ok"
+    @pytest.mark.parametrize(("after_s", "level"), [(0.4, "ok"), (6.0, "warning")])
+    def test_a_canary_that_comes_late(self, tmp_path, monkeypatch, after_s, level):
+        Clock(monkeypatch, tmp_path / "late", after_s)
+        assert nodes.check_canary(tmp_path, "late").level == level
 
     def test_a_closed_port(self):
         with nodes._Listener() as listener:
