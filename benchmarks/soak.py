@@ -68,7 +68,7 @@ class Leftovers:
         return cls(
             processes=tuple(f"{child.pid} {' '.join(child.cmdline())[:200]}" for child in children),
             descriptors=tuple(filter(None, map(open_file, os.listdir("/proc/self/fd")))),
-            shared_memory=tuple(path.name for path in Path("/dev/shm").iterdir()),
+            shared_memory=tuple(path.name for path in set(Path("/dev/shm").iterdir()) - used_by_others(children)),
             scratch_folders=tuple(map(str, Path(tempfile.gettempdir()).glob("r1reward-server-*"))),
         )
 
@@ -78,6 +78,17 @@ class Leftovers:
             kind: sorted((collections.Counter(now) - collections.Counter(getattr(before, kind))).elements())
             for kind, now in vars(self).items()
         }
+
+
+def used_by_others(children: Sequence[psutil.Process]) -> set[Path]:
+    """Files in /dev/shm that processes of this machine have mapped which are neither this one nor its `children`."""
+    ours = {os.getpid(), *(child.pid for child in children)}
+    found: set[Path] = set()
+    for pid in set(psutil.pids()) - ours:
+        with suppress(OSError):
+            names = (line.split(maxsplit=5)[-1] for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
+            found |= {Path(name) for name in names if name.startswith("/dev/shm/")}
+    return found
 
 
 def start_what_stays() -> None:

@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from waiting import wait_until
 
 from megatron_r1reward.rollout.server import VllmServer
 
@@ -36,13 +37,15 @@ class FaultProxy:
     def __init__(self, target: Callable[[], str]) -> None:
         self.fault: Fault = no_fault
         self._target = target
-        self._http = httpx.AsyncClient(timeout=None, trust_env=False)
+        # Without idle connections: the server closes them after 5 s, and a request might meet that.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        self._http = httpx.AsyncClient(timeout=None, trust_env=False, limits=limits)
         app = Starlette(routes=[Route("/{path:path}", self._serve, methods=["GET", "POST"])])
         self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1))
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
-        while not self._server.started:
-            assert self._thread.is_alive()
+        wait_until(lambda: self._server.started or not self._thread.is_alive())
+        assert self._thread.is_alive()
 
     @property
     def url(self) -> str:

@@ -16,9 +16,11 @@ from megatron_r1reward.network.tokens import bearer
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.types import Prompt, Rollout, TensorMeta
 
+PATIENCE_S = 120.0  # with a server on a busy machine; httpx's own is 5 s
 SERVER = ServerSection(
-    dtype="float32", max_model_len=1024, max_num_seqs=64, kv_cache_bytes=1 << 27, request_timeout_s=120.0
-)
+    dtype="float32", max_model_len=1024, max_num_seqs=64, kv_cache_bytes=1 << 27, request_timeout_s=300.0,
+    health_timeout_s=60.0, probe_timeout_s=120.0,
+)  # fmt: skip
 
 
 class Reference:
@@ -78,10 +80,10 @@ class Reference:
         return float((self.log_probs(rollout) - torch.tensor(rollout.log_probs)).abs().max())
 
 
-def requests_running(pool: RolloutPool) -> float:
-    """Sequences that the pool's first server is sampling at this moment."""
-    member = pool.group.members[0]
-    metrics = httpx.get(f"{member.url}/metrics", headers=bearer(member.bearer_token)).text
+def requests_running(pool: RolloutPool, number: int = 0) -> float:
+    """Sequences that a server of the pool is sampling at this moment."""
+    member = pool.group.members[number]
+    metrics = httpx.get(f"{member.url}/metrics", headers=bearer(member.bearer_token), timeout=PATIENCE_S).text
     return sum(
         float(line.split()[-1]) for line in metrics.splitlines() if line.startswith("vllm:num_requests_running{")
     )

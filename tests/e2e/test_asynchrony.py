@@ -172,15 +172,37 @@ def test_in_flight_switches_weights_in_mid_response(
     assert sum(row["staleness/regenerated"] for row in found.values()) == 0
 
 
+class PushAfterSampling:
+    """A pool whose pushes wait until three batches have been asked for, and until all that was asked for is there."""
+
+    def __init__(self, pool: RolloutPool) -> None:
+        self._pool = pool
+        self._asked: list[Future[GenerateResult]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+    def submit(self, *given: Any, **options: Any) -> Future[GenerateResult]:
+        self._asked.append(self._pool.submit(*given, **options))
+        return self._asked[-1]
+
+    def push_weights(self, *given: Any, version: int) -> None:
+        if version > 0:
+            wait_until(lambda: len(self._asked) >= 3 and all(asked.done() for asked in self._asked))
+        self._pool.push_weights(*given, version=version)
+
+
 def test_in_flight_samples_again_what_is_too_old(
     shared_pool: RolloutPool, tiny_folder: Path, data: Path, topology: Topology, tmp_path: Path
 ) -> None:
-    """Batches are begun two steps ahead, but only one is allowed."""
+    """Batches are begun two steps ahead, but only one is allowed. All three are sampled before the first push."""
     settings = config(
         tmp_path / "run", tiny_folder, data, "in_flight", rl={"steps": 3}, checkpoint={"save_every": 100},
         asynchrony={"batches_ahead": 2, "max_staleness": 1},
     )  # fmt: skip
-    account = run(settings, topology, shared_pool)
+    shared_pool.total = Accounting()
+    run(settings, topology, cast(RolloutPool, PushAfterSampling(shared_pool)))
+    account = shared_pool.total
     found = rows(settings)
     assert [found[step]["staleness/regenerated"] for step in (1, 2, 3)] == [0, 0, 2 * BATCH]
     assert [found[step]["staleness/max"] for step in (1, 2, 3)] == [0, 1, 0]

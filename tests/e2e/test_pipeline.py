@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fault_proxy import FaultProxy
+from starlette.requests import Request
+from waiting import wait_until
 
 from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.launch.demo import run_demo
+from megatron_r1reward.monitor.sinks import read_rows
 from megatron_r1reward.rollout.server import VllmServer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]  # the first test runs the whole pipeline
+RUN_S = 600.0
 RECIPES = Path(__file__).parents[2] / "recipes" / "demo"
 # Small enough for a test; the shape of the pipeline is the demo's.
 SMALLER = {
@@ -55,8 +60,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows(run: Path) -> dict[int, dict[str, float]]:
     path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {row["step"]: row for row in map(json.loads, lines)}
+    return {row["step"]: row for row in (read_rows(path) if path.exists() else [])}
 
 
 def test_report_holds_what_it_promises(finished: Path) -> None:
@@ -113,13 +117,13 @@ def tokens(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv("OPENAI_API_KEY", running.token)
 
 
-def rl_command(finished: Path, server: VllmServer, output: Path) -> list[str]:
+def rl_command(finished: Path, server: VllmServer, output: Path, *, rollout_url: str | None = None) -> list[str]:
     overrides = {
         "run.output_dir": output,
         "model.path": finished / "sft" / "hf",
         "data.train": finished / "data" / "pool.jsonl",
         "data.select": finished / "annotate" / "hard.json",
-        "rollout.urls": json.dumps([server.url]),
+        "rollout.urls": json.dumps([rollout_url or server.url]),
         "judge.urls": json.dumps([server.url]),
         "judge.retries": 0,
         "judge.max_steps_without_judge": 100,  # its nonsense never is a verdict
@@ -139,19 +143,26 @@ def rl_command(finished: Path, server: VllmServer, output: Path) -> list[str]:
 def test_a_killed_run_continues_as_if_nothing_had_happened(finished: Path, server: VllmServer, tmp_path: Path) -> None:
     """SIGKILL between two checkpoints; the losses after the resume are those of the run that was left alone."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(rl_command(finished, server, whole), check=True, timeout=300)
+    subprocess.run(rl_command(finished, server, whole), check=True, timeout=RUN_S)
 
-    process = subprocess.Popen(rl_command(finished, server, killed), start_new_session=True)
-    deadline = time.monotonic() + 300
-    while max(rows(killed), default=0) < 3:
+    async def hold_after_step_3(request: Request) -> None:
+        """Nothing is sampled any more: the run cannot end before it is killed."""
+        while "generate" in request.url.path and max(rows(killed), default=0) >= 3:
+            await asyncio.sleep(0.05)
+
+    proxy = FaultProxy(lambda: server.url)
+    proxy.fault = hold_after_step_3
+    process = subprocess.Popen(rl_command(finished, server, killed, rollout_url=proxy.url), start_new_session=True)
+    try:
+        wait_until(lambda: max(rows(killed), default=0) >= 3 or process.poll() is not None, RUN_S)
         assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        proxy.close()
     assert not (killed / "DONE").exists()
 
-    subprocess.run(rl_command(finished, server, killed), check=True, timeout=300)
+    subprocess.run(rl_command(finished, server, killed), check=True, timeout=RUN_S)
     expected, got = rows(whole), rows(killed)
     assert set(got) == set(expected) == {1, 2, 3, 4, 5}
     assert any(row["grad_norm"] > 1e-3 for row in expected.values()), "without a gradient the comparison is empty"

@@ -10,13 +10,14 @@ from typing import Any
 
 import httpx
 import pytest
-from reference import SERVER, Reference
+from reference import PATIENCE_S, SERVER, Reference
 
 from megatron_r1reward.config.schema import SamplingSection
 from megatron_r1reward.models.tiny import write_tiny_checkpoint
 from megatron_r1reward.network.tokens import bearer
 from megatron_r1reward.rollout.banned import banned_token_ids
 from megatron_r1reward.rollout.control import ControlPlane
+from megatron_r1reward.rollout.leftovers import shared_memory_of
 from megatron_r1reward.rollout.opening import build_transport
 from megatron_r1reward.rollout.pool import SERVED_NAME, RolloutPool
 from megatron_r1reward.rollout.server import VllmServer, start_servers
@@ -59,9 +60,10 @@ def pools(reference: Reference, image_paths: tuple[str, ...]) -> Iterator[dict[s
         )
         for name, section in SECTIONS.items()
     }
-    shared = set(Path("/dev/shm").glob("psm_*"))
     start_servers(servers.values())
-    assert set(Path("/dev/shm").glob("psm_*")) > shared, "tensor-parallel workers talk through shared memory"
+    assert servers["gloo"].pid is not None
+    shared = shared_memory_of(servers["gloo"].pid)
+    assert shared, "tensor-parallel workers talk through shared memory"
     pools = {
         name: RolloutPool(
             section,
@@ -77,7 +79,7 @@ def pools(reference: Reference, image_paths: tuple[str, ...]) -> Iterator[dict[s
     servers["gloo"].stop(grace_s=0.0)  # killed, and still nothing is left behind
     for pool in pools.values():
         pool.close()
-    assert set(Path("/dev/shm").glob("psm_*")) == shared
+    assert not [path for path in shared if path.exists()]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def prompts(reference: Reference, image_paths: tuple[str, ...]) -> list[Prompt]:
 
 def says(pool: RolloutPool, route: str) -> object:
     (member,) = pool.group.members
-    return httpx.get(f"{member.url}{route}", headers=bearer(member.bearer_token)).json()
+    return httpx.get(f"{member.url}{route}", headers=bearer(member.bearer_token), timeout=PATIENCE_S).json()
 
 
 @pytest.mark.parametrize("name", SECTIONS)
@@ -152,14 +154,14 @@ def test_one_worker_fails_alone(
         mislead(patch, worker, tensor)
         with pytest.raises(WeightPushError, match=r"the servers stay paused.*no_such"):
             pool.push_weights(*reference.redrawn(seed=version).weights(), version=version)
-    assert time.monotonic() - started < SECTIONS["gloo"].push_timeout_s / 10, "nobody waits for who has failed"
+    assert time.monotonic() - started < SECTIONS["gloo"].push_timeout_s / 2, "nobody waits for who has failed"
     assert says(pool, "/is_paused") == {"is_paused": True}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(
             f"{member.url}/v1/completions",
             json={"model": SERVED_NAME, "prompt": "Which digit?", "max_tokens": 1},
             headers=bearer(member.bearer_token),
-            timeout=1.0,
+            timeout=httpx.Timeout(PATIENCE_S, read=1.0),
         )
     pool.push_weights(*reference.redrawn(seed=version + 1).weights(), version=version + 1)
     result = pool.generate(prompts, SAMPLING, seed=0)

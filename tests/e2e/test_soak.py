@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 SOAK = Path(__file__).parents[2] / "benchmarks" / "soak.py"
 
 
 def test_nothing_is_lost_or_left_over(tmp_path: Path) -> None:
-    """In a process of its own, whose descriptors and children are the run's only."""
-    done = subprocess.run(
-        [sys.executable, str(SOAK), "--steps", "18", "--fault-every", "4", "--seed", "10", "--check"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=400, check=False,
-    )  # fmt: skip
+    """In a process of its own, whose descriptors, children and temporary folder are the run's only."""
+    with tempfile.TemporaryDirectory(prefix="soak-") as scratch:  # a short path: it will hold sockets
+        done = subprocess.run(
+            [sys.executable, str(SOAK), "--steps", "18", "--fault-every", "4", "--seed", "10", "--check"],
+            cwd=tmp_path, env=os.environ | {"TMPDIR": scratch}, capture_output=True, text=True, timeout=1100,
+            check=False,
+        )  # fmt: skip
     print(done.stdout)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-5000:]}"
     assert "everything accounted for" in done.stdout.splitlines()[-1]

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
+from waiting import wait_until
 
 from megatron_r1reward.checkpoint import saver as saver_module
 from megatron_r1reward.checkpoint.dist import (
@@ -155,6 +156,10 @@ def go_on(root: str, folder: Path, image: str) -> int:
     return step
 
 
+def named_latest(root: Path) -> str | None:
+    return (root / LATEST).read_text() if (root / LATEST).is_file() else None
+
+
 def test_a_kill_at_a_random_moment_leaves_a_checkpoint_to_go_on_from(
     tiny_folder: Path, image_paths: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -163,15 +168,15 @@ def test_a_kill_at_a_random_moment_leaves_a_checkpoint_to_go_on_from(
         process = get_context("fork").Process(target=save_forever, args=(str(tmp_path), tiny_folder, image_paths[0]))
         process.start()
         assert process.pid is not None
-        deadline = time.monotonic() + 400
-        before = (tmp_path / LATEST).read_text() if attempt else None
-        while time.monotonic() < deadline:  # a first complete one of this attempt
-            if (tmp_path / LATEST).is_file() and (tmp_path / LATEST).read_text() != before:
-                break
-            time.sleep(0.05)
-        time.sleep(delays.uniform(0.0, 3.0))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.join()
+        before = named_latest(tmp_path)
+        assert (before is not None) == bool(attempt)
+        try:
+            wait_until(lambda: named_latest(tmp_path) != before or not process.is_alive(), 400)  # noqa: B023
+            assert process.is_alive()
+            time.sleep(delays.uniform(0.0, 3.0))
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
         latest = tmp_path / (tmp_path / LATEST).read_text()
         assert describe_problem(latest) is None  # what `latest` names is always whole
         step = run_ranks(go_on, 1, str(tmp_path), tiny_folder, image_paths[0])[0]
