@@ -126,7 +126,7 @@ def _child(mutant: Mutant | None, folder: str) -> None:
     os._exit(0)
 
 
-def survives(mutant: Mutant | None, *, timeout_s: float = 120.0) -> bool:
+def survives(mutant: Mutant | None, *, timeout_s: float = 500.0) -> bool:
     """Whether the checks pass with this mutation; None: the unbroken kernels, which must.
 
     A crash or a hang counts as noticed.

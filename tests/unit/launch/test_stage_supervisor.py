@@ -230,7 +230,7 @@ def test_nobody_is_left(tmp_path: Path) -> None:
         f"if os.environ['RANK'] == '1': sys.exit(1)\n{FOR_EVER}",
         tasks=2,
     )
-    commands = [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]  # those that go are passed over
+    commands = [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
     assert not any(marker in word for command in commands for word in command or ())
 
 
