@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import logging
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -192,8 +193,10 @@ def test_an_image_that_cannot_be_read_is_a_counted_failure(
 
 def test_an_endpoint_that_is_down_is_an_error(serve: Any, preferences: list[Preference], tmp_path: Path) -> None:
     endpoint = serve(by_name)
-    endpoint.close()
-    with pytest.raises(RuntimeError, match=r"all 4 preferences failed at http.*APIConnectionError"):
-        run(endpoint, preferences, tmp_path / "attempts.jsonl", max_retries=0)
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # and not listening
+        endpoint.url = f"http://127.0.0.1:{bound.getsockname()[1]}/v1"
+        with pytest.raises(RuntimeError, match=r"all 4 preferences failed at http.*APIConnectionError"):
+            run(endpoint, preferences, tmp_path / "attempts.jsonl", max_retries=0)
     with pytest.raises(ValueError, match="attempts 0"):
         run(endpoint, preferences, tmp_path / "attempts.jsonl", attempts=0)
