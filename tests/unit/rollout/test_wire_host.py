@@ -19,7 +19,7 @@ from megatron_r1reward.rollout.wire_group import BroadcastGroup, Rendezvous, lis
 from megatron_r1reward.rollout.wire_host import Inlet, open_sender
 from megatron_r1reward.types import TensorMeta
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 300.0
 
 
 @dataclass(kw_only=True)
