@@ -51,20 +51,26 @@ def _run_stage(stage: Stage, run_file: Path, overrides: list[str] | None) -> Non
         from megatron_r1reward.config.load import load_config
         from megatron_r1reward.launch.launch import launch as launch_stage
         from megatron_r1reward.launch.local import forget_stop_request, under_a_launcher
+        from megatron_r1reward.processes import leave_quickly, quick_imports
 
         config = load_config(run_file, overrides or [])
         if stage in ("sft", "rl") and config.run.local_ranks > 1 and not under_a_launcher():
             raise typer.Exit(launch_stage(stage, run_file, overrides or [], local=True))
-        from megatron_r1reward.launch import cold_start, stages
+        leave_quickly()
+        with quick_imports():
+            if stage == "sft":
+                from megatron_r1reward.launch.cold_start import sft as run
+            else:
+                from megatron_r1reward.launch.stages import annotate, evaluate
+                from megatron_r1reward.launch.stages import rl as run
 
         if stage == "annotate":
-            stages.annotate(config)
+            annotate(config)
         elif stage == "eval":
-            stages.evaluate(config)
+            evaluate(config)
         else:
             forget_stop_request(config)
-            finished = cold_start.sft(config) if stage == "sft" else stages.rl(config)
-            if not finished:
+            if not run(config):
                 raise typer.Exit(EXIT_REQUEUE)
 
 

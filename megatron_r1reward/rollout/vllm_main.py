@@ -18,6 +18,8 @@ import signal
 import sys
 import threading
 
+from megatron_r1reward.processes import leave_quickly, quick_imports
+
 FORK_FLAG = "--fork-engine-core"
 SCRATCH_PREFIX = "r1reward-server-"
 
@@ -50,12 +52,14 @@ def _fork_engine_core() -> None:
 
 
 def main() -> None:
+    leave_quickly()
     _remove_scratch_folder_at_exit()
     threading.Thread(target=_end_with_stdin, name="end-with-stdin", daemon=True).start()
-    if FORK_FLAG in sys.argv:
-        sys.argv.remove(FORK_FLAG)
-        _fork_engine_core()
-    from vllm.entrypoints.launchers.api_server.entry import main as serve
+    with quick_imports():
+        if FORK_FLAG in sys.argv:
+            sys.argv.remove(FORK_FLAG)
+            _fork_engine_core()
+        from vllm.entrypoints.launchers.api_server.entry import main as serve
 
     serve()
 

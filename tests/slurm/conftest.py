@@ -28,23 +28,23 @@ SCRIPT = Path(__file__).parent / "cluster.sh"
 NODES = 7
 INSTALL = "as root: bash tests/slurm/cluster.sh install (Debian/Ubuntu packages of Slurm, MUNGE and MariaDB)"
 
-# In this order: first the chain whose parts others begin with, then what waits for Slurm beside what computes.
+# In this order: first the chain whose parts others begin with, then what takes long, the shortest last.
 SCENARIOS: dict[str, Callable[[Bench], Any]] = {
     story.__name__: story
     for story in (
         stories.reference,
         stories.preempted,
         stories.node_lost,
-        stories.out_of_time_then_cancelled,
         recipe_runs.nemo_slurm,
-        stories.rl_local,
-        stories.crashed_in_a_chain,
+        stories.out_of_time_then_cancelled,
         stories.rl_heterogeneous,
-        recipe_runs.nemo_slurm_fails,
         recipe_runs.nemo_local,
         stories.rl_colocated_server_dies,
-        recipe_runs.nemo_local_fails,
+        stories.rl_local,
+        stories.crashed_in_a_chain,
+        recipe_runs.nemo_slurm_fails,
         stories.rl_server_does_not_start,
+        recipe_runs.nemo_local_fails,
     )
 }
 COMPARED = ("preempted", "node_lost", "out_of_time_then_cancelled")

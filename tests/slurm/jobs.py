@@ -10,7 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,8 @@ class Job:
             yield
         finally:
             for pid in pids:
-                os.kill(pid, signal.SIGCONT)
+                with suppress(ProcessLookupError):  # its node may have been lost meanwhile
+                    os.kill(pid, signal.SIGCONT)
 
     def processes(self, *words: str) -> list[int]:
         """Processes of this job on any node whose command line holds all these words; not the srun that holds them."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from megatron_r1reward.data.digits import build_digits
 from megatron_r1reward.launch.demo import write_demo_model
 
-SFT_STEPS = 30
+SFT_STEPS = 30  # until the model answers so that RL has something to do
+RESUMED_STEPS = 12  # enough for a life that stops within them, and some steps after it
 # A constant schedule: runs of different length take the same steps as far as they go.
 SFT_TOML = """
 [run]
@@ -28,7 +29,7 @@ lr = 3e-3
 schedule = "constant"
 warmup_fraction = 0.0
 [sft]
-steps = 30
+steps = {steps}
 global_batch_size = 8
 [checkpoint]
 save_every = 10
@@ -109,7 +110,7 @@ def write_inputs(folder: Path) -> None:
     write_demo_model(folder / "model", [data / "sft.jsonl", data / "judge_sft.jsonl"], seed=0)
     select = f'select = "{folder}/annotate/hard.json"'
     texts = {
-        "sft": SFT_TOML.format(folder=folder),
+        "sft": SFT_TOML.format(folder=folder, steps=SFT_STEPS),
         "annotate": RL_TOML.format(folder=folder, output="annotate", model="reference/hf", select=""),
         "rl": RL_TOML.format(folder=folder, output="rl", model="reference/hf", select=select),
         "eval": RL_TOML.format(folder=folder, output="evaluation", model="rl/hf", select=""),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import Cluster, Job, tool, until
-from run_files import write_inputs
+from run_files import RESUMED_STEPS, write_inputs
 
 from megatron_r1reward.monitor.run_state import ExitReport, RunDir
 
@@ -25,8 +25,10 @@ ONE_SERVER += NOT_THE_DOOMED
 # Trainer on two nodes with two (fake) GPUs each, rollout server and judge on those of a third.
 THREE_NODES = ("--oversubscribe", "--nodes=3", "--gpus-per-node=2", "--cpus-per-task=4", "--mem=4000", "--time=20")
 THREE_NODES += NOT_THE_DOOMED
+# The steps of jobs that have two lives; the reference takes more of them.
+RESUMED = (f"sft.steps={RESUMED_STEPS}",)
 TOKEN = {"R1REWARD_SERVER_TOKEN": "of-all-jobs-that-share-a-judge"}
-_one_with_servers = threading.Lock()  # two stages with vLLM servers at a time would be short of memory
+_with_servers = threading.Semaphore(2)  # three stages with rollout server and judge at a time would need 16 GB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,7 @@ def reference(bench: Bench) -> Chain:
     files = [folder / f"{stage}.toml" for stage in ("sft", "annotate", "rl", "eval")]
     options = {"sft": (*TWO_NODES, *NOT_THE_DOOMED, "--nodelist=n1,n2"), "select": ONE_SERVER}
     options |= {"rl": THREE_NODES, "eval": ONE_SERVER}
-    with _one_with_servers:  # no other could start before the cold start has ended
+    with _with_servers:  # no other could start before the cold start has ended
         ids = bench.cluster.chain(*files, folder=folder, options=options)
         outputs = {"sft": "reference", "select": "annotate", "rl": "rl", "eval": "evaluation"}
         sft, selection, rl, evaluation = (
@@ -130,9 +132,11 @@ def preempted(bench: Bench) -> Job:
         "checkpoint.save_every": "1000",  # only the request saves
     }
     overrides = [f"{key}={value}" for key, value in container.items()]
-    job = bench.sft("preempted", *overrides, options=(*NOT_THE_DOOMED, "--nodelist=n1,n2"))
+    job = bench.sft("preempted", *RESUMED, *overrides, options=(*NOT_THE_DOOMED, "--nodelist=n1,n2"))
     job.wait_step(3)
-    tool("scancel", "-b", "-s", "USR1", job.id)
+    with job.held("worker", "sft"):  # otherwise a fast trainer, beside slow tests, would be done before the signal
+        tool("scancel", "-b", "-s", "USR1", job.id)
+        until(job.run.stop.exists, "request to save")
     return job.wait()
 
 
@@ -146,7 +150,7 @@ def out_of_time_then_cancelled(bench: Bench) -> Job:
         until(job.run.stop.exists, "request to save before the time limit")
     until(lambda: job.restarts == 1, "requeue at the time limit")
     tool("scontrol", "update", f"JobId={job.id}", "TimeLimit=20")
-    job.wait_step(31)
+    job.wait_step(RESUMED_STEPS + 1)
     tool("scancel", job.id)
     return job.wait()
 
@@ -167,10 +171,11 @@ def crashed_in_a_chain(bench: Bench) -> tuple[Job, Job]:
 
 def node_lost(bench: Bench) -> Job:
     """The second node of the trainer loses its power after a checkpoint; a third one is free."""
-    job = bench.sft("node-lost", options=("--exclude=n1,n2,n3,n4",))
-    job.wait_step(11)
+    job = bench.sft("node-lost", *RESUMED, "checkpoint.save_every=4", options=("--exclude=n1,n2,n3,n4",))
+    job.wait_step(5)
     lost = tool("scontrol", "show", "hostnames", job.field("NodeList")).split()[1]
-    bench.cluster.chaos("kill-node", lost[1:])
+    with job.held("worker", "sft"):
+        bench.cluster.chaos("kill-node", lost[1:])
     try:
         until(lambda: job.restarts == 1, "requeue after the loss of a node")
         return job.wait()
@@ -183,7 +188,7 @@ def rl_local(bench: Bench) -> Path:
     bench.wait_for_hard_set()
     output = bench.folder / "rl-local"
     command = [sys.executable, "-m", "megatron_r1reward.cli", "launch", "--local", "rl", bench.folder / "rl.toml"]
-    with _one_with_servers:
+    with _with_servers:
         code, text = bench.program(*command, f"run.output_dir={output}")
     assert code == 0, text[-3000:]
     return output
@@ -205,7 +210,7 @@ class Colocated:
 def rl_colocated_server_dies(bench: Bench) -> Colocated:
     """The rollout server sleeps on the trainer's GPUs; the judge, elsewhere, dies after three steps."""
     bench.wait_for_hard_set()
-    with _one_with_servers:
+    with _with_servers:
         job = bench.rl("rl-colocated", "rl.steps=500", "cluster.layout=colocated")
         job.wait_step(3)
         trainer = job.gpus("worker", "rl")
@@ -220,5 +225,5 @@ def rl_heterogeneous(bench: Bench) -> Job:
     options = ("--oversubscribe", "--nodes=2", "--gpus-per-node=3", "--cpus-per-task=6", "--mem=4000", "--time=20")
     options += (*NOT_THE_DOOMED, ":", "--nodes=1", "--gpus-per-node=1", "--cpus-per-task=2", "--mem=4000")
     overrides = ("cluster.judge_het_group=1", "cluster.trainer_nodes=2", "cluster.ranks_per_node=2")
-    with _one_with_servers:
+    with _with_servers:
         return bench.rl("rl-het", *overrides, options=options).wait()
