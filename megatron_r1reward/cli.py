@@ -15,6 +15,7 @@ import typer
 from megatron_r1reward.cli_convert import app as convert_app
 from megatron_r1reward.launch.layout import ServerKind, Stage
 from megatron_r1reward.monitor.run_state import EXIT_REQUEUE
+from megatron_r1reward.processes import quick_exit, quick_imports
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 data_app = typer.Typer(no_args_is_help=True, help="Build, import and inspect preference data.")
@@ -51,12 +52,10 @@ def _run_stage(stage: Stage, run_file: Path, overrides: list[str] | None) -> Non
         from megatron_r1reward.config.load import load_config
         from megatron_r1reward.launch.launch import launch as launch_stage
         from megatron_r1reward.launch.local import forget_stop_request, under_a_launcher
-        from megatron_r1reward.processes import leave_quickly, quick_imports
 
         config = load_config(run_file, overrides or [])
         if stage in ("sft", "rl") and config.run.local_ranks > 1 and not under_a_launcher():
             raise typer.Exit(launch_stage(stage, run_file, overrides or [], local=True))
-        leave_quickly()
         with quick_imports():
             if stage == "sft":
                 from megatron_r1reward.launch.cold_start import sft as run
@@ -281,7 +280,8 @@ def doctor(
 
 
 def main() -> None:
-    app()
+    with quick_exit():
+        app()
 
 
 if __name__ == "__main__":

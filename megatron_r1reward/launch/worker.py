@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.launch.layout import ServerKind, Stage
 from megatron_r1reward.monitor.run_state import RunDir
-from megatron_r1reward.processes import leave_quickly, quick_imports
+from megatron_r1reward.processes import quick_imports
 
 
 def allow_stack_dumps() -> None:
@@ -21,7 +21,6 @@ def run_driver(config: RunConfig, stage: Stage) -> None:
     """The stage itself, beside servers that are there already. A trainer that stops on request leaves with 0 as well:
     any other exit code would end its peers in the middle of their own leaving."""
     rendezvous = rendezvous_path(config)
-    leave_quickly()
     if stage == "sft":
         with quick_imports():
             from megatron_r1reward.launch.cold_start import sft

@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 
-from megatron_r1reward.processes import leave_quickly, quick_imports
+from megatron_r1reward.processes import quick_exit, quick_imports
 
 FORK_FLAG = "--fork-engine-core"
 SCRATCH_PREFIX = "r1reward-server-"
@@ -52,7 +52,6 @@ def _fork_engine_core() -> None:
 
 
 def main() -> None:
-    leave_quickly()
     _remove_scratch_folder_at_exit()
     threading.Thread(target=_end_with_stdin, name="end-with-stdin", daemon=True).start()
     with quick_imports():
@@ -65,4 +64,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with quick_exit():
+        main()

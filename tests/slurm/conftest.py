@@ -22,6 +22,7 @@ import pytest
 import recipe_runs
 import scenarios as stories
 from jobs import Cluster, tool
+from run_files import write_inputs
 from scenarios import Bench
 
 SCRIPT = Path(__file__).parent / "cluster.sh"
@@ -91,9 +92,14 @@ def _free_port_base() -> int:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def possible() -> None:
+    """Skips what needs a cluster where none can be."""
     if (obstacle := _obstacle()) is not None:
         pytest.skip(f"no Slurm cluster for tests: {obstacle}")
+
+
+@pytest.fixture(scope="session")
+def cluster(possible: None) -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="r1reward-slurm-"))
     folder.chmod(0o755)  # MUNGE's socket must be reachable for all users; pytest's own folders are private
     environment = {**os.environ, "SLURM_TEST_DIR": str(folder / "cluster"), "NODES": str(NODES), "DBD": "1"}
@@ -118,9 +124,21 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def bench(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    """Data, a tiny model and run files, made once."""
-    return Bench.make(cluster, tmp_path_factory.mktemp("jobs"))
+def inputs(possible: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[Path]]:
+    """Data, a tiny model and run files, made once, and while the cluster starts."""
+
+    def make() -> Path:
+        folder = tmp_path_factory.mktemp("jobs")
+        write_inputs(folder)
+        return folder
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="inputs") as pool:
+        yield pool.submit(make)
+
+
+@pytest.fixture(scope="session")
+def bench(inputs: Future[Path], cluster: Cluster) -> Bench:
+    return Bench(cluster=cluster, folder=inputs.result())
 
 
 class Times:

@@ -31,13 +31,13 @@ def tool(*command: str, environment: Mapping[str, str] | None = None) -> str:
     return done.stdout
 
 
-def until(condition: Callable[[], Any], what: str, *, timeout_s: float = PATIENCE_S) -> Any:
-    """Wait for a true value and return it."""
+def until(condition: Callable[[], Any], what: str, *, timeout_s: float = PATIENCE_S, every_s: float = 0.3) -> Any:
+    """Wait for a true value and return it. Whoever asks Slurm for it asks less often: that is a program each time."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if value := condition():
             return value
-        time.sleep(0.3)
+        time.sleep(every_s)
     raise AssertionError(f"not within {timeout_s:g} s: {what}")
 
 
@@ -69,15 +69,19 @@ class Job:
 
     def wait(self) -> Job:
         """Until it has ended for good."""
-        until(lambda: self.state in ENDED, f"end of job {self.id}\n{self.output()}")
+        until(lambda: self.state in ENDED, f"end of job {self.id}\n{self.output()}", every_s=1.0)
         return self
 
     def wait_step(self, step: int) -> None:
         """Until it has logged this many steps; an end before that is an error."""
 
         def reached() -> bool:
+            for _ in range(10):
+                if max(self.rows(), default=0) >= step:
+                    return True
+                time.sleep(0.2)
             assert self.state not in ENDED, f"job {self.id} is {self.state}\n{self.output()}"
-            return max(self.rows(), default=0) >= step
+            return False
 
         until(reached, f"step {step} of job {self.id}\n{self.output()}")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import Cluster, Job, tool, until
-from run_files import RESUMED_STEPS, write_inputs
+from run_files import RESUMED_STEPS
 
 from megatron_r1reward.monitor.run_state import ExitReport, RunDir
 
@@ -49,11 +49,6 @@ class Bench:
                     process.wait()
             text.seek(0)
             return process.returncode, text.read()
-
-    @classmethod
-    def make(cls, cluster: Cluster, folder: Path) -> Bench:
-        write_inputs(folder)
-        return cls(cluster=cluster, folder=folder)
 
     def sft(self, name: str, *overrides: str, options: tuple[str, ...] = NOT_THE_DOOMED) -> Job:
         output = self.folder / name
@@ -148,7 +143,7 @@ def out_of_time_then_cancelled(bench: Bench) -> Job:
     with job.held("worker", "sft"):
         tool("scontrol", "update", f"JobId={job.id}", "EndTime=now+150")
         until(job.run.stop.exists, "request to save before the time limit")
-    until(lambda: job.restarts == 1, "requeue at the time limit")
+    until(lambda: job.restarts == 1, "requeue at the time limit", every_s=1.0)
     tool("scontrol", "update", f"JobId={job.id}", "TimeLimit=20")
     job.wait_step(RESUMED_STEPS + 1)
     tool("scancel", job.id)
@@ -177,7 +172,7 @@ def node_lost(bench: Bench) -> Job:
     with job.held("worker", "sft"):
         bench.cluster.chaos("kill-node", lost[1:])
     try:
-        until(lambda: job.restarts == 1, "requeue after the loss of a node")
+        until(lambda: job.restarts == 1, "requeue after the loss of a node", every_s=1.0)
         return job.wait()
     finally:
         bench.cluster.chaos("start-node", lost[1:])

@@ -9,30 +9,47 @@ import sys
 from megatron_r1reward.processes import quick_imports
 
 ENDING = """
-import atexit
-{leave}
+import atexit, sys, threading, time
+from megatron_r1reward.processes import quick_exit
 
 class Loud:
     def __del__(self):
-        print("searched the heap")
+        print("was taken apart")
 
-a, b = Loud(), Loud()
-a.other, b.other = b, a  # only the garbage collector can find them
-atexit.register(print, "exit handlers ran")
+a = Loud()
+a.me = a  # only the garbage collector can find it
+
+def late():
+    time.sleep(0.2)
+    print("a thread was waited for")
+
+def main():
+    atexit.register(print, "exit handlers ran")
+    threading.Thread(target=late).start()
+    {end}
+
+{call}
 """
+COMMON = ["a thread was waited for", "exit handlers ran"]
 
 
-def words_of(leave: str) -> list[str]:
-    done = subprocess.run(
-        [sys.executable, "-c", ENDING.format(leave=leave)], capture_output=True, text=True, check=True
-    )
-    return done.stdout.splitlines()
+def ends(end: str, call: str = "with quick_exit(): main()") -> tuple[int, list[str]]:
+    """Exit code and lines of a program; its standard output is a pipe, which is flushed late."""
+    program = ENDING.format(end=end, call=call)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout.splitlines()
 
 
-def test_the_exit_of_a_program_runs_its_handlers_but_does_not_search_the_heap() -> None:
-    quick = words_of("from megatron_r1reward.processes import leave_quickly; leave_quickly()")
-    assert quick == ["exit handlers ran"]
-    assert words_of("") == [*quick, "searched the heap", "searched the heap"]
+def test_a_program_ends_with_its_exit_code_its_handlers_and_threads_and_is_not_taken_apart() -> None:
+    assert ends("pass", "main()") == (0, [*COMMON, "was taken apart"])
+    assert ends("pass") == (0, COMMON)
+    assert ends("sys.exit(75)") == (75, COMMON)
+    assert ends("sys.exit()") == (0, COMMON)
+
+
+def test_other_ends_are_as_usual() -> None:
+    assert ends("sys.exit('words')") == (1, [*COMMON, "was taken apart"])
+    assert ends("raise RuntimeError") == (1, [*COMMON, "was taken apart"])
 
 
 def test_imports_collect_nothing_and_what_they_leave_is_never_searched() -> None:
