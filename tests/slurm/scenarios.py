@@ -28,7 +28,7 @@ THREE_NODES += NOT_THE_DOOMED
 # The steps of jobs that have two lives; the reference takes more of them.
 RESUMED = (f"sft.steps={RESUMED_STEPS}",)
 TOKEN = {"R1REWARD_SERVER_TOKEN": "of-all-jobs-that-share-a-judge"}
-_with_servers = threading.Semaphore(2)  # three stages with rollout server and judge at a time would need 16 GB
+_with_servers = threading.Semaphore(2)  # of the stages with a rollout server and a judge, for the memory
 
 
 @dataclass(frozen=True, kw_only=True)
