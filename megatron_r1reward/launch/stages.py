@@ -20,6 +20,7 @@ from megatron_r1reward.evaluation.result import EvaluationResult
 from megatron_r1reward.files import write_text
 from megatron_r1reward.launch.addresses import connected
 from megatron_r1reward.launch.services import open_annotator, open_evaluation_pool, open_rl_services
+from megatron_r1reward.processes import quick_imports
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.types import Preference
@@ -32,8 +33,9 @@ def rl(config: RunConfig, *, rendezvous: Path | None = None, supervised: bool = 
 
     With `supervised` the servers are those whose addresses the run directory holds.
     """
-    from megatron_r1reward.launch.ranks import ranks  # megatron-core, which the other stages do without
-    from megatron_r1reward.training import rl as rl_stage
+    with quick_imports():  # megatron-core, which the other stages do without
+        from megatron_r1reward.launch.ranks import ranks
+        from megatron_r1reward.training import rl as rl_stage
 
     with ranks(config, rendezvous) as topology, ExitStack() as stack:
         services = None
