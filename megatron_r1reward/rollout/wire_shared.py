@@ -14,7 +14,7 @@ import torch
 
 from megatron_r1reward.rollout.weights import WeightPushError
 
-IPC_ADVICE = "weight_transport 'ipc' needs servers on the trainer's machine; use 'gloo' or 'nccl'"
+IPC_ADVICE = "rollout.weight_transport 'ipc' needs servers on the trainer's machine; use 'gloo' or 'nccl'"
 
 
 @dataclass(frozen=True, kw_only=True)

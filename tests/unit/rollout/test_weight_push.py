@@ -16,7 +16,7 @@ from megatron_r1reward.rollout.snapshot import Recording, WeightSnapshot
 from megatron_r1reward.rollout.weights import WeightPushError, bucketize
 from megatron_r1reward.rollout.wire import Packer, WeightUpdate, checksums, verify
 from megatron_r1reward.rollout.wire_group import BroadcastGroup, Rendezvous, listen
-from megatron_r1reward.rollout.wire_shared import open_memory_file
+from megatron_r1reward.rollout.wire_shared import IPC_ADVICE, open_memory_file
 from megatron_r1reward.types import TensorMeta
 
 torch.set_num_threads(1)
@@ -125,12 +125,12 @@ def test_a_snapshot_replays_what_was_recorded() -> None:
     torch.testing.assert_close(replayed, tensors, rtol=0, atol=0)
     torch.testing.assert_close(snapshot.sums(), recording.sums())
     assert snapshot.memory is not None
-    seen_by_another = open_memory_file(snapshot.memory.path, snapshot.memory.tensor.numel(), "")
+    seen_by_another = open_memory_file(snapshot.memory.path, snapshot.memory.tensor.numel(), IPC_ADVICE)
     assert torch.equal(seen_by_another, snapshot.memory.tensor)
     path = snapshot.memory.path
     snapshot.close()
-    with pytest.raises(WeightPushError, match=r"cannot open the memory .* of another process .*: see there"):
-        open_memory_file(path, 1, "see there")
+    with pytest.raises(WeightPushError, match="on the trainer's machine"):
+        open_memory_file(path, 1, IPC_ADVICE)
 
 
 def test_gloo_delivers_to_all_receivers() -> None:
