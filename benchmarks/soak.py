@@ -43,6 +43,7 @@ from megatron_r1reward.parallel import setup
 from megatron_r1reward.reward.consistency import ConsistencyJudge
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.accounting import Accounting
+from megatron_r1reward.rollout.leftovers import shared_memory_mapped
 from megatron_r1reward.rollout.server import VllmServer
 from megatron_r1reward.rollout.wire_group import listen
 from megatron_r1reward.training import rl
@@ -86,8 +87,7 @@ def used_by_others(children: Sequence[psutil.Process]) -> set[Path]:
     found: set[Path] = set()
     for pid in set(psutil.pids()) - ours:
         with suppress(OSError):
-            names = (line.split(maxsplit=5)[-1] for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
-            found |= {Path(name) for name in names if name.startswith("/dev/shm/")}
+            found |= shared_memory_mapped(pid)
     return found
 
 

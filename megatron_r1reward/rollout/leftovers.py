@@ -21,10 +21,15 @@ def shared_memory_of(group: int) -> frozenset[Path]:
     for process in psutil.process_iter():
         with suppress(ProcessLookupError, psutil.Error, PermissionError, FileNotFoundError):
             if os.getpgid(process.pid) == group:
-                lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
-                names = (line.split(maxsplit=5)[-1] for line in lines if str(_SHARED_MEMORY) in line)
-                found |= {Path(name) for name in names if name.startswith(f"{_SHARED_MEMORY}/")}
+                found |= shared_memory_mapped(process.pid)
     return frozenset(path for path in found if path.exists())
+
+
+def shared_memory_mapped(pid: int) -> set[Path]:
+    """Files in /dev/shm that process `pid` has mapped; an OSError when it is gone, or another user's."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    names = (line.split(maxsplit=5)[-1] for line in lines if str(_SHARED_MEMORY) in line)
+    return {Path(name) for name in names if name.startswith(f"{_SHARED_MEMORY}/")}
 
 
 def remove(paths: frozenset[Path]) -> None:

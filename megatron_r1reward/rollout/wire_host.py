@@ -57,7 +57,7 @@ class Inlet:
             receiving = sorted(set(receivers.values()))
             here = replace(meeting, world_size=1 + len(receiving))
             self._group = BroadcastGroup(store, here, 1 + receiving.index(rank))
-        self._updates = self._buckets = 0  # begun; come of the current one
+        self._updates = 0  # begun
         self._told: list[str] = []  # keys in the store
         self._file: MemoryFile | None = None
         # CPU only, and kept: fresh pages for every push would cost more than the transfer.
@@ -76,7 +76,6 @@ class Inlet:
             WeightPushError: the memory of the worker that receives here cannot be opened.
         """
         self._updates += 1
-        self._buckets = 0
         if self._device.type != "cpu":
             return
         if self._group is None:
@@ -95,13 +94,12 @@ class Inlet:
             flat = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._device)
         else:
             flat = self._arena[bucket.start : bucket.start + bucket.num_bytes]
-        what = f"bucket {self._buckets}"
+        what = f"bucket at {bucket.start}"
         if self._group is None:
             self._hear(what)
         else:
             self._group.broadcast(flat)
             self._tell(what, "has come")
-        self._buckets += 1
         return flat
 
     def checksums(self, count: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from waiting import wait_until
 
 from megatron_r1reward.rollout import wire_host
 from megatron_r1reward.rollout.weights import WeightPushError
-from megatron_r1reward.rollout.wire import Bucket, Packer, WeightUpdate
+from megatron_r1reward.rollout.wire import Bucket, Packer, WeightUpdate, checksums
 from megatron_r1reward.rollout.wire_group import BroadcastGroup, Rendezvous, listen
 from megatron_r1reward.rollout.wire_host import Inlet, open_sender
 from megatron_r1reward.types import TensorMeta
@@ -48,7 +48,7 @@ class Wire:
 def receive(inlet: Inlet, buckets: list[Bucket]) -> dict[str, torch.Tensor]:
     inlet.begin(buckets[-1].start + buckets[-1].num_bytes)
     parts = [(bucket, inlet.receive(bucket)) for bucket in buckets]
-    counted = torch.cat([torch.stack([s.view(torch.int64).sum() for s in b.slots(flat)]) for b, flat in parts])
+    counted = torch.cat([checksums(bucket, flat) for bucket, flat in parts])
     assert torch.equal(inlet.checksums(len(counted)), counted)
     return {name: tensor for bucket, flat in parts for name, tensor in bucket.tensors(flat)}
 
