@@ -33,10 +33,10 @@ from megatron_r1reward.data.preference import read_preferences
 from megatron_r1reward.data.prompt import PromptBuilder
 from megatron_r1reward.evaluation.evaluate import evaluate
 from megatron_r1reward.evaluation.result import EvaluationResult
-from megatron_r1reward.launch.services import open_evaluation_pool
-from megatron_r1reward.rollout.opening import build_servers
+from megatron_r1reward.launch.stage_servers import open_evaluation_pool
+from megatron_r1reward.rollout.open_pool import build_servers
 from megatron_r1reward.rollout.pool import SERVED_NAME
-from megatron_r1reward.rollout.server import VllmServer, start_servers
+from megatron_r1reward.servers.process import VllmServer, start_servers
 
 RUN_FILE = Path(__file__).parents[1] / "recipes" / "demo" / "rl.toml"
 MODES = ("synchronous", "one_step_off")

@@ -26,13 +26,13 @@ from typing import Any
 import torch
 from reporting import print_table, write_json
 
-from megatron_r1reward.checkpoint import safetensors_folder as st
-from megatron_r1reward.checkpoint.hf_source import meta_template
+from megatron_r1reward.checkpoint import safetensors_layout as st
+from megatron_r1reward.conversion.weight_source import meta_template
 
 CONFIG = Path(__file__).parents[1] / "tests/data/qwen2_5_vl_7b/config.json"
 SPEED_GOAL, MEMORY_GOAL_GB = 0.6, 2.0
 COLUMNS = ("program", "seconds", "GB/s", "of cp", "memory GB", "process seconds")
-IMPORT = "from megatron_r1reward.checkpoint.convert import {0} as f; f(S, D, progress=False, threads={1})"
+IMPORT = "from megatron_r1reward.conversion.convert import {0} as f; f(S, D, progress=False, threads={1})"
 PEER = """
 from safetensors.torch import load_file
 import torch.distributed.checkpoint as dcp
@@ -130,7 +130,7 @@ def python(code: str, source: Path, target: Path) -> list[str]:
     """The imports, which take seconds, are done before the clock starts."""
     body = (
         "import time; from pathlib import Path; import torch; torch.set_num_threads(1)\n"
-        "import megatron_r1reward.checkpoint.convert, transformers.models.qwen2_5_vl.modeling_qwen2_5_vl\n"
+        "import megatron_r1reward.conversion.convert, transformers.models.qwen2_5_vl.modeling_qwen2_5_vl\n"
         f"S, D = Path({str(source)!r}), Path({str(target)!r}); t = time.monotonic()\n"
         f"{code}\nprint(time.monotonic() - t)"
     )

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from megatron_r1reward.rollout.wire_group import BroadcastGroup, Rendezvous
+from megatron_r1reward.weight_sync.broadcast_group import BroadcastGroup, Rendezvous
 
 
 def main() -> None:

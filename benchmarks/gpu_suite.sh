@@ -36,12 +36,12 @@ step() {  # step SECONDS NAME COMMAND...: go on after a failure, remember it
   timeout "$limit" "$@" || { echo "== $name FAILED ($?)"; status=1; }
 }
 step 60 "build the CUDA kernel" "$python" -m megatron_r1reward.kernels.build
-step 10 "dispatch table" "$python" -m megatron_r1reward.kernels.dispatch
+step 10 "dispatch table" "$python" -m megatron_r1reward.kernels.choose_kernel
 step 120 "correctness and races" "$python" -m pytest -q -m gpu tests/gpu/test_policy_loss_gpu.py
 step 280 "benchmark" "$python" benchmarks/policy_loss.py --gpu --budget 240 --check --json "$results/policy_loss_gpu.json"
 step 600 "bf16 and FP8 training" "$python" benchmarks/precision_training.py --check --json "$results/precision_training.json"
 if [ -n "$dry_run" ]; then
-  "$python" -m megatron_r1reward.kernels.dispatch > /dev/null || status=1
+  "$python" -m megatron_r1reward.kernels.choose_kernel > /dev/null || status=1
   "$python" -m pytest -q --collect-only -m gpu tests/gpu/test_policy_loss_gpu.py || status=1
   "$python" benchmarks/policy_loss.py --help > /dev/null || status=1
   "$python" -c "import megatron_r1reward.kernels.build" || status=1

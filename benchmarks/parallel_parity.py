@@ -30,9 +30,9 @@ from forked_ranks import run_ranks  # noqa: E402
 from parity_layouts import LAYOUTS, Layout  # noqa: E402
 from reporting import print_table, write_json  # noqa: E402
 
-from megatron_r1reward.checkpoint.gather import export_hf_tensors  # noqa: E402
+from megatron_r1reward.checkpoint.weight_exporter import export_hf_tensors  # noqa: E402
 from megatron_r1reward.config.schema import RunConfig  # noqa: E402
-from megatron_r1reward.models.tiny import TinyQwen3Spec, TinySpec, write_tiny_checkpoint  # noqa: E402
+from megatron_r1reward.demo.tiny_models import TinyQwen3Spec, TinySpec, write_tiny_checkpoint  # noqa: E402
 from megatron_r1reward.parallel import setup  # noqa: E402
 from megatron_r1reward.parallel.chunks import chunks_of  # noqa: E402
 from megatron_r1reward.training.data_parallel import zero_gradients  # noqa: E402

@@ -20,7 +20,7 @@ from forked_ranks import run_ranks
 from planner_measure import measure
 from reporting import print_table, write_json
 
-from megatron_r1reward.models.tiny import TinyQwen3Spec, TinySpec, write_tiny_checkpoint
+from megatron_r1reward.demo.tiny_models import TinyQwen3Spec, TinySpec, write_tiny_checkpoint
 
 STATE = ("parameters", "gradients", "optimizer")
 # Goals: state to the byte; tensors that autograd keeps within 5 %; the peak within 15 %: temporaries of the backward

@@ -21,9 +21,9 @@ from megatron_r1reward.config.load import load_config
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.planner.activations import Numerics, stage_activations
-from megatron_r1reward.planner.layout import trainer_layout
 from megatron_r1reward.planner.memory import state_bytes
 from megatron_r1reward.planner.parameters import stage_tensors
+from megatron_r1reward.planner.planned_layout import trainer_layout
 from megatron_r1reward.planner.shapes import read_shape
 from megatron_r1reward.planner.workload import MicroBatch
 from megatron_r1reward.training.schedule import train_micro_batches

@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 
 import workload  # noqa: E402
 
-from megatron_r1reward.models.tiny import TinySpec, write_tiny_checkpoint  # noqa: E402
+from megatron_r1reward.demo.tiny_models import TinySpec, write_tiny_checkpoint  # noqa: E402
 from megatron_r1reward.training.schedule import reduce_statistics, train_micro_batches  # noqa: E402
 from megatron_r1reward.training.sft import cross_entropy  # noqa: E402
 

@@ -30,8 +30,8 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_r1reward.config.schema import SamplingSection
 from megatron_r1reward.rollout.pool import SERVED_NAME, RolloutPool
-from megatron_r1reward.rollout.server import VllmServer, start_servers
-from megatron_r1reward.rollout.server_command import server_environment
+from megatron_r1reward.servers.command import server_environment
+from megatron_r1reward.servers.process import VllmServer, start_servers
 from megatron_r1reward.types import Prompt
 
 CONCURRENT = 64

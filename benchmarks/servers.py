@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from megatron_r1reward.config.schema import ServerSection
-from megatron_r1reward.models.tiny import TinySpec, write_tiny_checkpoint
+from megatron_r1reward.demo.tiny_models import TinySpec, write_tiny_checkpoint
 
 CORPUS = ["You are an impartial evaluator.", "<think>Response 1 is better.</think><answer>1</answer>", "0 1 2 3"] * 4
 SECTION = ServerSection(

@@ -35,19 +35,19 @@ import torch
 from reporting import print_table, write_json
 
 from megatron_r1reward.config.schema import RewardSection, RunConfig
-from megatron_r1reward.data.digits import build_digits
 from megatron_r1reward.data.loader import EpochSampler
-from megatron_r1reward.launch.demo import write_demo_model
-from megatron_r1reward.launch.services import open_rl_services
+from megatron_r1reward.demo.digits import build_digits
+from megatron_r1reward.demo.pipeline import write_demo_model
+from megatron_r1reward.launch.stage_servers import open_rl_services
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.reward.consistency import ConsistencyJudge
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.accounting import Accounting
-from megatron_r1reward.rollout.leftovers import shared_memory_mapped
-from megatron_r1reward.rollout.server import VllmServer
-from megatron_r1reward.rollout.wire_group import listen
+from megatron_r1reward.servers.leftovers import shared_memory_mapped
+from megatron_r1reward.servers.process import VllmServer
 from megatron_r1reward.training import rl
 from megatron_r1reward.types import Rollout, ScoredRollout
+from megatron_r1reward.weight_sync.broadcast_group import listen
 
 BATCH = 8
 COLUMNS = ("measure", "value", "expected")

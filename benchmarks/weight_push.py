@@ -30,11 +30,11 @@ from safetensors.torch import load_file
 from servers import SECTION, write_model
 from transformers import PreTrainedTokenizerFast
 
-from megatron_r1reward.rollout.opening import build_transport
+from megatron_r1reward.rollout.open_pool import build_transport
 from megatron_r1reward.rollout.pool import SERVED_NAME, RolloutPool
-from megatron_r1reward.rollout.server import VllmServer, start_servers
-from megatron_r1reward.rollout.wire_group import BroadcastGroup, Rendezvous, listen
+from megatron_r1reward.servers.process import VllmServer, start_servers
 from megatron_r1reward.types import TensorMeta
+from megatron_r1reward.weight_sync.broadcast_group import BroadcastGroup, Rendezvous, listen
 
 GOAL = 0.5  # of a plain gloo broadcast
 COLUMNS = ("transport", "MB", "servers", "tp", "push_s", "GB_per_s", "of_memory_copy", "of_plain_gloo")

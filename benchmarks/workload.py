@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.models.tiny import TinySpec, write_tiny_checkpoint
+from megatron_r1reward.demo.tiny_models import TinySpec, write_tiny_checkpoint
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.training.state import TrainState, build_state
 from megatron_r1reward.types import Prompt, Sequence

@@ -12,10 +12,10 @@ from typing import Annotated
 
 import typer
 
-from megatron_r1reward.cli_convert import app as convert_app
-from megatron_r1reward.launch.layout import ServerKind, Stage
-from megatron_r1reward.monitor.run_state import EXIT_REQUEUE
+from megatron_r1reward.cluster.placement import ServerKind, Stage
+from megatron_r1reward.conversion.cli import app as convert_app
 from megatron_r1reward.processes import quick_exit, quick_imports
+from megatron_r1reward.run_dir import EXIT_REQUEUE
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 data_app = typer.Typer(no_args_is_help=True, help="Build, import and inspect preference data.")
@@ -51,7 +51,7 @@ def _run_stage(stage: Stage, run_file: Path, overrides: list[str] | None) -> Non
     with _user_errors():
         from megatron_r1reward.config.load import load_config
         from megatron_r1reward.launch.launch import launch as launch_stage
-        from megatron_r1reward.launch.local import forget_stop_request, under_a_launcher
+        from megatron_r1reward.launch.torchrun import forget_stop_request, under_a_launcher
 
         config = load_config(run_file, overrides or [])
         if stage in ("sft", "rl") and config.run.local_ranks > 1 and not under_a_launcher():
@@ -116,7 +116,7 @@ def worker(stage: Stage, run_file: RunFile, overrides: Overrides = None) -> None
     """One task of a supervised stage's driver."""
     with _user_errors():
         from megatron_r1reward.config.load import load_config
-        from megatron_r1reward.launch.worker import allow_stack_dumps, run_driver
+        from megatron_r1reward.launch.step_main import allow_stack_dumps, run_driver
 
         allow_stack_dumps()
         run_driver(load_config(run_file, overrides or []), stage)
@@ -129,7 +129,7 @@ def server(
     """One server of a supervised stage."""
     with _user_errors():
         from megatron_r1reward.config.load import load_config
-        from megatron_r1reward.launch.worker import allow_stack_dumps, run_server
+        from megatron_r1reward.launch.step_main import allow_stack_dumps, run_server
 
         allow_stack_dumps()
         raise typer.Exit(run_server(load_config(run_file, overrides or []), stage, kind, index, life=life))
@@ -145,7 +145,7 @@ def plan(
     """Memory, communication and predicted time before any GPU is spent; exit code 1 where the run does not fit."""
     with _user_errors():
         from megatron_r1reward.config.load import load_config
-        from megatron_r1reward.launch.plan import run_plan
+        from megatron_r1reward.planner.show_plan import run_plan
 
         if stage not in (None, "sft", "rl"):
             raise ValueError(f"--stage {stage!r}: give sft or rl")
@@ -158,7 +158,7 @@ def serve(run_file: RunFile, overrides: Overrides = None) -> None:
     """The released remote-reward protocol (POST /get_reward_mllm) for the original training code."""
     with _user_errors():
         from megatron_r1reward.config.load import load_config
-        from megatron_r1reward.launch.serve import serve as run_service
+        from megatron_r1reward.launch.serve_labels import serve as run_service
 
         run_service(load_config(run_file, overrides or []))
 
@@ -167,7 +167,7 @@ def serve(run_file: RunFile, overrides: Overrides = None) -> None:
 def servers(run_dir: Annotated[Path, typer.Argument(help="run directory of a stage")]) -> None:
     """State of each rollout and judge server of a running stage."""
     with _user_errors():
-        from megatron_r1reward.rollout.status import status_table
+        from megatron_r1reward.servers.server_status import status_table
 
         typer.echo(status_table(run_dir / "live"))
 
@@ -185,8 +185,8 @@ def data_digits(
 ) -> None:
     """Preferences over real handwritten digits (ships with scikit-learn)."""
     with _user_errors():
-        from megatron_r1reward.data.digits import build_digits
-        from megatron_r1reward.data.digits_text import CATEGORIES
+        from megatron_r1reward.demo.digits import build_digits
+        from megatron_r1reward.demo.digits_text import CATEGORIES
 
         summary = build_digits(
             out,
@@ -225,7 +225,7 @@ def tiny(
 ) -> None:
     """Write a tiny Qwen2.5-VL (about a million parameters) as a Hugging Face folder."""
     with _user_errors():
-        from megatron_r1reward.launch.demo import write_demo_model
+        from megatron_r1reward.demo.pipeline import write_demo_model
 
         write_demo_model(out, corpus, seed=seed)
         typer.echo(f"wrote {out}")
@@ -238,7 +238,7 @@ def demo(
 ) -> None:
     """The whole pipeline on this machine: data, SFT, judge, annotation, RL, evaluation, report."""
     with _user_errors():
-        from megatron_r1reward.launch.demo import run_demo
+        from megatron_r1reward.demo.pipeline import run_demo
 
         run_demo(out, run_files)
 
@@ -247,7 +247,7 @@ def demo(
 def report(run_dir: Annotated[Path, typer.Argument(help="directory with the stages of one run")]) -> None:
     """Write report.html and report.json from a finished run."""
     with _user_errors():
-        from megatron_r1reward.evaluation.report import build_report
+        from megatron_r1reward.report.report import build_report
 
         build_report(run_dir)
         typer.echo(f"wrote {run_dir / 'report.html'} and {run_dir / 'report.json'}")
@@ -260,7 +260,7 @@ def status(
 ) -> None:
     """What a run is doing, its last metrics, how long it still takes, and why it stopped; from its files alone."""
     with _user_errors():
-        from megatron_r1reward.launch.status.show import run_status
+        from megatron_r1reward.status.status_page import run_status
 
         raise typer.Exit(run_status(run_dir, as_json=json_output))
 
@@ -274,7 +274,7 @@ def doctor(
 ) -> None:
     """Is this machine or cluster fit? Names every problem and its fix; exit code 1 when a stage would fail."""
     with _user_errors():
-        from megatron_r1reward.launch.doctor.show import run_doctor
+        from megatron_r1reward.doctor.show import run_doctor
 
         raise typer.Exit(run_doctor(folder, run_dir=run_dir, as_json=json_output, quick=quick))
 

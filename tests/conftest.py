@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random tiny Qwen2.5-VL whose distributions are far from uniform."""
-    from megatron_r1reward.models.tiny import write_tiny_checkpoint
+    from megatron_r1reward.demo.tiny_models import write_tiny_checkpoint
 
     folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
     write_tiny_checkpoint(folder, corpus=CORPUS, init_std=0.15)

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from megatron_r1reward.checkpoint.hf import load_hf_weights
+from megatron_r1reward.checkpoint.hf_model_io import load_hf_weights
 from megatron_r1reward.config.schema import MoeSection, ParallelSection, PrecisionSection
-from megatron_r1reward.data.images import ImageProcessor
 from megatron_r1reward.data.packing import Packer
+from megatron_r1reward.data.pixels import ImageProcessor
+from megatron_r1reward.demo.tiny_models import TINY_SPECS, TinyQwen3Spec, TinySpec
 from megatron_r1reward.models.registry import family_of, load_hf_config
-from megatron_r1reward.models.tiny import TINY_SPECS, TinyQwen3Spec, TinySpec
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.types import PackedBatch, Prompt, Sequence
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_r1reward.data.images import ImageProcessor, ProcessedImage
+from megatron_r1reward.data.pixels import ImageProcessor, ProcessedImage
 from megatron_r1reward.models.registry import Positions
 from megatron_r1reward.types import PackedBatch, Prompt, Sequence
 

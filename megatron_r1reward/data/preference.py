@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from megatron_r1reward.data.chat import Chat, parse_chat
-from megatron_r1reward.data.images_io import MediaResolver, image_problems
+from megatron_r1reward.data.image_files import MediaResolver, image_problems
 from megatron_r1reward.data.prompt import split_message_text
 from megatron_r1reward.data.rows import Quarantine, RawRow, RowError, RowOrigin, iterate_rows
 from megatron_r1reward.types import Label, Preference

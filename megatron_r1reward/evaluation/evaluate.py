@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_r1reward.config.schema import SamplingSection
-from megatron_r1reward.evaluation.control import shuffle_images as with_shuffled_images
 from megatron_r1reward.evaluation.result import (
     ORDERS,
     CategoryAccuracy,
@@ -24,6 +23,7 @@ from megatron_r1reward.evaluation.result import (
     Order,
     Transcript,
 )
+from megatron_r1reward.evaluation.shuffled_images import shuffle_images as with_shuffled_images
 from megatron_r1reward.evaluation.statistics import Estimate, bootstrap_mean
 from megatron_r1reward.evaluation.voting import (
     Floats,

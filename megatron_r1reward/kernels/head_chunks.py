@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_r1reward.kernels import dispatch
+from megatron_r1reward.kernels import choose_kernel
 from megatron_r1reward.kernels.policy_loss.options import PolicyLossOptions, VocabularyShard
 from megatron_r1reward.kernels.policy_loss.row_kernels import RowKernels, row_kernels
 
@@ -27,7 +27,7 @@ class Head:
     chunk_rows: int
     logits_dtype: torch.dtype
     kernels: RowKernels
-    choice: dispatch.Choice
+    choice: choose_kernel.Choice
     reduce_hidden_gradient: bool
 
     def chunks(self, rows: int) -> Iterator[slice]:
@@ -64,7 +64,7 @@ def make_head(
     ranks, rank = (group.size(), dist.get_rank(group)) if group is not None else (1, 0)
     columns = weight_VH.shape[0]
     shard = VocabularyShard.of_rank(columns, rank, vocab_size)
-    request = dispatch.request_for(
+    request = choose_kernel.request_for(
         hidden_RH,
         padded=shard.width < columns,
         tensor_parallel_size=ranks,
@@ -72,7 +72,7 @@ def make_head(
         rows_only=True,
         columns=columns,
     )
-    choice = dispatch.choose(request, requested=implementation)
+    choice = choose_kernel.choose(request, requested=implementation)
     return Head(
         group=group,
         shard=shard,

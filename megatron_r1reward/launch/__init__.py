@@ -1,1 +1,1 @@
-"""Starting things: local servers beside a stage, and the demo pipeline."""
+"""A stage on its machines: the supervisor, the job steps that it starts, and how a life ended."""

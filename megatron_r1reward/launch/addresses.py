@@ -6,10 +6,10 @@ import os
 import socket
 from pathlib import Path
 
+from megatron_r1reward.cluster.placement import ServerKind, Stage, servers_of
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.launch.layout import ServerKind, Stage, servers_of
-from megatron_r1reward.monitor.run_state import Address, RunDir
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE
+from megatron_r1reward.run_dir import Address, RunDir
 
 
 def node_address() -> str:

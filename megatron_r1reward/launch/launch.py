@@ -11,17 +11,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_r1reward.cluster.placement import DRIVERS, Placement, Stage, describe, place
+from megatron_r1reward.cluster.site import Node, Site
+from megatron_r1reward.cluster.slurm import SlurmJob, is_running
 from megatron_r1reward.config.load import load_config
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.launch.layout import DRIVERS, Placement, Stage, describe, place
 from megatron_r1reward.launch.local_steps import LocalLauncher, count_gpus
-from megatron_r1reward.launch.site import Node, Site
-from megatron_r1reward.launch.slurm_job import SlurmJob, is_running
 from megatron_r1reward.launch.slurm_steps import SlurmLauncher
 from megatron_r1reward.launch.steps import StepLauncher
 from megatron_r1reward.launch.supervisor import Plan, Supervisor
-from megatron_r1reward.monitor.run_state import EXIT_REQUEUE, ExitReport, RunDir, RunInfo
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE, new_token, token_from
+from megatron_r1reward.run_dir import EXIT_REQUEUE, ExitReport, RunDir, RunInfo
 
 log = logging.getLogger(__name__)
 _REQUEUE_PATIENCE_S = 120.0  # how long Slurm may take to end this script after it agreed to requeue the job

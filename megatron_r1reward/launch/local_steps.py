@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_r1reward.launch.layout import Placement
+from megatron_r1reward.cluster.placement import Placement
 from megatron_r1reward.launch.steps import StepEnd, code_of, name_of
-from megatron_r1reward.monitor.run_state import RunDir
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE
 from megatron_r1reward.processes import die_with_parent
+from megatron_r1reward.run_dir import RunDir
 
 
 class LocalStep:

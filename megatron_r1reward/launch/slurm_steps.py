@@ -11,14 +11,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_r1reward.cluster.placement import Placement
+from megatron_r1reward.cluster.site import Site
+from megatron_r1reward.cluster.slurm import SlurmJob, run_tool, silent_nodes
+from megatron_r1reward.cluster.step_environment import clean_environment
 from megatron_r1reward.config.schema import ClusterSection
-from megatron_r1reward.launch.layout import Placement
-from megatron_r1reward.launch.site import Site
-from megatron_r1reward.launch.slurm_job import SlurmJob, run_tool, silent_nodes
-from megatron_r1reward.launch.step_environment import clean_environment
 from megatron_r1reward.launch.steps import StepEnd, code_of, name_of
-from megatron_r1reward.monitor.run_state import RunDir
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE
+from megatron_r1reward.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 

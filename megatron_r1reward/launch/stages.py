@@ -19,7 +19,7 @@ from megatron_r1reward.evaluation.evaluate import evaluate as evaluate_pairs
 from megatron_r1reward.evaluation.result import EvaluationResult
 from megatron_r1reward.files import write_text
 from megatron_r1reward.launch.addresses import connected
-from megatron_r1reward.launch.services import open_annotator, open_evaluation_pool, open_rl_services
+from megatron_r1reward.launch.stage_servers import open_annotator, open_evaluation_pool, open_rl_services
 from megatron_r1reward.processes import quick_imports
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.pool import RolloutPool

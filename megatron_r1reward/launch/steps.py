@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from megatron_r1reward.launch.layout import Placement
+from megatron_r1reward.cluster.placement import Placement
 
 
 @dataclass(frozen=True, kw_only=True)

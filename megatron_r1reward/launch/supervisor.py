@@ -12,11 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from megatron_r1reward.cluster.placement import Placement
+from megatron_r1reward.cluster.server_health import unhealthy
 from megatron_r1reward.config.schema import ClusterSection
-from megatron_r1reward.launch.health import unhealthy
-from megatron_r1reward.launch.layout import Placement
-from megatron_r1reward.launch.steps import RunningStep, StepEnd, StepLauncher
-from megatron_r1reward.launch.verdict import (
+from megatron_r1reward.launch.exit_report import (
     EXIT_LOST_NODE,
     EXIT_STALLED,
     EXIT_UNFINISHED,
@@ -24,8 +23,9 @@ from megatron_r1reward.launch.verdict import (
     another_turn,
     write_report,
 )
+from megatron_r1reward.launch.steps import RunningStep, StepEnd, StepLauncher
 from megatron_r1reward.launch.walltime import WalltimeGuard, WalltimeWatch
-from megatron_r1reward.monitor.run_state import (
+from megatron_r1reward.run_dir import (
     EXIT_DONE,
     EXIT_REQUEUE,
     Address,

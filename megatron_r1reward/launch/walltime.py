@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from megatron_r1reward.monitor.run_state import Heartbeat
+from megatron_r1reward.run_dir import Heartbeat
 
 log = logging.getLogger(__name__)
 _READ_INTERVAL_S = 20.0

@@ -9,7 +9,7 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
-from megatron_r1reward.kernels import dispatch
+from megatron_r1reward.kernels import choose_kernel
 from megatron_r1reward.kernels.linear_log_probs import linear_log_probs
 from megatron_r1reward.kernels.linear_policy_loss import linear_policy_loss
 from megatron_r1reward.kernels.policy_loss.from_logits import PolicyLossOutput
@@ -33,7 +33,7 @@ class ResponseHead(ColumnParallelLinear):
     is only read could still be last step's.
     """
 
-    implementation: str = "auto"  # of the row kernels, see `kernels.dispatch`
+    implementation: str = "auto"  # of the row kernels, see `kernels.choose_kernel`
 
     def forward(
         self,
@@ -84,7 +84,7 @@ def choose_kernels(model: torch.nn.Module, implementation: str) -> None:
         if isinstance(module, ResponseHead):
             weight = next(module.parameters(), None)
             sample = torch.empty(0) if weight is None else weight  # tied: the embedding's, of the same device and type
-            request = dispatch.request_for(
+            request = choose_kernel.request_for(
                 sample,
                 padded=False,
                 tensor_parallel_size=module.tp_group.size(),
@@ -92,6 +92,6 @@ def choose_kernels(model: torch.nn.Module, implementation: str) -> None:
                 rows_only=True,
                 columns=module.output_size_per_partition,
             )
-            choice = dispatch.choose(request, requested=implementation)
+            choice = choose_kernel.choose(request, requested=implementation)
             log.info("LM head and policy loss run in %r: %s", choice.name, choice.reason)
             module.implementation = implementation

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_r1reward.monitor.run_state import Record, exists_on_shared
+from megatron_r1reward.run_dir import Record, exists_on_shared
 
 _POLL_INTERVAL_S = 0.1
 

@@ -12,7 +12,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_r1reward.config.schema import ParallelSection
-from megatron_r1reward.parallel.layout import ModelShape, pipeline_layout
+from megatron_r1reward.parallel.legality import ModelShape, pipeline_layout
 
 
 def common_arguments(dtype: torch.dtype) -> dict[str, Any]:

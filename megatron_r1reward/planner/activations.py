@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_r1reward.planner.layout import Layout
+from megatron_r1reward.planner.planned_layout import Layout
 from megatron_r1reward.planner.shapes import ModelShape, TextShape, VisionShape
 from megatron_r1reward.planner.workload import MicroBatch
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 
 from megatron_r1reward.planner.activations import Numerics, stage_activations
 from megatron_r1reward.planner.devices import Device
-from megatron_r1reward.planner.layout import Layout
 from megatron_r1reward.planner.parameters import Tensor, stage_tensors
+from megatron_r1reward.planner.planned_layout import Layout
 from megatron_r1reward.planner.shapes import ModelShape
 from megatron_r1reward.planner.workload import Workload
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from megatron_r1reward.planner.layout import Layout
+from megatron_r1reward.planner.planned_layout import Layout
 from megatron_r1reward.planner.shapes import ModelShape, TextShape, VisionShape
 
 Cut = Literal["tensor", "expert", "whole"]

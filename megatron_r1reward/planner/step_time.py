@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megatron_r1reward.planner import flops
 from megatron_r1reward.planner.communication import Communication, volumes
 from megatron_r1reward.planner.devices import Device
-from megatron_r1reward.planner.layout import Layout
+from megatron_r1reward.planner.planned_layout import Layout
 from megatron_r1reward.planner.shapes import ModelShape
 from megatron_r1reward.planner.workload import MicroBatch, Workload
 

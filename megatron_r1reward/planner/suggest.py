@@ -9,11 +9,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.parallel import layout as legality
+from megatron_r1reward.parallel import legality
 from megatron_r1reward.planner.catalog import find_model
-from megatron_r1reward.planner.layout import Stage, parallel_shape
-from megatron_r1reward.planner.placement import place
 from megatron_r1reward.planner.plan import Plan, make_plan
+from megatron_r1reward.planner.planned_layout import Stage, parallel_shape
+from megatron_r1reward.planner.planned_placement import place
 from megatron_r1reward.planner.shapes import ModelShape
 
 MAX_EVALUATIONS = 600

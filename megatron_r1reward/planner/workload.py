@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.planner.layout import Layout, Stage
+from megatron_r1reward.planner.planned_layout import Layout, Stage
 from megatron_r1reward.planner.shapes import ModelShape
 
 

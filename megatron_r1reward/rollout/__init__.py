@@ -1,1 +1,1 @@
-"""Sampling from vLLM servers: starting them, asking them for rollouts, and pushing the trainer's weights into them."""
+"""Asking a pool of vLLM servers for samples, with exact accounting of every prompt."""

@@ -19,15 +19,15 @@ from megatron_r1reward.config.schema import SamplingSection, ServerSection
 from megatron_r1reward.rollout import accounting
 from megatron_r1reward.rollout.accounting import Accounting, FailedPrompt
 from megatron_r1reward.rollout.client import PolicyTokenizer, RequestRefusedError, RolloutClient, ServerUnavailableError
-from megatron_r1reward.rollout.colocation import Colocation, SleepLevel
-from megatron_r1reward.rollout.group import ServerGroup
-from megatron_r1reward.rollout.member import Member, ServerStatus
-from megatron_r1reward.rollout.pushing import PoolPusher
-from megatron_r1reward.rollout.router import NoServerError
-from megatron_r1reward.rollout.server import ServerError, VllmServer
-from megatron_r1reward.rollout.transport import Transport
-from megatron_r1reward.rollout.weights import WeightPushError
+from megatron_r1reward.servers.group import ServerGroup
+from megatron_r1reward.servers.member import Member, ServerStatus
+from megatron_r1reward.servers.process import ServerError, VllmServer
+from megatron_r1reward.servers.router import NoServerError
+from megatron_r1reward.servers.sleep import Colocation, SleepLevel
 from megatron_r1reward.types import Prompt, Rollout, TensorMeta
+from megatron_r1reward.weight_sync.fleet import PoolPusher
+from megatron_r1reward.weight_sync.transport import Transport
+from megatron_r1reward.weight_sync.weights import WeightPushError
 
 Progress = Callable[[int, int], None]  # (prompts done, prompts in all); called on the pool's thread
 

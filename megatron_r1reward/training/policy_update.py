@@ -13,9 +13,9 @@ from megatron_r1reward.kernels.policy_loss.flags import count_flags
 from megatron_r1reward.kernels.policy_loss.from_logits import PolicyLossOutput
 from megatron_r1reward.kernels.policy_loss.options import PolicyLossOptions, TokenInputs
 from megatron_r1reward.models.head import LossRequest
-from megatron_r1reward.training.idle import without_idle_sequences
 from megatron_r1reward.training.rollout_batch import RolloutBatch
 from megatron_r1reward.training.schedule import Loss, LossOutput, Request, reduce_statistics, train_micro_batches
+from megatron_r1reward.training.skip_without_advantage import without_idle_sequences
 from megatron_r1reward.training.state import TrainState
 from megatron_r1reward.types import PackedBatch
 

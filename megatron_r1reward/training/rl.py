@@ -32,17 +32,17 @@ from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.reward.consistency import JudgeDownError
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.pool import RolloutPool
-from megatron_r1reward.training import health, rundir
+from megatron_r1reward.training import alarms, resume
 from megatron_r1reward.training.colocated import make_room_for_servers
-from megatron_r1reward.training.control import RunControl
 from megatron_r1reward.training.data_parallel import synchronize_parameters
-from megatron_r1reward.training.generation import RolloutProducer
+from megatron_r1reward.training.heartbeat import RunControl
 from megatron_r1reward.training.policy_update import update_policy
+from megatron_r1reward.training.producer import RolloutProducer
 from megatron_r1reward.training.profiling import StepProfiler
 from megatron_r1reward.training.rl_metrics import advantage_metrics, mismatch, step_metrics
 from megatron_r1reward.training.rollout_batch import add_advantages, add_log_probs, pack
-from megatron_r1reward.training.sampling import StepSampler
 from megatron_r1reward.training.state import TrainState, build_state
+from megatron_r1reward.training.step_sampler import StepSampler
 from megatron_r1reward.types import Preference, ScoredRollout
 
 log = logging.getLogger(__name__)
@@ -168,14 +168,14 @@ def run(config: RunConfig, topology: Topology, services: Services | None) -> Pat
     control = RunControl(output, topology, total_steps=config.rl.steps)
     control.loading()
     state, loader = prepare(config, topology, preferences)
-    state.data = rundir.describe_data(
+    state.data = resume.describe_data(
         (row.id for row in preferences),
         seed=config.run.seed,
         batch_size=config.rl.rollout_batch_size,
         order=config.data.swap,
     )
-    resumed = rundir.resume(state)
-    rundir.prepare(state)
+    resumed = resume.resume(state)
+    resume.prepare(state)
     push_weights(state, services)  # the servers' weights are the trainer's from the first token on
     with ExitStack() as stack:
         main = None
@@ -187,14 +187,14 @@ def run(config: RunConfig, topology: Topology, services: Services | None) -> Pat
         finished = _train(state, main, control)
     state.saver.close()
     if not finished:
-        rundir.leave(control, None)
+        resume.leave(control, None)
         return None
     if services is not None:
         log.info("rollouts: %s", services.pool.total)
     control.exporting()
     folder = output / "hf"
-    rundir.export(state, folder)
-    rundir.mark_done(state, hf=folder)
+    resume.export(state, folder)
+    resume.mark_done(state, hf=folder)
     control.done()
     return folder
 
@@ -242,7 +242,7 @@ def _train(state: TrainState, main: MainRank | None, control: RunControl) -> boo
                 log.error("saved after step %d; the run stops because the judge is down", state.step)
                 raise
             if state.topology.is_main:
-                health.check(metrics, config.algorithm, state.step)
+                alarms.check(metrics, config.algorithm, state.step)
         if main is not None and main.services.probe is not None and _probe_is_due(config, state.step):
             with timer.phase("heldout"):
                 metrics["heldout/accuracy"] = main.services.probe()
@@ -263,7 +263,7 @@ def _train(state: TrainState, main: MainRank | None, control: RunControl) -> boo
 
 
 def _save(state: TrainState, main: MainRank | None, *, score: float | None = None) -> None:
-    rundir.save(state, score=score, producer=None if main is None else main.producer.state())
+    resume.save(state, score=score, producer=None if main is None else main.producer.state())
 
 
 def _probe_is_due(config: RunConfig, step: int) -> bool:

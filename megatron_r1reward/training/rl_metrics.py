@@ -8,9 +8,9 @@ from megatron_r1reward.algorithm.correction import mismatch_metrics, truncated_i
 from megatron_r1reward.rollout.accounting import Accounting
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.training.rollout_batch import RolloutBatch
-from megatron_r1reward.training.sampling import StepRollouts
 from megatron_r1reward.training.schedule import reduce_statistics
 from megatron_r1reward.training.state import TrainState
+from megatron_r1reward.training.step_sampler import StepRollouts
 from megatron_r1reward.types import ScoredRollout
 
 

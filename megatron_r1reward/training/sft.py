@@ -16,8 +16,8 @@ from megatron_r1reward.data.preference import SftExample, read_sft_examples
 from megatron_r1reward.data.prompt import render_chat
 from megatron_r1reward.monitor.sinks import Monitor, build_monitor
 from megatron_r1reward.parallel.setup import Topology
-from megatron_r1reward.training import rundir
-from megatron_r1reward.training.control import RunControl
+from megatron_r1reward.training import resume
+from megatron_r1reward.training.heartbeat import RunControl
 from megatron_r1reward.training.profiling import StepProfiler
 from megatron_r1reward.training.schedule import LossOutput, reduce_statistics, train_micro_batches
 from megatron_r1reward.training.state import TrainState, build_state
@@ -104,11 +104,11 @@ def run(config: RunConfig, topology: Topology) -> Path | None:
     control = RunControl(output, topology, total_steps=steps)
     control.loading()
     state = build_state(config, topology, optimizer_steps=steps)
-    state.data = rundir.describe_data(
+    state.data = resume.describe_data(
         (row.id for row in examples), seed=config.run.seed, batch_size=config.sft.global_batch_size
     )
-    resumed = rundir.resume(state)
-    rundir.prepare(state)
+    resumed = resume.resume(state)
+    resume.prepare(state)
     sampler = EpochSampler(len(examples), seed=config.run.seed)
     monitor = (
         build_monitor(config.monitor, output, "sft", resumed_step=state.step if resumed else None)
@@ -119,12 +119,12 @@ def run(config: RunConfig, topology: Topology) -> Path | None:
     finished = _train(state, examples, sampler, steps, monitor, control)
     state.saver.close()
     if not finished:
-        rundir.leave(control, monitor)
+        resume.leave(control, monitor)
         return None
     control.exporting()
     folder = output / "hf"
-    rundir.export(state, folder)
-    rundir.mark_done(state, hf=folder)
+    resume.export(state, folder)
+    resume.mark_done(state, hf=folder)
     control.done()
     if monitor is not None:
         monitor.close()
@@ -158,7 +158,7 @@ def _train(
         stopped = state.step < steps and control.stop_requested()
         if state.step % config.checkpoint.save_every == 0 or state.step == steps or stopped:
             control.saving()
-            rundir.save(state)
+            resume.save(state)
             control.saved(state.step)
     progress.close()
     return not stopped

@@ -12,18 +12,18 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from megatron_r1reward.checkpoint.dist import load_weights
-from megatron_r1reward.checkpoint.gather import WeightExporter
-from megatron_r1reward.checkpoint.hf import load_hf_weights
+from megatron_r1reward.checkpoint.hf_model_io import load_hf_weights
 from megatron_r1reward.checkpoint.saver import CheckpointSaver
+from megatron_r1reward.checkpoint.weight_exporter import WeightExporter
 from megatron_r1reward.config.schema import OptimizerSection, RunConfig
-from megatron_r1reward.data.images import ImageProcessor
 from megatron_r1reward.data.packing import Packer
+from megatron_r1reward.data.pixels import ImageProcessor
 from megatron_r1reward.models.head import choose_kernels
 from megatron_r1reward.models.mapping import WeightTable
 from megatron_r1reward.models.registry import family_of, load_hf_config
 from megatron_r1reward.models.table import adapt_table
 from megatron_r1reward.parallel.chunks import chunks_of, join_chunks
-from megatron_r1reward.parallel.layout import row_multiple, sequence_multiple
+from megatron_r1reward.parallel.legality import row_multiple, sequence_multiple
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training.data_parallel import check_freezing, finalize_gradients, freeze, wrap_data_parallel
 

@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from launching.chain import Task
 from launching.factories import script, slurm_executor
-from megatron_r1reward.monitor.run_state import ExitReport, RunDir
+from megatron_r1reward.run_dir import ExitReport, RunDir
 
 _SUCCESS = "SUCCEEDED"
 _LOG_LINES = 15

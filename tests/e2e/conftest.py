@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from reference import SERVER, Reference
 
-from megatron_r1reward.rollout.opening import open_rollout_pool
+from megatron_r1reward.rollout.open_pool import open_rollout_pool
 from megatron_r1reward.rollout.pool import RolloutPool
 
 

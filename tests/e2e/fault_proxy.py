@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from waiting import wait_until
 
-from megatron_r1reward.rollout.server import VllmServer
+from megatron_r1reward.servers.process import VllmServer
 
 Fault = Callable[[Request], Awaitable[Response | None]]  # None: ask the server
 

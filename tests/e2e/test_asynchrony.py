@@ -15,7 +15,7 @@ from reference import Reference, requests_running
 from waiting import wait_until
 
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.data.digits import build_digits
+from megatron_r1reward.demo.digits import build_digits
 from megatron_r1reward.monitor.timeline import read_timeline
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.parallel.setup import Topology

@@ -26,14 +26,14 @@ from megatron_r1reward.config.schema import JudgeSection, SamplingSection
 from megatron_r1reward.network.tokens import bearer
 from megatron_r1reward.reward.consistency import ConsistencyJudge
 from megatron_r1reward.rollout.banned import banned_token_ids
-from megatron_r1reward.rollout.group import ServerGroup
-from megatron_r1reward.rollout.leftovers import shared_memory_of
-from megatron_r1reward.rollout.member import Member
 from megatron_r1reward.rollout.pool import SERVED_NAME, GenerateResult, RolloutPool
-from megatron_r1reward.rollout.server import VllmServer, start_servers
-from megatron_r1reward.rollout.weights import WeightPushError
-from megatron_r1reward.rollout.weights_gloo import GlooTransport
+from megatron_r1reward.servers.group import ServerGroup
+from megatron_r1reward.servers.leftovers import shared_memory_of
+from megatron_r1reward.servers.member import Member
+from megatron_r1reward.servers.process import VllmServer, start_servers
 from megatron_r1reward.types import Prompt
+from megatron_r1reward.weight_sync.weights import WeightPushError
+from megatron_r1reward.weight_sync.weights_gloo import GlooTransport
 
 pytestmark = pytest.mark.e2e
 SECTION = SERVER.model_copy(

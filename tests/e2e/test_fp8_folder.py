@@ -11,9 +11,9 @@ import torch
 from reference import SERVER, Reference
 from safetensors.torch import load_file
 
-from megatron_r1reward.checkpoint.fp8 import FP8, export_fp8
 from megatron_r1reward.config.schema import SamplingSection
-from megatron_r1reward.rollout.opening import open_rollout_pool
+from megatron_r1reward.conversion.fp8_export import FP8, export_fp8
+from megatron_r1reward.rollout.open_pool import open_rollout_pool
 from megatron_r1reward.types import Rollout
 
 pytestmark = pytest.mark.e2e

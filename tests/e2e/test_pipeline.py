@@ -18,9 +18,9 @@ from starlette.requests import Request
 from waiting import wait_until
 
 from megatron_r1reward.config.schema import ServerSection
-from megatron_r1reward.launch.demo import run_demo
+from megatron_r1reward.demo.pipeline import run_demo
 from megatron_r1reward.monitor.sinks import read_rows
-from megatron_r1reward.rollout.server import VllmServer
+from megatron_r1reward.servers.process import VllmServer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]  # the first test runs the whole pipeline
 RUN_S = 600.0

@@ -11,12 +11,12 @@ from corpus import CORPUS
 from family import Member
 from reference import SERVER
 
-from megatron_r1reward.checkpoint.gather import WeightExporter
+from megatron_r1reward.checkpoint.weight_exporter import WeightExporter
 from megatron_r1reward.config.schema import ParallelSection, SamplingSection
+from megatron_r1reward.demo.tiny_models import TINY_SPECS, write_tiny_checkpoint
 from megatron_r1reward.models.registry import family_of
-from megatron_r1reward.models.tiny import TINY_SPECS, write_tiny_checkpoint
 from megatron_r1reward.parallel import setup
-from megatron_r1reward.rollout.opening import open_rollout_pool
+from megatron_r1reward.rollout.open_pool import open_rollout_pool
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.types import Prompt, Rollout
 

@@ -13,16 +13,16 @@ import pytest
 from reference import PATIENCE_S, SERVER, Reference
 
 from megatron_r1reward.config.schema import SamplingSection
-from megatron_r1reward.models.tiny import write_tiny_checkpoint
+from megatron_r1reward.demo.tiny_models import write_tiny_checkpoint
 from megatron_r1reward.network.tokens import bearer
 from megatron_r1reward.rollout.banned import banned_token_ids
-from megatron_r1reward.rollout.control import ControlPlane
-from megatron_r1reward.rollout.leftovers import shared_memory_of
-from megatron_r1reward.rollout.opening import build_transport
+from megatron_r1reward.rollout.open_pool import build_transport
 from megatron_r1reward.rollout.pool import SERVED_NAME, RolloutPool
-from megatron_r1reward.rollout.server import VllmServer, start_servers
-from megatron_r1reward.rollout.weights import WeightPushError
+from megatron_r1reward.servers.leftovers import shared_memory_of
+from megatron_r1reward.servers.process import VllmServer, start_servers
 from megatron_r1reward.types import Prompt
+from megatron_r1reward.weight_sync.admin_api import ControlPlane
+from megatron_r1reward.weight_sync.weights import WeightPushError
 
 pytestmark = pytest.mark.e2e
 SAMPLING = SamplingSection(max_tokens=16)

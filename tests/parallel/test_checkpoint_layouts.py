@@ -15,14 +15,14 @@ from family import MEMBERS, Member
 from megatron.core import dist_checkpointing
 from ranks import run_ranks
 
-from megatron_r1reward.checkpoint.convert import export_folder, import_folder
 from megatron_r1reward.checkpoint.dist import load_weights, sharding_metadata
-from megatron_r1reward.checkpoint.gather import WeightExporter
-from megatron_r1reward.checkpoint.hf import HfReader, load_hf_weights
-from megatron_r1reward.checkpoint.parity import log_prob_difference
+from megatron_r1reward.checkpoint.hf_model_io import HfReader, load_hf_weights
+from megatron_r1reward.checkpoint.weight_exporter import WeightExporter
 from megatron_r1reward.config.schema import MoeSection, ParallelSection, PrecisionSection
+from megatron_r1reward.conversion.convert import export_folder, import_folder
+from megatron_r1reward.conversion.parity import log_prob_difference
+from megatron_r1reward.demo.tiny_models import write_tiny_checkpoint
 from megatron_r1reward.models.registry import family_of
-from megatron_r1reward.models.tiny import write_tiny_checkpoint
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.parallel.chunks import join_chunks
 from megatron_r1reward.types import TensorMeta

@@ -14,7 +14,7 @@ from forked_ranks import run_ranks
 from parity_layouts import LAYOUTS, Layout
 
 from megatron_r1reward.algorithm.policy_loss import aggregation_weights
-from megatron_r1reward.checkpoint.gather import export_hf_tensors
+from megatron_r1reward.checkpoint.weight_exporter import export_hf_tensors
 from megatron_r1reward.training.policy_update import update_policy
 from megatron_r1reward.training.rollout_batch import RolloutBatch, forward_log_probs, shard_by_mini_batch
 

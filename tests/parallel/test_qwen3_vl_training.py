@@ -15,11 +15,11 @@ from forked_ranks import run_ranks
 from parity_layouts import EP2, PLAIN, SP, TP2, Layout
 from transformers import AutoModelForImageTextToText
 
-from megatron_r1reward.checkpoint.gather import export_hf_tensors
-from megatron_r1reward.checkpoint.hf import HfReader, load_hf_weights
+from megatron_r1reward.checkpoint.hf_model_io import HfReader, load_hf_weights
+from megatron_r1reward.checkpoint.weight_exporter import export_hf_tensors
 from megatron_r1reward.config.schema import MoeSection, ParallelSection, PrecisionSection, RunConfig
+from megatron_r1reward.demo.tiny_models import TINY_SPECS, write_tiny_checkpoint
 from megatron_r1reward.models.registry import family_of, load_hf_config
-from megatron_r1reward.models.tiny import TINY_SPECS, write_tiny_checkpoint
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.training import sft
 

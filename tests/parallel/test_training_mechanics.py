@@ -14,8 +14,8 @@ from forked_ranks import run_ranks
 from parity_layouts import CP2, OVERLAP, PP2, SHARDED, TP2, VPP2, Layout
 
 from megatron_r1reward.checkpoint.dist import Trained, load_checkpoint
-from megatron_r1reward.checkpoint.gather import export_hf_tensors
 from megatron_r1reward.checkpoint.saver import CheckpointSaver
+from megatron_r1reward.checkpoint.weight_exporter import export_hf_tensors
 from megatron_r1reward.config.schema import CheckpointSection, ParallelSection
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.training.schedule import LossOutput, reduce_statistics, train_micro_batches

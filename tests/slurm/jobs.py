@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from megatron_r1reward.monitor.run_state import ExitReport, RunDir
+from megatron_r1reward.run_dir import ExitReport, RunDir
 
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE_S = 900.0  # for one event; machines that also do other things are slow at importing torch eight times

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_r1reward.data.digits import build_digits
-from megatron_r1reward.launch.demo import write_demo_model
+from megatron_r1reward.demo.digits import build_digits
+from megatron_r1reward.demo.pipeline import write_demo_model
 
 SFT_STEPS = 30  # until the model answers so that RL has something to do
 RESUMED_STEPS = 12  # enough for a life that stops within them, and some steps after it

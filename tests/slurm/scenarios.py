@@ -15,7 +15,7 @@ from typing import Any
 from jobs import Cluster, Job, tool, until
 from run_files import RESUMED_STEPS
 
-from megatron_r1reward.monitor.run_state import ExitReport, RunDir
+from megatron_r1reward.run_dir import ExitReport, RunDir
 
 # n5 to n7 are kept for the story in which one of them dies.
 NOT_THE_DOOMED = ("--exclude=n5,n6,n7",)
@@ -210,7 +210,7 @@ def rl_colocated_server_dies(bench: Bench) -> Colocated:
         job.wait_step(3)
         trainer = job.gpus("worker", "rl")
         rollout = job.gpus("server", "rollout")
-        job.kill_one(signal.SIGKILL, "megatron_r1reward.rollout.vllm_main", "judge")
+        job.kill_one(signal.SIGKILL, "megatron_r1reward.servers.vllm_main", "judge")
         return Colocated(job=job.wait(), trainer=trainer, rollout=rollout)
 
 

@@ -74,8 +74,8 @@ def test_a_folder_that_is_not_shared_is_an_error_on_that_node(covered_on_n2: Pat
 
 
 def test_status_of_a_job_that_slurm_has_forgotten(cluster: Cluster, tmp_path: Path) -> None:
-    from megatron_r1reward.launch.status.gather import read_status
-    from megatron_r1reward.monitor.run_state import RunDir, RunInfo
+    from megatron_r1reward.run_dir import RunDir, RunInfo
+    from megatron_r1reward.status.read import read_status
 
     info = RunInfo(
         stage="rl", life=0, launcher="slurm", host="n1", pid=os.getpid(), started=0.0, ends=None, job_id="999999"

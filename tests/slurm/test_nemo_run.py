@@ -11,7 +11,7 @@ import pytest
 from jobs import is_listening, tool
 from recipe_runs import LAUNCHER, Experiment, WithSharedJudge
 
-from megatron_r1reward.launch.status.gather import read_status
+from megatron_r1reward.status.read import read_status
 
 pytestmark = [
     pytest.mark.slurm,

@@ -14,7 +14,7 @@ from jobs import Job, is_listening
 from safetensors.torch import load_file
 from scenarios import Chain, Colocated
 
-from megatron_r1reward.training.rundir import describe_data
+from megatron_r1reward.training.resume import describe_data
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
 COMPARED = ("loss", "grad_norm", "lr", "entropy", "reward/mean", "response/mean_tokens")

@@ -12,7 +12,7 @@ from run_files import RESUMED_STEPS, SFT_STEPS
 from safetensors.torch import load_file
 from scenarios import Chain
 
-from megatron_r1reward.monitor.run_state import ExitReport
+from megatron_r1reward.run_dir import ExitReport
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
 COMPARED = ("sft/loss", "grad_norm", "lr", "entropy")

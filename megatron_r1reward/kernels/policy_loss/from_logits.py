@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_r1reward.kernels import cuda_library, dispatch
+from megatron_r1reward.kernels import choose_kernel, cuda_library
 from megatron_r1reward.kernels.policy_loss import operators
 from megatron_r1reward.kernels.policy_loss.options import PolicyLossOptions, TokenInputs, VocabularyShard
 from megatron_r1reward.kernels.policy_loss.token_loss import rows_with_gradient
@@ -27,7 +27,7 @@ class PolicyLossOutput:
     entropy: torch.Tensor  # nats; 0 for rows that were not read
     loss: torch.Tensor  # weighted
     flags: torch.Tensor  # int32, see flags.Flag
-    choice: dispatch.Choice
+    choice: choose_kernel.Choice
 
 
 def policy_loss_from_logits(
@@ -52,7 +52,7 @@ def policy_loss_from_logits(
             be read by anything else afterwards.
         read_idle_rows: False skips rows that cannot have a gradient in the forward, too; their log-probs and entropies
             are then 0. Rows of weight 0 are never read.
-        implementation: "auto", or a name of `dispatch.TABLE`.
+        implementation: "auto", or a name of `choose_kernel.TABLE`.
 
     Raises:
         ValueError: shapes, a missing tensor, or an implementation that cannot handle the request.
@@ -68,12 +68,12 @@ def policy_loss_from_logits(
     ranks = 1 if group is None else group.size()
     rank = 0 if group is None else dist.get_rank(group)
     shard = VocabularyShard.of_rank(logits_RV.shape[1], rank, vocab_size)
-    request = dispatch.request_for(
+    request = choose_kernel.request_for(
         logits_RV, padded=shard.width < logits_RV.shape[1], tensor_parallel_size=ranks, options=options
     )
-    choice = dispatch.choose(request, requested=implementation)
+    choice = choose_kernel.choose(request, requested=implementation)
     read_R = inputs.weights != 0 if read_idle_rows else rows_with_gradient(inputs, options)
-    if choice.name in dispatch.IN_FORWARD:
+    if choice.name in choose_kernel.IN_FORWARD:
         if not overwrite:
             raise ValueError(f"implementation {choice.name!r} always overwrites its logits: pass overwrite=True")
         total, log_probs_R, entropy_R, loss_R, flags_R = _InForward.apply(

@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_r1reward.kernels.policy_loss.from_logits import PolicyLossOutput
 from megatron_r1reward.models.base import HeadlessGPT, VisionLanguageModel
 from megatron_r1reward.models.head import LossRequest, use_response_head
-from megatron_r1reward.models.images import place_images
+from megatron_r1reward.models.place_embeddings import place_images
 from megatron_r1reward.models.qwen2_5_vl.config import ModelConfigs
 from megatron_r1reward.models.qwen2_5_vl.rotary import PackedMultimodalRotary
 from megatron_r1reward.models.qwen2_5_vl.vision import VisionTower

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from megatron_r1reward.models.qwen2_5_vl.config import ModelConfigs
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.parallel.specs import final_norm, layer_spec, packed
-from megatron_r1reward.parallel.vision import vision_sharding
+from megatron_r1reward.parallel.vision_sharding import vision_sharding
 
 ROTARY_BASE = 10_000.0
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
-from megatron_r1reward.data.images import ImageProcessor
 from megatron_r1reward.data.packing import Packer, expand_images
+from megatron_r1reward.data.pixels import ImageProcessor
 from megatron_r1reward.models.qwen2_5_vl.rotary import mrope_positions
 from megatron_r1reward.types import Prompt, Sequence
 

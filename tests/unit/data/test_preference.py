@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from megatron_r1reward.data import images_io
+from megatron_r1reward.data import image_files
 from megatron_r1reward.data.preference import read_preferences, read_sft_examples
 from megatron_r1reward.data.prompt import preference_messages
 
@@ -239,8 +239,8 @@ def test_quarantine_file_describes_the_last_read_in_file_order(root, tmp_path):
 
 def test_every_image_is_decoded_once(root, monkeypatch):
     decoded = []
-    original = images_io._problem
-    monkeypatch.setattr(images_io, "_problem", lambda path: decoded.append(path) or original(path))
+    original = image_files._problem
+    monkeypatch.setattr(image_files, "_problem", lambda path: decoded.append(path) or original(path))
     read_preferences(write(root, row(), row(), row(image="./a.png"), row(image="b.jpg")))
     assert sorted(decoded) == [str(root / "a.png"), str(root / "b.jpg")]
 

@@ -12,7 +12,7 @@ from megatron_r1reward.data.prompt import (
     preference_messages,
     split_message_text,
 )
-from megatron_r1reward.models.tiny import train_tokenizer
+from megatron_r1reward.demo.tiny_models import train_tokenizer
 from megatron_r1reward.types import Preference
 
 

@@ -16,14 +16,14 @@ import psutil
 import pytest
 from waiting import wait_until
 
+from megatron_r1reward.cluster.placement import Placement
 from megatron_r1reward.config.schema import ClusterSection
 from megatron_r1reward.launch import supervisor
-from megatron_r1reward.launch.layout import Placement
+from megatron_r1reward.launch.exit_report import EXIT_LOST_NODE, EXIT_STALLED, EXIT_TIME, EXIT_UNFINISHED
 from megatron_r1reward.launch.local_steps import LocalLauncher
 from megatron_r1reward.launch.supervisor import Plan, Supervisor
-from megatron_r1reward.launch.verdict import EXIT_LOST_NODE, EXIT_STALLED, EXIT_TIME, EXIT_UNFINISHED
 from megatron_r1reward.launch.walltime import WalltimeGuard
-from megatron_r1reward.monitor.run_state import Address, Component, ExitReport, Heartbeat, RunDir, RunInfo
+from megatron_r1reward.run_dir import Address, Component, ExitReport, Heartbeat, RunDir, RunInfo
 
 BEAT = """
 import json, os, signal, sys, time
@@ -154,7 +154,7 @@ def test_a_server_that_dies_alone_ends_the_life(tmp_path: Path, server_url: str)
 
 
 def test_an_address_that_cannot_be_reached_is_said(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("megatron_r1reward.launch.health._PAUSE_S", 0.01)
+    monkeypatch.setattr("megatron_r1reward.cluster.server_health._PAUSE_S", 0.01)
     life = OneLife(tmp_path)
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))  # and not listening

@@ -17,11 +17,11 @@ from family import (
     reference_model,
 )
 
-from megatron_r1reward.checkpoint.gather import export_hf_tensors
-from megatron_r1reward.checkpoint.hf import HfReader
+from megatron_r1reward.checkpoint.hf_model_io import HfReader
+from megatron_r1reward.checkpoint.weight_exporter import export_hf_tensors
 from megatron_r1reward.config.schema import ParallelSection
+from megatron_r1reward.demo.tiny_models import write_tiny_checkpoint
 from megatron_r1reward.models.registry import family_of
-from megatron_r1reward.models.tiny import write_tiny_checkpoint
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.types import Sequence
 

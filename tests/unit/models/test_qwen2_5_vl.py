@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from megatron_r1reward.checkpoint.gather import export_hf_tensors
-from megatron_r1reward.checkpoint.hf import HfReader, load_hf_weights
+from megatron_r1reward.checkpoint.hf_model_io import HfReader, load_hf_weights
+from megatron_r1reward.checkpoint.weight_exporter import export_hf_tensors
 from megatron_r1reward.config.schema import ParallelSection
-from megatron_r1reward.data.images import ImageProcessor
 from megatron_r1reward.data.packing import Packer
+from megatron_r1reward.data.pixels import ImageProcessor
 from megatron_r1reward.models.qwen2_5_vl.config import build_configs
 from megatron_r1reward.models.qwen2_5_vl.mapping import weight_table
 from megatron_r1reward.models.qwen2_5_vl.model import Qwen25VL

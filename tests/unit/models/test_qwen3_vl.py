@@ -11,14 +11,14 @@ from corpus import CORPUS
 from family import DEEP, DEEP_MOE, Member, reference_model, response_log_probs, video_batch
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from megatron_r1reward.checkpoint.hf import load_hf_weights
+from megatron_r1reward.checkpoint.hf_model_io import load_hf_weights
 from megatron_r1reward.config.schema import MoeSection, ParallelSection
+from megatron_r1reward.demo.tiny_models import TinyQwen3Spec, write_tiny_checkpoint
 from megatron_r1reward.models.qwen3_vl.config import build_configs, moe_layers
 from megatron_r1reward.models.qwen3_vl.layers import WeightedRouter
 from megatron_r1reward.models.qwen3_vl.mapping import weight_table
 from megatron_r1reward.models.qwen3_vl.model import Qwen3VL
 from megatron_r1reward.models.qwen3_vl.vision import patch_layout
-from megatron_r1reward.models.tiny import TinyQwen3Spec, write_tiny_checkpoint
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.types import PackedBatch
 

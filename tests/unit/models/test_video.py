@@ -10,8 +10,8 @@ from corpus import CORPUS
 from family import MEMBERS, Member, reference_model, response_log_probs
 
 from megatron_r1reward.config.schema import ParallelSection
+from megatron_r1reward.demo.tiny_models import write_tiny_checkpoint
 from megatron_r1reward.models.qwen2_5_vl.rotary import mrope_positions
-from megatron_r1reward.models.tiny import write_tiny_checkpoint
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.types import PackedBatch
 

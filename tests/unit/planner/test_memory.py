@@ -17,9 +17,9 @@ from megatron_r1reward.planner import activations
 from megatron_r1reward.planner.activations import Numerics, head_workspace, language_layer, stage_activations
 from megatron_r1reward.planner.catalog import bundled_config, find_model
 from megatron_r1reward.planner.devices import DEVICES
-from megatron_r1reward.planner.layout import Layout
 from megatron_r1reward.planner.memory import buffer_elements, state_bytes, trainer_memory
 from megatron_r1reward.planner.parameters import stage_tensors
+from megatron_r1reward.planner.planned_layout import Layout
 from megatron_r1reward.planner.shapes import read_shape
 from megatron_r1reward.planner.workload import MicroBatch, describe
 
@@ -153,7 +153,7 @@ def test_more_ranks_never_need_more_memory_each(make_config):
 def test_what_autograd_keeps(member: str, recompute: str, tmp_path: Path, image_paths: tuple[str, ...]):
     """One forward pass of the real model: the storages that autograd keeps, against the list of the planner."""
     from megatron_r1reward.config.schema import ParallelSection
-    from megatron_r1reward.models.tiny import TINY_SPECS, write_tiny_checkpoint
+    from megatron_r1reward.demo.tiny_models import TINY_SPECS, write_tiny_checkpoint
     from megatron_r1reward.parallel import setup
 
     write_tiny_checkpoint(tmp_path / "model", corpus=["Which digit is shown? 7"] * 4, spec=TINY_SPECS[member])

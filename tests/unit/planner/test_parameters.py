@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from megatron_r1reward.planner.catalog import bundled_config, bundled_names, find_model
-from megatron_r1reward.planner.layout import Layout
 from megatron_r1reward.planner.parameters import active_per_token, all_tensors, by_component, stage_tensors
+from megatron_r1reward.planner.planned_layout import Layout
 from megatron_r1reward.planner.shapes import read_shape
 
 # Totals in the safetensors metadata of the published checkpoints.

@@ -12,7 +12,7 @@ from megatron_r1reward.config.schema import ParallelSection
 from megatron_r1reward.models.qwen2_5_vl import config as qwen2_5_vl
 from megatron_r1reward.models.qwen3_vl import config as qwen3_vl
 from megatron_r1reward.planner.catalog import bundled_config, bundled_names
-from megatron_r1reward.planner.layout import Layout, check, parallel_shape, trainer_layout
+from megatron_r1reward.planner.planned_layout import Layout, check, parallel_shape, trainer_layout
 from megatron_r1reward.planner.shapes import read_shape
 
 

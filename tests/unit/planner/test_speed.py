@@ -13,9 +13,9 @@ from megatron_r1reward.planner import flops
 from megatron_r1reward.planner.catalog import find_model
 from megatron_r1reward.planner.communication import volumes
 from megatron_r1reward.planner.devices import DEVICES, find_device
-from megatron_r1reward.planner.layout import Layout
 from megatron_r1reward.planner.plan import make_plan
-from megatron_r1reward.planner.serving import decode_step, plan_server
+from megatron_r1reward.planner.planned_layout import Layout
+from megatron_r1reward.planner.server_memory import decode_step, plan_server
 from megatron_r1reward.planner.workload import MicroBatch
 
 SEVEN = find_model(Path("models/Qwen2.5-VL-7B-Instruct"))

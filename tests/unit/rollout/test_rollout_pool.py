@@ -14,11 +14,11 @@ from waiting import wait_until
 from megatron_r1reward.config.schema import SamplingSection, ServerSection
 from megatron_r1reward.rollout.client import MAX_BANNED_IDS, RolloutClient, sample_seed
 from megatron_r1reward.rollout.pool import GenerateResult, RolloutPool
-from megatron_r1reward.rollout.server import ServerError
-from megatron_r1reward.rollout.status import read_status
-from megatron_r1reward.rollout.transport import Transport
-from megatron_r1reward.rollout.weights import WeightPushError
+from megatron_r1reward.servers.process import ServerError
+from megatron_r1reward.servers.server_status import read_status
 from megatron_r1reward.types import Prompt, TensorMeta
+from megatron_r1reward.weight_sync.transport import Transport
+from megatron_r1reward.weight_sync.weights import WeightPushError
 
 SAMPLING = SamplingSection(max_tokens=8)
 FAULTS = [500, 503, "drop", "hang", "garbage", "one sample short", "log-probs of other tokens", "no log-prob"]

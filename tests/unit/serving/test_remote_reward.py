@@ -90,7 +90,7 @@ def test_labels_are_counted_and_checked(data: Path, tmp_path: Path) -> None:
 
 
 def test_no_network_address_without_a_token(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_r1reward.launch.serve import serve
+    from megatron_r1reward.launch.serve_labels import serve
 
     monkeypatch.delenv("R1REWARD_SERVE_TOKEN", raising=False)
     run_file = tmp_path / "run.toml"

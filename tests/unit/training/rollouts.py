@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_r1reward.rollout.accounting import Accounting
-from megatron_r1reward.training.sampling import GeneratedStep, StepRollouts
+from megatron_r1reward.training.step_sampler import GeneratedStep, StepRollouts
 from megatron_r1reward.types import Prompt, Rollout, ScoredRollout, WeightSpan
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.reward.consistency import JudgeDownError
-from megatron_r1reward.training import rl, rundir
+from megatron_r1reward.training import resume, rl
 
 
 def state_at(step: int, tmp_path: Path) -> Any:
@@ -41,7 +41,7 @@ def main_rank() -> Any:
 @pytest.mark.parametrize(("step", "saves"), [(6, [6]), (8, [])])  # step 8 has just been saved
 def test_the_run_saves_and_stops(step: int, saves: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[int] = []
-    monkeypatch.setattr(rundir, "save", lambda state, **options: saved.append(state.step))
+    monkeypatch.setattr(resume, "save", lambda state, **options: saved.append(state.step))
     with pytest.raises(JudgeDownError, match="no verdict in 6 steps"):
         rl._train(state_at(step, tmp_path), main_rank(), SimpleNamespace())
     assert saved == saves

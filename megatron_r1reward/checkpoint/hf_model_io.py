@@ -1,0 +1,127 @@
+"""Hugging Face folders and running models: weights read into a model, and a folder written from gathered tensors."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from safetensors import safe_open
+
+from megatron_r1reward.checkpoint import safetensors_layout as st
+from megatron_r1reward.files import publish_folder
+from megatron_r1reward.models.mapping import Entry, WeightTable, global_name
+from megatron_r1reward.types import TensorMeta
+
+
+class HfReader:
+    """Lazy access to the tensors of a checkpoint folder, by the table's names where one is given."""
+
+    def __init__(self, folder: Path, table: WeightTable | None = None) -> None:
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} is not a Hugging Face checkpoint: config.json is missing")
+        self.folder = folder
+        self.files: dict[str, tuple[Path, str]] = {}
+        for file in st.read_folder(folder):
+            for tensor in file.tensors:
+                name = tensor.meta.name if table is None else table.canonical(tensor.meta.name)
+                self.files[name] = (folder / file.name, tensor.meta.name)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.files:
+            raise ValueError(f"{self.folder} has no tensor {name!r}: is it a checkpoint of this model family?")
+        path, on_disk = self.files[name]
+        with safe_open(path, framework="pt") as opened:
+            return opened.get_tensor(on_disk)
+
+
+def tensor_parallel_place(entry: Entry) -> tuple[int, int]:
+    """(size, rank) of the tensor parallelism of a parameter: experts may have one of their own."""
+    if entry.expert is None:
+        return (
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_tensor_model_parallel_rank(),
+        )
+    return (
+        parallel_state.get_expert_tensor_parallel_world_size(),
+        parallel_state.get_expert_tensor_parallel_rank(),
+    )
+
+
+@torch.no_grad()
+def load_hf_weights(model: torch.nn.Module, folder: Path, table: WeightTable) -> None:
+    """Copy every parameter of this rank's stage from `folder`.
+
+    Raises:
+        ValueError: a tensor is missing or a parameter has no entry in the table.
+    """
+    reader = HfReader(folder, table)
+    for name, parameter in model.named_parameters():
+        entry = table.by_megatron.get(global_name(model, name))
+        if entry is None:
+            raise ValueError(f"parameter {name!r} has no entry in the weight table")
+        full = entry.layout.merge(tuple(entry.hf_part(reader[part]) for part in entry.hf))
+        size, rank = tensor_parallel_place(entry)
+        shard = entry.layout.shard(full, size, rank)
+        if shard.shape != parameter.shape:
+            raise ValueError(f"{entry.hf}: {tuple(shard.shape)} does not fit {name} {tuple(parameter.shape)}")
+        parameter.copy_(shard)
+
+
+def save_hf_folder(
+    out: Path,
+    metas: Sequence[TensorMeta],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    template: Path,
+    write: bool,
+    shard_bytes: int = 5 << 30,
+) -> None:
+    """Write a checkpoint folder with `template`'s config, tokenizer and processor files.
+
+    Every rank has to consume `tensors` (it is collective), which come in the order of `metas`; only the one with
+    `write` touches the disk, one tensor at a time. The folder appears under its name only when it is complete.
+    """
+    if not write:
+        for _ in tensors:
+            pass
+        return
+    staging = out.with_name(out.name + ".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    files = _shards(metas, shard_bytes)
+    stream = iter(tensors)
+    for file in files:
+        with (staging / file.name).open("wb") as handle:
+            handle.write(file.header_bytes())
+            for place in file.tensors:
+                name, tensor = next(stream)
+                assert TensorMeta.of(name, tensor) == place.meta, f"expected {place.meta}, got {name} {tensor.shape}"
+                data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                handle.write(data)  # type: ignore[arg-type]
+    assert next(stream, None) is None
+    if len(files) > 1:
+        (staging / st.INDEX).write_text(st.index_text(files))
+    for path in st.side_files(template):
+        shutil.copyfile(path, staging / path.name)
+    publish_folder(staging, out)
+
+
+def _shards(metas: Sequence[TensorMeta], shard_bytes: int) -> list[st.SafetensorsFile]:
+    """The customary file names; a tensor above the limit has a file of its own."""
+    groups: list[list[TensorMeta]] = [[]]
+    size = 0
+    for meta in metas:
+        if groups[-1] and size + meta.num_bytes > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(meta)
+        size += meta.num_bytes
+    if len(groups) == 1:
+        return [st.build_file(st.SINGLE, groups[0])]
+    return [
+        st.build_file(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group)
+        for number, group in enumerate(groups, start=1)
+    ]

@@ -1,0 +1,289 @@
+"""Which component runs on which nodes and GPUs: the run file's `[cluster]`, `[rollout]` and `[judge]` sections made
+concrete for the nodes that are there. Nothing is started here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_r1reward.cluster.site import Node, Site
+from megatron_r1reward.config.schema import RunConfig, ServerSection
+from megatron_r1reward.run_dir import Component
+
+Stage = Literal["sft", "rl", "eval", "annotate", "judge"]
+ServerKind = Literal["rollout", "judge"]
+SERVER_KINDS: tuple[ServerKind, ...] = ("rollout", "judge")
+# What a stage is about; it ends when this component does. A judge has none: it serves until it is told to stop.
+DRIVERS: dict[Stage, str | None] = {
+    "sft": "trainer",
+    "rl": "trainer",
+    "eval": "evaluate",
+    "annotate": "annotate",
+    "judge": None,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """One job step."""
+
+    component: Component
+    kind: Literal["driver", "rollout", "judge"]
+    index: int = 0  # of its kind
+    cpus_per_task: int = 1
+    group: int = 0
+    overlap: bool = False  # shares its GPUs with other steps on purpose (colocated layout)
+    gpu_ids: tuple[int, ...] = ()  # on every one of its nodes, counted among the GPUs of this job
+
+
+@dataclass
+class _Room:
+    """What is left of a node while components are placed."""
+
+    node: Node
+    group: int
+    gpus: list[int] = field(default_factory=list)
+    cpus: int = 0
+    cores_per_gpu: int = 0  # what a server's GPU comes with; 0 on a node without GPUs
+
+    @classmethod
+    def of(cls, node: Node, group: int) -> _Room:
+        room = cls(node=node, group=group, gpus=list(range(node.gpus)), cpus=node.cpus)
+        room.share_out()
+        return room
+
+    def share_out(self) -> None:
+        """The cores that are left now, among the node's GPUs."""
+        self.cores_per_gpu = max(1, self.cpus // self.node.gpus) if self.node.gpus else 0
+
+    def take(self, gpus: int) -> tuple[int, ...]:
+        taken, self.gpus = self.gpus[:gpus], self.gpus[gpus:]
+        return tuple(taken)
+
+
+def servers_of(config: RunConfig, stage: Stage) -> dict[ServerKind, int]:
+    """How many servers of each kind the stage starts; servers that are reached by URL are not among them."""
+    wanted: dict[ServerKind, int] = {"rollout": 0, "judge": 0}
+    if stage in ("rl", "eval") and not config.rollout.urls:
+        wanted["rollout"] = config.rollout.count
+    if stage == "annotate" and config.annotate.url is None:
+        wanted["rollout"] = 1
+    shared = bool(config.judge.urls) or config.cluster.shared_judge is not None
+    if stage == "judge" or (stage == "rl" and config.reward.use_judge and not shared):
+        wanted["judge"] = config.judge.count
+    if wanted["judge"] and config.judge.model_path is None:
+        raise ValueError("this stage starts a judge: set judge.model_path (or judge.urls, or cluster.shared_judge)")
+    return wanted
+
+
+def place(config: RunConfig, stage: Stage, site: Site) -> tuple[Placement, ...]:
+    """Every step of the stage, servers first, on disjoint GPUs (except colocated rollout servers).
+
+    Split layout: the trainer has the first nodes of its group; rollout servers fill the others from the front, judges
+    from the back, then what the trainer leaves free on its own nodes. One server never spans nodes.
+
+    Raises:
+        ValueError: the stage does not fit on these nodes.
+    """
+    wanted = servers_of(config, stage)
+    section = config.cluster
+    home = section.trainer_het_group
+    groups: dict[ServerKind, int] = {"rollout": section.rollout_het_group, "judge": section.judge_het_group}
+    rooms = [[_Room.of(node, index) for node in group] for index, group in enumerate(site.groups)]
+    site.group(home, "trainer")
+    for kind in SERVER_KINDS:
+        if wanted[kind]:
+            _check_size(kind, _section(config, kind), site.group(groups[kind], kind))
+    placements: list[Placement] = []
+    driver = DRIVERS[stage]
+    trainer_rooms: list[_Room] = []
+    if driver == "trainer":
+        beside = {kind: wanted[kind] for kind in wanted if groups[kind] == home}
+        trainer, trainer_rooms = _place_trainer(config, rooms[home], beside)
+        placements.append(trainer)
+    elif driver is not None:
+        placements.append(_place_helper(driver, rooms[home][0]))
+    for kind in SERVER_KINDS:
+        placements += _place_servers(config, kind, wanted[kind], rooms[groups[kind]], trainer_rooms, placements)
+    for room in (room for group in rooms for room in group):
+        if room.cpus < 0:
+            raise ValueError(
+                f"node {room.node.name} has {room.node.cpus} cores in this job, {-room.cpus} fewer than its components "
+                "take: ask for more (--cpus-per-task), or lower cluster.cpus_per_rank or cluster.cpus_per_server"
+            )
+    return tuple(sorted(placements, key=lambda placement: placement.kind == "driver"))
+
+
+def _check_size(kind: ServerKind, section: ServerSection, nodes: Sequence[Node]) -> None:
+    largest = max(node.gpus for node in nodes)
+    if 0 < largest < section.tensor_parallel_size:
+        raise ValueError(
+            f"{kind}.tensor_parallel_size is {section.tensor_parallel_size}, and no node has more than {largest} GPUs "
+            "in this job: one server does not span nodes; ask for more GPUs per node, or lower it"
+        )
+
+
+def _section(config: RunConfig, kind: str) -> ServerSection:
+    return config.rollout if kind == "rollout" else config.judge
+
+
+def _place_trainer(
+    config: RunConfig, rooms: Sequence[_Room], beside: dict[ServerKind, int]
+) -> tuple[Placement, list[_Room]]:
+    """The trainer, and the rooms it is in. `beside`: servers that have to find a place in the same group."""
+    section = config.cluster
+    colocated = section.layout == "colocated"
+    demands = [
+        _section(config, kind).tensor_parallel_size
+        for kind, count in beside.items()
+        for _ in range(count)
+        if not (colocated and kind == "rollout")
+    ]
+    nodes = section.trainer_nodes or _nodes_left_for_trainer(rooms, demands)
+    if nodes > len(rooms):
+        raise ValueError(f"cluster.trainer_nodes is {nodes}, but there are {len(rooms)} nodes: ask for more (--nodes)")
+    mine = list(rooms[:nodes])
+    gpus = min(room.node.gpus for room in mine)
+    ranks = section.ranks_per_node
+    if ranks is None and gpus == 0:
+        ranks = config.run.local_ranks
+    if ranks is None:
+        fits = _fits([room.node.gpus for room in rooms[nodes:]], demands)
+        if not fits and nodes > 1:
+            raise ValueError(
+                f"{sum(demands)} GPUs for servers do not fit on the nodes beside the {nodes} of the trainer: set "
+                "cluster.ranks_per_node below the GPUs of a node, lower cluster.trainer_nodes, or ask for more nodes"
+            )
+        ranks = gpus if fits else gpus - sum(demands)
+    if ranks < 1 or (gpus and ranks > gpus):
+        raise ValueError(
+            f"the trainer would have {ranks} ranks per node, of {gpus} GPUs: ask for more GPUs or nodes, or set "
+            "cluster.ranks_per_node, rollout.count and judge.count to what fits"
+        )
+    cores = section.cpus_per_rank or (max(1, min(r.node.cpus // r.node.gpus for r in mine)) if gpus else 1)
+    ids = [room.take(ranks if gpus else 0) for room in mine]
+    for room in mine:
+        room.cpus -= cores * ranks
+    component = Component(
+        name="trainer",
+        nodes=tuple(room.node.name for room in mine),
+        tasks=nodes * ranks,
+        gpus_per_node=len(ids[0]),
+    )
+    placement = Placement(
+        component=component,
+        kind="driver",
+        cpus_per_task=cores,
+        group=mine[0].group,
+        overlap=colocated and gpus > 0,
+        gpu_ids=ids[0],
+    )
+    return placement, mine
+
+
+def _nodes_left_for_trainer(rooms: Sequence[_Room], demands: Sequence[int]) -> int:
+    """As many nodes as possible such that servers of these sizes fit on the others; all if there is one."""
+    count = len(rooms)
+    if not demands or count == 1:
+        return count
+    if all(room.node.gpus == 0 for room in rooms):
+        return count - 1
+    return next((n for n in range(count - 1, 0, -1) if _fits([r.node.gpus for r in rooms[n:]], demands)), 1)
+
+
+def _fits(free: list[int], demands: Sequence[int]) -> bool:
+    left = list(free)
+    for demand in sorted(demands, reverse=True):
+        index = next((i for i, gpus in enumerate(left) if gpus >= demand), None)
+        if index is None:
+            return False
+        left[index] -= demand
+    return True
+
+
+def _place_servers(
+    config: RunConfig,
+    kind: ServerKind,
+    count: int,
+    rooms: Sequence[_Room],
+    trainer_rooms: Sequence[_Room],
+    placed: Sequence[Placement],
+) -> Iterator[Placement]:
+    section = _section(config, kind)
+    others = [room for room in rooms if room not in trainer_rooms]
+    order = others + [room for room in rooms if room in trainer_rooms]
+    if kind == "judge":
+        order = others[::-1] + order[len(others) :]
+    colocated = config.cluster.layout == "colocated" and kind == "rollout" and trainer_rooms
+    for index in range(count):
+        size = section.tensor_parallel_size
+        if colocated:
+            trainer = next(placement for placement in placed if placement.component.name == "trainer")
+            room, ids = _beside_ranks(trainer, trainer_rooms, index, size)
+        elif all(room.node.gpus == 0 for room in rooms):
+            spread = others or list(trainer_rooms)
+            room, ids = (spread[index % len(spread)] if kind == "rollout" else spread[-1 - index % len(spread)]), ()
+        else:
+            room = _first_with(order, size, kind, index, count)
+            ids = room.take(size)
+        cores = config.cluster.cpus_per_server or room.cores_per_gpu * size or section.num_threads
+        room.cpus -= 0 if colocated and ids else cores
+        yield Placement(
+            component=Component(
+                name=f"{kind}-{index}", nodes=(room.node.name,), tasks=1, gpus_per_node=len(ids)
+            ),
+            kind=kind,
+            index=index,
+            cpus_per_task=cores,
+            group=room.group,
+            overlap=bool(colocated and ids),
+            gpu_ids=ids,
+        )  # fmt: skip
+
+
+def _beside_ranks(trainer: Placement, rooms: Sequence[_Room], index: int, size: int) -> tuple[_Room, tuple[int, ...]]:
+    """Node and GPUs of colocated rollout server `index`: the trainer's GPUs in slices of `size`, node by node."""
+    if not trainer.gpu_ids:
+        return rooms[index % len(rooms)], ()
+    slices = len(trainer.gpu_ids) // size
+    if slices == 0 or index >= slices * len(rooms):
+        raise ValueError(
+            f"colocated: {len(rooms)} nodes x {len(trainer.gpu_ids)} GPUs hold {slices * len(rooms)} rollout servers "
+            f"of rollout.tensor_parallel_size {size}: lower rollout.count"
+        )
+    start = index % slices * size
+    return rooms[index // slices], trainer.gpu_ids[start : start + size]
+
+
+def _first_with(rooms: Sequence[_Room], size: int, kind: str, index: int, count: int) -> _Room:
+    for room in rooms:
+        if len(room.gpus) >= size:
+            return room
+    free = {room.node.name: len(room.gpus) for room in rooms}
+    raise ValueError(
+        f"no node has {size} free GPUs for {kind} server {index} of {count} (free GPUs: {free}; "
+        f"{kind}.tensor_parallel_size {size}): ask for more nodes, or lower {kind}.count, "
+        f"{kind}.tensor_parallel_size or cluster.trainer_nodes"
+    )
+
+
+def _place_helper(name: str, room: _Room) -> Placement:
+    """One core, before servers that have all GPUs take all cores with them."""
+    room.cpus -= 1
+    room.share_out()
+    component = Component(name=name, nodes=(room.node.name,), tasks=1, gpus_per_node=0)
+    return Placement(component=component, kind="driver", group=room.group)
+
+
+def describe(placements: Sequence[Placement]) -> str:
+    """One line per component."""
+    lines = []
+    for item in placements:
+        part = item.component
+        gpus = f", {part.gpus_per_node} GPUs per node" if part.gpus_per_node else ""
+        lines.append(
+            f"{part.name}: {part.tasks} task(s) on {','.join(part.nodes)}{gpus}, {item.cpus_per_task} core(s) per task"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,263 @@
+"""Conversion both ways, streamed: Hugging Face folder <-> megatron-core distributed checkpoint.
+
+The output appears under its name only when it is complete; an interrupted conversion leaves `<name>.partial` and goes
+on from there when it is started again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_r1reward.checkpoint import safetensors_layout as st
+from megatron_r1reward.checkpoint.manifest import write_manifest
+from megatron_r1reward.checkpoint.streaming import JOURNAL, Job, Sources, run_jobs
+from megatron_r1reward.conversion.torch_dist_folder import Chunk, aligned, archive, write_index
+from megatron_r1reward.conversion.weight_source import TEMPLATE, HfTensor, WeightSource
+from megatron_r1reward.files import publish_folder
+from megatron_r1reward.models.mapping import Entry
+from megatron_r1reward.types import TensorMeta
+
+_FILE_BYTES = 2 << 30  # of one file of an imported checkpoint: enough files for parallel reading
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionSummary:
+    """What a conversion did, or would do (`dry_run`)."""
+
+    tensors: int  # on the output side
+    bytes: int
+    files: int
+
+
+def _staging(out: Path) -> Path:
+    if out.exists():
+        raise ValueError(f"{out} exists: choose another name or remove it first")
+    return out.with_name(out.name + ".partial")
+
+
+def _publish(staging: Path, out: Path) -> None:
+    (staging / JOURNAL).unlink()
+    publish_folder(staging, out)
+
+
+def default_threads() -> int:
+    return min(8, os.cpu_count() or 1)
+
+
+def import_folder(
+    folder: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    threads: int | None = None,
+    dry_run: bool = False,
+    progress: bool = True,
+) -> ConversionSummary:
+    """Hugging Face folder -> distributed checkpoint that loads under any TP, PP, VPP, EP and DP.
+
+    Args:
+        dtype: of all weights, e.g. "bfloat16"; None keeps each tensor's own.
+        threads: files written at a time; None: one per core, at most 8.
+        dry_run: check names, shapes and sizes and write nothing; `config.json` alone is enough.
+
+    Raises:
+        ValueError: a name is missing or unknown, the tied head differs from the embedding, `out` exists, or the disk
+            is too small.
+    """
+    sources = Sources()
+    source = WeightSource(folder, sources, without_values=dry_run)
+    if source.is_distributed:
+        raise ValueError(f"{folder} is a distributed checkpoint already: use export")
+    chunks, jobs = _import_jobs(source, dtype)
+    summary = ConversionSummary(
+        tensors=len(jobs), bytes=sum(job.length for job in jobs), files=len({job.file for job in jobs})
+    )
+    if dry_run:
+        return summary
+    _check_tie(source)
+    staging = _staging(out)
+    fingerprint = {"import": source.description(), "dtype": dtype}
+    written = run_jobs(
+        staging, jobs, sources, threads=threads or default_threads(), fingerprint=fingerprint, progress=progress
+    )
+    source.template.save(staging / TEMPLATE)
+    write_index(staging, chunks, {"source": folder.name})
+    write_manifest(staging, written, kind="weights", exclude=(JOURNAL,))
+    _publish(staging, out)
+    sources.close()
+    return summary
+
+
+def _check_tie(source: WeightSource) -> None:
+    """A folder with tied embeddings may hold the head a second time; it must then be the embedding."""
+    tie = source.table.tie
+    if tie is None or tie.hf not in source.on_disk:
+        return
+    embedding = source.table.by_megatron[tie.to].hf[0]
+    (head,), (tied,) = (list(source.tensor(source.on_disk[name]).views()) for name in (tie.hf, embedding))
+    rows = zip(head.split(1024), tied.split(1024), strict=False)
+    if head.shape != tied.shape or not all(torch.equal(a, b) for a, b in rows):
+        raise ValueError(
+            f"{source.folder}: config.json ties the embeddings, but {tie.hf} differs from {embedding}: "
+            "set tie_word_embeddings to false, or remove the tensor"
+        )
+
+
+def _import_jobs(source: WeightSource, dtype: str | None) -> tuple[list[Chunk], list[Job]]:
+    chunks: list[Chunk] = []
+    jobs: list[Job] = []
+    number, position = 0, 0
+    for entry in source.table:
+        parts = [source.meta(name) for name in entry.hf]
+        target = getattr(torch, dtype) if dtype else parts[0].dtype
+        shape = _megatron_shape(entry, parts, source.folder, convert=dtype is not None)
+        key = source.table.checkpoint_key(entry)
+        wrapper = archive(target, (*(1 for _ in key.index), *shape))
+        length = wrapper.length(torch.Size(shape).numel() * target.itemsize)
+        if position and position + length > _FILE_BYTES:
+            number, position = number + 1, 0
+        file = f"__0_{number}.distcp"
+        chunks.append(Chunk(key=key, shape=shape, dtype=target, file=file, offset=position, length=length))
+        jobs.append(
+            Job(
+                name=entry.megatron,
+                file=file,
+                offset=position,
+                length=length,
+                prefix=wrapper.prefix,
+                suffix=wrapper.suffix,
+                dtype=target,
+                views=lambda entry=entry: entry.layout.merge_views(source.megatron_parts(entry)),  # type: ignore[misc]
+            )
+        )
+        position = aligned(position + length)
+    return chunks, jobs
+
+
+def _megatron_shape(entry: Entry, parts: list[torch.Tensor], folder: Path, *, convert: bool) -> tuple[int, ...]:
+    """Shape of the merged parameter, from tensors without values; ValueError when the parts do not fit each other."""
+    names = ", ".join(f"{name} {tuple(part.shape)}" for name, part in zip(entry.hf, parts, strict=True))
+    if any(part.dtype != parts[0].dtype for part in parts) and not convert:
+        raise ValueError(f"{folder}: {names} have different dtypes: choose one with --dtype")
+    elements = tuple(entry.hf_part(part) for part in parts)
+    try:
+        full = entry.layout.merge(elements)
+        back = entry.layout.split(full)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder}: {names} do not make {entry.megatron}: {error}") from error
+    if [part.shape for part in back] != [part.shape for part in elements]:
+        raise ValueError(f"{folder}: {names} do not have the shapes that config.json says")
+    return tuple(full.shape)
+
+
+def export_folder(
+    folder: Path,
+    out: Path,
+    *,
+    template: Path | None = None,
+    dtype: str | None = None,
+    threads: int | None = None,
+    dry_run: bool = False,
+    progress: bool = True,
+) -> ConversionSummary:
+    """Distributed checkpoint (imported, or saved by training) -> Hugging Face folder.
+
+    The files have the names, order, headers and dtypes of the original folder, so an untrained import comes back
+    byte for byte.
+
+    Args:
+        template: the original folder; None: what the import kept, or the run's `model.path`.
+        dtype: of all weights; None: the original tensors' own.
+
+    Raises:
+        ValueError: the checkpoint is damaged or of another model, `out` exists, or the disk is too small.
+    """
+    sources = Sources()
+    source = WeightSource(folder, sources, template=template)
+    original = {t.meta.name: t.meta.dtype for f in source.template.files for t in f.tensors}
+    tensors = {name: source.tensor(name) for name in original}
+    wanted = {name: replace(tensor.meta, dtype=dtype or original[name]) for name, tensor in tensors.items()}
+    summary = write_hf_folder(
+        out,
+        source,
+        {name: HfTensor(meta=meta, views=tensors[name].views) for name, meta in wanted.items()},
+        sources=sources,
+        options={"export": source.description(), "dtype": dtype},
+        threads=threads or default_threads(),
+        dry_run=dry_run,
+        progress=progress,
+    )
+    sources.close()
+    return summary
+
+
+def write_hf_folder(
+    out: Path,
+    source: WeightSource,
+    tensors: dict[str, HfTensor],
+    *,
+    sources: Sources,
+    options: dict[str, Any],
+    threads: int,
+    dry_run: bool,
+    progress: bool,
+    extra_files: dict[str, str] | None = None,
+) -> ConversionSummary:
+    """Write `tensors` in the files of the source's template; names it does not have follow their file's others.
+
+    `extra_files` replace or add texts, e.g. a changed config.json.
+    """
+    files = _output_files(source, [t.meta for t in tensors.values()])
+    jobs = [
+        Job(
+            name=place.meta.name,
+            file=file.name,
+            offset=place.offset if number else 0,
+            length=place.length + (0 if number else file.data_start),
+            prefix=b"" if number else file.header_bytes(),
+            views=tensors[place.meta.name].views,
+            dtype=place.meta.torch_dtype,
+        )
+        for file in files
+        for number, place in enumerate(file.tensors)
+    ]
+    summary = ConversionSummary(tensors=len(jobs), bytes=sum(job.length for job in jobs), files=len(files))
+    if dry_run:
+        return summary
+    staging = _staging(out)
+    run_jobs(staging, jobs, sources, threads=threads, fingerprint=options, progress=progress)
+    for path in source.template.side_files:
+        (staging / path.name).write_bytes(path.read_bytes())
+    unchanged = tuple(files) == source.template.files
+    if source.template.index is not None:
+        (staging / st.INDEX).write_text(source.template.index if unchanged else st.index_text(files))
+    for name, text in (extra_files or {}).items():
+        (staging / name).write_text(text)
+    _publish(staging, out)
+    return summary
+
+
+def _output_files(source: WeightSource, metas: Sequence[TensorMeta]) -> list[st.SafetensorsFile]:
+    """The template's files where nothing about a tensor changes, else new headers for the same grouping."""
+    by_name = {meta.name: meta for meta in metas}
+    files = []
+    for original in source.template.files:
+        names = [t.meta.name for t in original.tensors]
+        added = [meta for meta in metas if meta.name not in source.on_disk.values() and _belongs(meta.name, names)]
+        wanted = [by_name[name] for name in names] + added
+        if wanted == [t.meta for t in original.tensors]:
+            files.append(original)
+        else:
+            files.append(st.build_file(original.name, wanted))
+    return files
+
+
+def _belongs(name: str, names: Sequence[str]) -> bool:
+    """`layer.weight_scale` goes where `layer.weight` is."""
+    return name.rpartition(".")[0] + ".weight" in names

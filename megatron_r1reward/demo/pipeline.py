@@ -1,0 +1,166 @@
+"""The whole pipeline on one machine without a GPU: the same commands a user would type, one after the other."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megatron_r1reward.data.chat import parse_chat
+from megatron_r1reward.data.prompt import JUDGE_TEMPLATE, TEMPLATE
+from megatron_r1reward.demo.digits import build_digits
+from megatron_r1reward.files import write_text
+
+# The kind of question that a model of this size learns within minutes, explained by an annotator who is wrong at times,
+# as annotators are: the cold start imitates the mistakes, too, and RL is what unlearns them.
+CATEGORIES = ("digit",)
+ANNOTATOR_ERROR_RATE = 0.2
+CLAIM = re.compile(r"\d+|\b(?:odd|even)\b")
+FIXED_TEXTS = ["system\nYou are a helpful assistant.", "<think>", "</think><answer>", "</answer>"]
+FIXED_TEXTS += [f" is in Response {label}" for label in (1, 2)] + [f"Response {label} is better." for label in (1, 2)]
+MARKER = ".r1reward-demo"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One command of the pipeline; `minutes` is what it takes on two cores."""
+
+    name: str
+    title: str
+    command: str
+    run_file: str
+    overrides: dict[str, str]
+    minutes: float
+
+
+def _stages(out: Path) -> list[Stage]:
+    data = out / "data"
+
+    def stage(name: str, title: str, command: str, run_file: str, minutes: float, **overrides: object) -> Stage:
+        paths = {key.replace("__", "."): str(value) for key, value in overrides.items()}
+        return Stage(
+            name=name,
+            title=title,
+            command=command,
+            run_file=run_file,
+            minutes=minutes,
+            overrides={"run.output_dir": str(out / name), **paths},
+        )
+
+    sft, rl, judge = (out / name / "hf" for name in ("sft", "rl", "judge"))
+    return [
+        stage("sft", "cold start of the reward model", "sft", "sft.toml", 3,
+              model__path=out / "model", data__train=data / "sft.jsonl"),
+        stage("judge", "training of the consistency judge", "sft", "judge.toml", 1,
+              model__path=sft, data__train=data / "judge_sft.jsonl"),
+        stage("annotate", "difficulty of each sample, by the cold-started model", "annotate", "eval.toml", 1,
+              model__path=sft, data__train=data / "pool.jsonl"),
+        stage("eval_sft", "evaluation before RL", "eval", "eval.toml", 2,
+              model__path=sft, data__train=data / "pool.jsonl", evaluation__data=data / "heldout.jsonl"),
+        stage("rl", "StableReinforce on the hard set", "rl", "rl.toml", 5,
+              model__path=sft, judge__model_path=judge, data__train=data / "pool.jsonl",
+              data__select=out / "annotate" / "hard.json", evaluation__data=data / "heldout.jsonl"),
+        stage("eval_rl", "evaluation after RL", "eval", "eval.toml", 2,
+              model__path=rl, data__train=data / "pool.jsonl", evaluation__data=data / "heldout.jsonl",
+              evaluation__shuffled_images_control="true"),
+    ]  # fmt: skip
+
+
+def _rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    for file in files:
+        yield from map(json.loads, file.read_text().splitlines())
+
+
+def _fixed_phrases(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """What stands between the claims in the texts of the data: a model that reads each such part as one token finds
+    every claim next to what it means."""
+    texts = (row.get(column, "") for row in rows for column in ("question", "response_1", "response_2", "response"))
+    parts = {part.rstrip(" ") for text in texts for part in CLAIM.split(text)}
+    return sorted(part for part in parts if len(part) > 1)
+
+
+def write_demo_model(out: Path, corpus: Sequence[Path], *, seed: int) -> None:
+    """A tiny Qwen2.5-VL whose tokenizer knows the fixed parts of all prompts and responses as single tokens."""
+    from megatron_r1reward.demo.tiny_models import write_tiny_checkpoint
+
+    rows = list(_rows(corpus))
+    phrases = [part for template in (TEMPLATE, JUDGE_TEMPLATE) for part in re.split(r"\{\w+\}", template) if part]
+    phrases += FIXED_TEXTS + _fixed_phrases(rows)
+    texts = [parse_chat(row["message"]).user_text for row in rows] + [row["response"] for row in rows]
+    write_tiny_checkpoint(out, corpus=texts, phrases=phrases, seed=seed)
+
+
+def _clear(out: Path) -> None:
+    """Make room for a new run; only a folder that an earlier demo made is ever removed.
+
+    Raises:
+        ValueError: `out` holds something else.
+    """
+    if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
+        raise ValueError(f"{out} exists and is not an earlier demo: choose another --out")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / MARKER).touch()
+
+
+def run_demo(out: Path, run_files: Path, *, seed: int = 0) -> None:
+    """Data, model, SFT, judge, annotation, RL, evaluation, report; everything under `out`.
+
+    Raises:
+        ValueError: `out` is not an earlier demo's, or a stage failed.
+    """
+    from megatron_r1reward.report.report import build_report
+
+    console = Console()
+    started = time.monotonic()
+    phases: dict[str, float] = {}
+    stages = _stages(out)
+    total = len(stages) + 2
+    _clear(out)
+
+    def announce(number: int, title: str, minutes: float) -> None:
+        console.rule(f"[bold]\\[{number}/{total}] {title}[/bold] (about {minutes:g} min)", align="left")
+
+    announce(1, "preference data from handwritten digits, and a tiny model", 0.5)
+    build_digits(
+        out / "data",
+        seed=seed,
+        sft_rows=9_000,
+        pool_rows=2_400,
+        judge_rows=2_000,
+        categories=CATEGORIES,
+        annotator_error_rate=ANNOTATOR_ERROR_RATE,
+    )
+    write_demo_model(out / "model", [out / "data" / name for name in ("sft.jsonl", "judge_sft.jsonl")], seed=seed)
+    phases["data"] = time.monotonic() - started
+    for number, stage in enumerate(stages, start=2):
+        announce(number, stage.title, stage.minutes)
+        began = time.monotonic()
+        _run(stage, run_files)
+        phases[stage.name] = time.monotonic() - began
+    announce(total, "report", 0.1)
+    shutil.copyfile(out / "annotate" / "difficulty.json", out / "difficulty.json")
+    wall_seconds = time.monotonic() - started
+    write_text(out / "timing.json", json.dumps({"phases": phases, "wall_seconds": wall_seconds}, indent=2) + "\n")
+    report = build_report(out)
+    console.print(
+        f"accuracy on held-out pairs: {report['sft']['accuracy']:.1%} after SFT, {report['rl']['accuracy']:.1%} after "
+        f"RL; {wall_seconds / 60:.1f} min. Open {out / 'report.html'}"
+    )
+
+
+def _run(stage: Stage, run_files: Path) -> None:
+    command = [sys.executable, "-m", "megatron_r1reward.cli", stage.command, str(run_files / stage.run_file)]
+    command += [f"{key}={value}" for key, value in stage.overrides.items()]
+    code = subprocess.run(command, check=False).returncode
+    if code != 0:
+        raise ValueError(f"stage {stage.name!r} ended with exit code {code}; its output above says why")

@@ -1,0 +1,150 @@
+"""How the trainer of a run is laid out over its ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_r1reward.config.schema import ParallelSection
+from megatron_r1reward.parallel import legality
+from megatron_r1reward.planner.shapes import ModelShape
+
+Stage = Literal["sft", "rl"]
+Recompute = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Parallel sizes of the trainer. `dp` counts replicas of the whole model; gradients and optimizer state are shared
+    by `dp` x `cp` ranks, those of experts by what `etp`, `ep` and `pp` leave of the world.
+
+    `chunk_layers`: decoder layers of every pipeline chunk in model order (chunk v * pp + r is chunk v of stage r);
+    empty: an equal split.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    dp: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    vision_replicated: bool = False  # image-sharded: every rank holds the tower and encodes some images
+    recompute: Recompute = "none"
+    recompute_num_layers: int = 1
+    recompute_vision: bool = False
+    chunk_layers: tuple[int, ...] = ()
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share gradients and optimizer state of a dense parameter."""
+        return self.dp * self.cp
+
+    @property
+    def expert_shards(self) -> int:
+        return max(self.world // (self.etp * self.ep * self.pp), 1)
+
+    @property
+    def stream_cut(self) -> int:
+        """Tensor-parallel ranks over which norms and the residual stream are cut."""
+        return self.tp if self.sequence_parallel else 1
+
+    def layers_of(self, stage: int, layers: int) -> list[int]:
+        """Indices of the decoder layers of a pipeline stage."""
+        counts = self.chunk_layers or (layers // (self.pp * self.vpp),) * (self.pp * self.vpp)
+        starts = [sum(counts[:chunk]) for chunk in range(len(counts))]
+        chunks = range(stage, len(counts), self.pp)
+        return [layer for c in chunks for layer in range(starts[c], starts[c] + counts[c])]
+
+    def chunks_in_flight(self, stage: int, micro_batches: int) -> int:
+        """Model chunks (1/vpp of a stage) whose activations are alive at once, at the peak of a stage.
+
+        Plain 1F1B keeps pp - stage micro-batches; the interleaved schedule warms up
+        2 (pp - stage - 1) + (vpp - 1) pp chunks and runs one more (megatron-core's `get_pp_rank_microbatches`).
+        """
+        if self.vpp == 1:
+            return min(self.pp - stage, micro_batches)
+        return min(2 * (self.pp - stage - 1) + (self.vpp - 1) * self.pp + 1, micro_batches * self.vpp)
+
+
+def parallel_shape(shape: ModelShape, *, whole_experts: bool = False) -> legality.ModelShape:
+    """The sizes that `parallel.legality` checks layouts against. Under expert parallelism experts are whole: tensor
+    parallelism does not cut them."""
+    text, vision = shape.text, shape.vision
+    sparse = sum(text.is_sparse(layer) for layer in range(text.layers))
+    ffn_sizes = [text.ffn] if sparse < text.layers else []
+    routed = 0
+    if text.experts is not None and sparse:
+        routed = text.experts.top_k * text.experts.ffn * sparse
+        ffn_sizes += [] if whole_experts else [text.experts.ffn]
+    # Multiplications per token and layer; attention scores are small beside them.
+    patch = vision.blocks * (4 * vision.hidden**2 + (3 if vision.gated else 2) * vision.hidden * vision.ffn)
+    ffn = (text.ffn * (text.layers - sparse) + routed) / text.layers
+    layer = text.hidden * (2 * text.query + text.key_value) + 3 * text.hidden * ffn
+    return legality.ModelShape(
+        num_layers=text.layers,
+        num_attention_heads=text.heads,
+        num_query_groups=text.groups,
+        vocab_size=text.vocab,
+        ffn_sizes=tuple(ffn_sizes),
+        vision_num_heads=vision.heads,
+        vision_ffn_size=vision.ffn,
+        vision_layers_per_token=vision.unit * patch / layer,
+    )
+
+
+def check(shape: ModelShape, section: ParallelSection, world: int) -> str | None:
+    """Why the trainer cannot run `section` on `world` ranks, with the nearest legal layout; None when it can."""
+    experts, ep = shape.text.experts, section.expert_model_parallel_size
+    sizes = parallel_shape(shape, whole_experts=ep > 1)
+    problem = legality.layout_problem(sizes, section, world)
+    if problem is not None:
+        nearest = legality.nearest_layout(sizes, section, world)
+        return f"{problem}. The nearest legal layout: {legality.describe(nearest)}"
+    if experts is None:
+        return f"expert_model_parallel_size {ep}, but the model has no experts: set it to 1" if ep > 1 else None
+    if section.tensor_model_parallel_size > 1 and not section.sequence_parallel:
+        return "experts with tensor_model_parallel_size > 1 need sequence_parallel: set it to true"
+    needed = section.expert_tensor_parallel_size * section.pipeline_model_parallel_size
+    if experts.count % ep or world % (needed * ep):
+        legal = next((n for n in range(ep, 0, -1) if experts.count % n == 0 and world % (needed * n) == 0), 1)
+        return (
+            f"expert_model_parallel_size {ep} has to divide {experts.count} experts and, times {needed} (expert tensor "
+            f"x pipeline ranks), the {world} ranks: the nearest legal size is {legal}"
+        )
+    return None
+
+
+def trainer_layout(shape: ModelShape, section: ParallelSection, world: int) -> Layout:
+    """The layout on `world` ranks; `check` has to accept it first."""
+    tp, pp, cp = (
+        section.tensor_model_parallel_size,
+        section.pipeline_model_parallel_size,
+        section.context_parallel_size,
+    )
+    return Layout(
+        tp=tp,
+        pp=pp,
+        vpp=section.virtual_pipeline_model_parallel_size,
+        cp=cp,
+        ep=section.expert_model_parallel_size,
+        etp=section.expert_tensor_parallel_size,
+        dp=world // (tp * pp * cp),
+        sequence_parallel=section.sequence_parallel and tp > 1,
+        distributed_optimizer=section.use_distributed_optimizer,
+        overlap_grad_reduce=section.overlap_grad_reduce,
+        overlap_param_gather=section.overlap_param_gather,
+        vision_replicated=section.vision == "image_sharded",
+        recompute=section.recompute,
+        recompute_num_layers=section.recompute_num_layers,
+        recompute_vision=section.recompute_vision,
+        chunk_layers=tuple(legality.split_layers(parallel_shape(shape), section)),
+    )

@@ -1,0 +1,1 @@
+"""The report of a finished run: one page for people, one file for programs."""

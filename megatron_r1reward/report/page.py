@@ -1,0 +1,216 @@
+"""What stands on the report page; how it looks is in `templates/`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from megatron_r1reward.data.data_url import data_url
+from megatron_r1reward.evaluation.result import Order
+from megatron_r1reward.report.curves import RL_CURVES, SFT_CURVES, drawings
+from megatron_r1reward.report.inputs import EvaluationFile, Interval, RunFiles, TranscriptEntry
+from megatron_r1reward.report.timeline_chart import draw_timeline
+
+MAX_TRANSCRIPTS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    title: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccuracyRow:
+    """A line of the main table: an accuracy with its interval, and any-correct where there are several samples."""
+
+    model: str
+    protocol: str
+    accuracy: float
+    interval: Interval
+    any_correct: float | None = None
+    control: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetailRow:
+    """A property of both models, already formatted."""
+
+    name: str
+    sft: str
+    rl: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part of a whole, e.g. a phase of the wall time."""
+
+    name: str
+    share: float
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideBySide:
+    """The same pair in the same order, judged before and after RL."""
+
+    before: TranscriptEntry
+    after: TranscriptEntry
+    images: tuple[str, ...]  # data URLs
+
+
+def render_page(run: RunFiles, report: Mapping[str, Any]) -> str:
+    """The whole page as HTML. Raises ValueError when a transcript's image cannot be read."""
+    environment = Environment(
+        loader=PackageLoader("megatron_r1reward.evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "duration": _duration}
+    return environment.get_template("report.html.j2").render(
+        run=run,
+        report=report,
+        cards=_cards(run),
+        accuracy_rows=_accuracy_rows(run),
+        detail_rows=_detail_rows(run),
+        categories=sorted(set(run.sft.by_category) | set(run.rl.by_category)),
+        phases=_parts(run.timing.phases, _duration),
+        difficulty=_parts(run.difficulty, str),
+        rl_charts=drawings(RL_CURVES, run.rl_rows),
+        timeline=draw_timeline(run.timeline),
+        sft_charts=drawings(SFT_CURVES, run.sft_rows),
+        transcripts=_side_by_side(run),
+    )
+
+
+def _cards(run: RunFiles) -> list[Card]:
+    rl, control = run.rl, run.rl.control
+    most = max(rl.voting, key=int)
+    cards = [
+        Card(
+            title="Held-out accuracy",
+            value=_percent(rl.accuracy),
+            note=f"{_points(rl.accuracy - run.sft.accuracy)} points over SFT",
+        ),
+        Card(
+            title=f"Voting@{most}",
+            value=_percent(rl.voting[most]),
+            note=f"{_points(rl.voting[most] - rl.accuracy)} points over one sample",
+        ),
+        Card(
+            title="Order consistency",
+            value=_percent(rl.order_consistency),
+            note=f"same response in both orders; SFT {_percent(run.sft.order_consistency)}",
+        ),
+        Card(
+            title="Response length",
+            value=f"{rl.mean_response_tokens:.1f}",
+            note=f"tokens on average; SFT {run.sft.mean_response_tokens:.1f}",
+        ),
+        Card(title="Wall time", value=_duration(run.timing.wall_seconds), note="the whole pipeline"),
+    ]
+    if control is not None:
+        note = "accuracy with another pair's images; chance is 50 %"
+        cards.insert(3, Card(title="Shuffled images", value=_percent(control.accuracy), note=note))
+    return cards
+
+
+def _accuracy_rows(run: RunFiles) -> list[AccuracyRow]:
+    rows = [*_rows_of("SFT", run.sft), *_rows_of("RL", run.rl)]
+    if run.rl.control is not None:
+        control = run.rl.control
+        rows.append(
+            AccuracyRow(
+                model="RL, shuffled images",
+                protocol="one sample",
+                accuracy=control.accuracy,
+                interval=control.interval,
+                control=True,
+            )
+        )
+    return rows
+
+
+def _rows_of(model: str, found: EvaluationFile) -> Iterator[AccuracyRow]:
+    yield AccuracyRow(model=model, protocol="one sample", accuracy=found.accuracy, interval=found.interval)
+    for k in sorted(found.voting, key=int):
+        if k != "1":
+            yield AccuracyRow(
+                model=model,
+                protocol=f"voting@{k}",
+                accuracy=found.voting[k],
+                interval=found.voting_intervals[k],
+                any_correct=found.any_correct[k],
+            )
+
+
+def _detail_rows(run: RunFiles) -> list[DetailRow]:
+    def with_interval(value: float, interval: Interval) -> str:
+        return f"{_percent(value)} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+    def row(name: str, show: Callable[[EvaluationFile], str]) -> DetailRow:
+        return DetailRow(name=name, sft=show(run.sft), rl=show(run.rl))
+
+    def accuracy_of(order: Order) -> Callable[[EvaluationFile], str]:
+        return lambda e: with_interval(e.accuracy_by_order[order], e.accuracy_by_order_intervals[order])
+
+    return [
+        row("Accuracy, stored order", accuracy_of("12")),
+        row("Accuracy, swapped order", accuracy_of("21")),
+        row("Order consistency", lambda e: with_interval(e.order_consistency, e.order_consistency_interval)),
+        row("Well-formed responses", lambda e: _percent(e.format_rate)),
+        row("Answers that do not parse", lambda e: _percent(e.unparsable_rate)),
+        row("Share of answers “1”", lambda e: "-" if e.answer_1_rate is None else _percent(e.answer_1_rate)),
+        row("Response tokens", _tokens),
+        row("Pairs / samples", lambda e: f"{e.counts.pairs} / {e.counts.samples}"),
+    ]
+
+
+def _tokens(found: EvaluationFile) -> str:
+    low, high = found.mean_response_tokens_interval
+    return f"{found.mean_response_tokens:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _parts(amounts: Mapping[str, float], text: Callable[[Any], str]) -> list[Part]:
+    whole = sum(amounts.values()) or 1.0
+    return [Part(name=name, share=amount / whole, text=text(amount)) for name, amount in amounts.items()]
+
+
+def _side_by_side(run: RunFiles) -> list[SideBySide]:
+    """Transcripts that both evaluations hold, in the order of the first."""
+    after = {(entry.preference_id, entry.order): entry for entry in run.rl.transcripts}
+    shared = [entry for entry in run.sft.transcripts if (entry.preference_id, entry.order) in after]
+    return [
+        SideBySide(before=entry, after=after[entry.preference_id, entry.order], images=_embedded(entry))
+        for entry in shared[:MAX_TRANSCRIPTS]
+    ]
+
+
+def _embedded(entry: TranscriptEntry) -> tuple[str, ...]:
+    try:
+        return tuple(data_url(path) for path in entry.image_paths)
+    except OSError as error:
+        raise ValueError(f"image of transcript {entry.preference_id!r} cannot be read, restore it: {error}") from error
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _points(difference: float) -> str:
+    """A difference of two shares in percentage points, with its sign."""
+    return f"{100 * difference:+.1f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

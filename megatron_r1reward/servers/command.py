@@ -1,0 +1,144 @@
+"""How one vLLM server is called: its command line and its environment.
+
+Rollout servers (token ids in and out, weight transfer) and judges (plain OpenAI chat) alike.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from megatron_r1reward.config.schema import ServerSection
+from megatron_r1reward.network.tokens import TOKEN_VARIABLE
+from megatron_r1reward.servers.vllm_main import FORK_FLAG
+
+WeightTransport = Literal["gloo", "nccl", "ipc"]
+
+# Names under which our receivers are registered inside vLLM; "nccl" and "ipc" are vLLM's own, which pickle.
+RECEIVERS: Mapping[WeightTransport, str] = {"gloo": "r1reward_gloo", "nccl": "r1reward_nccl", "ipc": "r1reward_ipc"}
+GUARD = "megatron_r1reward.network.guard.BearerGuard"
+EXECUTOR = "megatron_r1reward.servers.vllm_executor.WholeAnswerExecutor"
+
+# The trainer's own distributed set-up, which vLLM's workers would take for theirs, and what would weaken a server.
+_HIDDEN_VARIABLES = frozenset({
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE",
+    "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_SERVER_DEV_MODE", "VLLM_API_KEY",
+})  # fmt: skip
+_MIN_BATCHED_TOKENS = 8192
+# glibc gives large blocks back to the kernel when they are freed. A weight push frees and allocates every layer, and
+# faulting all its pages in again takes longer than the transfer: keep them for the next push.
+_KEEP_FREED_MEMORY = "glibc.malloc.mmap_threshold=1099511627776:glibc.malloc.trim_threshold=1099511627776"
+
+
+def server_command(
+    section: ServerSection,
+    *,
+    model_path: Path,
+    port: int,
+    served_name: str,
+    host: str = "127.0.0.1",
+    on_cpu: bool = False,
+    weight_transfer: WeightTransport | None = None,
+    media_root: Path | None = None,
+    pixels: tuple[int, int] | None = None,
+    sleep_mode: bool = False,
+    in_flight: bool = False,
+) -> list[str]:
+    """The command that runs one server.
+
+    Args:
+        model_path: HF checkpoint folder.
+        served_name: what requests call the model.
+        weight_transfer: transport of weight pushes; None for a server whose weights never change (a judge).
+        media_root: folder below which requests may name images as file:// URLs; None forbids it.
+        pixels: (min_pixels, max_pixels) of the image processor, which must be the trainer's; None: the checkpoint's.
+        in_flight: pushes come while requests are being sampled; without it they had better not.
+        sleep_mode: allocate GPU memory such that /sleep can free it (colocated servers); a CPU has no such thing.
+    """
+    command = [sys.executable, "-m", "megatron_r1reward.servers.vllm_main"]
+    if _forks_engine_core(section, on_cpu):
+        command += [FORK_FLAG]
+    command += ["--model", str(model_path), "--served-model-name", served_name, "--host", host, "--port", str(port)]
+    command += ["--middleware", GUARD]
+    command += ["--dtype", section.dtype, "--tensor-parallel-size", str(section.tensor_parallel_size)]
+    command += ["--max-model-len", str(section.max_model_len), "--max-num-seqs", str(section.max_num_seqs)]
+    # Sampling parameters come from requests only; "auto" would add the checkpoint's generation_config.json.
+    command += ["--generation-config", "vllm"]
+    command += ["--enable-scale-out"]  # /inference/v1/generate: token ids in, token ids out
+    command += ["--limit-mm-per-prompt", json.dumps({"video": 0})]
+    command += ["--disable-uvicorn-access-log"]
+    if on_cpu:
+        command += ["--enforce-eager"]  # compiling takes a minute and gains nothing on small models
+        # vLLM cannot rewind a CPU generator: a seeded request whose prefill is split kills the engine.
+        command += ["--no-enable-chunked-prefill"]
+        command += ["--max-num-batched-tokens", str(max(section.max_model_len, _MIN_BATCHED_TOKENS))]
+        if section.kv_cache_bytes is not None:
+            command += ["--kv-cache-memory-bytes", str(section.kv_cache_bytes)]
+    else:
+        command += ["--gpu-memory-utilization", str(section.gpu_memory_utilization)]
+        if sleep_mode:
+            command += ["--enable-sleep-mode"]
+    if section.quantization is not None:
+        command += ["--quantization", section.quantization]
+    if section.trust_remote_code:
+        command += ["--trust-remote-code"]
+    if weight_transfer is not None:
+        command += ["--weight-transfer-config", json.dumps({"backend": RECEIVERS[weight_transfer]})]
+        if section.tensor_parallel_size > 1:
+            command += ["--distributed-executor-backend", EXECUTOR]
+    if in_flight:
+        # vLLM does not give its worker the image of a request whose image lies in a cached prefix, as of the second
+        # sample of a prompt. A push clears the cache; to go on, the worker needs the image, and the engine dies.
+        command += ["--no-enable-prefix-caching"]
+    if media_root is not None:
+        command += ["--allowed-local-media-path", str(media_root.resolve())]
+    if pixels is not None:
+        command += ["--mm-processor-kwargs", json.dumps({"min_pixels": pixels[0], "max_pixels": pixels[1]})]
+    return [*command, *section.extra_args]
+
+
+def server_environment(
+    section: ServerSection,
+    *,
+    token: str,
+    developer_routes: bool = False,
+    on_cpu: bool = False,
+    gpu_ids: Sequence[int] = (),
+    base: Mapping[str, str],
+) -> dict[str, str]:
+    """The server's environment: `base` without the trainer's distributed variables, plus what vLLM needs.
+
+    Args:
+        token: every request must carry it as a bearer token (`network.guard.BearerGuard`).
+        developer_routes: open /pause, /resume, weight transfer and cache resets, to bearers of the token.
+    """
+    environment = {name: value for name, value in base.items() if name not in _HIDDEN_VARIABLES}
+    environment |= {
+        TOKEN_VARIABLE: token,
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",  # clients keep connections between steps
+        "HF_HUB_OFFLINE": "1",  # models are folders; a missing file is an error, not a download
+    }
+    if developer_routes:
+        environment["VLLM_SERVER_DEV_MODE"] = "1"
+        if on_cpu:
+            environment.setdefault("GLIBC_TUNABLES", _KEEP_FREED_MEMORY)
+    if on_cpu:
+        environment |= {
+            "OMP_NUM_THREADS": str(section.num_threads),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # "auto" would put every server of a machine on the same cores
+            "TORCH_COMPILE_DISABLE": "1",  # otherwise the sampler is compiled at the first request: a minute
+        }
+        if section.tensor_parallel_size == 1:
+            environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the worker lives in the engine's process
+    if gpu_ids:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpu_ids))
+    return environment
+
+
+def _forks_engine_core(section: ServerSection, on_cpu: bool) -> bool:
+    return on_cpu and section.num_threads == 1 and section.tensor_parallel_size == 1

@@ -1,0 +1,80 @@
+"""One server as its group sees it: address, state, load and history."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_r1reward.servers.process import VllmServer
+
+# starting -> ready <-> quarantined -> restarting -> quarantined; retired is final
+State = Literal["starting", "ready", "quarantined", "restarting", "retired"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerStatus:
+    """What `r1reward servers`, metrics and the log show of one server."""
+
+    name: str
+    url: str
+    state: State
+    in_flight: int
+    requests: int  # answered
+    failures: int  # requests that were not, and missed health checks
+    restarts: int
+    weight_version: int | None  # None: weights that are never pushed, or not yet
+    last_error: str
+
+
+@dataclass(kw_only=True, eq=False)
+class Member:
+    """Belongs to the event loop of its group: no locks.
+
+    `server` is None for a server that somebody else started; it is probed until it works again, never restarted.
+    """
+
+    name: str
+    fixed_url: str = ""  # of a server that is not ours
+    token: str | None = None
+    server: VllmServer | None = None
+    state: State = "starting"
+    incarnation: int = 0  # counts the lives of its process
+    requests: int = 0
+    failures: int = 0
+    failures_in_a_row: int = 0
+    missed_health_checks: int = 0
+    restarts: int = 0
+    restarts_in_a_row: int = 0
+    last_error: str = ""
+    weight_version: int | None = None
+    must_be_pushed: bool = False  # it may hold a mixture of weights and is paused
+    waits_for_weights: bool = False  # it is well, but nobody has the current weights at hand
+    in_flight: set[asyncio.Task[object]] = field(default_factory=set)
+    outstanding: int = 0
+
+    @property
+    def url(self) -> str:
+        return self.server.url if self.server is not None else self.fixed_url
+
+    @property
+    def bearer_token(self) -> str | None:
+        return self.server.token if self.server is not None else self.token
+
+    def withdraw(self) -> None:
+        """Cancel what is in flight there: it is asked elsewhere."""
+        for task in tuple(self.in_flight):
+            task.cancel()
+
+    def status(self) -> ServerStatus:
+        return ServerStatus(
+            name=self.name,
+            url=self.url,
+            state=self.state,
+            in_flight=self.outstanding,
+            requests=self.requests,
+            failures=self.failures,
+            restarts=self.restarts,
+            weight_version=self.weight_version,
+            last_error=self.last_error,
+        )

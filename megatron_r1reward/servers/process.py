@@ -1,0 +1,263 @@
+"""The life of one vLLM server: start, readiness by a real completion, restart, end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+
+from megatron_r1reward.config.schema import ServerSection
+from megatron_r1reward.network.tokens import bearer, new_token
+from megatron_r1reward.servers.command import WeightTransport, server_command, server_environment
+from megatron_r1reward.servers.leftovers import ScratchFolder, remove, shared_memory_of
+from megatron_r1reward.servers.server_devices import sees_gpu
+from megatron_r1reward.servers.server_log import address_in_use, explain
+
+Report = Callable[[str], None]  # takes a line for the user
+
+_SIGTERM_GRACE_S = 15.0
+_POLL_INTERVAL_S = 0.2
+_PORT_ATTEMPTS = 3
+_HEALTH_TIMEOUT_S = 5.0
+
+
+class ServerError(RuntimeError):
+    """A server did not start, or died. The message names the log and ends with its last lines."""
+
+
+class VllmServer:
+    """A vLLM server as a child process in a process group of its own; ends with its parent.
+
+    Use as a context manager, or `start()` several, then `wait_ready()` on each, and `stop()`; see `start_servers`.
+    Arguments are those of `server_command`. The port is the kernel's choice and reserved; should somebody else take
+    it all the same, the server starts on another one, so `url` is known for sure only when `wait_ready` has returned.
+    `token` is what requests must carry; None makes a new one.
+    """
+
+    def __init__(
+        self,
+        section: ServerSection,
+        *,
+        model_path: Path,
+        log_path: Path,
+        served_name: str = "policy",
+        host: str | None = None,
+        on_cpu: bool | None = None,
+        gpu_ids: Sequence[int] = (),
+        weight_transfer: WeightTransport | None = None,
+        media_root: Path | None = None,
+        pixels: tuple[int, int] | None = None,
+        sleep_mode: bool = False,
+        in_flight: bool = False,
+        token: str | None = None,
+    ) -> None:
+        if not (model_path / "config.json").is_file():
+            raise ValueError(f"model path {model_path} has no config.json: give a Hugging Face checkpoint folder")
+        self.served_name = served_name
+        self.log_path = log_path
+        self.token = token or new_token()
+        self._section = section
+        self._host = section.host if host is None else host
+        self._on_cpu = not sees_gpu() if on_cpu is None else on_cpu
+        self._model_path = model_path
+        self._weight_transfer = weight_transfer
+        self._media_root, self._pixels = media_root, pixels
+        self._sleep_mode, self._in_flight = sleep_mode, in_flight
+        self._environment = server_environment(
+            section,
+            token=self.token,
+            developer_routes=weight_transfer is not None,
+            on_cpu=self._on_cpu,
+            gpu_ids=gpu_ids,
+            base=os.environ,
+        )
+        self._process: subprocess.Popen[bytes] | None = None
+        self._scratch: ScratchFolder | None = None
+        self._shared_memory: frozenset[Path] = frozenset()
+        self._log_start = 0  # an earlier life's lines are not this one's
+        self._reservation: socket.socket | None = None
+        self._reserve_port()
+
+    def _reserve_port(self) -> None:
+        """Bound but never listening: nobody else is given the port before the server has it, nor between restarts."""
+        if self._reservation is not None:
+            self._reservation.close()
+        reservation = socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET, socket.SOCK_STREAM)
+        reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reservation.bind((self._host, 0))
+        self._reservation = reservation
+        self.port: int = reservation.getsockname()[1]
+        self._command = server_command(
+            self._section,
+            model_path=self._model_path,
+            port=self.port,
+            served_name=self.served_name,
+            host=self._host,
+            on_cpu=self._on_cpu,
+            weight_transfer=self._weight_transfer,
+            media_root=self._media_root,
+            pixels=self._pixels,
+            sleep_mode=self._sleep_mode,
+            in_flight=self._in_flight,
+        )
+
+    @property
+    def url(self) -> str:
+        # A server on all interfaces is reached from here by the loopback address.
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._host, self._host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    @property
+    def pid(self) -> int | None:
+        """Process id (and process group) of the running server, None when there is none."""
+        return self._process.pid if self._process is not None else None
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit code of a server that has ended by itself (-n: killed by signal n); None otherwise."""
+        return self._process.poll() if self._process is not None else None
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Start the process and return at once; ServerError when the server has been closed meanwhile."""
+        assert self._process is None, "the server was started already"
+        if self._reservation is None:
+            raise ServerError(f"server {self.served_name!r} ({self.url}) is closed")
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._scratch = ScratchFolder()
+        with self.log_path.open("ab") as log:
+            self._log_start = log.tell()
+            self._process = subprocess.Popen(
+                self._command,
+                env=self._environment | {"TMPDIR": str(self._scratch.path)},
+                stdin=subprocess.PIPE,  # the server ends when this pipe closes
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def restart(self) -> None:
+        """End what is left of the process, even if it hangs, and start a new one on the same port; returns at once."""
+        self.stop(grace_s=0.0)
+        self.start()
+
+    def wait_ready(self, progress: Report | None = None) -> None:
+        """Block until the server is healthy and has completed a request.
+
+        Raises:
+            ServerError: the process died, or `startup_timeout_s` passed.
+        """
+        for attempt in range(1, _PORT_ATTEMPTS + 1):
+            try:
+                self._wait_ready(progress)
+                return
+            except ServerError:
+                if self.alive or attempt == _PORT_ATTEMPTS or not address_in_use(self.log_path, self._log_start):
+                    raise
+            if progress is not None:
+                progress(f"{self.served_name}: port {self.port} is taken by another process; trying another one")
+            self.stop()
+            self._reserve_port()
+            self.start()
+
+    def _wait_ready(self, progress: Report | None) -> None:
+        started = time.monotonic()
+        limit_s = self._section.startup_timeout_s
+        with httpx.Client(timeout=limit_s, trust_env=False, headers=bearer(self.token)) as http:
+            while not self._answers_health(http):
+                self.check_alive()
+                if time.monotonic() - started > limit_s:
+                    raise ServerError(self._describe(f"was not ready after {limit_s:g} s"))
+                time.sleep(_POLL_INTERVAL_S)
+            self.check_alive()  # whoever answered might be somebody else on our port
+            self._complete_one_request(http)
+        assert self.pid is not None
+        self._shared_memory = shared_memory_of(self.pid)  # who is killed cannot clean up
+        if progress is not None:
+            progress(f"{self.served_name} at {self.url} ready after {time.monotonic() - started:.1f} s")
+
+    def check_alive(self) -> None:
+        """Raise ServerError, with the last lines of the log, if the process has ended."""
+        if not self.alive:
+            code = self._process.returncode if self._process is not None else None
+            raise ServerError(self._describe(f"is not running (exit code {code})"))
+
+    def stop(self, *, grace_s: float = _SIGTERM_GRACE_S) -> None:
+        """End the server: SIGTERM, then after `grace_s` SIGKILL for all its process group. Safe to call twice."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        try:
+            if grace_s > 0:
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(grace_s)
+        finally:
+            with suppress(ProcessLookupError):  # usually the whole group is gone by now
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
+            remove(self._shared_memory)
+            self._shared_memory = frozenset()
+            assert self._scratch is not None
+            self._scratch.remove()
+
+    def close(self) -> None:
+        """`stop`, and give the port back."""
+        self.stop()
+        if self._reservation is not None:
+            self._reservation.close()
+            self._reservation = None
+
+    def __enter__(self) -> VllmServer:
+        start_servers([self])
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _answers_health(self, http: httpx.Client) -> bool:
+        try:
+            return http.get(f"{self.url}/health", timeout=_HEALTH_TIMEOUT_S).is_success
+        except httpx.TransportError:  # not listening yet, or somebody else is
+            return False
+
+    def _complete_one_request(self, http: httpx.Client) -> None:
+        body = {"model": self.served_name, "prompt": "ready?", "max_tokens": 1, "temperature": 0}
+        try:
+            response = http.post(f"{self.url}/v1/completions", json=body)
+        except httpx.TransportError as error:
+            raise ServerError(self._describe(f"broke off its first request ({error})")) from error
+        if response.is_error:
+            raise ServerError(self._describe(f"failed its first request: {response.status_code} {response.text[:500]}"))
+
+    def _describe(self, what: str) -> str:
+        return f"server {self.served_name!r} ({self.url}) {what}: {explain(self.log_path, self._log_start)}"
+
+
+def start_servers(servers: Iterable[VllmServer], progress: Report | None = None) -> None:
+    """Start all servers side by side and wait until each is ready; if one fails, all are stopped again."""
+    servers = list(servers)
+    try:
+        for server in servers:
+            server.start()
+        for server in servers:
+            server.wait_ready(progress)
+    except BaseException:
+        for server in servers:
+            server.stop()
+        raise

@@ -1,0 +1,159 @@
+"""One copy of the weights per machine: one worker there receives for all, in memory that the others read.
+
+Workers on one machine, of one server or of several, would each pull the same bytes through the network and keep them.
+The first of them receives instead, into a memory file, and says in the sender's store which buckets have come. Who
+waits there is set free when the sender leaves, since the store leaves with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_r1reward.weight_sync.broadcast_group import SENDER_RANK, BroadcastGroup, Rendezvous
+from megatron_r1reward.weight_sync.buckets import Bucket
+from megatron_r1reward.weight_sync.shared_memory import MemoryFile, open_memory_file
+
+ADVICE = "or turn rollout.weights_once_per_host off: then every worker receives for itself"
+
+
+def this_machine() -> str:
+    """Equal for processes that can open each other's memory files: one kernel, one process namespace, one user."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.stat('/proc/self/ns/pid').st_ino} {os.geteuid()}"
+
+
+def open_sender(store: dist.Store, meeting: Rendezvous) -> BroadcastGroup:
+    """The sender's end; blocks until all workers are there. Those that receive for their machine are in the group."""
+    receiving = set(_receivers(store, meeting).values())
+    return BroadcastGroup(store, replace(meeting, world_size=1 + len(receiving)), SENDER_RANK)
+
+
+class Inlet:
+    """A worker's end: `begin` an update, `receive` its buckets in order, at last the `checksums`.
+
+    All of them raise a RuntimeError (of torch.distributed) when the sender is lost, or the time-out has passed.
+
+    Args:
+        rank: of this worker among all, from 1 on.
+        device: where the bytes arrive; on a GPU every worker receives for itself.
+    """
+
+    def __init__(self, store: dist.Store, meeting: Rendezvous, rank: int, device: torch.device) -> None:
+        shares = meeting.once_per_host and device.type == "cpu"
+        store.set(f"machine/{rank}", this_machine() if shares else f"of rank {rank}")
+        receivers = _receivers(store, meeting)
+        self._store: dist.Store | None = store
+        self._device = device
+        self._receiver = receivers[rank]
+        self._is_read = list(receivers.values()).count(rank) > 1  # by others
+        self._group: BroadcastGroup | None = None
+        if self._receiver == rank:
+            receiving = sorted(set(receivers.values()))
+            here = replace(meeting, world_size=1 + len(receiving))
+            self._group = BroadcastGroup(store, here, 1 + receiving.index(rank))
+        self._updates = 0  # begun
+        self._told: list[str] = []  # keys in the store
+        self._file: MemoryFile | None = None
+        # CPU only, and kept: fresh pages for every push would cost more than the transfer.
+        self._arena: torch.Tensor | None = None
+        self._arena_name = ""
+
+    @classmethod
+    def join(cls, meeting: Rendezvous, rank: int, device: torch.device) -> Inlet:
+        """Blocks until all ranks are there or the timeout has passed."""
+        return cls(meeting.store(), meeting, rank, device)
+
+    def begin(self, num_bytes: int) -> None:
+        """Make room for an update of `num_bytes`; what an earlier one brought is overwritten.
+
+        Raises:
+            WeightPushError: the memory of the worker that receives here cannot be opened.
+        """
+        self._updates += 1
+        if self._device.type != "cpu":
+            return
+        if self._group is None:
+            name = self._hear("memory")
+            if name != self._arena_name:
+                self._arena, self._arena_name = open_memory_file(name.split()[0], num_bytes, ADVICE), name
+            return
+        if self._arena is None or self._arena.numel() != num_bytes:
+            self._make_arena(num_bytes)
+        self._forget()  # an update begins when everybody has read all of the one before
+        self._tell("memory", self._arena_name)
+
+    def receive(self, bucket: Bucket) -> torch.Tensor:
+        """The bytes of the next bucket, uint8 [num_bytes]; on the CPU valid until the next update begins."""
+        if self._arena is None:
+            flat = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._device)
+        else:
+            flat = self._arena[bucket.start : bucket.start + bucket.num_bytes]
+        what = f"bucket at {bucket.start}"
+        if self._group is None:
+            self._hear(what)
+        else:
+            self._group.broadcast(flat)
+            self._tell(what, "has come")
+        return flat
+
+    def checksums(self, count: int) -> torch.Tensor:
+        """What the sender has counted: int64 [count], on the CPU."""
+        if self._group is None:
+            return torch.tensor(json.loads(self._hear("checksums")), dtype=torch.int64)
+        sums = torch.empty(count, dtype=torch.int64, device=self._device)
+        self._group.broadcast(sums)
+        sums = sums.cpu()
+        self._tell("checksums", json.dumps(sums.tolist()))
+        return sums
+
+    def close(self) -> None:
+        """Close the connections, which the sender notices; safe to call twice."""
+        if self._group is not None:
+            self._group.close()
+        if self._file is not None:
+            self._file.close()
+        self._store = None
+
+    def _make_arena(self, num_bytes: int) -> None:
+        if not self._is_read:
+            self._arena = torch.empty(num_bytes, dtype=torch.uint8)
+            return
+        if self._file is not None:
+            self._file.close()
+        self._file = MemoryFile(num_bytes)
+        self._arena = self._file.tensor
+        self._arena_name = f"{self._file.path} {self._updates}"  # a path alone may come twice
+
+    def _key(self, what: str) -> str:
+        return f"{self._receiver}/{self._updates}/{what}"
+
+    def _tell(self, what: str, value: str) -> None:
+        """Who reads what this worker receives."""
+        if self._is_read:
+            assert self._store is not None
+            self._told.append(self._key(what))
+            self._store.set(self._told[-1], value)
+
+    def _hear(self, what: str) -> str:
+        """Blocks until it is told, the sender has left or the time-out has passed."""
+        if self._store is None:
+            raise RuntimeError("the way to the sender is closed")
+        return self._store.get(self._key(what)).decode()
+
+    def _forget(self) -> None:
+        for key in self._told:
+            assert self._store is not None
+            self._store.delete_key(key)
+        self._told.clear()
+
+
+def _receivers(store: dist.Store, meeting: Rendezvous) -> dict[int, int]:
+    """By rank of a worker, the rank that receives for it: the first on its machine."""
+    first: dict[bytes, int] = {}
+    return {rank: first.setdefault(store.get(f"machine/{rank}"), rank) for rank in range(1, meeting.world_size)}
