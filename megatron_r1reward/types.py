@@ -121,14 +121,6 @@ class PackedBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepStats:
-    """What one optimizer step reports. `metrics` names are listed in monitor/metrics.py."""
-
-    step: int
-    metrics: Mapping[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
 class TensorMeta:
     """A tensor without its values."""
 

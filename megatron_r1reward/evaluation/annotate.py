@@ -21,7 +21,7 @@ from openai.types.chat import ChatCompletion
 from megatron_r1reward.data.data_url import data_url
 from megatron_r1reward.data.difficulty import AttemptRecord, append_record, read_records
 from megatron_r1reward.data.prompt import preference_messages
-from megatron_r1reward.reward.parse import parse_response
+from megatron_r1reward.reward.rules import parse_response
 from megatron_r1reward.types import Preference
 
 logger = logging.getLogger(__name__)

@@ -33,7 +33,7 @@ from megatron_r1reward.evaluation.voting import (
     order_agreement,
     voting_accuracy,
 )
-from megatron_r1reward.reward.parse import ParsedResponse, parse_response
+from megatron_r1reward.reward.rules import ParsedResponse, parse_response
 from megatron_r1reward.types import Preference, Prompt, Rollout
 
 NO_CATEGORY = "uncategorised"

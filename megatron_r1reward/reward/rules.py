@@ -1,9 +1,54 @@
-"""The two rewards that need no model."""
+"""What a response is worth: strict parsing, the rules that need no model, and one number from the parts."""
 
 from __future__ import annotations
 
-from megatron_r1reward.reward.parse import ParsedResponse
-from megatron_r1reward.types import Label
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from megatron_r1reward.config.schema import RewardSection
+from megatron_r1reward.types import JudgeVerdict, Label
+
+ConsistencyLevels = Literal["paper", "released_code"]
+
+_WELL_FORMED = re.compile(r"<think>.*?</think><answer>.*?</answer>", re.DOTALL)
+_THINK_TAG = re.compile(r"</?think>")
+_LABELS: Final[Mapping[str, Label]] = {"1": 1, "2": 2}
+
+# The paper calls consistency a bonus and gives no numbers; the released code also penalises an inconsistency.
+_VALUES: Final[Mapping[ConsistencyLevels, Mapping[JudgeVerdict, float]]] = {
+    "paper": {"consistent": 1.0},
+    "released_code": {"consistent": 1.0, "inconsistent": -1.0},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParsedResponse:
+    """What the rules and the judge need to know about one response."""
+
+    answer: Label | None  # None unless the first <answer> holds exactly "1" or "2"
+    well_formed: bool
+    reasoning: str  # the text before <answer>, without think tags; all of it when there is no <answer>
+
+
+def parse_response(text: str) -> ParsedResponse:
+    """Parse a decoded response, `text` being free of special tokens: no free-text fallback, no numeric equivalence.
+
+    `well_formed` is the released code's rule: after stripping, the whole text is
+    `<think>...</think><answer>...</answer>` with nothing in between (not even a space), and each opening tag occurs
+    exactly once. It does not look at the answer's content. `answer` is read independently of the format.
+    """
+    text = text.strip()
+    before, _, after = text.partition("<answer>")
+    content, closing_tag, _ = after.partition("</answer>")
+    # Counting first also spares the pattern the texts on which it would backtrack.
+    single_tags = text.count("<think>") == 1 and text.count("<answer>") == 1
+    return ParsedResponse(
+        answer=_LABELS.get(content.strip()) if closing_tag else None,
+        well_formed=single_tags and _WELL_FORMED.fullmatch(text) is not None,
+        reasoning=_THINK_TAG.sub("", before).strip(),
+    )
 
 
 def format_reward(parsed: ParsedResponse) -> float:
@@ -14,3 +59,16 @@ def format_reward(parsed: ParsedResponse) -> float:
 def result_reward(parsed: ParsedResponse, label: Label) -> float:
     """A: 1 when the parsed answer is the label, else 0; an unparsable answer is a wrong one."""
     return float(parsed.answer == label)
+
+
+def consistency_value(verdict: JudgeVerdict, levels: ConsistencyLevels) -> float:
+    """C of a verdict: in {0, 1} ("paper") or {-1, 0, 1} ("released_code"); 0 when unknown or not asked."""
+    return _VALUES[levels].get(verdict, 0.0)
+
+
+def combine(format_reward: float, result_reward: float, consistency: float, section: RewardSection) -> float:
+    """R = format_weight * F + A * (1 + consistency_weight * C); paper sec. 4.3 with both weights 0.5.
+
+    Consistency counts only when the result is right: being consistently wrong earns nothing.
+    """
+    return section.format_weight * format_reward + result_reward * (1.0 + section.consistency_weight * consistency)

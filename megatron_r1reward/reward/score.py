@@ -7,10 +7,15 @@ from collections import Counter
 from collections.abc import Sequence
 
 from megatron_r1reward.config.schema import RewardSection
-from megatron_r1reward.reward.combine import combine, consistency_value
 from megatron_r1reward.reward.consistency import ConsistencyJudge
-from megatron_r1reward.reward.parse import ParsedResponse, parse_response
-from megatron_r1reward.reward.rules import format_reward, result_reward
+from megatron_r1reward.reward.rules import (
+    ParsedResponse,
+    combine,
+    consistency_value,
+    format_reward,
+    parse_response,
+    result_reward,
+)
 from megatron_r1reward.types import JudgeVerdict, Label, Rollout, ScoredRollout
 
 _JUDGE_COUNTS = ("cached", "over_budget", "not_tried", "steps_without")

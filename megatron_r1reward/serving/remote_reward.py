@@ -18,10 +18,8 @@ from starlette.routing import Route
 
 from megatron_r1reward.config.schema import RewardSection
 from megatron_r1reward.network.guard import BearerGuard
-from megatron_r1reward.reward.combine import combine, consistency_value
 from megatron_r1reward.reward.consistency import ConsistencyJudge, JudgeDownError
-from megatron_r1reward.reward.parse import parse_response
-from megatron_r1reward.reward.rules import format_reward, result_reward
+from megatron_r1reward.reward.rules import combine, consistency_value, format_reward, parse_response, result_reward
 from megatron_r1reward.serving.labels import LabelTable, UnknownMessageError
 from megatron_r1reward.types import JudgeVerdict
 

@@ -13,7 +13,7 @@ from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.curriculum import Curriculum, is_informative
 from megatron_r1reward.data.loader import PromptLoader
 from megatron_r1reward.monitor.timeline import Timeline
-from megatron_r1reward.reward.parse import parse_response
+from megatron_r1reward.reward.rules import parse_response
 from megatron_r1reward.reward.score import RewardScorer, count
 from megatron_r1reward.rollout.accounting import Accounting
 from megatron_r1reward.rollout.pool import GenerateResult, RolloutPool

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_r1reward.reward.parse import parse_response
+from megatron_r1reward.reward.rules import parse_response
 
 
 @pytest.mark.parametrize(

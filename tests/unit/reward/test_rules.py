@@ -3,9 +3,7 @@
 import pytest
 
 from megatron_r1reward.config.schema import RewardSection
-from megatron_r1reward.reward.combine import combine, consistency_value
-from megatron_r1reward.reward.parse import parse_response
-from megatron_r1reward.reward.rules import format_reward, result_reward
+from megatron_r1reward.reward.rules import combine, consistency_value, format_reward, parse_response, result_reward
 
 
 @pytest.mark.parametrize(
