@@ -66,6 +66,8 @@ class _Room:
 def servers_of(config: RunConfig, stage: Stage) -> dict[ServerKind, int]:
     """How many servers of each kind the stage starts; servers that are reached by URL are not among them."""
     wanted: dict[ServerKind, int] = {"rollout": 0, "judge": 0}
+    if stage == "rl" and config.rl.replay is not None:
+        return wanted
     if stage in ("rl", "eval") and not config.rollout.urls:
         wanted["rollout"] = config.rollout.count
     if stage == "annotate" and config.annotate.url is None:

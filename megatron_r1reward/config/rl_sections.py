@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -18,6 +19,8 @@ class RlSection(Section):
     dynamic_sampling_rounds: Annotated[int, Field(ge=0)] = 0
     heldout_every: PositiveInt | None = None  # steps between accuracy probes on evaluation.data; None: no probes
     heldout_pairs: PositiveInt = 128  # pairs of one probe, each asked once in both orders
+    record: Path | None = None  # folder that keeps every step's rollouts, with rewards, log-probs and weight versions
+    replay: Path | None = None  # folder of such a record: train from it alone, without servers and judge
 
     @model_validator(mode="after")
     def _divides(self) -> RlSection:
@@ -26,6 +29,8 @@ class RlSection(Section):
                 f"rl.rollout_batch_size {self.rollout_batch_size} is not a multiple of "
                 f"rl.train_batch_size {self.train_batch_size}: choose a divisor"
             )
+        if self.record is not None and self.replay is not None:
+            raise ValueError(f"rl.replay {self.replay} samples nothing that rl.record could keep: set one of them")
         return self
 
 

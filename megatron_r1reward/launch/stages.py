@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 def rl(config: RunConfig, *, rendezvous: Path | None = None, supervised: bool = False) -> bool:
     """Stage 2, on every rank; the main rank also has the servers and the reward. False: saved and stopped on request.
 
-    With `supervised` the servers are those whose addresses the run directory holds.
+    With `supervised` the servers are those whose addresses the run directory holds. A replay has none.
     """
     with quick_imports():  # megatron-core, which the other stages do without
         from megatron_r1reward.launch.ranks import ranks
@@ -39,7 +39,7 @@ def rl(config: RunConfig, *, rendezvous: Path | None = None, supervised: bool = 
 
     with ranks(config, rendezvous) as topology, ExitStack() as stack:
         services = None
-        if topology.is_main:
+        if topology.is_main and config.rl.replay is None:
             opened = stack.enter_context(open_rl_services(connected(config, "rl") if supervised else config))
             services = rl_stage.Services(
                 pool=opened.pool,

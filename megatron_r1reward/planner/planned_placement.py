@@ -33,7 +33,7 @@ def _fits(nodes: int, size: int, demands: Sequence[int]) -> bool:
 
 def server_counts(config: RunConfig, stage: Stage) -> dict[str, int]:
     """Servers that the stage starts itself; those reached by URL are somebody else's."""
-    if stage == "sft":
+    if stage == "sft" or config.rl.replay is not None:
         return {"rollout": 0, "judge": 0}
     shared = bool(config.judge.urls) or config.cluster.shared_judge is not None
     return {

@@ -39,6 +39,7 @@ from megatron_r1reward.training.heartbeat import RunControl
 from megatron_r1reward.training.policy_update import update_policy
 from megatron_r1reward.training.producer import RolloutProducer
 from megatron_r1reward.training.profiling import StepProfiler
+from megatron_r1reward.training.record import Recorder, Replay, origin_of
 from megatron_r1reward.training.rl_metrics import advantage_metrics, mismatch, step_metrics
 from megatron_r1reward.training.rollout_batch import add_advantages, add_log_probs, pack
 from megatron_r1reward.training.state import TrainState, build_state
@@ -60,10 +61,11 @@ class Services:
 
 @dataclass(frozen=True, kw_only=True)
 class MainRank:
-    """What the main rank works with: services, and what `run` builds on them."""
+    """What the main rank works with: services (None in a replay), and what `run` builds on them."""
 
-    services: Services
-    producer: RolloutProducer
+    services: Services | None
+    producer: RolloutProducer | Replay
+    recorder: Recorder | None = None
     monitor: Monitor
     timeline: Timeline
 
@@ -97,19 +99,26 @@ def take_rollouts(state: TrainState, main: MainRank | None) -> tuple[Sequence[Sc
     if main is not None:
         try:
             batch = main.producer.take(state.step)
-            main.services.pool.sleep()  # colocated servers leave the device to the trainer
-            message = [(batch.scored, step_metrics(batch, main.services.pool))]
-        except JudgeDownError as error:  # all ranks save together
+            pool = None if main.services is None else main.services.pool
+            if pool is not None:
+                pool.sleep()  # colocated servers leave the device to the trainer
+            if main.recorder is not None:
+                main.recorder.write(batch)
+            message = [(batch.scored, step_metrics(batch, pool))]
+        except (JudgeDownError, ValueError) as error:  # all ranks save together, or complain together
             message = [error]
     if state.topology.world_size > 1:
         dist.broadcast_object_list(message, src=0)
-    if isinstance(message[0], JudgeDownError):
+    if isinstance(message[0], Exception):
         raise message[0]
     return message[0]
 
 
 def push_weights(state: TrainState, services: Services | None) -> None:
-    """Make the current weights, under version `state.step`, current on every rollout server; collective."""
+    """Make the current weights, under version `state.step`, current on every rollout server; collective. A replay has
+    no servers."""
+    if state.config.rl.replay is not None:
+        return
     synchronize_parameters(state.model)
     make_room_for_servers(state.config.cluster)
     tensors = state.exporter.tensors()
@@ -120,10 +129,8 @@ def push_weights(state: TrainState, services: Services | None) -> None:
     services.pool.push_weights(state.exporter.metas, tensors, version=state.step)
 
 
-def prepare(
-    config: RunConfig, topology: Topology, preferences: Sequence[Preference]
-) -> tuple[TrainState, PromptLoader]:
-    """Build the state, resumed when there is something to resume, and the prompt loader.
+def prepare(config: RunConfig, topology: Topology) -> TrainState:
+    """Build the state.
 
     Raises:
         ValueError: the batch does not fit the layout, or the model or data cannot be used.
@@ -142,14 +149,13 @@ def prepare(
             f"{config.model.path} has experts: vLLM on a CPU samples from other weights after a push of them "
             "(measured); run RL of a mixture of experts on GPUs"
         )
-    builder = PromptBuilder(state.tokenizer, config.data.max_prompt_tokens)
-    return state, PromptLoader(preferences, builder, config.data, seed=config.run.seed)
+    return state
 
 
 def run(config: RunConfig, topology: Topology, services: Services | None) -> Path | None:
     """Train to the last step and return the exported Hugging Face folder; None when it was asked to save and stop.
 
-    `services` is None on all but the main rank.
+    `services` is None on all but the main rank, and there too when `rl.replay` names a record to train from.
 
     Raises:
         ValueError: the configuration or the data cannot be used.
@@ -157,32 +163,22 @@ def run(config: RunConfig, topology: Topology, services: Services | None) -> Pat
     if config.run.num_threads:
         torch.set_num_threads(config.run.num_threads)
     output = config.run.output_dir
-    data = read_preferences(
-        config.data.train,
-        image_root=config.data.image_root,
-        media_dir=output / "media",
-        quarantine=output / "quarantine.jsonl",
-    )
-    preferences = keep_selected(data.preferences, config.data.select)
-    log.info("%d of %d preferences are trained on", len(preferences), len(data.preferences))
+    replay = None if config.rl.replay is None else Replay(config)
+    preferences, description = _data(config, replay)
     control = RunControl(output, topology, total_steps=config.rl.steps)
     control.loading()
-    state, loader = prepare(config, topology, preferences)
-    state.data = resume.describe_data(
-        (row.id for row in preferences),
-        seed=config.run.seed,
-        batch_size=config.rl.rollout_batch_size,
-        order=config.data.swap,
-    )
+    state = prepare(config, topology)
+    state.data = description
     resumed = resume.resume(state)
     resume.prepare(state)
+    if replay is not None:
+        replay.check_steps(state.step + 1, config.rl.steps)
     push_weights(state, services)  # the servers' weights are the trainer's from the first token on
     with ExitStack() as stack:
         main = None
-        if services is not None:
-            main = stack.enter_context(
-                _main_rank(state, loader, services, resumed_step=state.step if resumed else None)
-            )
+        if topology.is_main:
+            resumed_step = state.step if resumed else None
+            main = stack.enter_context(_main_rank(state, services, replay or preferences, resumed_step=resumed_step))
         control.begin(state.step, resumed=resumed)
         finished = _train(state, main, control)
     state.saver.close()
@@ -199,23 +195,70 @@ def run(config: RunConfig, topology: Topology, services: Services | None) -> Pat
     return folder
 
 
+def _data(config: RunConfig, replay: Replay | None) -> tuple[Sequence[Preference], dict[str, Any]]:
+    """The preferences to train on, and what describes them. A replay gets along without: then none, and the record's.
+
+    Raises:
+        ValueError: there is no usable row, or the record is of other data.
+    """
+    if replay is not None and not config.data.train.exists():
+        log.info("data.train %s is not here: trained is on what %s recorded", config.data.train, replay.origin.run)
+        return (), replay.origin.data
+    output = config.run.output_dir
+    data = read_preferences(
+        config.data.train,
+        image_root=config.data.image_root,
+        media_dir=output / "media",
+        quarantine=output / "quarantine.jsonl",
+    )
+    preferences = keep_selected(data.preferences, config.data.select)
+    log.info("%d of %d preferences are trained on", len(preferences), len(data.preferences))
+    description = resume.describe_data(
+        (row.id for row in preferences),
+        seed=config.run.seed,
+        batch_size=config.rl.rollout_batch_size,
+        order=config.data.swap,
+    )
+    if replay is not None:
+        replay.check_data(description)
+    return preferences, description
+
+
 @contextmanager
 def _main_rank(
-    state: TrainState, loader: PromptLoader, services: Services, *, resumed_step: int | None
+    state: TrainState, services: Services | None, source: Replay | Sequence[Preference], *, resumed_step: int | None
 ) -> Iterator[MainRank]:
     config, output = state.config, state.config.run.output_dir
-    learned = json.loads(state.producer["accuracies"]) if state.producer else {}
     with ExitStack() as stack:
         monitor = build_monitor(config.monitor, output, "rl", resumed_step=resumed_step)
         stack.callback(monitor.close)
         timeline = Timeline(output / "timeline.jsonl", resumed_step=resumed_step)
         stack.callback(timeline.close)
-        sampler = StepSampler(
-            services.pool, services.scorer, loader, config, curriculum=Curriculum(loader, learned), timeline=timeline
-        )
-        producer = RolloutProducer(sampler, config.asynchrony, steps=config.rl.steps, state=state.producer)
+        if isinstance(source, Replay):
+            if config.rl.heldout_every is not None:
+                log.warning("a replay has no servers: rl.heldout_every is left out, the updates do not depend on it")
+            yield MainRank(services=None, producer=source, monitor=monitor, timeline=timeline)
+            return
+        assert services is not None
+        producer = _producer(state, services, source, timeline)
         stack.callback(producer.close)
-        yield MainRank(services=services, producer=producer, monitor=monitor, timeline=timeline)
+        recorder = None
+        if config.rl.record is not None:
+            recorder = Recorder(config.rl.record, origin_of(config, state.data), resumed_step=resumed_step)
+        yield MainRank(services=services, producer=producer, recorder=recorder, monitor=monitor, timeline=timeline)
+
+
+def _producer(
+    state: TrainState, services: Services, preferences: Sequence[Preference], timeline: Timeline
+) -> RolloutProducer:
+    config = state.config
+    builder = PromptBuilder(state.tokenizer, config.data.max_prompt_tokens)
+    loader = PromptLoader(preferences, builder, config.data, seed=config.run.seed)
+    learned = json.loads(state.producer["accuracies"]) if state.producer else {}
+    sampler = StepSampler(
+        services.pool, services.scorer, loader, config, curriculum=Curriculum(loader, learned), timeline=timeline
+    )
+    return RolloutProducer(sampler, config.asynchrony, steps=config.rl.steps, state=state.producer)
 
 
 def _train(state: TrainState, main: MainRank | None, control: RunControl) -> bool:
@@ -243,9 +286,10 @@ def _train(state: TrainState, main: MainRank | None, control: RunControl) -> boo
                 raise
             if state.topology.is_main:
                 alarms.check(metrics, config.algorithm, state.step)
-        if main is not None and main.services.probe is not None and _probe_is_due(config, state.step):
+        probe = None if main is None or main.services is None else main.services.probe
+        if probe is not None and _probe_is_due(config, state.step):
             with timer.phase("heldout"):
-                metrics["heldout/accuracy"] = main.services.probe()
+                metrics["heldout/accuracy"] = probe()
         control.finished_step(state.step)
         stopped = state.step < config.rl.steps and control.stop_requested()
         with timer.phase("save"):

@@ -59,11 +59,11 @@ def age_metrics(scored: Sequence[ScoredRollout], version: int) -> dict[str, floa
     }
 
 
-def step_metrics(batch: StepRollouts, pool: RolloutPool) -> dict[str, float]:
-    """Everything that is known of a step's rollouts before they are trained on."""
+def step_metrics(batch: StepRollouts, pool: RolloutPool | None) -> dict[str, float]:
+    """Everything that is known of a step's rollouts before they are trained on. A replay has no pool."""
     generated = batch.generated
     metrics = rollout_metrics(batch.scored, batch.counts) | age_metrics(batch.scored, generated.step)
-    metrics |= server_metrics(generated.accounting, pool)
+    metrics |= account_metrics(generated.accounting) | ({} if pool is None else server_metrics(pool))
     return metrics | {
         "staleness/regenerated": batch.regenerated,
         "sampling/extra_rounds": generated.rounds,
@@ -74,15 +74,21 @@ def step_metrics(batch: StepRollouts, pool: RolloutPool) -> dict[str, float]:
     }
 
 
-def server_metrics(account: Accounting, pool: RolloutPool) -> dict[str, float]:
-    """What the rollout servers went through to serve one step."""
-    servers = pool.status()
-    return pool.sleep_metrics() | {
+def account_metrics(account: Accounting) -> dict[str, float]:
+    """What became of the prompts of one step."""
+    return {
         "rollout/failed": account.failed,
         "rollout/quarantined": account.quarantined,
         "rollout/retried": account.retried,
         "rollout/withdrawn": account.withdrawn,
         "rollout/stale": account.stale,
+    }
+
+
+def server_metrics(pool: RolloutPool) -> dict[str, float]:
+    """The state of the rollout servers."""
+    servers = pool.status()
+    return pool.sleep_metrics() | {
         "servers/ready": sum(server.state == "ready" for server in servers),
         "servers/restarts": sum(server.restarts for server in servers),
     }

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from reference import SERVER, Reference
 
+from megatron_r1reward.demo.digits import build_digits
+from megatron_r1reward.parallel import setup
+from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.rollout.open_pool import open_rollout_pool
 from megatron_r1reward.rollout.pool import RolloutPool
 
@@ -32,3 +35,25 @@ def shared_pool(
         in_flight=True,
     ) as pool:
         yield pool
+
+
+@pytest.fixture(scope="module")
+def original_weights_afterwards(shared_pool: RolloutPool, reference: Reference) -> Iterator[None]:
+    yield
+    shared_pool.push_weights(*reference.weights(), version=0)
+
+
+@pytest.fixture(scope="module")
+def topology() -> Iterator[Topology]:
+    from megatron_r1reward.config.schema import ParallelSection
+
+    yield setup.initialize(ParallelSection(), seed=0)
+    setup.shutdown()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits."""
+    folder = tmp_path_factory.mktemp("digits")
+    build_digits(folder, seed=0, sft_rows=8, pool_rows=24, heldout_pairs=4, judge_rows=8, categories=("digit",))
+    return folder

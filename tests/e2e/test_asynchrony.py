@@ -3,83 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import json
 import threading
-from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from reference import Reference, requests_running
+from reference import requests_running
+from rl_runs import BATCH, STEPS, config, rows, run
 from waiting import wait_until
 
-from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.demo.digits import build_digits
 from megatron_r1reward.monitor.timeline import read_timeline
-from megatron_r1reward.parallel import setup
 from megatron_r1reward.parallel.setup import Topology
-from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.accounting import Accounting
 from megatron_r1reward.rollout.pool import GenerateResult, RolloutPool
-from megatron_r1reward.training import rl
 
-pytestmark = pytest.mark.e2e
-STEPS, BATCH = 5, 6
-
-
-@pytest.fixture(scope="module")
-def topology() -> Iterator[Topology]:
-    from megatron_r1reward.config.schema import ParallelSection
-
-    yield setup.initialize(ParallelSection(), seed=0)
-    setup.shutdown()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def original_weights_afterwards(shared_pool: RolloutPool, reference: Reference) -> Iterator[None]:
-    yield
-    shared_pool.push_weights(*reference.weights(), version=0)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("digits")
-    build_digits(folder, seed=0, sft_rows=8, pool_rows=24, heldout_pairs=4, judge_rows=8, categories=("digit",))
-    return folder
-
-
-def config(output: Path, model: Path, data: Path, mode: str, **changed: dict[str, Any]) -> RunConfig:
-    """A random model earns no reward: the entropy bonus is what moves its weights. `changed`: keys by section."""
-    tree: dict[str, dict[str, Any]] = {
-        "run": {"output_dir": output},
-        "model": {"path": model, "precision": "fp32"},
-        "data": {"train": data / "pool.jsonl", "token_budget": 4096, "max_pixels": 50_176},
-        "optimizer": {"lr": 1e-3, "schedule": "constant", "warmup_fraction": 0.0},
-        "rl": {"steps": STEPS, "rollout_batch_size": BATCH, "train_batch_size": BATCH, "heldout_every": 3},
-        "asynchrony": {"mode": mode},
-        "algorithm": {
-            "samples_per_prompt": 2, "baseline": "leave_one_out", "entropy_coefficient": 0.1,
-            "truncated_importance_sampling": 2.0, "mismatch_alarm": 100.0, "mismatch_share_alarm": 1.0,
-        },
-        "reward": {"use_judge": False},
-        "sampling": {"max_tokens": 24},
-        "checkpoint": {"save_every": 2},
-        "monitor": {"tensorboard": False},
-    }  # fmt: skip
-    return RunConfig.model_validate(tree | {name: tree[name] | keys for name, keys in changed.items()})
-
-
-def run(config: RunConfig, topology: Topology, pool: RolloutPool, probe: rl.Probe = lambda: 0.5) -> Accounting:
-    """What became of the prompts of this run."""
-    pool.total = Accounting()
-    rl.run(config, topology, rl.Services(pool=pool, scorer=RewardScorer(config.reward, None), probe=probe))
-    return pool.total
-
-
-def rows(config: RunConfig) -> dict[int, dict[str, Any]]:
-    lines = (config.run.output_dir / "metrics.jsonl").read_text().splitlines()
-    return {row["step"]: row for row in map(json.loads, lines)}
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("original_weights_afterwards")]
 
 
 class KilledError(RuntimeError):

@@ -40,6 +40,11 @@ def test_sft_takes_everything() -> None:
     assert (trainer.component.tasks, trainer.component.gpus_per_node, trainer.cpus_per_task) == (16, 8, 8)
 
 
+def test_a_replay_has_no_servers() -> None:
+    (trainer,) = place(config(rl={"replay": "record"}), "rl", site(2))
+    assert (trainer.component.name, trainer.component.tasks) == ("trainer", 16)
+
+
 def test_servers_come_first_and_share_the_last_node() -> None:
     placements = place(config(rollout={"count": 3, "tensor_parallel_size": 2}), "rl", site(4))
     assert [p.component.name for p in placements] == ["rollout-0", "rollout-1", "rollout-2", "judge-0", "trainer"]

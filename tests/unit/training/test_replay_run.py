@@ -1,0 +1,94 @@
+"""Whole RL runs of a tiny model from a record, without servers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from made_up_record import elsewhere, replay_config, write_made_up_record
+from safetensors.torch import load_file
+
+from megatron_r1reward.config.schema import ParallelSection, RunConfig
+from megatron_r1reward.models.registry import load_hf_config
+from megatron_r1reward.parallel import setup
+from megatron_r1reward.parallel.setup import Topology
+from megatron_r1reward.training import rl
+
+UPDATE = ("loss", "grad_norm", "lr", "entropy", "ratio/mean", "ratio/max_abs_log", "advantage/std", "mismatch/mean_abs")
+
+
+@pytest.fixture(scope="module")
+def topology() -> Iterator[Topology]:
+    yield setup.initialize(ParallelSection(), seed=0)
+    setup.shutdown()
+
+
+@pytest.fixture(scope="module")
+def first(
+    tiny_folder: Path, image_paths: tuple[str, ...], topology: Topology, tmp_path_factory: pytest.TempPathFactory
+) -> RunConfig:
+    """A finished run."""
+    config = replay_config(tmp_path_factory.mktemp("replay"), tiny_folder)
+    write_made_up_record(config, image_paths, image_token_id=load_hf_config(tiny_folder).image_token_id)
+    assert rl.run(config, topology, None) is not None
+    return config
+
+
+def rows(config: RunConfig) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (config.run.output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(config: RunConfig) -> dict[str, torch.Tensor]:
+    return load_file(config.run.output_dir / "hf" / "model.safetensors")
+
+
+def test_the_same_record_gives_the_same_weights(first: RunConfig, topology: Topology, tmp_path: Path) -> None:
+    again = elsewhere(first, tmp_path)
+    rl.run(again, topology, None)
+    assert [row["step"] for row in rows(again)] == [1, 2, 3]
+    for then, now in zip(rows(first), rows(again), strict=True):
+        assert {name: now[name] for name in UPDATE} == {name: then[name] for name in UPDATE}
+        assert now["grad_norm"] > 0
+        assert "servers/ready" not in now
+    before, after = weights(first), weights(again)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    original = load_file(first.model.path / "model.safetensors")
+    assert any(not torch.equal(original[name], after[name]) for name in original), "something was learned"
+
+
+def test_another_micro_batch_budget_changes_rounding_only(first: RunConfig, topology: Topology, tmp_path: Path) -> None:
+    again = elsewhere(first, tmp_path, data={"token_budget": 150})
+    rl.run(again, topology, None)
+    for then, now in zip(rows(first), rows(again), strict=True):
+        for name in UPDATE:
+            assert now[name] == pytest.approx(then[name], rel=1e-3, abs=1e-5), (then["step"], name)
+    before, after = weights(first), weights(again)
+    assert max(float((before[name] - after[name]).abs().max()) for name in before) < 1e-4
+
+
+def test_a_replay_goes_on_after_an_interruption(first: RunConfig, topology: Topology, tmp_path: Path) -> None:
+    """Asked to stop after the first step, then started again: the weights of the run that was left alone."""
+    again = elsewhere(first, tmp_path)
+    stop = tmp_path / "live" / "stop.json"
+    stop.parent.mkdir()
+    stop.write_text("{}")
+    assert rl.run(again, topology, None) is None
+    stop.unlink()
+    (again.rl.replay / "step-00000001.jsonl").rename(tmp_path / "kept")  # type: ignore[operator]
+    try:
+        rl.run(again, topology, None)
+    finally:
+        (tmp_path / "kept").rename(again.rl.replay / "step-00000001.jsonl")  # type: ignore[operator]
+    assert [row["step"] for row in rows(again)] == [1, 2, 3]
+    before, after = weights(first), weights(again)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_step_that_is_missing_is_noticed_at_the_start(first: RunConfig, topology: Topology, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"lacks 2 of the steps 1 to 5, the first is 4: set rl.steps to at most 3"):
+        rl.run(elsewhere(first, tmp_path, rl={"steps": 5}), topology, None)
+    assert not (tmp_path / "metrics.jsonl").exists()
