@@ -1,5 +1,8 @@
 """Which component runs on which nodes and GPUs: the run file's `[cluster]`, `[rollout]` and `[judge]` sections made
 concrete for the nodes that are there. Nothing is started here.
+
+One rule, `place`: `launch` asks it about the nodes of its job, `plan` about those that the run file imagines, and the
+driver takes from `servers_of` which servers it has.
 """
 
 from __future__ import annotations
@@ -8,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_r1reward.cluster.site import Node, Site
 from megatron_r1reward.config.schema import RunConfig, ServerSection
 from megatron_r1reward.run_dir import Component
 
@@ -23,6 +25,31 @@ DRIVERS: dict[Stage, str | None] = {
     "annotate": "annotate",
     "judge": None,
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """What this job may use of one machine."""
+
+    name: str
+    gpus: int
+    cpus: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """The nodes of this job, by group: one group, except in a heterogeneous job."""
+
+    groups: tuple[tuple[Node, ...], ...]
+
+    def group(self, index: int, what: str) -> tuple[Node, ...]:
+        """ValueError when the job has no such group."""
+        if index >= len(self.groups):
+            raise ValueError(
+                f"cluster.{what}_het_group is {index}, but this job has {len(self.groups)} group(s): submit a "
+                "heterogeneous job (docs/cluster.md) or set it to 0"
+            )
+        return self.groups[index]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +134,8 @@ def place(config: RunConfig, stage: Stage, site: Site) -> tuple[Placement, ...]:
         placements.append(trainer)
     elif driver is not None:
         placements.append(_place_helper(driver, rooms[home][0]))
-    for kind in SERVER_KINDS:
+    # Large servers first: a small one must not break up what only a large one needs.
+    for kind in sorted(SERVER_KINDS, key=lambda kind: -_section(config, kind).tensor_parallel_size):
         placements += _place_servers(config, kind, wanted[kind], rooms[groups[kind]], trainer_rooms, placements)
     for room in (room for group in rooms for room in group):
         if room.cpus < 0:
@@ -115,7 +143,8 @@ def place(config: RunConfig, stage: Stage, site: Site) -> tuple[Placement, ...]:
                 f"node {room.node.name} has {room.node.cpus} cores in this job, {-room.cpus} fewer than its components "
                 "take: ask for more (--cpus-per-task), or lower cluster.cpus_per_rank or cluster.cpus_per_server"
             )
-    return tuple(sorted(placements, key=lambda placement: placement.kind == "driver"))
+    order = (*SERVER_KINDS, "driver")
+    return tuple(sorted(placements, key=lambda placement: (order.index(placement.kind), placement.index)))
 
 
 def _check_size(kind: ServerKind, section: ServerSection, nodes: Sequence[Node]) -> None:
@@ -158,7 +187,7 @@ def _place_trainer(
                 f"{sum(demands)} GPUs for servers do not fit on the nodes beside the {nodes} of the trainer: set "
                 "cluster.ranks_per_node below the GPUs of a node, lower cluster.trainer_nodes, or ask for more nodes"
             )
-        ranks = gpus if fits else gpus - sum(demands)
+        ranks = gpus if fits else _ranks_beside(gpus, [room.node.gpus for room in rooms[nodes:]], demands)
     if ranks < 1 or (gpus and ranks > gpus):
         raise ValueError(
             f"the trainer would have {ranks} ranks per node, of {gpus} GPUs: ask for more GPUs or nodes, or set "
@@ -193,6 +222,11 @@ def _nodes_left_for_trainer(rooms: Sequence[_Room], demands: Sequence[int]) -> i
     if all(room.node.gpus == 0 for room in rooms):
         return count - 1
     return next((n for n in range(count - 1, 0, -1) if _fits([r.node.gpus for r in rooms[n:]], demands)), 1)
+
+
+def _ranks_beside(gpus: int, others: list[int], demands: Sequence[int]) -> int:
+    """Most ranks on the trainer's only node such that the servers fit there and on the others; below 1: they do not."""
+    return next((r for r in range(gpus - 1, 0, -1) if _fits([*others, gpus - r], demands)), gpus - sum(demands))
 
 
 def _fits(free: list[int], demands: Sequence[int]) -> bool:

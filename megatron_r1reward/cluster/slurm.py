@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from megatron_r1reward.cluster.site import Node, Site
+from megatron_r1reward.cluster.placement import Node, Site
 from megatron_r1reward.cluster.step_environment import clean_environment
 
 log = logging.getLogger(__name__)

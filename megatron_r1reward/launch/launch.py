@@ -11,8 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_r1reward.cluster.placement import DRIVERS, Placement, Stage, describe, place
-from megatron_r1reward.cluster.site import Node, Site
+from megatron_r1reward.cluster.placement import DRIVERS, Node, Placement, Site, Stage, describe, place
 from megatron_r1reward.cluster.slurm import SlurmJob, is_running
 from megatron_r1reward.config.load import load_config
 from megatron_r1reward.config.schema import RunConfig

@@ -11,8 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_r1reward.cluster.placement import Placement
-from megatron_r1reward.cluster.site import Site
+from megatron_r1reward.cluster.placement import Placement, Site
 from megatron_r1reward.cluster.slurm import SlurmJob, run_tool, silent_nodes
 from megatron_r1reward.cluster.step_environment import clean_environment
 from megatron_r1reward.config.schema import ClusterSection

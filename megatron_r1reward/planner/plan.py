@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_r1reward.cluster.placement import servers_of
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.planner import planned_layout as layouts
 from megatron_r1reward.planner import step_time
@@ -14,7 +15,7 @@ from megatron_r1reward.planner.devices import Device, find_device
 from megatron_r1reward.planner.memory import GIB, StageMemory, trainer_memory
 from megatron_r1reward.planner.parameters import all_tensors, by_component
 from megatron_r1reward.planner.planned_layout import Layout, Stage
-from megatron_r1reward.planner.planned_placement import Devices, place, server_counts
+from megatron_r1reward.planner.planned_placement import Devices, planned_devices
 from megatron_r1reward.planner.server_memory import SLEEPING_BYTES, Server, generation_seconds, plan_server
 from megatron_r1reward.planner.workload import Workload, describe
 
@@ -101,7 +102,7 @@ def make_plan(config: RunConfig, stage: Stage) -> Plan:
     """
     model = find_model(config.model.path, config.plan.model)
     device = find_device(config.plan)
-    devices = place(config, stage)
+    devices = planned_devices(config, stage)
     problem = layouts.check(model.shape, config.parallel, devices.trainer)
     if problem is not None:
         raise ValueError(problem)
@@ -153,7 +154,7 @@ def _numerics(config: RunConfig) -> Numerics:
 
 
 def _servers(config: RunConfig, stage: Stage, model: Model, device: Device) -> tuple[tuple[Server, ...], list[str]]:
-    counts, notes = server_counts(config, stage), []
+    counts, notes = servers_of(config, stage), []
     servers = []
     if stage == "rl" and counts["rollout"]:
         servers.append(plan_server("rollout", config.rollout, model, device, count=counts["rollout"]))

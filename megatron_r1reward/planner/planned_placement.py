@@ -1,13 +1,15 @@
-"""Devices of each component on identical nodes, by the rules of `cluster.placement`: one server never spans nodes, the
-trainer has whole nodes where there are several, and on a single node what the servers leave."""
+"""Devices of each component on the machines that `[plan]` imagines, by the rule that `launch` follows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_r1reward.cluster.placement import Node, Site, place, servers_of
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.planner.planned_layout import Stage
+
+_MOST_NODES = 4096
+_CORES = 1 << 20  # [plan] says nothing about cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,71 +23,48 @@ class Devices:
     colocated: bool
 
 
-def _fits(nodes: int, size: int, demands: Sequence[int]) -> bool:
-    free = [size] * nodes
-    for demand in sorted(demands, reverse=True):
-        index = next((i for i, left in enumerate(free) if left >= demand), None)
-        if index is None:
-            return False
-        free[index] -= demand
-    return True
-
-
-def server_counts(config: RunConfig, stage: Stage) -> dict[str, int]:
-    """Servers that the stage starts itself; those reached by URL are somebody else's."""
-    if stage == "sft" or config.rl.replay is not None:
-        return {"rollout": 0, "judge": 0}
-    shared = bool(config.judge.urls) or config.cluster.shared_judge is not None
-    return {
-        "rollout": 0 if config.rollout.urls else config.rollout.count,
-        "judge": config.judge.count if config.reward.use_judge and not shared else 0,
-    }
-
-
-def place(config: RunConfig, stage: Stage) -> Devices:
-    """Devices per component on plan.nodes x plan.gpus_per_node.
+def planned_devices(config: RunConfig, stage: Stage) -> Devices:
+    """Devices per component on plan.nodes x plan.gpus_per_node identical nodes.
 
     Raises:
-        ValueError: the components do not fit there; the message names the numbers and a fix.
+        ValueError: launch would refuse the stage there; the message is launch's, with the number of nodes that helps.
     """
-    nodes, size, cluster = config.plan.nodes, config.plan.gpus_per_node, config.cluster
-    counts = server_counts(config, stage)
-    for kind, section in (("rollout", config.rollout), ("judge", config.judge)):
-        if counts[kind] and section.tensor_parallel_size > size:
-            raise ValueError(
-                f"{kind}.tensor_parallel_size {section.tensor_parallel_size} is more than the {size} devices of a node "
-                f"(plan.gpus_per_node), and a server never spans nodes: set it to {size} or less"
-            )
-    rollout = counts["rollout"] * config.rollout.tensor_parallel_size
-    judge = counts["judge"] * config.judge.tensor_parallel_size
-    colocated = cluster.layout == "colocated" and rollout > 0
-    demands = [config.judge.tensor_parallel_size] * counts["judge"]
-    if not colocated:
-        demands += [config.rollout.tensor_parallel_size] * counts["rollout"]
-    trainer = _trainer_devices(config, demands)
-    if colocated and rollout > trainer:
+    plan = config.plan
+    try:
+        return _devices(config, stage, plan.nodes)
+    except ValueError as error:
+        enough = _enough_nodes(config, stage)
+        fix = "more nodes alone do not help" if enough is None else f"plan.nodes = {enough} is enough"
         raise ValueError(
-            f"{rollout} rollout devices do not fit on the trainer's {trainer} (cluster.layout 'colocated'): set "
-            f"rollout.count to {trainer // config.rollout.tensor_parallel_size} or less"
-        )
-    return Devices(total=nodes * size, trainer=trainer, rollout=rollout, judge=judge, colocated=colocated)
+            f"{error} (on plan.nodes {plan.nodes} x plan.gpus_per_node {plan.gpus_per_node}; {fix})"
+        ) from None
 
 
-def _trainer_devices(config: RunConfig, demands: Sequence[int]) -> int:
-    nodes, size = config.plan.nodes, config.plan.gpus_per_node
-    mine = config.cluster.trainer_nodes
-    if mine is None:
-        mine = next((n for n in range(nodes, 0, -1) if _fits(nodes - n, size, demands)), min(nodes, 1))
-    if mine > nodes:
-        raise ValueError(f"cluster.trainer_nodes {mine} is more than plan.nodes {nodes}: raise plan.nodes")
-    per_node = config.cluster.ranks_per_node
-    if per_node is None:
-        per_node = size if _fits(nodes - mine, size, demands) else size - sum(demands) if mine == 1 else 0
-    left = [size] * (nodes - mine) + [size - per_node] * mine
-    if per_node < 1 or per_node > size or sum(demands) > sum(left):
-        raise ValueError(
-            f"{nodes} node(s) of {size} devices cannot hold the trainer and {sum(demands)} devices of servers "
-            f"(count x tensor_parallel_size of [rollout] and [judge]): raise plan.nodes to "
-            f"{-(-(sum(demands) + mine * max(per_node, 1)) // size)} or start fewer servers"
-        )
-    return mine * per_node
+def _devices(config: RunConfig, stage: Stage, nodes: int) -> Devices:
+    size = config.plan.gpus_per_node
+    # All nodes are alike here: the groups of a heterogeneous job are one.
+    one_group = {"trainer_het_group": 0, "rollout_het_group": 0, "judge_het_group": 0}
+    config = config.model_copy(update={"cluster": config.cluster.model_copy(update=one_group)})
+    site = Site(groups=(tuple(Node(name=f"n{i}", gpus=size, cpus=_CORES) for i in range(nodes)),))
+    placements = place(config, stage, site)
+    used = {kind: sum(len(p.gpu_ids) for p in placements if p.kind == kind) for kind in ("rollout", "judge")}
+    return Devices(
+        total=nodes * size,
+        trainer=next(p.component.tasks for p in placements if p.kind == "driver"),
+        rollout=used["rollout"],
+        judge=used["judge"],
+        colocated=any(p.kind == "rollout" and p.overlap for p in placements),
+    )
+
+
+def _enough_nodes(config: RunConfig, stage: Stage) -> int | None:
+    """The smallest number of nodes, above that of the run file, on which the stage can be placed."""
+    servers = sum(servers_of(config, stage).values())
+    first = config.plan.nodes + 1
+    for nodes in range(first, min(first + servers + (config.cluster.trainer_nodes or 1), _MOST_NODES)):
+        try:
+            _devices(config, stage, nodes)
+        except ValueError:
+            continue
+        return nodes
+    return None

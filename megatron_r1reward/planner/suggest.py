@@ -13,7 +13,7 @@ from megatron_r1reward.parallel import legality
 from megatron_r1reward.planner.catalog import find_model
 from megatron_r1reward.planner.plan import Plan, make_plan
 from megatron_r1reward.planner.planned_layout import Stage, parallel_shape
-from megatron_r1reward.planner.planned_placement import place
+from megatron_r1reward.planner.planned_placement import planned_devices
 from megatron_r1reward.planner.shapes import ModelShape
 
 MAX_EVALUATIONS = 600
@@ -93,7 +93,7 @@ def _fitting(config: RunConfig, stage: Stage, changes: dict[str, Any]) -> Plan |
 def _legal_start(config: RunConfig, stage: Stage, shape: ModelShape) -> dict[str, Any]:
     """Changes that make the trainer's layout legal, none where it is."""
     try:
-        world = place(config, stage).trainer
+        world = planned_devices(config, stage).trainer
     except ValueError:  # no room for all components: more nodes come first
         return {}
     whole_experts = config.parallel.expert_model_parallel_size > 1

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1reward.cluster.placement import Placement, Stage, place
-from megatron_r1reward.cluster.site import Node, Site
+from megatron_r1reward.cluster.placement import Node, Placement, Site, Stage, place
 from megatron_r1reward.config.schema import RunConfig
 
 

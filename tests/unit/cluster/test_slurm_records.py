@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1reward.cluster.placement import Placement
-from megatron_r1reward.cluster.site import Node, Site
+from megatron_r1reward.cluster.placement import Node, Placement, Site
 from megatron_r1reward.cluster.slurm import SlurmJob, parse_jobs
 from megatron_r1reward.cluster.step_environment import clean_environment
 from megatron_r1reward.config.schema import ClusterSection
