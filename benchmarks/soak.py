@@ -43,7 +43,7 @@ from megatron_r1reward.parallel import setup
 from megatron_r1reward.reward.consistency import ConsistencyJudge
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.accounting import Accounting
-from megatron_r1reward.servers.leftovers import shared_memory_mapped
+from megatron_r1reward.servers.keeper import shared_memory_mapped
 from megatron_r1reward.servers.process import VllmServer
 from megatron_r1reward.training import rl
 from megatron_r1reward.types import Rollout, ScoredRollout

@@ -17,13 +17,13 @@ import httpx
 from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.network.tokens import bearer, new_token
 from megatron_r1reward.servers.command import WeightTransport, server_command, server_environment
-from megatron_r1reward.servers.leftovers import ScratchFolder, remove, shared_memory_of
+from megatron_r1reward.servers.keeper import KEEPER_GRACE_S, ScratchFolder, remove_unmapped, shared_memory_of
 from megatron_r1reward.servers.server_devices import sees_gpu
 from megatron_r1reward.servers.server_log import address_in_use, explain
 
 Report = Callable[[str], None]  # takes a line for the user
 
-_SIGTERM_GRACE_S = 15.0
+_SIGTERM_GRACE_S = KEEPER_GRACE_S + 5.0
 _POLL_INTERVAL_S = 0.2
 _PORT_ATTEMPTS = 3
 _HEALTH_TIMEOUT_S = 5.0
@@ -122,7 +122,7 @@ class VllmServer:
 
     @property
     def returncode(self) -> int | None:
-        """Exit code of a server that has ended by itself (-n: killed by signal n); None otherwise."""
+        """Exit code of a server that has ended by itself (128 + n: killed by signal n); None otherwise."""
         return self._process.poll() if self._process is not None else None
 
     @property
@@ -141,7 +141,7 @@ class VllmServer:
             self._process = subprocess.Popen(
                 self._command,
                 env=self._environment | {"TMPDIR": str(self._scratch.path)},
-                stdin=subprocess.PIPE,  # the server ends when this pipe closes
+                stdin=subprocess.PIPE,  # the keeper ends the server when this pipe closes
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -194,7 +194,8 @@ class VllmServer:
             raise ServerError(self._describe(f"is not running (exit code {code})"))
 
     def stop(self, *, grace_s: float = _SIGTERM_GRACE_S) -> None:
-        """End the server: SIGTERM, then after `grace_s` SIGKILL for all its process group. Safe to call twice."""
+        """End the server: SIGTERM to its keeper, which ends everything in time; SIGKILL for all its process group after
+        `grace_s` (a stopped keeper, or a server that hangs and is not worth waiting for). Safe to call twice."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -204,12 +205,13 @@ class VllmServer:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(grace_s)
         finally:
+            shared_memory = self._shared_memory | shared_memory_of(process.pid)
             with suppress(ProcessLookupError):  # usually the whole group is gone by now
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             assert process.stdin is not None
             process.stdin.close()
-            remove(self._shared_memory)
+            remove_unmapped(shared_memory)
             self._shared_memory = frozenset()
             assert self._scratch is not None
             self._scratch.remove()

@@ -28,7 +28,7 @@ from megatron_r1reward.reward.consistency import ConsistencyJudge
 from megatron_r1reward.rollout.banned import banned_token_ids
 from megatron_r1reward.rollout.pool import SERVED_NAME, GenerateResult, RolloutPool
 from megatron_r1reward.servers.group import ServerGroup
-from megatron_r1reward.servers.leftovers import shared_memory_of
+from megatron_r1reward.servers.keeper import shared_memory_of
 from megatron_r1reward.servers.member import Member
 from megatron_r1reward.servers.process import VllmServer, start_servers
 from megatron_r1reward.types import Prompt

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from megatron_r1reward.cli import app
 from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.rollout.open_pool import build_servers, build_transport
-from megatron_r1reward.servers.leftovers import shared_memory_of
+from megatron_r1reward.servers.keeper import shared_memory_of
 from megatron_r1reward.servers.member import Member
 from megatron_r1reward.servers.server_devices import weight_transport
 from megatron_r1reward.servers.server_status import write_status

@@ -152,17 +152,6 @@ def test_stop_ends_the_whole_process_group(tmp_path: Path) -> None:
     child.wait(120)
 
 
-def test_a_server_ends_with_the_process_that_started_it() -> None:
-    program = (
-        "import threading, time; from megatron_r1reward.servers.vllm_main import _end_with_stdin\n"
-        "threading.Thread(target=_end_with_stdin, daemon=True).start(); time.sleep(600)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE)
-    assert process.stdin is not None
-    process.stdin.close()  # what the kernel does when the starter dies
-    assert process.wait(300) == -15
-
-
 def test_a_taken_port_is_left_to_its_owner(tmp_path: Path) -> None:
     """Another process took the port between reservation and start; it even answers HTTP."""
     program = """
