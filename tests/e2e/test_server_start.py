@@ -1,4 +1,4 @@
-"""vLLM's start, interrupted by the death of the process that started it (other programs: unit/servers/test_keeper.py)."""
+"""The death of the process that started it interrupts vLLM's start (other programs: unit/servers/test_keeper.py)."""
 
 from __future__ import annotations
 
