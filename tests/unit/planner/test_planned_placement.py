@@ -16,7 +16,7 @@ MakeConfig = Callable[..., RunConfig]
 KEYS = ("plan.nodes", "plan.gpus_per_node", "rollout.count", "rollout.tensor_parallel_size", "judge.count",
         "judge.tensor_parallel_size", "cluster.layout", "cluster.trainer_nodes", "cluster.ranks_per_node")  # fmt: skip
 LAYOUTS = tuple(
-    product((1, 2, 3), (2, 4), (1, 5), (1, 2, 4), (1, 2), (1, 2, 4), ("split", "colocated"),
+    product((1, 2, 3), (2, 4), (1, 3), (1, 2, 4), (1, 2), (1, 2, 4), ("split", "colocated"),
             (None, 1, 2), (None, 1, 2, 4))
 )  # fmt: skip
 
@@ -92,7 +92,7 @@ def test_plan_and_launch_agree_and_nothing_that_fits_is_refused(make_config: Mak
         assert devices.trainer == trainer.component.tasks
         assert len(servers) == layout[2] + layout[4]
         assert all(len(item.component.nodes) == 1 for item in servers), "no server spans nodes"
-    assert accepted > 1_000
+    assert accepted > 500
 
 
 def test_a_layout_that_plan_once_accepted_and_launch_refused(make_config: MakeConfig) -> None:
