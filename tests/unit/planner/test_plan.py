@@ -81,7 +81,7 @@ def test_an_illegal_layout_names_the_nearest_legal_one(tmp_path: Path):
     [
         ("[sft]\n[rl]\n", "--stage"),
         ("[rl]\n[rollout]\ncount = 8\n[judge]\nmodel_path = 'models/Qwen2.5-VL-7B-Instruct'\n", "plan.nodes"),
-        ("[rl]\n[rollout]\ntensor_parallel_size = 16\n[reward]\nuse_judge = false\n", "never spans nodes"),
+        ("[rl]\n[rollout]\ntensor_parallel_size = 16\n[reward]\nuse_judge = false\n", "does not span nodes"),
         ("[sft]\nglobal_batch_size = 4\n", "sft.global_batch_size"),
     ],
 )
