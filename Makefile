@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # What the environment depends on; the stamp makes a second call cost nothing.
 STAMP := $(VENV)/.ready
 
-.PHONY: setup recipes demo test test-slurm bench lint format clean
+.PHONY: setup recipes demo test test-fast test-slurm bench lint format clean
 
 setup: $(STAMP)
 
@@ -43,7 +43,11 @@ demo: $(STAMP)
 test: $(STAMP)
 	-@$(MAKE) --no-print-directory recipes
 	-@$(MAKE) --no-print-directory $(TRITON_36)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python tests/run.py
+
+# The inner loop: unit tests, without ranks, servers and jobs.
+test-fast: $(STAMP)
+	$(BIN)/python tests/run.py --fast
 
 # Real jobs on a real Slurm cluster of virtual nodes; says why where it is skipped. Installs Slurm's packages as root.
 test-slurm: $(STAMP)

@@ -1,24 +1,46 @@
-"""Shared fixtures. Ranks and kernels are small: one thread each keeps two cores from fighting."""
+"""Shared fixtures, and what has to be imported before the tests are.
+
+Nothing heavy is imported here: the tests of a light room start at once. Ranks and kernels are small: one thread each
+keeps two cores from fighting.
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
-import interpreted_triton  # noqa: F401  (before anything that imports Triton)
-import numpy as np
 import pytest
-import torch
-from corpus import CORPUS
-from PIL import Image
 
-import megatron_r1reward.parallel  # noqa: F401  (adapts megatron-core to the CPU before anything imports it)
+TESTS = Path(__file__).parent
+# Tests that run Triton's interpreter, which must be chosen before anything imports Triton (torch does, late).
+KERNEL_TESTS = ("unit/kernels", "parallel", "gpu")
 
-torch.set_num_threads(1)
+
+def _asked(config: pytest.Config, folder: Path) -> bool:
+    """Whether this session collects tests of `folder`."""
+    start = config.invocation_params.dir
+    given = [(start / argument.partition("::")[0]).resolve() for argument in config.args]
+    left_out = [(start / path).resolve() for path in config.getoption("ignore") or ()]
+    if any(folder.is_relative_to(path) for path in left_out):
+        return False
+    return any(folder.is_relative_to(path) or path.is_relative_to(folder) for path in given)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if any(_asked(config, TESTS / folder) for folder in KERNEL_TESTS):
+        import interpreted_triton  # noqa: F401
+
+
+def pytest_runtest_setup() -> None:
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random tiny Qwen2.5-VL whose distributions are far from uniform."""
+    from corpus import CORPUS
+
     from megatron_r1reward.demo.tiny_models import write_tiny_checkpoint
 
     folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
@@ -29,6 +51,9 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def image_paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Images of three shapes, with windows that are full and ragged."""
+    import numpy as np
+    from PIL import Image
+
     folder = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     paths = []

@@ -1,14 +1,21 @@
+"""Fake servers for fault injection."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
-from fake_vllm import FakeVllm, Fault
+
+if TYPE_CHECKING:  # it brings torch along, which most tests can do without
+    from fake_vllm import FakeVllm, Fault
 
 
 @pytest.fixture
 def fake_vllm() -> Iterator[Callable[..., FakeVllm]]:
     """Makes fake servers that are stopped after the test."""
+    from fake_vllm import FakeVllm
+
     fakes: list[FakeVllm] = []
 
     def make(fault: Fault = "ok") -> FakeVllm:

@@ -1,0 +1,3 @@
+"""megatron-core is adapted to the CPU before a test module imports it."""
+
+import megatron_r1reward.parallel  # noqa: F401
