@@ -1,24 +1,39 @@
-"""Where a row's images are: paths kept inside one folder, embedded ones written out once, all of them verified."""
+"""Image files: where a row's are, and the one way in which trainer, checks, evaluation and report decode them.
+
+vLLM's loader turns a photograph upright by its EXIF orientation and puts transparency on white. Log-probabilities of
+trainer and server belong to the same picture only if everything here decodes as it does; tests/e2e compares the two bit
+by bit.
+"""
 
 from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import io
 import os
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
 
 from megatron_r1reward.data.rows import RowError
 from megatron_r1reward.files import write_bytes
 
 MAX_ASPECT_RATIO = 200  # the Qwen-VL image processors refuse more
+# Formats of pictures that vLLM's loader opens, too. MPO, what phones write, opens as a JPEG with further pictures.
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+_WEB_FORMATS = {"GIF": "image/gif", "JPEG": "image/jpeg", "MPO": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
+_TURNS_BY_90_DEGREES = (5, 6, 7, 8)  # values of the EXIF orientation
+
+_ORIENTATION = ExifTags.Base.Orientation
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the beginning of what git checks out without git-lfs
 
 _DATA_URL = re.compile(r"data:[^,]*;base64,(?P<payload>.*)", re.DOTALL)
 # Base64 beginnings of JPEG, PNG, GIF, WebP and BMP. A path would have to consist of base64 letters as well, i.e. have
@@ -94,30 +109,152 @@ class MediaResolver:
                 suffix = (image.format or "image").lower()
         except (OSError, Image.DecompressionBombError) as error:
             raise RowError(f"embedded image of {len(content)} bytes is in no known format or too large") from error
-        path = self._media_dir / f"{hashlib.sha256(content).hexdigest()[:32]}.{suffix}"
-        if not path.exists():
-            write_bytes(path, content)
-        return str(path)
+        return _write_by_content(content, self._media_dir, suffix)
 
 
-def image_problems(paths: Iterable[str]) -> dict[str, str]:
-    """Decode every distinct image completely, in threads; returns the reason for each that cannot be used."""
+@dataclass(frozen=True, kw_only=True)
+class Examined:
+    """`path`: the file to use, another one where the picture had to be rescaled to 8 bits. `problem`: why it cannot be
+    used, empty where it can."""
+
+    path: str
+    problem: str = ""
+
+
+def examine_images(paths: Iterable[str], media_dir: Path | None) -> dict[str, Examined]:
+    """Decode every distinct image completely, in threads.
+
+    Servers would clip pictures of more than 8 bits per channel to white or black. Their 8-bit copies, named by content,
+    are written to `media_dir`; without one such pictures are a problem.
+    """
     distinct = sorted(set(paths))
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-        reasons = pool.map(_problem, distinct)
-    return {path: reason for path, reason in zip(distinct, reasons, strict=True) if reason}
+        return dict(zip(distinct, pool.map(lambda path: _examine(path, media_dir), distinct), strict=True))
 
 
-def _problem(path: str) -> str | None:
+def _examine(path: str, media_dir: Path | None) -> Examined:
     try:
-        with Image.open(path) as image:
-            image.load()
-            short, long = sorted(image.size)
+        with _open(path) as image:
+            deep = is_deep(image.mode)
+            if deep and media_dir is not None:
+                path = _write_8_bit(image, path, media_dir)
+        short, long = sorted(decode(path).size)
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error on damaged files
-        return f"image {path!r} is corrupt: {error}"
+        return Examined(path=path, problem=f"image {path!r} is corrupt: {error}{_lfs_hint(path)}")
     if long > MAX_ASPECT_RATIO * short:
-        return f"image {path!r} is {long} by {short} pixels: its aspect ratio exceeds {MAX_ASPECT_RATIO}"
-    return None
+        problem = f"image {path!r} is {long} by {short} pixels: its aspect ratio exceeds {MAX_ASPECT_RATIO}"
+        return Examined(path=path, problem=problem)
+    return Examined(path=path)
+
+
+def decode(path: str | Path) -> Image.Image:
+    """The picture as vLLM's loader gives it: mode RGB, upright, transparency on white, the first of several frames.
+
+    Raises:
+        OSError: not a picture, damaged, or in a format that servers do not open.
+        ValueError: more than 8 bits per channel, or a color space without a way to RGB.
+    """
+    with _open(path) as image:
+        if is_deep(image.mode):
+            raise ValueError(
+                f"{path} has mode {image.mode}, more than 8 bits per channel, which servers clip: read it by "
+                "`r1reward data import`, which writes 8-bit copies"
+            )
+        upright = _upright(image)
+        upright.load()
+    if upright.mode == "RGB":
+        return upright
+    if upright.mode not in ("RGBA", "LA", "PA") and "transparency" not in upright.info:
+        return upright.convert("RGB")
+    transparent = upright.convert("RGBA")
+    white = Image.new("RGB", transparent.size, (255, 255, 255))
+    white.paste(transparent, mask=transparent.getchannel("A"))
+    return white
+
+
+def upright_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of what `decode` returns, from the header alone."""
+    with _open(path) as image:
+        width, height = image.size
+        with contextlib.suppress(Exception):  # as in `_upright`
+            if image.getexif().get(_ORIENTATION) in _TURNS_BY_90_DEGREES:
+                return height, width
+        return width, height
+
+
+def data_url(path: str | Path) -> str:
+    """The picture of `decode` as a base64 data URL, for remote endpoints and pages without external files.
+
+    The file's own bytes where every program sees the same picture in them, else a PNG.
+
+    Raises:
+        OSError, ValueError: as `decode`.
+    """
+    with _open(path) as image:
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+        plain = image.mode in ("L", "RGB") and "transparency" not in image.info and frames == 1
+        mime = _WEB_FORMATS.get(image.format or "") if plain and image.getexif().get(_ORIENTATION, 1) == 1 else None
+    if mime is not None:
+        content = Path(path).read_bytes()
+    else:
+        buffer = io.BytesIO()
+        decode(path).save(buffer, "PNG")
+        mime, content = "image/png", buffer.getvalue()
+    return f"data:{mime};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def is_deep(mode: str) -> bool:
+    """Whether Pillow's `mode` has more than 8 bits per channel."""
+    return mode.startswith("I") or mode == "F"
+
+
+def _open(path: str | Path) -> Image.Image:
+    return Image.open(path, formats=FORMATS)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    with contextlib.suppress(Exception):  # damaged EXIF data say nothing about the picture
+        return ImageOps.exif_transpose(image)
+    return image
+
+
+def _write_8_bit(image: Image.Image, path: str, media_dir: Path) -> str:
+    upright = _upright(image)
+    upright.load()
+    buffer = io.BytesIO()
+    Image.fromarray(_to_8_bit(np.asarray(upright, dtype=np.float64), upright.mode)).save(buffer, "PNG")
+    return _write_by_content(buffer.getvalue(), media_dir, "png")
+
+
+def _to_8_bit(values: np.ndarray, mode: str) -> np.ndarray:
+    """uint8 [height, width]. The full range is that of the mode, or the smallest of 1 (floats), 255 and 65535 that
+    holds all values; values beyond those are stretched from lowest to highest.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    if not np.isfinite(values).all():
+        raise ValueError("it holds values that are not finite")
+    low, high = float(values.min()), float(values.max())
+    ranges = (65535.0,) if mode.startswith("I;16") else (1.0, 255.0, 65535.0) if mode == "F" else (255.0, 65535.0)
+    full = next((full for full in ranges if high <= full), None)
+    if low < 0 or full is None:
+        values, full = values - low, (high - low) or 1.0
+    return np.rint(values * (255.0 / full)).astype(np.uint8)
+
+
+def _write_by_content(content: bytes, folder: Path, suffix: str) -> str:
+    path = folder / f"{hashlib.sha256(content).hexdigest()[:32]}.{suffix}"
+    if not path.exists():
+        write_bytes(path, content)
+    return str(path)
+
+
+def _lfs_hint(path: str) -> str:
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            return " (a git-lfs pointer: run `git lfs pull`)"
+    return ""
 
 
 def _decode_base64(text: str) -> bytes:

@@ -7,8 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from PIL import Image
 from transformers import AutoImageProcessor
+
+from megatron_r1reward.data.image_files import decode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,17 +34,13 @@ class ImageProcessor:
         self._cached = lru_cache(maxsize=cache_size)(self._process)
 
     def __call__(self, path: str) -> ProcessedImage:
-        """Raises OSError (PIL) when the file is not a readable image."""
+        """Raises OSError or ValueError when the file is not an image that `decode` takes."""
         return self._cached(path)
 
     def _process(self, path: str) -> ProcessedImage:
-        with Image.open(path) as image:
-            features = self.processor(
-                images=image.convert("RGB"),
-                min_pixels=self.min_pixels,
-                max_pixels=self.max_pixels,
-                return_tensors="pt",
-            )
+        features = self.processor(
+            images=decode(path), min_pixels=self.min_pixels, max_pixels=self.max_pixels, return_tensors="pt"
+        )
         frames, rows, columns = features["image_grid_thw"][0].tolist()
         return ProcessedImage(pixel_values=features["pixel_values"].float(), grid=(frames, rows, columns))
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from megatron_r1reward.data.chat import Chat, parse_chat
-from megatron_r1reward.data.image_files import MediaResolver, image_problems
+from megatron_r1reward.data.image_files import MediaResolver, examine_images
 from megatron_r1reward.data.prompt import split_message_text
 from megatron_r1reward.data.rows import Quarantine, RawRow, RowError, RowOrigin, iterate_rows
 from megatron_r1reward.types import Label, Preference
@@ -98,14 +98,7 @@ def read_sft_examples(
     )
 
 
-class _Example(Protocol):
-    @property
-    def id(self) -> str: ...
-    @property
-    def image_paths(self) -> tuple[str, ...]: ...
-
-
-ExampleT = TypeVar("ExampleT", bound=_Example)
+ExampleT = TypeVar("ExampleT", Preference, SftExample)
 _Parser = Callable[[str, Mapping[str, Any], MediaResolver], ExampleT]
 
 
@@ -129,7 +122,7 @@ def _read(
             rejected.add(row.origin, str(error))
         else:
             accepted[example.id] = (row.origin, example)
-    usable = _with_sound_images(accepted, rejected) if verify_images else accepted
+    usable = _with_sound_images(accepted, rejected, media_dir) if verify_images else accepted
     rejected.write()
     if not usable:
         reason = f"the first of {len(rejected)} reasons: {rejected.first_reason}" if len(rejected) else "it is empty"
@@ -151,16 +144,17 @@ def _parse_row(row: RawRow, parse: _Parser[ExampleT], media: MediaResolver) -> E
 
 
 def _with_sound_images(
-    accepted: dict[str, tuple[RowOrigin, ExampleT]], rejected: Quarantine
+    accepted: dict[str, tuple[RowOrigin, ExampleT]], rejected: Quarantine, media_dir: Path | None
 ) -> dict[str, tuple[RowOrigin, ExampleT]]:
-    problems = image_problems(path for _, example in accepted.values() for path in example.image_paths)
+    examined = examine_images((path for _, row in accepted.values() for path in row.image_paths), media_dir)
     sound = {}
     for identifier, (origin, example) in accepted.items():
-        broken = [problems[path] for path in example.image_paths if path in problems]
-        if broken:
-            rejected.add(origin, broken[0])
+        images = [examined[path] for path in example.image_paths]
+        problem = next((image.problem for image in images if image.problem), "")
+        if problem:
+            rejected.add(origin, problem)
         else:
-            sound[identifier] = (origin, example)
+            sound[identifier] = (origin, replace(example, image_paths=tuple(image.path for image in images)))
     return sound
 
 

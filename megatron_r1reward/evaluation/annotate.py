@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from typing import Any
 import openai
 from openai.types.chat import ChatCompletion
 
-from megatron_r1reward.data.data_url import data_url
 from megatron_r1reward.data.difficulty import AttemptRecord, append_record, read_records
+from megatron_r1reward.data.image_files import data_url
 from megatron_r1reward.data.prompt import preference_messages
 from megatron_r1reward.reward.rules import parse_response
 from megatron_r1reward.types import Preference
@@ -31,8 +30,8 @@ class UnusableReplyError(Exception):
     """The endpoint answered with something that is not a chat completion."""
 
 
-# What one sample can fail with and the others survive; JSONDecodeError is a reply whose body is not JSON.
-_FAILURES = (openai.OpenAIError, json.JSONDecodeError, UnusableReplyError, OSError)
+# What one sample can fail with and the others survive; ValueError is a reply whose body is not JSON, or its picture.
+_FAILURES = (openai.OpenAIError, UnusableReplyError, OSError, ValueError)
 
 
 @dataclass(frozen=True, kw_only=True)

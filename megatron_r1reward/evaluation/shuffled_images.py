@@ -10,8 +10,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 
+from megatron_r1reward.data.image_files import upright_size
 from megatron_r1reward.types import Preference
 
 
@@ -26,7 +26,7 @@ def shuffle_images(preferences: Sequence[Preference], seed: int) -> tuple[Prefer
     """
     groups: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
     for index, preference in enumerate(preferences):
-        groups[tuple(_size(path) for path in preference.image_paths)].append(index)
+        groups[tuple(upright_size(path) for path in preference.image_paths)].append(index)
     rng = np.random.default_rng(seed)
     donors: dict[int, int] = {}
     for members in groups.values():
@@ -55,8 +55,3 @@ def _derange(members: Sequence[int], images: Sequence[tuple[str, ...]], rng: np.
     del largest[len(members) - len(largest) :]
     row = [member for block in blocks.values() for member in block]
     return {receiver: row[(place + len(largest)) % len(row)] for place, receiver in enumerate(row)}
-
-
-def _size(path: str) -> tuple[int, int]:
-    with Image.open(path) as image:  # reads the header only
-        return image.size

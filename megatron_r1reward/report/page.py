@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from megatron_r1reward.data.data_url import data_url
+from megatron_r1reward.data.image_files import data_url
 from megatron_r1reward.evaluation.result import Order
 from megatron_r1reward.report.curves import RL_CURVES, SFT_CURVES, drawings
 from megatron_r1reward.report.inputs import EvaluationFile, Interval, RunFiles, TranscriptEntry
@@ -195,7 +195,7 @@ def _side_by_side(run: RunFiles) -> list[SideBySide]:
 def _embedded(entry: TranscriptEntry) -> tuple[str, ...]:
     try:
         return tuple(data_url(path) for path in entry.image_paths)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"image of transcript {entry.preference_id!r} cannot be read, restore it: {error}") from error
 
 

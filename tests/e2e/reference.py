@@ -8,10 +8,10 @@ from typing import Any
 
 import httpx
 import torch
-from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from megatron_r1reward.config.schema import ServerSection
+from megatron_r1reward.data.image_files import decode
 from megatron_r1reward.network.tokens import bearer
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.types import Prompt, Rollout, TensorMeta
@@ -69,7 +69,7 @@ class Reference:
         """Prompt ids with one placeholder per merged patch, and the model's vision inputs."""
         if not prompt.image_paths:
             return list(prompt.token_ids), {}
-        images = [Image.open(path).convert("RGB") for path in prompt.image_paths]
+        images = [decode(path) for path in prompt.image_paths]
         vision = dict(self._images(images=images, return_tensors="pt"))
         counts = iter((vision["image_grid_thw"].prod(-1) // 4).tolist())
         ids = [i for i in prompt.token_ids for _ in range(next(counts) if i == self._image_id else 1)]

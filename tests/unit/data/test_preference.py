@@ -239,8 +239,8 @@ def test_quarantine_file_describes_the_last_read_in_file_order(root, tmp_path):
 
 def test_every_image_is_decoded_once(root, monkeypatch):
     decoded = []
-    original = image_files._problem
-    monkeypatch.setattr(image_files, "_problem", lambda path: decoded.append(path) or original(path))
+    original = image_files.decode
+    monkeypatch.setattr(image_files, "decode", lambda path: decoded.append(path) or original(path))
     read_preferences(write(root, row(), row(), row(image="./a.png"), row(image="b.jpg")))
     assert sorted(decoded) == [str(root / "a.png"), str(root / "b.jpg")]
 
