@@ -15,9 +15,17 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 set -euo pipefail
-# Slurm runs a copy of this file; its record of the job knows where the original is.
-script=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -n 1) || true
-here=$(cd "$(dirname "${script:-$0}")" && pwd)
+# Slurm runs a copy of this file; then its record of the job says where the original is. The same in every job script.
+this_script=sft_stage.sh here=$(dirname "$(readlink -f "$0")")
+if [[ ! -e $here/lib.sh ]]; then
+  script=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n 's/^ *Command=//p' | head -n 1) || true
+  while [[ ! -f $script && $script == *' '* ]]; do script=${script% *}; done # arguments follow; a path may hold spaces
+  here=$(dirname "$(readlink -f "$script")")
+fi
+if [[ ! -e $here/lib.sh ]]; then
+  echo "error: $this_script does not find lib.sh, which lies beside it: submit it by its path in the checkout's slurm folder" >&2
+  exit 2
+fi
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$here/lib.sh"
-run_stage sft "$here/sft_stage.sh" "$@"
+run_stage sft "$@"
