@@ -164,6 +164,47 @@ def serve(run_file: RunFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def score(
+    source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="rows {question, responses, images}")],
+    output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="grows row by row; an earlier run is continued")],
+    model: Annotated[str, typer.Option(help="model folder (served here), or URLs of servers, comma-separated")],
+    best_of: Annotated[Path | None, typer.Option(help="also write the winner of each row to this JSONL file")] = None,
+    image_root: Annotated[Path | None, typer.Option(help="of relative image paths; default: IN's folder")] = None,
+    votes: Annotated[int, typer.Option(help="judgements per pair and order; 1 is greedy")] = 1,
+    one_order: Annotated[bool, typer.Option(help="ask in the given order only: half the calls, with its bias")] = False,
+    schedule: Annotated[str, typer.Option(help="swiss, all_pairs, knockout, circular or pivot")] = "swiss",
+    rounds: Annotated[int | None, typer.Option(help="of swiss; default: log2 of the candidates")] = None,
+    budget: Annotated[int | None, typer.Option(help="judgements per row at most")] = None,
+    servers: Annotated[int, typer.Option(help="vLLM servers to start for a model folder")] = 1,
+    max_tokens: Annotated[int, typer.Option(help="of one judgement")] = 1024,
+    max_model_len: Annotated[int, typer.Option(help="of started servers: prompt, images and judgement")] = 16384,
+    api_key_variable: Annotated[str, typer.Option(help="variable that holds the URL's key")] = "OPENAI_API_KEY",
+    seed: int = 0,
+) -> None:
+    """Rewards, ranking and best-of-N for files of responses, by a trained model."""
+    with _user_errors():
+        from megatron_r1reward.judging.score_files import run_score
+
+        run_score(
+            source,
+            output,
+            model,
+            best_of=best_of,
+            image_root=image_root,
+            votes=votes,
+            both_orders=not one_order,
+            schedule=schedule,
+            rounds=rounds,
+            budget=budget,
+            servers=servers,
+            max_tokens=max_tokens,
+            max_model_len=max_model_len,
+            api_key_variable=api_key_variable,
+            seed=seed,
+        )
+
+
+@app.command()
 def servers(run_dir: Annotated[Path, typer.Argument(help="run directory of a stage")]) -> None:
     """State of each rollout and judge server of a running stage."""
     with _user_errors():

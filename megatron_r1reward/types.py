@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Label = Literal[1, 2]
 JudgeVerdict = Literal["consistent", "inconsistent", "unknown", "not_asked"]
@@ -134,6 +135,8 @@ class TensorMeta:
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        import torch  # here: clients that only ask a model load without it
+
         dtype = getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"tensor {self.name}: {self.dtype!r} is not a torch dtype; send e.g. 'bfloat16'")

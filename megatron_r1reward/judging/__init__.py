@@ -1,0 +1,1 @@
+"""A trained reward model in use: ask it, compare two responses, rank many, score files."""

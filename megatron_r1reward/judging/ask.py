@@ -1,0 +1,274 @@
+"""Asking a reward model which of two responses is better: a question, images and two texts in, judgements out.
+
+    Item + two responses --preference_messages--> chat request, n samples --> Judgement per sample
+
+The model is behind any OpenAI-compatible endpoint: a vLLM server of this package, of your own, or a provider's.
+Images travel inside the request, so servers need no access to our disk. Requests about the same question and images go
+to the same server while it is well, because that server has their prefix and image embeddings in its caches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, Protocol
+
+import openai
+from openai.types.chat import ChatCompletion
+from openai.types.chat.chat_completion import Choice
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from megatron_r1reward.data.prompt import preference_messages
+from megatron_r1reward.judging.image_input import ImageInput, image_url
+from megatron_r1reward.reward.parse import parse_response
+from megatron_r1reward.types import Label
+
+Order = Literal["12", "21"]  # the responses as given, or exchanged
+ORDERS: Final[tuple[Order, Order]] = ("12", "21")
+_TOP_LOG_PROBS = 5  # "1" and "2" are among the likeliest tokens of an answer, or neither matters
+
+
+class ModelRefusedError(ValueError):
+    """The model cannot judge this item (4xx: too long, unreadable image); asking again would not help."""
+
+
+class ModelUnavailableError(RuntimeError):
+    """No server gave a usable answer, retries included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """What responses are given to: a question about images (none: a question in words)."""
+
+    question: str
+    images: tuple[str, ...] = ()  # data URLs, in the order in which the model sees them
+
+    @classmethod
+    def of(cls, question: str, images: Sequence[ImageInput] = ()) -> Item:
+        """Raises ValueError for an image that cannot be read; see `image_url`."""
+        return cls(question=question, images=tuple(map(image_url, images)))
+
+    @property
+    def key(self) -> str:
+        """Content hash of question and images, 32 hexadecimal digits."""
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (self.question, *self.images):
+            digest.update(hashlib.blake2b(part.encode("utf-8", "surrogatepass")).digest())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """One sample of the model about one pair in one order. `choice` and `p_first` speak of the caller's order."""
+
+    order: Order
+    choice: Label | None  # the response that is better, as the caller numbered them; None: no verdict could be read
+    # P(caller's first response) as the answer token's distribution has it, in [0, 1]; None: the endpoint does not tell
+    p_first: float | None
+    text: str
+    reasoning: str
+    tokens: int  # generated
+    finish_reason: str
+
+
+class Asks(Protocol):
+    """What `compare` and `rank` need: `ModelClient`, or recorded judgements."""
+
+    async def judge(
+        self, item: Item, responses: tuple[str, str], *, order: Order, n: int, temperature: float, seed: int
+    ) -> list[Judgement]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskOptions:
+    """How requests are made, whatever they ask."""
+
+    max_tokens: int = 1024
+    top_p: float = 1.0
+    timeout_s: float = 600.0
+    concurrency: int = 64  # requests in flight over all servers
+    retries: int = 4  # further attempts, on another server where there is one
+    backoff_s: float = 0.5  # first pause; doubles, with full jitter
+    # Merged into every request, e.g. {"extra_body": {...}} for an endpoint with needs of its own.
+    request_extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class ModelClient:
+    """The model behind one or several OpenAI-compatible servers that serve the same weights.
+
+    Belongs to the event loop that uses it first; close with `aclose`.
+
+    Args:
+        urls: roots of the servers, with or without /v1.
+        model: its name there; None: the first that /v1/models lists.
+        api_key: API key or bearer token; one for all servers.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        model: str | None = None,
+        api_key: str | None = None,
+        options: AskOptions | None = None,
+    ) -> None:
+        if not urls:
+            raise ValueError("no server: give the URL of at least one")
+        self.options = options or AskOptions()
+        roots = [url.rstrip("/") for url in urls]
+        self._clients = [
+            openai.AsyncOpenAI(
+                base_url=root if root.endswith("/v1") else f"{root}/v1",
+                api_key=api_key or "none",
+                timeout=self.options.timeout_s,
+                max_retries=0,  # retried here, on the next server
+            )
+            for root in roots
+        ]
+        self._model = model
+        self._slots = asyncio.Semaphore(self.options.concurrency)
+
+    async def aclose(self) -> None:
+        for client in self._clients:
+            await client.close()
+
+    async def model_name(self) -> str:
+        """The model's name at the endpoint.
+
+        Raises:
+            ModelUnavailableError: it has to be asked for, and no server lists its models.
+        """
+        if self._model is None:
+            reasons = []
+            for client in self._clients:
+                try:
+                    listing = await client.models.list()
+                    self._model = listing.data[0].id
+                    break
+                except (openai.OpenAIError, IndexError, AttributeError, json.JSONDecodeError) as error:
+                    reasons.append(f"{client.base_url}: {type(error).__name__}: {error}")
+            else:
+                raise ModelUnavailableError(f"no server says which model it serves: {'; '.join(reasons)}")
+        return self._model
+
+    async def judge(
+        self, item: Item, responses: tuple[str, str], *, order: Order, n: int, temperature: float, seed: int
+    ) -> list[Judgement]:
+        """Sample `n` judgements of `responses`, shown in `order`.
+
+        Args:
+            temperature: 0 is greedy, and then n must be 1.
+            seed: samples of one request differ by their index; the same seed asks for the same samples again.
+
+        Raises:
+            ValueError: n and temperature do not go together.
+            ModelRefusedError: the server says that this request is wrong.
+            ModelUnavailableError: no server answered.
+        """
+        if n < 1 or (temperature == 0 and n > 1):
+            raise ValueError(f"{n} samples at temperature {temperature:g}: greedy decoding has one; raise temperature")
+        shown = responses if order == "12" else (responses[1], responses[0])
+        request = {
+            "model": await self.model_name(),
+            "messages": _messages(item, shown),
+            "n": n,
+            "temperature": temperature,
+            "top_p": self.options.top_p,
+            "max_tokens": self.options.max_tokens,
+            "seed": seed,
+            "logprobs": True,
+            "top_logprobs": _TOP_LOG_PROBS,
+            **self.options.request_extra,
+        }
+        async with self._slots:
+            completion = await self._complete(request, first=int(item.key[:8], 16) % len(self._clients))
+        if len(completion.choices) != n:
+            raise ModelUnavailableError(f"asked for {n} samples, got {len(completion.choices)}")
+        tokens = completion.usage.completion_tokens if completion.usage is not None else 0
+        return [_judgement(choice, order, tokens // n) for choice in completion.choices]
+
+    async def _complete(self, request: dict[str, Any], *, first: int) -> ChatCompletion:
+        """One completion, from server `first` if it is well, else from the ones after it in turn."""
+        attempts = AsyncRetrying(
+            retry=retry_if_exception_type(ModelUnavailableError),
+            stop=stop_after_attempt(self.options.retries + 1),
+            wait=wait_random_exponential(multiplier=self.options.backoff_s, max=10.0),
+            reraise=True,
+        )
+        async for attempt in attempts:
+            with attempt:
+                place = first + attempt.retry_state.attempt_number - 1
+                return await self._attempt(self._clients[place % len(self._clients)], request)
+        raise AssertionError("the last attempt raises")
+
+    async def _attempt(self, client: openai.AsyncOpenAI, request: dict[str, Any]) -> ChatCompletion:
+        try:
+            completion: object = await client.chat.completions.create(**request)
+        except (openai.RateLimitError, openai.APITimeoutError, openai.APIConnectionError) as error:
+            raise ModelUnavailableError(f"{client.base_url}: {type(error).__name__}: {error}") from error
+        except openai.APIStatusError as error:
+            if error.status_code < 500 and error.status_code != 408:
+                raise ModelRefusedError(f"{client.base_url} answered {error.status_code}: {error.message}") from error
+            raise ModelUnavailableError(f"{client.base_url} answered {error.status_code}: {error.message}") from error
+        except (openai.OpenAIError, json.JSONDecodeError) as error:
+            raise ModelUnavailableError(f"{client.base_url}: {type(error).__name__}: {error}") from error
+        # The client does not validate replies: a proxy's HTML page, or JSON of any shape, arrives here as it is.
+        if not isinstance(completion, ChatCompletion) or not completion.choices:
+            raise ModelUnavailableError(f"{client.base_url}: not a chat completion: {str(completion)[:200]!r}")
+        return completion
+
+
+def _messages(item: Item, responses: tuple[str, str]) -> list[dict[str, Any]]:
+    """The reward-model prompt with every image placeholder filled in."""
+    images = iter(item.images)
+    messages = preference_messages(item.question, responses, len(item.images))
+    for message in messages:
+        message["content"] = [
+            {"type": "image_url", "image_url": {"url": next(images)}} if part["type"] == "image" else part
+            for part in message["content"]
+        ]
+    return messages
+
+
+def _judgement(choice: Choice, order: Order, mean_tokens: int) -> Judgement:
+    text = choice.message.content or ""
+    parsed = parse_response(text)
+    tokens = choice.logprobs.content if choice.logprobs is not None else None
+    p_shown_first = _answer_probability(tokens) if tokens and parsed.answer is not None else None
+    swapped = order == "21"
+    return Judgement(
+        order=order,
+        choice=None if parsed.answer is None else _other(parsed.answer) if swapped else parsed.answer,
+        p_first=None if p_shown_first is None else 1.0 - p_shown_first if swapped else p_shown_first,
+        text=text,
+        reasoning=parsed.reasoning,
+        tokens=len(tokens) if tokens else mean_tokens,
+        finish_reason=choice.finish_reason or "unknown",
+    )
+
+
+def _other(label: Label) -> Label:
+    return 2 if label == 1 else 1
+
+
+def _answer_probability(tokens: Sequence[Any]) -> float | None:
+    """P("1") / (P("1") + P("2")) at the token that holds the digit of the first <answer>; None: no such token."""
+    start = "".join(token.token for token in tokens).find("<answer>")
+    if start < 0:
+        return None
+    place, digit_from = 0, start + len("<answer>")
+    for token in tokens:
+        place += len(token.token)
+        if place > digit_from and token.token.strip() in ("1", "2"):
+            shares = {"1": 0.0, "2": 0.0}
+            for candidate in [token, *token.top_logprobs]:
+                digit = candidate.token.strip()
+                if digit in shares:
+                    shares[digit] = max(shares[digit], math.exp(candidate.logprob))
+            total = shares["1"] + shares["2"]
+            return shares["1"] / total if total > 0 else None
+    return None

@@ -1,0 +1,141 @@
+"""Which of two responses is better: both orders, several samples, one probability."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from dataclasses import dataclass
+
+from megatron_r1reward.judging.ask import ORDERS, Asks, Item, Judgement, Order
+from megatron_r1reward.judging.votes import (
+    Adaptive,
+    Aggregator,
+    VoteCounts,
+    count,
+    orders_agree,
+    probability,
+    verdict,
+)
+from megatron_r1reward.types import Label
+
+
+@dataclass(frozen=True, kw_only=True)
+class Votes:
+    """How many judgements a comparison asks for, and how they are counted.
+
+    Args:
+        samples: per order; with `adaptive` ignored.
+        both_orders: ask with the responses exchanged, too. One order alone measures the model's taste for a place as
+            well as its judgement.
+        temperature: None is greedy for a single sample and 1 for several, which greedy decoding would make copies.
+        adaptive: stop as soon as the verdict is decided.
+    """
+
+    samples: int = 1
+    both_orders: bool = True
+    temperature: float | None = None
+    aggregator: Aggregator = "log_prob"
+    adaptive: Adaptive | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"samples {self.samples}: ask for at least one")
+        if self.adaptive is not None and not self.both_orders:
+            raise ValueError("adaptive sampling alternates between the two orders: leave both_orders on")
+
+    @property
+    def orders(self) -> tuple[Order, ...]:
+        return ORDERS if self.both_orders else ORDERS[:1]
+
+    @property
+    def sampling_temperature(self) -> float:
+        if self.temperature is not None:
+            return self.temperature
+        return 0.0 if self.samples == 1 and self.adaptive is None else 1.0
+
+    @property
+    def calls(self) -> int:
+        """Judgements that one comparison costs, at most."""
+        return self.samples * len(self.orders) if self.adaptive is None else self.adaptive.max_samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What the model says about two responses; 1 is the caller's first."""
+
+    verdict: Label | None  # None: an exact tie, or no judgement could be read
+    probability: float | None  # that the first response is better; None: no judgement could be read
+    counts: VoteCounts
+    orders_agree: bool | None  # None: only one order was asked, or an order has no majority
+    judgements: tuple[Judgement, ...]
+
+    @property
+    def reasoning(self) -> str:
+        """Of a judgement that agrees with the verdict; of the first one where none does."""
+        agreeing = [item for item in self.judgements if item.choice is not None and item.choice == self.verdict]
+        return (agreeing or list(self.judgements))[0].reasoning
+
+    @property
+    def tokens(self) -> int:
+        """Generated, over all judgements."""
+        return sum(judgement.tokens for judgement in self.judgements)
+
+
+async def compare(model: Asks, item: Item, responses: tuple[str, str], votes: Votes, *, seed: int = 0) -> Comparison:
+    """Ask for judgements of `responses` and count them.
+
+    Raises:
+        ModelRefusedError, ModelUnavailableError: see `ModelClient.judge`.
+    """
+    if votes.adaptive is None:
+        samples = [(order, votes.samples) for order in votes.orders]
+        judgements = await _ask(model, item, responses, samples, votes, seed)
+    else:
+        judgements = []
+        while not votes.adaptive.enough(judgements):
+            once_each: list[tuple[Order, int]] = [(order, 1) for order in votes.orders]
+            judgements += await _ask(model, item, responses, once_each, votes, seed + len(judgements))
+    return summarise(judgements, votes.aggregator)
+
+
+def summarise(judgements: list[Judgement], aggregator: Aggregator) -> Comparison:
+    """Count judgements of one pair; at least one."""
+    p_first = probability(judgements, aggregator)
+    return Comparison(
+        verdict=verdict(p_first),
+        probability=p_first,
+        counts=count(judgements),
+        orders_agree=orders_agree(judgements),
+        judgements=tuple(judgements),
+    )
+
+
+async def _ask(
+    model: Asks,
+    item: Item,
+    responses: tuple[str, str],
+    samples: list[tuple[Order, int]],
+    votes: Votes,
+    seed: int,
+) -> list[Judgement]:
+    async with asyncio.TaskGroup() as group:
+        tasks = [
+            group.create_task(
+                model.judge(
+                    item,
+                    responses,
+                    order=order,
+                    n=n,
+                    temperature=votes.sampling_temperature,
+                    seed=seed_of(seed, item, responses, order),
+                )
+            )
+            for order, n in samples
+        ]
+    return [judgement for task in tasks for judgement in task.result()]
+
+
+def seed_of(seed: int, item: Item, responses: tuple[str, str], order: Order) -> int:
+    """A seed of 31 bits that depends on what is asked, so that a repeated run asks for the same samples."""
+    shown = "\0".join((str(seed), item.key, *responses, order))
+    return int.from_bytes(hashlib.blake2b(shown.encode("utf-8", "surrogatepass"), digest_size=4).digest(), "big") >> 1

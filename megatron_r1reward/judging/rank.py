@@ -1,0 +1,223 @@
+"""From pairs to rewards: which pairs of N candidates are compared, and what number each candidate gets.
+
+    candidates --schedule--> pairs of a round --compare, concurrently--> wins --Bradley-Terry--> strengths, rewards
+
+A schedule proposes pairs round by round from what is known so far. Whatever was asked, cycles and ties included, the
+strengths are the maximum a posteriori of a Bradley-Terry model whose prior keeps candidates that never lost finite;
+their covariance (Laplace) says how sure that is. Rewards are mean win probabilities against the other candidates.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Final, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_r1reward.judging.ask import Asks, Item
+from megatron_r1reward.judging.compare import Comparison, Votes, compare
+
+Schedule = Literal["swiss", "all_pairs", "knockout", "circular", "pivot"]
+SCHEDULES: Final = get_args(Schedule)
+Pair = tuple[int, int]
+Floats = NDArray[np.float64]
+_PRIOR_VARIANCE = 4.0  # of a strength: two candidates at one standard deviation each differ by 4, odds of 55 to 1
+_DRAWS = 4096  # of the posterior, for the confidence in the winner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """N candidates in order of their strength. Arrays are indexed like the caller's candidates."""
+
+    order: tuple[int, ...]  # indices, the best first
+    rewards: tuple[float, ...]  # mean probability of winning against another candidate, in (0, 1); their mean is 1/2
+    strengths: tuple[float, ...]  # Bradley-Terry, in log-odds, mean 0
+    standard_errors: tuple[float, ...]  # of the strengths
+    confidence: float  # posterior probability that order[0] is the strongest
+    comparisons: Mapping[Pair, Comparison]  # by indices (i, j): i was the first response
+    calls: int  # judgements
+    ties: int  # comparisons without a verdict though votes exist
+    unparsable: int  # judgements without a verdict
+    cycles: int  # triples a over b over c over a
+
+    @property
+    def best(self) -> int:
+        return self.order[0]
+
+
+def rounds_of(
+    schedule: Schedule, wins: Floats, *, rounds: int | None, generator: np.random.Generator
+) -> Iterator[list[Pair]]:
+    """The pairs of each round of a schedule.
+
+    Args:
+        wins: [N, N], wins[i, j] of i over j; read again before each round, so the caller enters results meanwhile.
+    """
+    everybody = range(len(wins))
+    if schedule == "all_pairs":
+        yield list(combinations(everybody, 2))
+    elif schedule == "circular":
+        yield sorted({_pair(i, (i + 1) % len(wins)) for i in everybody})
+    elif schedule == "pivot":
+        pivot = int(generator.integers(len(wins)))
+        yield [_pair(i, pivot) for i in everybody if i != pivot]
+    elif schedule == "knockout":
+        alive = [int(i) for i in generator.permutation(len(wins))]
+        while len(alive) > 1:
+            matches = list(zip(alive[::2], alive[1::2], strict=False))
+            yield [_pair(*match) for match in matches]
+            rested = alive[2 * len(matches) :]
+            alive = [i if wins[i, j] >= wins[j, i] else j for i, j in matches] + rested
+    else:
+        seats = [int(i) for i in generator.permutation(len(wins))]
+        for _ in range(math.ceil(math.log2(len(wins))) if rounds is None else rounds):
+            yield swiss_round(wins, seats)
+
+
+def _pair(i: int, j: int) -> Pair:
+    return (min(i, j), max(i, j))
+
+
+def swiss_round(wins: Floats, seats: Sequence[int]) -> list[Pair]:
+    """Neighbours in the table that have not met, from the top down; the last without a partner sits out.
+
+    Args:
+        wins: [N, N], soft counts.
+        seats: order among equals.
+    """
+    met = wins + wins.T > 0
+    table = sorted(seats, key=lambda i: -float(wins[i].sum()))
+    pairs: list[Pair] = []
+    while table:
+        first = table.pop(0)
+        partner = next((other for other in table if not met[first, other]), None)
+        if partner is not None:
+            table.remove(partner)
+            pairs.append(_pair(first, partner))
+    return pairs
+
+
+def fit_strengths(wins: Floats) -> tuple[Floats, Floats]:
+    """Bradley-Terry strengths and their covariance.
+
+    Args:
+        wins: float64 [N, N], votes of i over j; fractions are shares of a vote.
+
+    Returns:
+        (strengths [N] with mean 0, covariance [N, N]), under independent normal priors of variance 4.
+    """
+    from sklearn.linear_model import LogisticRegression  # takes a second to import
+
+    size = len(wins)
+    winners, losers = np.nonzero(wins)
+    if winners.size == 0:
+        return np.zeros(size), np.eye(size) * _PRIOR_VARIANCE
+    identity = np.eye(size)
+    differences = identity[winners] - identity[losers]  # [M, N]
+    weights = wins[winners, losers]
+    # Each win also as the loser's defeat, half a weight each: the same likelihood, with both outcomes present.
+    model = LogisticRegression(C=_PRIOR_VARIANCE, fit_intercept=False, tol=1e-8, max_iter=1000)
+    model.fit(
+        np.concatenate([differences, -differences]),
+        np.repeat([1, 0], len(differences)),
+        sample_weight=np.concatenate([weights, weights]) / 2,
+    )
+    strengths = model.coef_[0]
+    odds = 1.0 / (1.0 + np.exp(-(differences @ strengths)))
+    information = (differences * (weights * odds * (1 - odds))[:, None]).T @ differences
+    covariance = np.linalg.inv(information + identity / _PRIOR_VARIANCE)
+    return strengths - strengths.mean(), covariance
+
+
+async def rank(
+    model: Asks,
+    item: Item,
+    candidates: Sequence[str],
+    votes: Votes,
+    *,
+    schedule: Schedule = "swiss",
+    rounds: int | None = None,
+    budget: int | None = None,
+    seed: int = 0,
+) -> Ranking:
+    """Compare candidates by a schedule and rank them. Candidates with equal text are one candidate.
+
+    Args:
+        rounds: of the Swiss system; None: log2 of the number of candidates, rounded up.
+        budget: judgements at most; a round that would exceed it is cut, later ones are not played. None: no limit.
+        seed: of seats, pivot and samples.
+
+    Raises:
+        ValueError: fewer than two candidates, or a budget below one comparison.
+        ModelRefusedError, ModelUnavailableError: see `ModelClient.judge`.
+    """
+    if len(candidates) < 2:
+        raise ValueError(f"{len(candidates)} candidates: a model that compares needs at least two")
+    if budget is not None and budget < votes.calls:
+        raise ValueError(f"budget {budget} does not pay for one comparison, which costs up to {votes.calls} judgements")
+    texts = list(dict.fromkeys(candidates))  # the distinct ones, in order
+    wins = np.zeros((len(texts), len(texts)))
+    met: dict[Pair, Comparison] = {}
+    spent = 0
+    generator = np.random.default_rng(seed)
+    for proposed in rounds_of(schedule, wins, rounds=rounds, generator=generator) if len(texts) > 1 else ():
+        pairs = [pair for pair in proposed if pair not in met]
+        if budget is not None:
+            pairs = pairs[: (budget - spent) // votes.calls]
+        if not pairs:
+            break
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(compare(model, item, (texts[i], texts[j]), votes, seed=seed)) for i, j in pairs]
+        for (i, j), task in zip(pairs, tasks, strict=True):
+            comparison = met[i, j] = task.result()
+            spent += len(comparison.judgements)
+            add_votes(wins, i, j, comparison)
+    return _ranking(candidates, texts, wins, met, generator)
+
+
+def add_votes(wins: Floats, i: int, j: int, comparison: Comparison) -> None:
+    """Enter a comparison of i (first) and j: its votes, split as its probability says. Without votes nothing."""
+    if comparison.probability is not None:
+        voters = comparison.counts.voters
+        wins[i, j] += voters * comparison.probability
+        wins[j, i] += voters * (1 - comparison.probability)
+
+
+def _ranking(
+    candidates: Sequence[str],
+    texts: Sequence[str],
+    wins: Floats,
+    met: Mapping[Pair, Comparison],
+    generator: np.random.Generator,
+) -> Ranking:
+    strengths, covariance = fit_strengths(wins)
+    place = {text: index for index, text in enumerate(texts)}
+    where = [place[text] for text in candidates]
+    own, errors = strengths[where], np.sqrt(np.diag(covariance))[where]
+    draws = generator.multivariate_normal(strengths, covariance, size=_DRAWS)
+    best = int(np.argmax(strengths))
+    first_seen = {index: where.index(index) for index in range(len(texts))}
+    chance = 1.0 / (1.0 + np.exp(-(own[:, None] - own[None, :])))  # [N, N], 1/2 on the diagonal
+    return Ranking(
+        order=tuple(int(index) for index in np.argsort(-own, kind="stable")),
+        rewards=tuple(float(row) for row in (chance.sum(axis=1) - 0.5) / (len(own) - 1)),
+        strengths=tuple(map(float, own)),
+        standard_errors=tuple(map(float, errors)),
+        confidence=float(np.mean(np.argmax(draws, axis=1) == best)),
+        comparisons={(first_seen[i], first_seen[j]): comparison for (i, j), comparison in met.items()},
+        calls=sum(len(comparison.judgements) for comparison in met.values()),
+        ties=sum(item.verdict is None and item.probability is not None for item in met.values()),
+        unparsable=sum(item.counts.unparsable for item in met.values()),
+        cycles=_cycles(wins),
+    )
+
+
+def _cycles(wins: Floats) -> int:
+    """Triples of candidates that beat each other in a circle."""
+    beats = (wins > wins.T).astype(np.int64)
+    return int(np.trace(beats @ beats @ beats)) // 3
