@@ -63,8 +63,9 @@ class Votes:
 class Comparison:
     """What the model says about two responses; 1 is the caller's first."""
 
-    verdict: Label | None  # None: an exact tie, or no judgement could be read
+    verdict: Label | None  # None: a tie, or no judgement could be read
     probability: float | None  # that the first response is better; None: no judgement could be read
+    share: float | None  # of the votes for the first response, without the prior that `probability` has
     counts: VoteCounts
     orders_agree: bool | None  # None: only one order was asked, or an order has no majority
     judgements: tuple[Judgement, ...]
@@ -104,6 +105,7 @@ def summarise(judgements: list[Judgement], aggregator: Aggregator) -> Comparison
     return Comparison(
         verdict=verdict(p_first),
         probability=p_first,
+        share=probability(judgements, aggregator, prior=0.0),
         counts=count(judgements),
         orders_agree=orders_agree(judgements),
         judgements=tuple(judgements),

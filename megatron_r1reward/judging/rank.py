@@ -181,11 +181,11 @@ async def rank(
 
 
 def add_votes(wins: Floats, i: int, j: int, comparison: Comparison) -> None:
-    """Enter a comparison of i (first) and j: its votes, split as its probability says. Without votes nothing."""
-    if comparison.probability is not None:
+    """Enter the votes of a comparison of i (first) and j, split as its share says. Without votes nothing."""
+    if comparison.share is not None:
         voters = comparison.counts.voters
-        wins[i, j] += voters * comparison.probability
-        wins[j, i] += voters * (1 - comparison.probability)
+        wins[i, j] += voters * comparison.share
+        wins[j, i] += voters * (1 - comparison.share)
 
 
 def _ranking(

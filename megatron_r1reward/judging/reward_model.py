@@ -29,6 +29,7 @@ from megatron_r1reward.judging.image_input import ImageInput
 from megatron_r1reward.judging.rank import Ranking, Schedule, rank
 from megatron_r1reward.network.loop import EventLoopThread
 from megatron_r1reward.servers.process import VllmServer, start_servers
+from megatron_r1reward.servers.server_devices import sees_gpu
 
 T = TypeVar("T")
 SERVED_NAME = "reward-model"
@@ -92,7 +93,8 @@ class RewardModel:
         """
         with ExitStack() as stack:
             logs = Path(log_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="reward-model-")))
-            settings = ServerSection(**section)
+            # vLLM on a CPU would take 92 % of the machine's memory for its cache.
+            settings = ServerSection(**({} if sees_gpu() else {"kv_cache_bytes": 1 << 30}) | section)
             gpus = [settings.gpu_ids[i::servers] for i in range(servers)] if settings.gpu_ids else [()] * servers
             started = [
                 VllmServer(
@@ -274,6 +276,15 @@ class RewardModel:
             budget=budget,
             seed=seed,
         )
+
+    @property
+    def client(self) -> ModelClient:
+        """What makes the requests; belongs to the model's own loop, see `run`."""
+        return self._client
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` on the model's own loop and wait for it."""
+        return self._loop.run(work)
 
     async def _elsewhere(self, work: Coroutine[Any, Any, T]) -> T:
         """Await work that runs on the model's own loop; cancelling the wait cancels the work."""

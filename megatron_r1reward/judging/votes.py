@@ -24,6 +24,7 @@ from megatron_r1reward.types import Label
 
 Aggregator = Literal["majority", "balanced", "log_prob"]
 _PRIOR = 0.5  # Jeffreys
+_TIE = 1e-6  # probabilities this close to a half differ by rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,29 +54,36 @@ def vote(judgement: Judgement, *, soft: bool) -> float | None:
     return 1.0 if judgement.choice == 1 else 0.0
 
 
-def share(judgements: Sequence[Judgement], *, soft: bool) -> float | None:
+def share(judgements: Sequence[Judgement], *, soft: bool, prior: float = _PRIOR) -> float | None:
     """Smoothed share of the votes that go to the first response; None without votes."""
     votes = [value for judgement in judgements if (value := vote(judgement, soft=soft)) is not None]
-    return (sum(votes) + _PRIOR) / (len(votes) + 2 * _PRIOR) if votes else None
+    return (sum(votes) + prior) / (len(votes) + 2 * prior) if votes else None
 
 
-def shares_by_order(judgements: Sequence[Judgement], *, soft: bool = False) -> dict[Order, float]:
+def shares_by_order(
+    judgements: Sequence[Judgement], *, soft: bool = False, prior: float = _PRIOR
+) -> dict[Order, float]:
     """`share` of each order that has votes."""
-    found = {order: share([item for item in judgements if item.order == order], soft=soft) for order in ORDERS}
+    by_order = {order: [item for item in judgements if item.order == order] for order in ORDERS}
+    found = {order: share(part, soft=soft, prior=prior) for order, part in by_order.items()}
     return {order: value for order, value in found.items() if value is not None}
 
 
-def probability(judgements: Sequence[Judgement], aggregator: Aggregator) -> float | None:
-    """Probability in (0, 1) that the caller's first response is better; None when no judgement has a verdict."""
+def probability(judgements: Sequence[Judgement], aggregator: Aggregator, *, prior: float = _PRIOR) -> float | None:
+    """Probability in (0, 1) that the caller's first response is better; None when no judgement has a verdict.
+
+    Args:
+        prior: votes added to either side; 0 gives the share of the votes itself, in [0, 1].
+    """
     if aggregator == "majority":
-        return share(judgements, soft=False)
-    shares = shares_by_order(judgements, soft=aggregator == "log_prob")
+        return share(judgements, soft=False, prior=prior)
+    shares = shares_by_order(judgements, soft=aggregator == "log_prob", prior=prior)
     return sum(shares.values()) / len(shares) if shares else None
 
 
 def verdict(p_first: float | None) -> Label | None:
-    """The better response; None for an exact tie, and without votes."""
-    if p_first is None or p_first == 0.5:
+    """The better response; None for a tie, and without votes."""
+    if p_first is None or abs(p_first - 0.5) < _TIE:
         return None
     return 1 if p_first > 0.5 else 2
 
