@@ -24,7 +24,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 
 from megatron_r1reward.data.prompt import preference_messages
 from megatron_r1reward.judging.image_input import ImageInput, image_url
-from megatron_r1reward.reward.parse import parse_response
+from megatron_r1reward.reward.rules import parse_response
 from megatron_r1reward.types import Label
 
 Order = Literal["12", "21"]  # the responses as given, or exchanged
