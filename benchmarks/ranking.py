@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from megatron_r1reward.demo.digits_candidates import write_candidates
 from megatron_r1reward.evaluation.statistics import bootstrap_mean
-from megatron_r1reward.judging.ask import AskOptions, Item, Judgement, ModelClient, Order
+from megatron_r1reward.judging.ask import AskOptions, Asks, Item, Judgement, Order
 from megatron_r1reward.judging.compare import Votes
 from megatron_r1reward.judging.rank import Schedule, rank
 from megatron_r1reward.judging.reward_model import RewardModel
@@ -92,7 +92,7 @@ def read_record(path: Path, identity: str) -> dict[Key, Judgement]:
 
 
 async def fill_record(
-    client: ModelClient, rows: list[dict[str, Any]], folder: Path, record: dict[Key, Judgement], path: Path, model: str
+    client: Asks, rows: list[dict[str, Any]], folder: Path, record: dict[Key, Judgement], path: Path, model: str
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     todo = [
@@ -186,7 +186,7 @@ def main() -> None:
         if len(record) < len(rows) * CANDIDATES * (CANDIDATES - 1):
             ask = AskOptions(max_tokens=64)
             with RewardModel.from_pretrained(options.model, max_model_len=1024, options=ask, report=print) as model:
-                model.run(fill_record(model.client, rows, folder, record, options.record, identity))
+                model.run(fill_record(model.model, rows, folder, record, options.record, identity))
         table = [asyncio.run(play(*played, rows, record)) for played in PLAYED]
     for row in table:
         row["share of calls"] = row["judgements"] / table[0]["judgements"]

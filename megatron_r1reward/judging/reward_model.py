@@ -23,34 +23,23 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from megatron_r1reward.config.schema import ServerSection
-from megatron_r1reward.judging.ask import AskOptions, Item, ModelClient
+from megatron_r1reward.judging.ask import AskOptions, Asks, Item, ModelClient
 from megatron_r1reward.judging.compare import Comparison, Votes, compare
 from megatron_r1reward.judging.image_input import ImageInput
 from megatron_r1reward.judging.rank import Ranking, Schedule, rank
+from megatron_r1reward.judging.served import ServedModel
 from megatron_r1reward.network.loop import EventLoopThread
-from megatron_r1reward.servers.process import VllmServer, start_servers
 from megatron_r1reward.servers.server_devices import sees_gpu
 
 T = TypeVar("T")
-SERVED_NAME = "reward-model"
 
 
 class RewardModel:
-    """A trained generative reward model behind one or several servers; close it, or use it as a context manager."""
+    """A trained generative reward model; close it, or use it as a context manager."""
 
-    def __init__(
-        self,
-        urls: Sequence[str],
-        *,
-        model: str | None = None,
-        api_key: str | None = None,
-        options: AskOptions | None = None,
-    ) -> None:
-        self._cleanup = ExitStack()
-        self._loop = EventLoopThread("reward-model")
-        self._cleanup.callback(self._loop.close)
-        self._client = ModelClient(urls, model=model, api_key=api_key, options=options)
-        self._cleanup.callback(lambda: self._loop.run(self._client.aclose()))
+    def __init__(self, model: Asks, loop: EventLoopThread, cleanup: ExitStack) -> None:
+        """Use `connect` or `from_pretrained`. `model` belongs to `loop`; `cleanup` is closed with this object."""
+        self._model, self._loop, self._cleanup = model, loop, cleanup
 
     @classmethod
     def connect(
@@ -66,7 +55,13 @@ class RewardModel:
         Args:
             model: its name there; None: the first that /v1/models lists.
         """
-        return cls([url] if isinstance(url, str) else list(url), model=model, api_key=api_key, options=options)
+        with ExitStack() as stack:
+            loop = EventLoopThread("reward-model")
+            stack.callback(loop.close)
+            urls = [url] if isinstance(url, str) else list(url)
+            client = ModelClient(urls, model=model, api_key=api_key, options=options)
+            stack.callback(lambda: loop.run(client.aclose()))
+            return cls(client, loop, stack.pop_all())
 
     @classmethod
     def from_pretrained(
@@ -91,28 +86,15 @@ class RewardModel:
             ValueError: `folder` is no model folder, or a key is unknown.
             ServerError: a server did not start; the message ends with its last lines.
         """
+        # vLLM on a CPU would take 92 % of the machine's memory for its cache.
+        settings = ServerSection(**({} if sees_gpu() else {"kv_cache_bytes": 1 << 30}) | section)
         with ExitStack() as stack:
             logs = Path(log_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="reward-model-")))
-            # vLLM on a CPU would take 92 % of the machine's memory for its cache.
-            settings = ServerSection(**({} if sees_gpu() else {"kv_cache_bytes": 1 << 30}) | section)
-            gpus = [settings.gpu_ids[i::servers] for i in range(servers)] if settings.gpu_ids else [()] * servers
-            started = [
-                VllmServer(
-                    settings,
-                    model_path=Path(folder),
-                    log_path=logs / f"server-{index}.log",
-                    served_name=SERVED_NAME,
-                    gpu_ids=gpus[index],
-                )
-                for index in range(servers)
-            ]
-            for server in started:
-                stack.callback(server.close)
-            start_servers(started, report)
-            token = started[0].token
-            model = cls([server.url for server in started], model=SERVED_NAME, api_key=token, options=options)
-            model._cleanup.push(stack.pop_all())
-            return model
+            served = ServedModel.start(
+                Path(folder), settings, count=servers, log_dir=logs, options=options or AskOptions(), report=report
+            )
+            stack.callback(served.close)
+            return cls(served, served.group.loop, stack.pop_all())
 
     async def acompare(
         self,
@@ -253,7 +235,7 @@ class RewardModel:
         if isinstance(responses, str) or len(responses) != 2:
             raise ValueError(f"compare takes two responses, got {responses!r:.200}: for more use rank")
         pair = (responses[0], responses[1])
-        return await compare(self._client, Item.of(question, images), pair, _votes(votes), seed=seed)
+        return await compare(self._model, Item.of(question, images), pair, _votes(votes), seed=seed)
 
     async def _rank(
         self,
@@ -267,7 +249,7 @@ class RewardModel:
         seed: int,
     ) -> Ranking:
         return await rank(
-            self._client,
+            self._model,
             Item.of(question, images),
             candidates,
             _votes(votes),
@@ -278,9 +260,9 @@ class RewardModel:
         )
 
     @property
-    def client(self) -> ModelClient:
+    def model(self) -> Asks:
         """What makes the requests; belongs to the model's own loop, see `run`."""
-        return self._client
+        return self._model
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` on the model's own loop and wait for it."""

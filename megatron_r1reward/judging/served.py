@@ -1,0 +1,142 @@
+"""A reward model on servers that are supervised here: a server that dies or hangs is mended, its requests are not lost.
+
+judge --router--> the server that knows the item, or the least busy --ModelClient--> judgements
+             failure: told to the supervisor (which quarantines, probes, restarts), asked again elsewhere
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from megatron_r1reward.config.schema import ServerSection
+from megatron_r1reward.judging.ask import AskOptions, Item, Judgement, ModelClient, ModelUnavailableError, Order
+from megatron_r1reward.servers.group import ServerGroup
+from megatron_r1reward.servers.member import Member
+from megatron_r1reward.servers.process import Report, VllmServer, start_servers
+
+SERVED_NAME = "reward-model"
+_ATTEMPTS = 8  # with pauses of up to 10 s: outlasts the notice of a death; waiting for a restart is no attempt
+
+
+class ServedModel:
+    """Judges through a group of servers, on the group's event loop; closing it stops the servers that are its own."""
+
+    def __init__(self, group: ServerGroup, *, model: str | None = SERVED_NAME, options: AskOptions) -> None:
+        self.group = group
+        self._model = model
+        self._options = replace(options, retries=0)  # tried again here, where the other servers are known
+        self._clients: dict[tuple[str, str | None], ModelClient] = {}
+
+    @classmethod
+    def start(
+        cls,
+        folder: Path,
+        section: ServerSection,
+        *,
+        count: int,
+        log_dir: Path,
+        options: AskOptions,
+        report: Report | None,
+    ) -> ServedModel:
+        """Serve a Hugging Face folder on this machine by `count` servers; returns when all have completed a request.
+
+        Raises:
+            ValueError: `folder` is no model folder, or `gpu_ids` are too few.
+            ServerError: a server did not start.
+        """
+        size = section.tensor_parallel_size
+        if section.gpu_ids and len(section.gpu_ids) < count * size:
+            raise ValueError(f"gpu_ids names {len(section.gpu_ids)} GPUs, but {count} servers need {count * size}")
+        servers = [
+            VllmServer(
+                section,
+                model_path=folder,
+                log_path=log_dir / f"reward-model-{index}.log",
+                served_name=SERVED_NAME,
+                gpu_ids=section.gpu_ids[index * size : (index + 1) * size],
+            )
+            for index in range(count)
+        ]
+        try:
+            start_servers(servers, report)
+            group = ServerGroup(section, name="reward-model", servers=servers, served_name=SERVED_NAME)
+        except BaseException:
+            for server in servers:
+                server.close()
+            raise
+        return cls(group, options=options)
+
+    async def judge(
+        self, item: Item, responses: tuple[str, str], *, order: Order, n: int, temperature: float, seed: int
+    ) -> list[Judgement]:
+        """See `ModelClient.judge`.
+
+        Raises:
+            NoServerError: every server has been given up.
+        """
+        failed: set[Member] = set()
+        attempts = AsyncRetrying(
+            retry=retry_if_exception_type(ModelUnavailableError),
+            stop=stop_after_attempt(_ATTEMPTS),
+            wait=wait_random_exponential(multiplier=0.25, max=10.0),
+            reraise=True,
+        )
+        async for attempt in attempts:
+            with attempt:
+                member = await self.group.router.acquire(item.key, frozenset(failed))
+                try:
+                    judgements = await self._client(member).judge(
+                        item, responses, order=order, n=n, temperature=temperature, seed=seed
+                    )
+                except ModelUnavailableError as error:
+                    failed.add(member)
+                    self.group.supervisor.failed(member, str(error))
+                    raise
+                finally:
+                    self.group.router.release(member)
+                self.group.supervisor.succeeded(member)
+                return judgements
+        raise AssertionError("the last attempt raises")
+
+    @property
+    def ready_servers(self) -> int:
+        return sum(member.state == "ready" for member in self.group.members)
+
+    async def aclose(self) -> None:
+        """Close connections; the servers stay until `close`."""
+        for client in self._clients.values():
+            await client.aclose()
+        self._clients.clear()
+
+    def close(self) -> None:
+        """Close connections, end the servers that were started here, and the event loop."""
+        self.group.loop.run(self.aclose())
+        self.group.close()
+
+    def _client(self, member: Member) -> ModelClient:
+        """A client for the member's present address, which a restart may change."""
+        address = (member.url, member.bearer_token)
+        if address not in self._clients:
+            self._clients[address] = ModelClient(
+                [member.url], model=self._model, api_key=member.bearer_token, options=self._options
+            )
+        return self._clients[address]
+
+
+def endpoints(section: ServerSection, urls: Sequence[str], *, options: AskOptions, model: str | None) -> ServedModel:
+    """Supervised use of running vLLM servers: those that fail are left out until they complete a request again.
+
+    Raises:
+        ServerError: one refuses the token, or does not complete a request in time.
+    """
+    group = ServerGroup(section, name="reward-model", urls=urls, served_name=model)
+    try:
+        group.wait_until_ready()
+    except BaseException:
+        group.close()
+        raise
+    return ServedModel(group, model=model, options=options)
