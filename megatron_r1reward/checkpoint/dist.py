@@ -11,6 +11,7 @@ import json
 import logging
 import random
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megatron_r1reward.checkpoint.manifest import find_damage, read_manifest
+from megatron_r1reward.files import write_text
 
 STATE = "state.json"
 LATEST = "latest"
@@ -134,18 +136,53 @@ def describe_problem(folder: Path, *, run_id: str | None = None, hashes: bool = 
 
 
 def find_checkpoint(root: Path) -> Path | None:
-    """The newest intact checkpoint under `root`; broken ones are named in the log and passed over."""
-    run_id = (root / RUN_ID).read_text().strip() if (root / RUN_ID).is_file() else None
+    """The newest intact checkpoint under `root`; broken ones are named in the log and passed over. None: there has
+    never been a complete one.
+
+    Raises:
+        ValueError: there are checkpoints, or there were, and none can be used; or intact ones are of several runs and
+            nothing says which one this is. Starting again at step 0 is the user's decision.
+    """
     for leftover in sorted(root.glob("step-????????.partial")):
         log.warning("%s is what an interrupted save left; it is not used", leftover)
-    for broken, folder in enumerate(sorted(root.glob("step-????????"), reverse=True)):
+    run_id = _run_of(root)
+    folders = sorted(root.glob("step-????????"), reverse=True)
+    for broken, folder in enumerate(folders):
         problem = describe_problem(folder, run_id=run_id)
         if problem is None:
             if broken:
                 log.warning("going on from %s, an OLDER checkpoint, because %d newer ones are broken", folder, broken)
             return folder
         log.error("checkpoint %s is not used: %s", folder, problem)
+    start_over = f"restore one, or start over with another run.output_dir or without {root}"
+    if folders:
+        raise ValueError(f"{root}: none of its {len(folders)} checkpoints can be used, the log says why: {start_over}")
+    if (root / LATEST).is_file():
+        gone = (root / LATEST).read_text().strip()
+        raise ValueError(f"{root / LATEST} names {gone}, but there is no checkpoint any more: {start_over}")
     return None
+
+
+def _run_of(root: Path) -> str | None:
+    """The run that the checkpoints of a folder belong to. Where only step folders were copied it is theirs."""
+    if (root / RUN_ID).is_file():
+        return (root / RUN_ID).read_text().strip()
+    runs: dict[str, str] = {}
+    for folder in sorted(root.glob("step-????????")):
+        with suppress(ValueError):  # damaged: no witness
+            runs[str(read_manifest(folder).get("run"))] = folder.name
+    if len(runs) > 1:
+        raise ValueError(
+            f"{root} holds checkpoints of {len(runs)} runs (e.g. {', '.join(sorted(runs.values()))}) and no {RUN_ID}: "
+            "keep those of one run"
+        )
+    return next(iter(runs), None)
+
+
+def keep_identity(root: Path, folder: Path) -> None:
+    """Go on as the run that `folder` is of, so that the next start knows its checkpoints, too."""
+    if not (root / RUN_ID).is_file():
+        write_text(root / RUN_ID, f"{read_manifest(folder)['run']}\n", durable=True)
 
 
 def find_checkpoint_together(root: Path) -> Path | None:

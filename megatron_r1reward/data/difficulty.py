@@ -6,24 +6,37 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from megatron_r1reward.types import Label
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptRecord:
-    """The attempts on one preference in order, True where the annotator chose as the label; it stops at a success."""
+    """The attempts on one preference in order, True where the annotator chose as the label; it stops at a success.
+
+    `content`, `asked` and `answers` say what the attempts were about, so that they can be used again where the same is
+    asked of the same model, also under another id, label or number of attempts. Rows of earlier versions lack them.
+    """
 
     preference_id: str
     attempts: tuple[bool, ...]
+    answers: tuple[Label | None, ...] = ()  # what each attempt said; None: nothing that parses
+    content: str = ""  # `ContentKeys.question`
+    asked: Mapping[str, Any] = field(default_factory=dict)  # who was asked, and how
 
     def __post_init__(self) -> None:
         if not self.attempts:
             raise ValueError(f"record of {self.preference_id!r} has no attempts: record at least one")
+        if self.answers and len(self.answers) != len(self.attempts):
+            raise ValueError(
+                f"record of {self.preference_id!r} has {len(self.attempts)} attempts and {len(self.answers)} answers"
+            )
 
     @property
     def succeeded(self) -> bool:
@@ -33,6 +46,16 @@ class AttemptRecord:
     def difficulty(self) -> int:
         """Attempts needed, from 1; one more than were made when none succeeded (4 for the published limit of 3)."""
         return self.attempts.index(True) + 1 if self.succeeded else len(self.attempts) + 1
+
+
+def count_attempts(answers: Iterable[Label | None], label: Label, limit: int) -> tuple[bool, ...]:
+    """Whether each answer is right, up to the first that is, and `limit` at most."""
+    outcomes: list[bool] = []
+    for answer in answers:
+        if len(outcomes) == limit or any(outcomes):
+            break
+        outcomes.append(answer == label)
+    return tuple(outcomes)
 
 
 def select_hard(records: Iterable[AttemptRecord]) -> list[str]:
@@ -88,7 +111,18 @@ def _parse(line: bytes) -> AttemptRecord:
     attempts = row.get("attempts")
     if not isinstance(attempts, list) or not all(isinstance(attempt, bool) for attempt in attempts):
         raise ValueError("no list of true and false under 'attempts'")
-    return AttemptRecord(preference_id=row["preference_id"], attempts=tuple(attempts))
+    answers, content, asked = row.get("answers", []), row.get("content", ""), row.get("asked", {})
+    if not isinstance(answers, list) or not all(answer in (1, 2, None) for answer in answers):
+        raise ValueError("no list of 1, 2 and null under 'answers'")
+    if not isinstance(content, str) or not isinstance(asked, dict):
+        raise ValueError("'content' is no text, or 'asked' no object")
+    return AttemptRecord(
+        preference_id=row["preference_id"],
+        attempts=tuple(attempts),
+        answers=tuple(answers),
+        content=content,
+        asked=asked,
+    )
 
 
 def _repair_tail(file: BinaryIO, path: Path) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
+from megatron_r1reward.data.identity import ContentKeys
 from megatron_r1reward.data.preference import ReadResult, read_preferences
 from megatron_r1reward.data.prompt import preference_messages
 from megatron_r1reward.files import write_jsonl
 from megatron_r1reward.types import Preference
+
+log = logging.getLogger(__name__)
 
 
 def preference_row(preference: Preference) -> dict[str, Any]:
@@ -46,22 +52,54 @@ def import_preferences(source: Path, out: Path, *, image_root: Path | None = Non
     return result
 
 
+def selection(preferences: Iterable[Preference], ids: Collection[str]) -> list[dict[str, str]]:
+    """What `data.select` reads: the ids of rows, and what they said when they were selected."""
+    keys = ContentKeys()
+    return [{"id": row.id, "content": keys.row(row)} for row in preferences if row.id in ids]
+
+
 def keep_selected(preferences: Sequence[Preference], selection: Path | None) -> tuple[Preference, ...]:
-    """The preferences whose ids are in the JSON list at `selection`; all of them when there is none.
+    """The preferences that the JSON list at `selection` names; all of them when there is none.
+
+    An entry is an id, or `{"id": ..., "content": ...}`. Of the latter rows are kept that say what they said when they
+    were selected, also under another id; a warning counts those that do not.
 
     Raises:
-        ValueError: the file is not a JSON list of ids, or an id is not among the preferences.
+        ValueError: the file is not such a list, an id is not among the preferences, or no row is left.
     """
     if selection is None:
         return tuple(preferences)
     try:
-        ids = json.loads(selection.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        entries = json.loads(selection.read_text())
+        if not isinstance(entries, list):
+            raise ValueError(f"it holds a {type(entries).__name__}")
+        wanted = [_Selected.model_validate(entry if isinstance(entry, dict) else {"id": entry}) for entry in entries]
+    except (OSError, ValueError) as error:
         raise ValueError(f"data.select {selection} is not readable as a JSON list of ids: {error}") from error
-    if not isinstance(ids, list):
-        raise ValueError(f"data.select {selection} holds a {type(ids).__name__}, not a list of ids")
-    wanted = set(ids)
-    missing = wanted - {preference.id for preference in preferences}
+    ids = {row.id for row in preferences}
+    content = {entry.content for entry in wanted if entry.content is not None}
+    keys = ContentKeys()
+    found = {row.id: keys.row(row) for row in preferences} if content else {}
+    there = ids | set(found.values())
+    missing = [entry.id for entry in wanted if entry.id not in ids and entry.content not in there]
     if missing:
         raise ValueError(f"data.select {selection}: {len(missing)} ids are not in data.train, e.g. {min(missing)!r}")
-    return tuple(preference for preference in preferences if preference.id in wanted)
+    by_id = {entry.id for entry in wanted if entry.content is None}
+    changed = [entry.id for entry in wanted if entry.content is not None and entry.content not in there]
+    kept = tuple(row for row in preferences if row.id in by_id or found.get(row.id) in content)
+    if changed:
+        text = (
+            f"data.select {selection}: {len(changed)} of {len(wanted)} rows have other texts, images or labels than "
+            f"when they were selected, e.g. {min(changed)!r}"
+        )
+        if not kept:
+            raise ValueError(f"{text}: select again (`r1reward annotate`)")
+        log.warning("%s; they are left out: select again (`r1reward annotate`) to have them judged", text)
+    return kept
+
+
+class _Selected(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    id: str
+    content: str | None = None

@@ -13,6 +13,8 @@ from transformers import AutoTokenizer
 
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.difficulty import select_hard, summary
+from megatron_r1reward.data.identity import model_identity
+from megatron_r1reward.data.importing import selection
 from megatron_r1reward.data.preference import read_preferences
 from megatron_r1reward.data.prompt import PromptBuilder
 from megatron_r1reward.evaluation.evaluate import evaluate as evaluate_pairs
@@ -20,6 +22,7 @@ from megatron_r1reward.evaluation.result import EvaluationResult
 from megatron_r1reward.files import write_text
 from megatron_r1reward.launch.addresses import connected
 from megatron_r1reward.launch.stage_servers import open_annotator, open_evaluation_pool, open_rl_services
+from megatron_r1reward.network.tokens import TOKEN_VARIABLE
 from megatron_r1reward.processes import quick_imports
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.pool import RolloutPool
@@ -91,13 +94,26 @@ def annotate(config: RunConfig) -> None:
             concurrency=section.concurrency,
             output=output / "attempts.jsonl",
             seed=config.run.seed,
+            served=_served_here(config),
             progress=progress.update,
         )
-    hard = select_hard(records)
+    hard = selection(preferences, set(select_hard(records)))
     counts = summary(records)
     write_text(output / "hard.json", json.dumps(hard) + "\n")
     write_text(output / "difficulty.json", json.dumps(counts) + "\n")
     log.info("attempts needed: %s; hard set: %d of %d", counts, len(hard), len(records))
+
+
+def _served_here(config: RunConfig) -> dict[str, object]:
+    """What the name of a model of ours does not say; of a remote one nothing more is known."""
+    if config.annotate.url is not None and config.annotate.api_key_variable != TOKEN_VARIABLE:
+        return {}
+    return {
+        "weights": model_identity(config.model.path),
+        "dtype": config.rollout.dtype,
+        "min_pixels": config.data.min_pixels,
+        "max_pixels": config.data.max_pixels,
+    }
 
 
 def evaluate(config: RunConfig) -> None:

@@ -20,8 +20,10 @@ from openai.types.chat.chat_completion import Choice
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from megatron_r1reward.config.schema import JudgeSection
+from megatron_r1reward.data.identity import model_identity
 from megatron_r1reward.data.prompt import judge_messages
 from megatron_r1reward.network.breaker import CircuitBreaker
+from megatron_r1reward.network.tokens import TOKEN_VARIABLE
 from megatron_r1reward.reward.verdict_cache import VerdictCache, question_key
 from megatron_r1reward.types import JudgeVerdict, Label
 
@@ -78,6 +80,7 @@ class ConsistencyJudge:
         self._section = section
         self._servers = servers
         self._cache = cache or VerdictCache(None)
+        self._identity = _identity(section)
         self._models: dict[str, str] = {}
         self._breaker = CircuitBreaker(section.breaker_failures)
         self._steps_without = 0
@@ -114,14 +117,8 @@ class ConsistencyJudge:
         return [known.get(keys[q], "unknown") if q.tail else "inconsistent" for q in questions]
 
     def _key(self, question: _Question) -> str:
-        section = self._section
-        # The name alone does not say which weights a server of ours serves.
-        judge = str(section.model_path) if section.model_path is not None and not section.urls else str(section.model)
-        if section.model is None and section.urls:
-            judge = " ".join(section.urls)
-        return question_key(
-            judge, {"temperature": section.temperature, "max_tokens": section.max_tokens}, question.messages
-        )
+        settings = {"temperature": self._section.temperature, "max_tokens": self._section.max_tokens}
+        return question_key(self._identity, settings, question.messages)
 
     def _watch(self, *, asked: int, usable: int) -> None:
         if asked == 0:
@@ -203,6 +200,14 @@ class ConsistencyJudge:
             return failure
         self._breaker.success()
         return verdict
+
+
+def _identity(section: JudgeSection) -> str:
+    """Whose verdicts are remembered. Neither name nor address says which weights a server of ours serves."""
+    ours = not section.urls or section.api_key_variable == TOKEN_VARIABLE  # what a supervisor sets for its servers
+    if ours and section.model_path is not None:
+        return model_identity(section.model_path)
+    return section.model or " ".join(section.urls)
 
 
 def _rotated(servers: Sequence[JudgeEndpoint], start: int) -> Sequence[JudgeEndpoint]:

@@ -6,18 +6,24 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_r1reward.checkpoint.dist import Trained, find_checkpoint_together, load_checkpoint
+import torch.distributed as dist
+
+from megatron_r1reward.checkpoint.dist import LATEST, Trained, find_checkpoint_together, keep_identity, load_checkpoint
 from megatron_r1reward.checkpoint.hf_model_io import save_hf_folder
 from megatron_r1reward.config.load import dump_config
+from megatron_r1reward.data.identity import ContentKeys
+from megatron_r1reward.data.preference import SftExample
 from megatron_r1reward.files import write_text
 from megatron_r1reward.monitor.sinks import Monitor
+from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training.data_parallel import synchronize_parameters
 from megatron_r1reward.training.heartbeat import RunControl
 from megatron_r1reward.training.state import TrainState
+from megatron_r1reward.types import Preference
 
 log = logging.getLogger(__name__)
 
@@ -31,30 +37,63 @@ def prepare(state: TrainState) -> Path:
     return root
 
 
-def describe_data(ids: Iterable[str], *, seed: int, batch_size: int, order: str = "random") -> dict[str, object]:
-    """What decides which rows a step trains on: the rows (after the selection of hard ones) and how they are drawn."""
-    digest, count = hashlib.sha256(), 0
-    for row in ids:
-        digest.update(row.encode() + b"\0")
-        count += 1
-    return {"rows": count, "ids": digest.hexdigest(), "seed": seed, "batch_size": batch_size, "response_order": order}
+def row_contents(rows: Sequence[Preference] | Sequence[SftExample], topology: Topology) -> dict[str, str]:
+    """Id -> `ContentKeys.row`, in the order of the rows; collective. One rank reads the images and tells the others."""
+    answer: list[dict[str, str]] = [{}]
+    if topology.is_main:
+        keys = ContentKeys()
+        answer = [{row.id: keys.row(row) for row in rows}]
+    if topology.world_size > 1:
+        dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
+def describe_data(rows: Mapping[str, str], *, seed: int, batch_size: int, order: str = "random") -> dict[str, object]:
+    """What decides which rows a step trains on: the rows (after the selection of hard ones) and how they are drawn.
+
+    Args:
+        rows: id -> `ContentKeys.row`, in the order of the data.
+    """
+    return {
+        "rows": len(rows),
+        "ids": _digest(rows),
+        "content": _digest(rows.values()),
+        "seed": seed,
+        "batch_size": batch_size,
+        "response_order": order,
+    }
+
+
+def _digest(texts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()
 
 
 def resume(state: TrainState) -> bool:
     """Continue from the newest intact checkpoint, when there is one; collective. `state.data` must be set.
 
     Raises:
-        ValueError: there are checkpoints, but `checkpoint.resume` is false: a new run would mix with the old one; or
-            the checkpoint was trained on other data and `checkpoint.same_data` is true.
+        ValueError: there are checkpoints, but none can be used, or `checkpoint.resume` is false: a new run would mix
+            with the old one; or the checkpoint was trained on other data and `checkpoint.same_data` is true.
     """
     root = state.saver.root
     if not state.config.checkpoint.resume:
-        if any(root.glob("step-*")):
+        if any(root.glob("step-*")) or (root / LATEST).exists():
             raise ValueError(f"{root} holds checkpoints and checkpoint.resume is false: choose another run.output_dir")
         return False
     folder = find_checkpoint_together(root)
     if folder is None:
+        if state.topology.is_main and (state.config.run.output_dir / "metrics.jsonl").exists():
+            log.warning(
+                "%s has metrics but no checkpoint: the earlier start ended before its first save; training begins at "
+                "step 0, its metrics are kept as metrics.jsonl.previous",
+                state.config.run.output_dir,
+            )
         return False
+    if state.topology.is_main:
+        keep_identity(root, folder)
     saved = load_checkpoint(folder, _trained(state))
     state.step = int(saved["step"])
     state.producer = saved.get("producer")
@@ -67,17 +106,37 @@ def _trained(state: TrainState) -> Trained:
     return Trained(model=state.module, optimizer=state.optimizer, scheduler=state.scheduler)
 
 
-def _check_data(state: TrainState, saved: dict[str, object], folder: Path) -> None:
+def _check_data(state: TrainState, saved: dict[str, Any], folder: Path) -> None:
     """Everything random is drawn from (seed, step): the cursor is the step, as long as the data are the same."""
     now = json.loads(json.dumps(state.data))
-    keys = sorted(now | saved)
-    changed = [f"{key}: {saved.get(key)} then, {now.get(key)} now" for key in keys if saved.get(key) != now.get(key)]
+    unknown = sorted(now.keys() - saved.keys())
+    if unknown:
+        log.warning(
+            "%s is of an earlier version and does not say what it was trained with: %s; only the rest was compared",
+            folder,
+            ", ".join(_MEANING.get(key, key) for key in unknown),
+        )
+    changed = [_change(key, saved[key], now.get(key)) for key in sorted(saved) if saved[key] != now.get(key)]
     if not changed:
         return
     text = f"{folder} was trained on other data or in another order ({'; '.join(changed)})"
     if state.config.checkpoint.same_data:
         raise ValueError(f"{text}: restore them, or set checkpoint.same_data=false to go on with the new ones")
     log.warning("%s; going on with the new ones from step %d", text, state.step)
+    if state.producer is not None and state.producer["ready"] is not None:
+        log.warning("the batch that was sampled ahead is sampled again from the new ones")
+        state.producer = {**state.producer, "ready": None}
+
+
+_MEANING = {
+    "ids": "the ids of the rows",
+    "content": "what the rows say (texts, labels, images)",
+}
+
+
+def _change(key: str, then: object, now: object) -> str:
+    """Digests are no news for anybody."""
+    return f"{_MEANING[key]} changed" if key in _MEANING else f"{key}: {then} then, {now} now"
 
 
 def save(state: TrainState, *, score: float | None = None, producer: Mapping[str, Any] | None = None) -> float:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.curriculum import Curriculum
+from megatron_r1reward.data.identity import ContentKeys
 from megatron_r1reward.data.importing import keep_selected
 from megatron_r1reward.data.loader import PromptLoader
 from megatron_r1reward.data.preference import read_preferences
@@ -164,7 +165,7 @@ def run(config: RunConfig, topology: Topology, services: Services | None) -> Pat
         torch.set_num_threads(config.run.num_threads)
     output = config.run.output_dir
     replay = None if config.rl.replay is None else Replay(config)
-    preferences, description = _data(config, replay)
+    preferences, description = _data(config, topology, replay)
     control = RunControl(output, topology, total_steps=config.rl.steps)
     control.loading()
     state = prepare(config, topology)
@@ -195,7 +196,7 @@ def run(config: RunConfig, topology: Topology, services: Services | None) -> Pat
     return folder
 
 
-def _data(config: RunConfig, replay: Replay | None) -> tuple[Sequence[Preference], dict[str, Any]]:
+def _data(config: RunConfig, topology: Topology, replay: Replay | None) -> tuple[Sequence[Preference], dict[str, Any]]:
     """The preferences to train on, and what describes them. A replay gets along without: then none, and the record's.
 
     Raises:
@@ -214,7 +215,7 @@ def _data(config: RunConfig, replay: Replay | None) -> tuple[Sequence[Preference
     preferences = keep_selected(data.preferences, config.data.select)
     log.info("%d of %d preferences are trained on", len(preferences), len(data.preferences))
     description = resume.describe_data(
-        (row.id for row in preferences),
+        resume.row_contents(preferences, topology),
         seed=config.run.seed,
         batch_size=config.rl.rollout_batch_size,
         order=config.data.swap,
@@ -255,9 +256,10 @@ def _producer(
     builder = PromptBuilder(state.tokenizer, config.data.max_prompt_tokens)
     loader = PromptLoader(preferences, builder, config.data, seed=config.run.seed)
     learned = json.loads(state.producer["accuracies"]) if state.producer else {}
-    sampler = StepSampler(
-        services.pool, services.scorer, loader, config, curriculum=Curriculum(loader, learned), timeline=timeline
-    )
+    keys = ContentKeys()
+    contents = {row.id: keys.row(row) for row in preferences} if config.rl.dynamic_sampling_rounds else None
+    curriculum = Curriculum(loader, learned, contents=contents)
+    sampler = StepSampler(services.pool, services.scorer, loader, config, curriculum=curriculum, timeline=timeline)
     return RolloutProducer(sampler, config.asynchrony, steps=config.rl.steps, state=state.producer)
 
 

@@ -105,7 +105,7 @@ def run(config: RunConfig, topology: Topology) -> Path | None:
     control.loading()
     state = build_state(config, topology, optimizer_steps=steps)
     state.data = resume.describe_data(
-        (row.id for row in examples), seed=config.run.seed, batch_size=config.sft.global_batch_size
+        resume.row_contents(examples, topology), seed=config.run.seed, batch_size=config.sft.global_batch_size
     )
     resumed = resume.resume(state)
     resume.prepare(state)

@@ -65,7 +65,8 @@ def test_a_job_selects_the_hard_samples(chain: Chain) -> None:
     attempts = [json.loads(line) for line in (job.run.root / "attempts.jsonl").read_text().splitlines()]
     assert sorted(record["preference_id"] for record in attempts) == [f"pool-{number:05}" for number in range(24)]
     hard = json.loads((job.run.root / "hard.json").read_text())
-    assert sorted(hard) == sorted(record["preference_id"] for record in attempts if not record["attempts"][0])
+    solved_late = sorted(record["preference_id"] for record in attempts if not record["attempts"][0])
+    assert sorted(entry["id"] for entry in hard) == solved_late
     assert 0 < len(hard) < 24, "the cold-started model is right on some"
     assert_servers_are_gone(job)
 
@@ -75,7 +76,7 @@ def test_the_rl_job_trains_on_what_was_selected(chain: Chain) -> None:
     assert chain.rl.lives()[0][0] >= chain.selection.lives()[0][1], "it starts when the selection has ended"
     hard = json.loads((chain.selection.run.root / "hard.json").read_text())
     saved = json.loads((chain.rl.run.root / "checkpoints" / "step-00000003" / "state.json").read_text())
-    assert saved["data"] == describe_data(hard, seed=0, batch_size=8)
+    assert saved["data"] == describe_data({row["id"]: row["content"] for row in hard}, seed=0, batch_size=8)
 
 
 @pytest.mark.scenario("reference")

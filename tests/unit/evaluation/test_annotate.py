@@ -200,3 +200,89 @@ def test_an_endpoint_that_is_down_is_an_error(serve: Any, preferences: list[Pref
             run(endpoint, preferences, tmp_path / "attempts.jsonl", max_retries=0)
     with pytest.raises(ValueError, match="attempts 0"):
         run(endpoint, preferences, tmp_path / "attempts.jsonl", attempts=0)
+
+
+def names(endpoint: Any) -> Counter[str]:
+    return Counter(Endpoint.pair_name(request) for request in endpoint.requests)
+
+
+def test_other_content_under_the_same_id_is_asked_about(
+    serve: Any, preferences: list[Preference], tmp_path: Path
+) -> None:
+    output = tmp_path / "attempts.jsonl"
+    run(serve(by_name), preferences, output)
+    edited = [dataclasses.replace(preferences[0], responses=("A", "C")), *preferences[1:]]
+    again = serve(by_name)
+    run(again, edited, output)
+    assert names(again) == {"easy": 1}
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(preferences[1].image_paths[0])  # another picture under the old name
+    third = serve(by_name)
+    run(third, edited, output)
+    assert names(third) == {"easy": 1, "second": 2, "never": 3, "odd": 3}
+
+
+def test_a_corrected_label_counts_what_is_known_and_asks_for_the_rest(
+    serve: Any, preferences: list[Preference], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "attempts.jsonl"
+    run(serve(by_name), preferences, output)
+    corrected = [dataclasses.replace(pair, label=2, id=f"new-{pair.id}") for pair in preferences]
+    endpoint = serve(lambda name, asked: says(2))
+    with caplog.at_level(logging.WARNING):
+        records = run(endpoint, corrected, output)
+    # "easy" said 1, then is asked once more; "second" said 2 at once; "never" as well; "odd" said nothing three times
+    assert [record.attempts for record in records] == [(False, True), (True,), (True,), (False, False, False)]
+    assert names(endpoint) == {"easy": 1}
+    assert "3 preferences have another id, label or limit" in caplog.text
+    on_disk = {record.preference_id: record for record in read_records(output)}
+    assert [on_disk[record.preference_id] for record in records] == records
+
+
+def test_more_or_fewer_attempts_go_on_from_what_is_there(
+    serve: Any, preferences: list[Preference], tmp_path: Path
+) -> None:
+    output = tmp_path / "attempts.jsonl"
+    run(serve(by_name), preferences, output, attempts=2)
+    more = serve(by_name)
+    assert [len(record.attempts) for record in run(more, preferences, output, attempts=5)] == [1, 2, 5, 5]
+    assert names(more) == {"never": 3, "odd": 3}
+    none = serve(by_name)
+    assert [len(record.attempts) for record in run(none, preferences, output, attempts=3)] == [1, 2, 3, 3]
+    assert [len(record.attempts) for record in run(none, preferences, output, attempts=5)] == [1, 2, 5, 5]
+    assert names(none) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"temperature": 0.5}, "temperature: 1.0 then, 0.5 now"),
+        ({"seed": 1}, "seed: 0 then, 1 now"),
+        ({"served": {"weights": "b"}}, "weights: a then, b now"),
+    ],
+)
+def test_another_model_or_way_of_asking_is_asked(
+    change: dict[str, Any],
+    said: str,
+    serve: Any,
+    preferences: list[Preference],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    output = tmp_path / "attempts.jsonl"
+    run(serve(by_name), preferences[:1], output, served={"weights": "a"})
+    endpoint = serve(by_name)
+    with caplog.at_level(logging.WARNING):
+        run(endpoint, preferences[:1], output, **{"served": {"weights": "a"}, **change})
+    assert names(endpoint) == {"easy": 1}
+    assert said in caplog.text
+
+
+def test_records_of_an_earlier_version_are_not_trusted(
+    serve: Any, preferences: list[Preference], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "attempts.jsonl"
+    output.write_text('{"preference_id": "easy", "attempts": [false, false, false]}\n')
+    with caplog.at_level(logging.WARNING):
+        records = run(serve(by_name), preferences[:1], output)
+    assert records[0].attempts == (True,)
+    assert "1 records of an earlier version do not say what was asked" in caplog.text

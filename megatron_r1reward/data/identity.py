@@ -1,0 +1,101 @@
+"""What a row or a model is: what it says, not its name, nor its place in a file.
+
+    question   the chat that a model is shown and the bytes of its images      attempts are kept by it
+    row        the question and its answer (label, or the text to learn)       selections, curricula, resumed runs
+
+A model at an endpoint is known by its name only. A folder of ours is known by a sample of its weights, because the name
+says nothing about them: stages write new weights into the same folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from megatron_r1reward.data.preference import SftExample
+from megatron_r1reward.data.prompt import preference_messages
+from megatron_r1reward.types import Preference
+
+_BLOCK = 1 << 20
+_SAMPLES = 64  # blocks of a weight file; training changes every one of them
+_SAMPLE = 64 << 10
+_WEIGHTS = ".safetensors"
+_DESCRIPTIONS = ("*.json", "*.jinja", "*.txt", "*.model")  # configuration, tokenizer, processor, chat template
+
+
+class ContentKeys:
+    """Keys of rows by content, 32 hexadecimal digits; every image file is read once."""
+
+    def __init__(self) -> None:
+        self._images: dict[str, str] = {}
+
+    def question(self, preference: Preference) -> str:
+        """What a model is asked about a preference in its stored order. The label is not part of it."""
+        messages = preference_messages(preference.question, preference.responses, len(preference.image_paths))
+        return _digest([messages, self._seen(preference.image_paths)])
+
+    def row(self, example: Preference | SftExample) -> str:
+        """Everything about a row that training or judging depends on."""
+        if isinstance(example, SftExample):
+            return _digest([example.messages, self._seen(example.image_paths), example.response])
+        return _digest([self.question(example), example.label])
+
+    def _seen(self, paths: Iterable[str]) -> list[str]:
+        for path in paths:
+            if path not in self._images:
+                self._images[path] = _file_digest(Path(path))
+        return [self._images[path] for path in paths]
+
+
+def model_identity(folder: Path) -> str:
+    """Of a Hugging Face folder: its small files in full, and blocks spread over each file of weights.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: give the Hugging Face folder of a model")
+    digest = xxhash.xxh3_128()
+    named = {path for pattern in _DESCRIPTIONS for path in folder.glob(pattern)} | set(folder.glob(f"*{_WEIGHTS}"))
+    for path in sorted(named):
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            if path.suffix != _WEIGHTS or size <= _SAMPLES * _SAMPLE:
+                while block := file.read(_BLOCK):
+                    digest.update(block)
+                continue
+            for number in range(_SAMPLES):
+                file.seek((size - _SAMPLE) * number // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs, for a message: "temperature: 1.0 then, 0.5 now; ..."; empty when nothing does."""
+    keys = sorted(then.keys() | now.keys())
+    return "; ".join(
+        f"{key}: {then.get(key)} then, {now.get(key)} now" for key in keys if then.get(key) != now.get(key)
+    )
+
+
+def _digest(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    """A file that cannot be read has no content yet; whoever needs it says so."""
+    digest = xxhash.xxh3_128()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
+    return digest.hexdigest()
