@@ -21,7 +21,7 @@ from megatron_r1reward.algorithm.policy_loss import policy_loss
 from megatron_r1reward.config.schema import AlgorithmSection
 from megatron_r1reward.kernels.linear_log_probs import linear_log_probs
 from megatron_r1reward.kernels.linear_policy_loss import linear_policy_loss
-from megatron_r1reward.kernels.policy_loss.options import PolicyLossOptions, TokenInputs
+from megatron_r1reward.kernels.policy_loss.row_kernels import PolicyLossOptions, TokenInputs
 
 SEQUENCE = 256  # tokens per sequence: Liger's loss has one advantage per sequence
 

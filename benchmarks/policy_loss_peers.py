@@ -10,7 +10,7 @@ import torch
 
 from megatron_r1reward.algorithm.policy_loss import policy_loss
 from megatron_r1reward.config.schema import AlgorithmSection
-from megatron_r1reward.kernels.policy_loss.options import TokenInputs
+from megatron_r1reward.kernels.policy_loss.row_kernels import TokenInputs
 
 # (inputs, rows per sequence) -> step(logits) -> gradient by the logits, which may be overwritten.
 Step = Callable[[torch.Tensor], torch.Tensor]

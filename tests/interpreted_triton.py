@@ -13,7 +13,7 @@ import triton.experimental.gluon  # noqa: F401  (imported by the first launch, a
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 
-import megatron_r1reward.kernels.policy_loss.triton_launch  # noqa: F401
+import megatron_r1reward.kernels.policy_loss.triton_rows  # noqa: F401
 
 del os.environ["TRITON_INTERPRET"]
 

@@ -6,33 +6,35 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_r1reward.algorithm.correction import truncated_importance_weights
-from megatron_r1reward.algorithm.policy_loss import policy_loss
+from megatron_r1reward.algorithm.policy_loss import policy_loss, truncated_importance_weights
 from megatron_r1reward.config.schema import AlgorithmSection
-from megatron_r1reward.kernels.policy_loss.options import PolicyLossOptions, TokenInputs, VocabularyShard
-from megatron_r1reward.kernels.policy_loss.row_kernels import row_kernels
+from megatron_r1reward.kernels.choose_kernel import row_kernels
+from megatron_r1reward.kernels.linear_policy_loss import loss_and_gradient_
+from megatron_r1reward.kernels.lm_head import Head, HeadOptions
+from megatron_r1reward.kernels.policy_loss.row_kernels import (
+    LogitRows,
+    PolicyLossOptions,
+    TokenInputs,
+    VocabularyShard,
+)
 
 OPTIONS = {
-    "paper": PolicyLossOptions(filter="paper"),
-    "released_filter": PolicyLossOptions(filter="released_code"),
-    "temperature": PolicyLossOptions(temperature=0.7),
+    "paper": PolicyLossOptions(),
+    "temperature": PolicyLossOptions(),
     "k1": PolicyLossOptions(kl_coefficient=0.1, kl_estimator="k1"),
     "k2": PolicyLossOptions(kl_coefficient=0.1, kl_estimator="k2"),
     "k3": PolicyLossOptions(kl_coefficient=0.1, kl_estimator="k3"),
-    "entropy": PolicyLossOptions(entropy_coefficient=0.05, temperature=1.3),
+    "k3 bound": PolicyLossOptions(kl_coefficient=0.1, kl_estimator="k3", kl_bound=0.02),
+    "entropy": PolicyLossOptions(entropy_coefficient=0.05),
     "dual_clip": PolicyLossOptions(dual_clip=3.0),
     "importance": PolicyLossOptions(importance_cap=2.0),
     "tight_preclip": PolicyLossOptions(preclip_min=0.95, preclip_max=1.05),
     "asymmetric": PolicyLossOptions(clip_low=0.1, clip_high=0.28),
     "everything": PolicyLossOptions(
-        filter="paper",
-        temperature=0.9,
-        kl_coefficient=0.04,
-        entropy_coefficient=0.01,
-        importance_cap=2.0,
-        dual_clip=3.0,
+        kl_coefficient=0.04, kl_bound=10.0, entropy_coefficient=0.01, importance_cap=2.0, dual_clip=3.0
     ),
 }
+TEMPERATURES = {"temperature": 0.7, "entropy": 1.3, "everything": 0.9}  # of the options' matrix; else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +49,13 @@ class Result:
 
 
 def make_case(
-    rows: int, vocabulary: int, options: PolicyLossOptions, *, dtype: torch.dtype = torch.float32, seed: int = 0
+    rows: int, vocabulary: int, *, temperature: float = 1.0, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> tuple[torch.Tensor, TokenInputs]:
     """Logits, and inputs whose log-ratios, advantages and importance weights reach every branch; 5th rows masked."""
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(rows, vocabulary, generator=generator) * 3).to(dtype)
     targets = torch.randint(0, vocabulary, (rows,), generator=generator)
-    scaled = logits.double() / options.temperature
+    scaled = logits.double() / temperature
     log_probs = scaled.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
     old = (log_probs - torch.linspace(-2.0, 2.5, rows)).float()
     weights = torch.rand(rows, generator=generator) + 0.1
@@ -65,7 +67,6 @@ def make_case(
         weights=weights,
         reference_log_probs=(log_probs + 0.3 * torch.randn(rows, generator=generator)).float(),
         sampler_log_probs=old + torch.linspace(-1.5, 1.5, rows)[torch.randperm(rows, generator=generator)],
-        standardization=torch.tensor([0.1, 0.8]),
     )
 
 
@@ -79,27 +80,16 @@ def section(options: PolicyLossOptions) -> AlgorithmSection:
         preclip_max=options.preclip_max,
         kl_loss_coefficient=options.kl_coefficient,
         kl_loss_estimator=options.kl_estimator,
+        kl_loss_bound=0.0 if options.kl_bound == float("inf") else options.kl_bound,
         entropy_coefficient=options.entropy_coefficient,
     )
 
 
-def standardize(inputs: TokenInputs, options: PolicyLossOptions) -> tuple[torch.Tensor, torch.Tensor]:
-    """(advantages in float64, exactly 0 where the filter rejects them; rejected)."""
-    mean, inverse_std = (0.0, 1.0) if inputs.standardization is None else inputs.standardization.double().tolist()
-    z = (inputs.advantages.double() - mean) * inverse_std
-    keep = z.isfinite()
-    if options.filter == "paper":
-        keep &= z.abs() <= options.filter_sigma
-    if options.filter == "released_code":
-        keep &= (z >= mean - 3.0) & (z <= mean + 3.0) & (z.abs() <= 10.0)
-    return torch.where(keep, z, 0.0), ~keep
-
-
-def truth(logits: torch.Tensor, inputs: TokenInputs, options: PolicyLossOptions) -> Result:
+def truth(logits: torch.Tensor, inputs: TokenInputs, options: PolicyLossOptions, *, temperature: float = 1.0) -> Result:
     """Float64 autograd through log-softmax and `algorithm.policy_loss`; masked rows are cut out, not multiplied."""
     active = inputs.weights != 0
     leaf = logits.double().detach().requires_grad_()
-    log_p = (leaf[active] / options.temperature).log_softmax(-1)
+    log_p = (leaf[active] / temperature).log_softmax(-1)
     kept = inputs.take(active)
     log_probs = log_p.gather(1, kept.targets[:, None]).squeeze(1)
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
@@ -108,11 +98,11 @@ def truth(logits: torch.Tensor, inputs: TokenInputs, options: PolicyLossOptions)
         importance = truncated_importance_weights(
             kept.old_log_probs.double(), kept.sampler_log_probs.double(), options.importance_cap
         )
-    advantages, rejected = standardize(kept, options)
+    rejected = ~kept.advantages.isfinite()
     result = policy_loss(
         log_probs,
         kept.old_log_probs.double(),
-        advantages,
+        kept.advantages.double(),
         section(options),
         importance_weights_R=importance,
         entropy_R=entropy,
@@ -146,30 +136,20 @@ def run_rows(
     options: PolicyLossOptions,
     *,
     ranks: int = 1,
-    read: torch.Tensor | None = None,
+    temperature: float = 1.0,
 ) -> Result:
     """Statistics, loss and gradient by the row kernels, the vocabulary cut into `ranks` shards in this process."""
     kernels = row_kernels(implementation)
-    read = inputs.weights != 0 if read is None else read
     pieces = [piece.clone() for piece in logits.chunk(ranks, dim=1)]
     shards = [VocabularyShard.of_rank(pieces[0].shape[1], rank, logits.shape[1]) for rank in range(ranks)]
-    parts = torch.stack(
-        [
-            kernels.statistics(piece, inputs.targets, read, shard, options.temperature)
-            for piece, shard in zip(pieces, shards, strict=True)
-        ]
-    )
-    statistics, loss = kernels.loss(parts, inputs, read, options)
-    for piece, shard in zip(pieces, shards, strict=True):
+    rows = [
+        LogitRows(logits=piece, targets=inputs.targets, shard=shard, temperature=temperature)
+        for piece, shard in zip(pieces, shards, strict=True)
+    ]
+    statistics, loss = kernels.loss(torch.stack([kernels.statistics(shard) for shard in rows]), inputs, options)
+    for shard in rows:
         kernels.gradient_(
-            piece,
-            inputs.targets,
-            statistics,
-            loss.grad_log_prob,
-            loss.grad_entropy,
-            shard,
-            options.temperature,
-            with_entropy=options.entropy_coefficient != 0.0,
+            shard, statistics, loss.grad_log_prob, loss.grad_entropy if options.entropy_coefficient else None
         )
     return Result(
         log_probs=statistics.log_probs,
@@ -177,6 +157,36 @@ def run_rows(
         loss=loss.loss,
         flags=loss.flags,
         gradient=torch.cat(pieces, dim=1),
+    )
+
+
+def on_device(inputs: TokenInputs, device: str) -> TokenInputs:
+    """The same inputs elsewhere."""
+    return replace(inputs, **{name: None if x is None else x.to(device) for name, x in vars(inputs).items()})
+
+
+def run_chunk(
+    implementation: str,
+    logits: torch.Tensor,
+    inputs: TokenInputs,
+    options: PolicyLossOptions,
+    *,
+    temperature: float = 1.0,
+) -> Result:
+    """The loss of a chunk as `linear_policy_loss` forms it, whole-row kernels included; overwrites the logits."""
+    rows = LogitRows(
+        logits=logits,
+        targets=inputs.targets,
+        shard=VocabularyShard(start=0, width=logits.shape[1]),
+        temperature=temperature,
+    )
+    head = Head.of_logits(
+        logits.shape[1], logits.dtype, logits.device, options=HeadOptions(implementation=implementation), loss=options
+    )
+    result, gradient_LV, live_L = loss_and_gradient_(head, rows, inputs, options)
+    gradient = gradient_LV if live_L is None else torch.zeros_like(logits).index_copy_(0, live_L, gradient_LV)
+    return Result(
+        log_probs=result.log_probs, entropy=result.entropy, loss=result.loss, flags=result.flags, gradient=gradient
     )
 
 
@@ -189,8 +199,9 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 def assert_matches(got: Result, expected: Result, *, gradient_tolerance: float) -> None:
     """float32 accuracy of everything, the given accuracy of the gradient, flags exactly."""
-    assert relative(got.log_probs, expected.log_probs) < 1e-6
-    assert relative(got.entropy, expected.entropy) < 1e-6
+    carries = (expected.flags & 1) != 0  # the rest is read, but of no use
+    assert relative(got.log_probs[carries], expected.log_probs[carries]) < 1e-6
+    assert relative(got.entropy[carries], expected.entropy[carries]) < 1e-6
     assert relative(got.loss, expected.loss) < 1e-5
     assert relative(got.gradient, expected.gradient) < gradient_tolerance
     assert torch.equal(got.flags, expected.flags)

@@ -1,4 +1,5 @@
-"""The clipped policy-gradient loss with Pre-CLIP, per token, and how tokens add up to one number."""
+"""The clipped policy-gradient loss with Pre-CLIP, per token, how tokens add up to one number, and the gap between the
+engine that samples and the engine that trains: measured, and corrected for."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_r1reward.algorithm.segments import response_lengths
+from megatron_r1reward.algorithm.returns import response_lengths
 from megatron_r1reward.config.schema import AlgorithmSection
 
 KlEstimator = Literal["k1", "k2", "k3"]
@@ -72,7 +73,7 @@ def policy_loss(
         log_probs_R: float [R], natural log, with gradient.
         old_log_probs_R: float [R], of the policy that the update started from.
         advantages_R: float [R].
-        importance_weights_R: float [R] >= 0, `correction.truncated_importance_weights`; multiplies the loss.
+        importance_weights_R: float [R] >= 0, `truncated_importance_weights`; multiplies the loss.
         entropy_R: float [R], nats, with gradient; needed when `config.entropy_coefficient` is not 0.
         reference_log_probs_R: float [R]; needed when `config.kl_loss_coefficient` is not 0.
 
@@ -101,7 +102,9 @@ def policy_loss(
                 f"algorithm.kl_loss_coefficient is {config.kl_loss_coefficient}: pass reference_log_probs_R, "
                 "or set it to 0"
             )
-        kl_R = kl_estimate(log_probs_R, reference_log_probs_R, config.kl_loss_estimator)
+        kl_R = kl_estimate(
+            log_probs_R, reference_log_probs_R, config.kl_loss_estimator, bound=config.kl_loss_bound or math.inf
+        )
         loss_R = loss_R + config.kl_loss_coefficient * kl_R
     return PolicyLossResult(
         per_token_loss=loss_R,
@@ -113,13 +116,17 @@ def policy_loss(
     )
 
 
-def kl_estimate(log_probs_R: Tensor, reference_log_probs_R: Tensor, estimator: KlEstimator) -> Tensor:
+def kl_estimate(
+    log_probs_R: Tensor, reference_log_probs_R: Tensor, estimator: KlEstimator, *, bound: float = math.inf
+) -> Tensor:
     """Per-token estimates of KL(policy || reference) from tokens of the policy, [R], nats (Schulman, "Approximating KL
     Divergence", 2020). With g = log_prob - reference:
 
         k1 = g                  unbiased, but its own gradient has expectation zero
         k2 = g^2 / 2            its gradient is that of the divergence
-        k3 = exp(-g) - 1 + g    unbiased and never negative
+        k3 = exp(-g) - 1 + g    unbiased and never negative; at most `bound`, without gradient there
+
+    Unbounded, one token that the policy has left by 20 nats would weigh 4.9e8.
     """
     gap_R = log_probs_R - reference_log_probs_R
     match estimator:
@@ -128,7 +135,10 @@ def kl_estimate(log_probs_R: Tensor, reference_log_probs_R: Tensor, estimator: K
         case "k2":
             return 0.5 * gap_R.square()
         case "k3":
-            return (-gap_R).expm1() + gap_R
+            # The gap is cut where k3 exceeds the bound for certain: exp of a far gap is infinite, and 0 * inf in the
+            # backward pass is no number.
+            cut_R = gap_R.clamp(-1.0 - math.log1p(bound), bound + 1.0)
+            return ((-cut_R).expm1() + cut_R).clamp(max=bound)
 
 
 def aggregation_weights(cu_response: Tensor, config: AlgorithmSection) -> Aggregation:
@@ -168,3 +178,33 @@ def _clip_bounds(advantage_R: Tensor, config: AlgorithmSection) -> tuple[Tensor,
     lower_R = torch.full_like(advantage_R, -math.inf).masked_fill(negative_R, math.log1p(-config.clip_low))
     upper_R = torch.full_like(advantage_R, math.log1p(config.clip_high)).masked_fill(negative_R, dual)
     return lower_R, upper_R
+
+
+def mismatch_metrics(trainer_log_probs_R: Tensor, sampler_log_probs_R: Tensor, *, threshold: float) -> dict[str, float]:
+    """How far the two engines disagree on the log-probs (nats) of the same sampled tokens, float [R] each.
+
+    Keys: `mean_abs` and `max_abs` of the difference; `kl`, the k3 estimate of KL(sampler || trainer) per token,
+    mean(r - 1 - ln r) with r = p_trainer / p_sampler, which is non-negative and has low variance; `share_beyond`, the
+    share of tokens whose difference is above `threshold` or no number. Non-finite log-probs propagate into the others.
+
+    Raises:
+        ValueError: no tokens.
+    """
+    if trainer_log_probs_R.numel() == 0:
+        raise ValueError("mismatch_metrics got 0 tokens: call it on a batch with at least one response token")
+    gap_R = trainer_log_probs_R.detach().double() - sampler_log_probs_R.detach().double()
+    return {
+        "mean_abs": float(gap_R.abs().mean()),
+        "max_abs": float(gap_R.abs().max()),
+        "kl": float((gap_R.expm1() - gap_R).mean()),
+        "share_beyond": float((~(gap_R.abs() <= threshold)).double().mean()),
+    }
+
+
+def truncated_importance_weights(trainer_log_probs_R: Tensor, sampler_log_probs_R: Tensor, cap: float) -> Tensor:
+    """Weights min(p_trainer / p_sampler, cap) that correct for sampling from the other engine; float [R], no gradient.
+
+    `trainer_log_probs_R` are the trainer's *old* log-probs. Truncation bounds the variance at the price of a bias.
+    """
+    gap_R = trainer_log_probs_R.detach() - sampler_log_probs_R.detach()
+    return gap_R.exp().clamp(max=cap)

@@ -1,4 +1,8 @@
-"""From one reward per response to one return per response token."""
+"""From one reward per response to one return per response token.
+
+Suffixes name axes: `_N` are sequences, `_R` is the flat response axis: the response tokens of N sequences back to back,
+cut by `cu_response`. Sequence i owns tokens [cu_response[i], cu_response[i + 1]).
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-
-from megatron_r1reward.algorithm.segments import response_lengths, sequence_index
 
 Baseline = Literal["none", "group_mean", "leave_one_out"]
 
@@ -85,13 +87,29 @@ def task_returns(
     return _discounted_suffix_sum(token_rewards_R, cu_response, gamma).float()
 
 
+def response_lengths(cu_response: Tensor) -> Tensor:
+    """Tokens of each response, int64 [N], from offsets int64 [N + 1].
+
+    Raises ValueError when the offsets do not start at 0, or when a response is empty: it has no token that could carry
+    its reward.
+    """
+    if cu_response.numel() == 0 or int(cu_response[0]) != 0:
+        raise ValueError(f"cu_response must start with offset 0, got {cu_response.tolist()[:4]}: pass [0, len_0, ...]")
+    lengths_N = cu_response.diff()
+    if bool((lengths_N < 1).any()):
+        first = int((lengths_N < 1).nonzero()[0])
+        raise ValueError(f"response {first} has {int(lengths_N[first])} tokens: drop empty responses from the batch")
+    return lengths_N
+
+
 def _discounted_suffix_sum(values_R: Tensor, cu_response: Tensor, gamma: float) -> Tensor:
     """sum_{k >= t} gamma^(k - t) * values[k] within each sequence, in log2(longest) vectorised doubling steps.
 
     Sums never cross a boundary, so a non-finite value stays inside its own sequence.
     """
-    sequence_R = sequence_index(cu_response)
-    longest = int(cu_response.diff().max()) if len(cu_response) > 1 else 0
+    lengths_N = cu_response.diff()
+    sequence_R = torch.arange(len(lengths_N), device=lengths_N.device).repeat_interleave(lengths_N)
+    longest = int(lengths_N.max()) if len(lengths_N) else 0
     total_R = values_R.clone()
     span = 1  # total[t] covers the tokens [t, t + span)
     while span < longest:

@@ -60,6 +60,7 @@ class AlgorithmSection(Section):
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.0  # KL to the reference inside the reward
     kl_loss_coefficient: Annotated[float, Field(ge=0)] = 0.0  # KL to the reference as a term of the loss
     kl_loss_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_loss_bound: Annotated[float, Field(ge=0)] = 10.0  # of k3: nats per token above which it stops pulling; 0: none
     samples_per_prompt: PositiveInt = 1
     baseline: Literal["none", "group_mean", "leave_one_out"] = "none"
     group_normalize: bool = False  # GRPO: divide by the group's standard deviation

@@ -95,7 +95,9 @@ class PrecisionSection(Section):
     """Layer implementation, FP8 and reproducibility; docs/fp8.md. The base precision is model.precision."""
 
     transformer_impl: Literal["local", "transformer_engine"] = "local"
-    kernels: Literal["auto", "torch", "triton"] = "auto"  # of the LM head and the policy loss; docs/kernels.md
+    # Of the LM head and the policy loss; triton_row and cuda_cluster form the loss of an update only. docs/kernels.md
+    kernels: Literal["auto", "torch", "triton", "triton_row", "cuda_cluster"] = "auto"
+    logits: Literal["fp32", "model"] = "fp32"  # model: rounded to model.precision before the softmax, as vLLM does
     fp8: Literal["hybrid", "e4m3"] | None = None  # hybrid: e4m3 forward, e5m2 gradients; vision stays in bf16
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
     fp8_param_gather: bool = False  # keep and all-gather parameters in FP8
@@ -157,7 +159,33 @@ class RewardSection(Section):
 class SamplingSection(Section):
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0  # 0: off
     max_tokens: PositiveInt = 1024
+
+    @property
+    def tempered(self) -> bool:
+        """Whether log-probs of the raw softmax are not those of what is sampled."""
+        return self.temperature != 1.0
+
+    def check_for_rl(self) -> None:
+        """ValueError when the trainer cannot reproduce the distribution that responses are drawn from.
+
+        The policy gradient needs the log-probs of that distribution: a temperature is one division on both sides, but
+        the tokens that top_p and top_k cut off differ from weights to weights, and have no log-prob at all.
+        """
+        if self.temperature <= 0:
+            raise ValueError(
+                f"sampling.temperature is {self.temperature}: RL learns from the differences between drawn samples, "
+                "and greedy decoding draws none. Set it above 0 (1.0 is usual)"
+            )
+        cuts = {"top_p": (self.top_p, self.top_p < 1, "1.0"), "top_k": (self.top_k, self.top_k > 0, "0")}
+        for name, (value, cut, off) in cuts.items():
+            if cut:
+                raise ValueError(
+                    f"sampling.{name} is {value}: RL needs the log-probs of the distribution that was sampled from, "
+                    f"and the trainer's knows no cut, so the gradient would be biased. Set sampling.{name} = {off}; "
+                    "sampling.temperature is supported"
+                )
 
 
 class ServerSection(Section):

@@ -35,6 +35,8 @@ def launch(stage: Stage, run_file: Path, overrides: Sequence[str], *, local: boo
         ValueError: the run file cannot be used, the stage does not fit on these nodes, or the run directory is in use.
     """
     config = load_config(run_file, overrides)
+    if stage == "rl":
+        config.sampling.check_for_rl()
     run = RunDir(root=config.run.output_dir)
     job = None if local or "SLURM_JOB_ID" not in os.environ else SlurmJob(os.environ)
     _claim(run, job)

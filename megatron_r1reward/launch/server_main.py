@@ -95,6 +95,7 @@ def _server(config: RunConfig, stage: Stage, kind: ServerKind, run: RunDir, life
         weight_transfer=weight_transport(config.rollout, colocated=colocated) if stage == "rl" else None,
         sleep_mode=colocated,
         in_flight=stage == "rl" and config.asynchrony.mode == "in_flight",
+        sampled_log_probs=stage == "rl" and config.sampling.tempered,
         media_root=media_root(config),
         pixels=(config.data.min_pixels, config.data.max_pixels),
     )

@@ -134,6 +134,7 @@ def _open_pool(config: RunConfig, *, takes_weights: bool) -> RolloutPool:
         pixels=(config.data.min_pixels, config.data.max_pixels),
         takes_weights=takes_weights,
         in_flight=takes_weights and config.asynchrony.mode == "in_flight",
+        sampled_log_probs=takes_weights and config.sampling.tempered,
         sleep_level=config.cluster.sleep_level if takes_weights and config.cluster.layout == "colocated" else None,
         status_file=_live_dir(config) / "rollout-servers.json",
         progress=log.info,

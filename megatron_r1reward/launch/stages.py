@@ -36,6 +36,7 @@ def rl(config: RunConfig, *, rendezvous: Path | None = None, supervised: bool = 
 
     With `supervised` the servers are those whose addresses the run directory holds. A replay has none.
     """
+    config.sampling.check_for_rl()
     with quick_imports():  # megatron-core, which the other stages do without
         from megatron_r1reward.launch.ranks import ranks
         from megatron_r1reward.training import rl as rl_stage

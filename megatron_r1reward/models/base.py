@@ -12,8 +12,8 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_r1reward.kernels.policy_loss.from_logits import PolicyLossOutput
-from megatron_r1reward.kernels.sequence_rows import gather_sequence_parallel_rows
+from megatron_r1reward.kernels.linear_policy_loss import PolicyLossOutput
+from megatron_r1reward.kernels.lm_head import gather_sequence_parallel_rows
 from megatron_r1reward.models.head import LossRequest
 from megatron_r1reward.parallel.context import ContextSplit
 from megatron_r1reward.parallel.setup import Topology

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
-from megatron_r1reward.kernels import choose_kernel
+from megatron_r1reward.kernels.choose_kernel import choose, request_for
 from megatron_r1reward.kernels.linear_log_probs import linear_log_probs
-from megatron_r1reward.kernels.linear_policy_loss import linear_policy_loss
-from megatron_r1reward.kernels.policy_loss.from_logits import PolicyLossOutput
-from megatron_r1reward.kernels.policy_loss.options import PolicyLossOptions, TokenInputs
+from megatron_r1reward.kernels.linear_policy_loss import PolicyLossOutput, linear_policy_loss
+from megatron_r1reward.kernels.lm_head import HeadOptions
+from megatron_r1reward.kernels.policy_loss.row_kernels import PolicyLossOptions, TokenInputs
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class ResponseHead(ColumnParallelLinear):
     is only read could still be last step's.
     """
 
-    implementation: str = "auto"  # of the row kernels, see `kernels.choose_kernel`
+    options = HeadOptions()
 
     def forward(
         self,
@@ -45,26 +45,16 @@ class ResponseHead(ColumnParallelLinear):
         """Log-probs and entropies, float32 [2, R], or what `request` asks for; `weight` is the embedding's when that is
         tied and lives here."""
         head = self.weight if weight is None else weight
-        reduce = not self.config.sequence_parallel  # else the gathering of the rows does it
-        if request is not None:
-            return linear_policy_loss(
-                rows_RH,
-                head,
-                request.inputs,
-                request.options,
-                tensor_parallel_group=self.tp_group,
-                reduce_hidden_gradient=reduce,
-                implementation=self.implementation,
-            )
-        return torch.stack(
-            linear_log_probs(
-                rows_RH,
-                head,
-                targets_R,
-                tensor_parallel_group=self.tp_group,
-                reduce_hidden_gradient=reduce,
-                implementation=self.implementation,
-            )
+        if request is None:
+            both = linear_log_probs(rows_RH, head, targets_R, tensor_parallel_group=self.tp_group, options=self.options)
+            return torch.stack(both)
+        return linear_policy_loss(
+            rows_RH,
+            head,
+            request.inputs,
+            request.options,
+            tensor_parallel_group=self.tp_group,
+            head_options=self.options,
         )
 
 
@@ -74,24 +64,37 @@ def use_response_head(model: GPTModel) -> None:
     model.output_layer.__class__ = ResponseHead
 
 
-def choose_kernels(model: torch.nn.Module, implementation: str) -> None:
-    """Run the LM head of a model chunk with this implementation of the row kernels, and log which one that is.
+def configure_heads(
+    model: torch.nn.Module,
+    options: HeadOptions,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    loss: PolicyLossOptions | None = None,
+) -> None:
+    """Give the LM head of a model chunk its numerics, choose its kernels, and log which these are and why.
+
+    Args:
+        device, dtype: where the model runs, and in what; a head that is tied has no weight of its own to tell.
+        loss: what an update forms in the head; None: log-probs only.
 
     Raises:
-        ValueError: it cannot run on this device; the message says why.
+        ValueError: the kernels asked for cannot run on this device; the message says why.
     """
     for module in model.modules():
-        if isinstance(module, ResponseHead):
-            weight = next(module.parameters(), None)
-            sample = torch.empty(0) if weight is None else weight  # tied: the embedding's, of the same device and type
-            request = choose_kernel.request_for(
-                sample,
-                padded=False,
-                tensor_parallel_size=module.tp_group.size(),
-                options=PolicyLossOptions(),
-                rows_only=True,
+        if not isinstance(module, ResponseHead):
+            continue
+        reduce = not module.config.sequence_parallel  # else the gathering of the rows does it
+        module.options = replace(options, reduce_hidden_gradient=reduce)
+        for what, given in {"log-probs": None, "policy loss": loss}.items():
+            if what == "policy loss" and given is None:
+                continue
+            request = request_for(
+                device,
+                dtype=options.logits_dtype or dtype,
                 columns=module.output_size_per_partition,
+                tensor_parallel_size=module.tp_group.size(),
+                options=given,
             )
-            choice = choose_kernel.choose(request, requested=implementation)
-            log.info("LM head and policy loss run in %r: %s", choice.name, choice.reason)
-            module.implementation = implementation
+            choice = choose(request, requested=options.implementation)
+            log.info("LM head: %s run in %r on %s logits: %s", what, choice.name, request.dtype, choice.reason)

@@ -13,14 +13,15 @@ from megatron_r1reward.planner.shapes import ModelShape, TextShape, VisionShape
 from megatron_r1reward.planner.workload import MicroBatch
 
 # Logits of the LM head that exist at one time, and the columns and values that a CPU converts to float32 at one time:
-# kernels/head_chunks.py and kernels/policy_loss/torch_rows.py; a test keeps them equal.
-GPU_CHUNK_ROWS = 4096
+# kernels/lm_head.py and kernels/policy_loss/torch_rows.py; a test keeps them equal.
+GPU_CHUNK_ROWS = 2048  # of float32 logits
 CPU_CHUNK_BYTES, MAX_CPU_CHUNK_ROWS, CPU_COLUMNS, TILE_ELEMENTS = 24 << 20, 1024, 8192, 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
 class Numerics:
-    """Bytes per value of weights and activations, and whether the fused kernels of a GPU compute norms and head.
+    """Bytes per value of weights and activations, whether the fused kernels of a GPU compute norms and head, and bytes
+    per logit (`precision.logits`).
 
     torch's RMSNorm on a CPU is composed of small operations that keep the input and the normalised value in float32;
     the CUDA kernel keeps its input and one float32 per row.
@@ -28,6 +29,7 @@ class Numerics:
 
     width: int
     fused_norm: bool
+    logits_width: int = 4
 
     def rms_norm(self, size: float) -> float:
         """Bytes kept per row."""
@@ -185,24 +187,30 @@ def head_workspace(text: TextShape, layout: Layout, numerics: Numerics, response
 
     `linear_log_probs` adds to that buffer chunk by chunk. `linear_policy_loss` (`fused_loss`) forms the weight's
     gradient in float32 in the forward pass and adds it in the backward pass, when the logits are gone; where tokens of
-    a chunk are clipped it copies the logits of the others.
+    a chunk are clipped it copies the logits of the others. Gradients of logits wider than the weights are rounded to
+    the weights' type in a copy.
     """
     width, columns = numerics.width, text.vocab / layout.tp
     weights = columns * text.hidden
     rows = min(chunk_rows(numerics, columns), responses)
-    logits, beside = rows * columns * width, 0.0
+    logits, kept = rows * columns * numerics.logits_width, 0.0
+    wide = numerics.logits_width > width
+    rounded = rows * columns * width if wide else 0.0
+    tile, copies = 0.0, 0.0
     if not numerics.fused_norm:
-        beside = 3 * 4 * min(TILE_ELEMENTS, rows * columns)  # a tile in float32 and what is computed from it
+        tile = 3.0 * 4 * min(TILE_ELEMENTS, rows * columns)  # in float32, and what is computed from it
         if width < 4:  # float32 copies for the weight's gradient
-            beside = max(beside, 4 * rows * (min(CPU_COLUMNS, columns) + text.hidden))
+            copies = 4.0 * rows * (min(CPU_COLUMNS, columns) + text.hidden)
     placeholder, gradient_rows = weights * width, responses * text.hidden * width
+    held = float(gradient_rows)
     if fused_loss:
-        return 2 * gradient_rows + 4 * weights + max(2 * logits + beside, placeholder)
-    return gradient_rows + logits + max(beside, placeholder)
+        held, kept = 2 * gradient_rows + 4 * weights, logits
+    forming, multiplying = kept + max(tile, rounded), (0.0 if wide else kept) + rounded + copies
+    return held + max(logits + max(forming, multiplying), placeholder if fused_loss else logits + placeholder)
 
 
 def chunk_rows(numerics: Numerics, columns: float) -> int:
-    """Rows whose logits exist at one time: `kernels.head_chunks.default_chunk_rows`."""
+    """Rows whose logits exist at one time: `kernels.lm_head.default_chunk_rows`."""
     if numerics.fused_norm:
-        return GPU_CHUNK_ROWS
+        return GPU_CHUNK_ROWS * 4 // numerics.logits_width
     return max(16, min(MAX_CPU_CHUNK_ROWS, int(CPU_CHUNK_BYTES // (4 * max(1, columns)))))

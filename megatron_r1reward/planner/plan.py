@@ -150,7 +150,8 @@ def make_plan(config: RunConfig, stage: Stage) -> Plan:
 
 def _numerics(config: RunConfig) -> Numerics:
     width = 4 if config.model.precision == "fp32" else 2
-    return Numerics(width=width, fused_norm=config.plan.device != "cpu")
+    logits_width = 4 if config.precision.logits == "fp32" else width
+    return Numerics(width=width, fused_norm=config.plan.device != "cpu", logits_width=logits_width)
 
 
 def _servers(config: RunConfig, stage: Stage, model: Model, device: Device) -> tuple[tuple[Server, ...], list[str]]:

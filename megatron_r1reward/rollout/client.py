@@ -115,7 +115,8 @@ class RolloutClient:
     async def generate(self, prompt: Prompt, sampling: SamplingSection, *, n: int, seed: int) -> list[Rollout]:
         """Sample `n` responses, in the order of their sample index.
 
-        Same `seed`, prompt and weights: same tokens. `log_probs` are untempered and without the ban (the raw softmax).
+        Same `seed`, prompt and weights: same tokens. `log_probs` are untempered and without the ban (the raw softmax),
+        unless the server was started with `sampled_log_probs` (see `server_command`).
 
         Raises:
             RequestRefusedError: e.g. an image that cannot be read, or a prompt that is too long.
@@ -170,6 +171,7 @@ class RolloutClient:
                 "seed": sample_seed(seed, prompt.id),
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
                 "max_tokens": sampling.max_tokens,
                 "logprobs": 0,  # of the sampled token only
                 "logit_bias": self._logit_bias,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from megatron_r1reward.weight_sync.shared_memory_sender import IpcTransport
 from megatron_r1reward.weight_sync.transport import Transport
 from megatron_r1reward.weight_sync.weights_gloo import GlooTransport
 from megatron_r1reward.weight_sync.weights_nccl import NcclTransport
+
+log = logging.getLogger(__name__)
 
 
 def build_transport(section: ServerSection, *, colocated: bool = False) -> Transport:
@@ -72,6 +75,7 @@ def open_rollout_pool(
     pixels: tuple[int, int] | None = None,
     takes_weights: bool = True,
     in_flight: bool = False,
+    sampled_log_probs: bool = False,
     sleep_level: SleepLevel | None = None,
     status_file: Path | None = None,
     progress: Report | None = None,
@@ -84,13 +88,18 @@ def open_rollout_pool(
         media_roots: folders that images must be in; none: text only. vLLM gets the one folder above all of them.
         pixels: (min, max) of the image processor (see `server_command`).
         takes_weights: False for a policy that does not change (evaluation).
-        in_flight: weights may be pushed while requests are being sampled (see `server_command`).
+        in_flight, sampled_log_probs: see `server_command`.
         sleep_level: of servers on the trainer's devices, see `RolloutPool`.
 
     Raises:
         ServerError: a server did not start.
     """
     policy_path = section.model_path or model_path
+    if section.urls and sampled_log_probs:
+        log.warning(
+            "sampling.temperature is not 1: the servers at rollout.urls must have been started with "
+            "--logprobs-mode processed_logprobs, or their log-probs are not those of what they sample"
+        )
     colocated = sleep_level is not None
     servers = []
     if not section.urls:
@@ -103,6 +112,7 @@ def open_rollout_pool(
             weight_transfer=weight_transport(section, colocated=colocated) if takes_weights else None,
             sleep_mode=colocated,
             in_flight=in_flight,
+            sampled_log_probs=sampled_log_probs,
             media_root=_common_folder(media_roots),
             pixels=pixels,
         )

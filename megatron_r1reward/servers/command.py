@@ -47,6 +47,7 @@ def server_command(
     pixels: tuple[int, int] | None = None,
     sleep_mode: bool = False,
     in_flight: bool = False,
+    sampled_log_probs: bool = False,
 ) -> list[str]:
     """The command that runs one server.
 
@@ -56,6 +57,8 @@ def server_command(
         weight_transfer: transport of weight pushes; None for a server whose weights never change (a judge).
         media_root: folder below which requests may name images as file:// URLs; None forbids it.
         pixels: (min_pixels, max_pixels) of the image processor, which must be the trainer's; None: the checkpoint's.
+        sampled_log_probs: return log-probs of the distribution that tokens are drawn from (tempered, banned ids left
+            out); False: of the raw softmax. docs/numerics.md has the contract.
         in_flight: pushes come while requests are being sampled; without it they had better not.
         sleep_mode: allocate GPU memory such that /sleep can free it (colocated servers); a CPU has no such thing.
     """
@@ -69,6 +72,7 @@ def server_command(
     # Sampling parameters come from requests only; "auto" would add the checkpoint's generation_config.json.
     command += ["--generation-config", "vllm"]
     command += ["--enable-scale-out"]  # /inference/v1/generate: token ids in, token ids out
+    command += ["--logprobs-mode", "processed_logprobs" if sampled_log_probs else "raw_logprobs"]
     command += ["--limit-mm-per-prompt", json.dumps({"video": 0})]
     command += ["--disable-uvicorn-access-log"]
     if on_cpu:

@@ -57,6 +57,7 @@ class VllmServer:
         pixels: tuple[int, int] | None = None,
         sleep_mode: bool = False,
         in_flight: bool = False,
+        sampled_log_probs: bool = False,
         token: str | None = None,
     ) -> None:
         if not (model_path / "config.json").is_file():
@@ -71,6 +72,7 @@ class VllmServer:
         self._weight_transfer = weight_transfer
         self._media_root, self._pixels = media_root, pixels
         self._sleep_mode, self._in_flight = sleep_mode, in_flight
+        self._sampled_log_probs = sampled_log_probs
         self._environment = server_environment(
             section,
             token=self.token,
@@ -107,6 +109,7 @@ class VllmServer:
             pixels=self._pixels,
             sleep_mode=self._sleep_mode,
             in_flight=self._in_flight,
+            sampled_log_probs=self._sampled_log_probs,
         )
 
     @property

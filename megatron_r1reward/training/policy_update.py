@@ -7,14 +7,12 @@ from collections import Counter
 
 import torch
 
-from megatron_r1reward.algorithm.correction import truncated_importance_weights
-from megatron_r1reward.algorithm.policy_loss import policy_loss
-from megatron_r1reward.kernels.policy_loss.flags import count_flags
-from megatron_r1reward.kernels.policy_loss.from_logits import PolicyLossOutput
-from megatron_r1reward.kernels.policy_loss.options import PolicyLossOptions, TokenInputs
+from megatron_r1reward.algorithm.policy_loss import policy_loss, truncated_importance_weights
+from megatron_r1reward.kernels.linear_policy_loss import PolicyLossOutput
+from megatron_r1reward.kernels.policy_loss.row_kernels import PolicyLossOptions, TokenInputs, count_flags
 from megatron_r1reward.models.head import LossRequest
 from megatron_r1reward.training.rollout_batch import RolloutBatch
-from megatron_r1reward.training.schedule import Loss, LossOutput, Request, reduce_statistics, train_micro_batches
+from megatron_r1reward.training.schedule import Loss, LossOutput, LossRequestFn, reduce_statistics, train_micro_batches
 from megatron_r1reward.training.skip_without_advantage import without_idle_sequences
 from megatron_r1reward.training.state import TrainState
 from megatron_r1reward.types import PackedBatch
@@ -48,7 +46,7 @@ def update_policy(state: TrainState, rollouts: RolloutBatch) -> dict[str, float]
     }
 
 
-def _loss(state: TrainState, rollouts: RolloutBatch) -> tuple[Loss, Request | None]:
+def _loss(state: TrainState, rollouts: RolloutBatch) -> tuple[Loss, LossRequestFn | None]:
     if not state.topology.is_last_stage:
         return _no_loss, None
     return _fused_loss(state, rollouts) if state.config.algorithm.fused_loss else (_plain_loss(state, rollouts), None)
@@ -58,7 +56,7 @@ def _no_loss(output: object, batch: PackedBatch) -> LossOutput:
     raise AssertionError("only the last pipeline stage computes a loss")
 
 
-def _fused_loss(state: TrainState, rollouts: RolloutBatch) -> tuple[Loss, Request]:
+def _fused_loss(state: TrainState, rollouts: RolloutBatch) -> tuple[Loss, LossRequestFn]:
     """StableReinforce inside the LM head: only rows with an advantage are multiplied, no [R, V] tensor."""
     assert rollouts.old_log_probs is not None and rollouts.advantages is not None
     options = PolicyLossOptions.from_config(state.config.algorithm)

@@ -142,9 +142,10 @@ def prepare(config: RunConfig, topology: Topology) -> TrainState:
             f"rl.train_batch_size {config.rl.train_batch_size} gives {rollouts} rollouts per optimizer step for "
             f"{topology.data_parallel_size} data-parallel ranks: every rank needs one"
         )
+    config.sampling.check_for_rl()
     updates = config.rl.steps * config.rl.rollout_batch_size // config.rl.train_batch_size
     with_reference = config.algorithm.needs_reference
-    state = build_state(config, topology, optimizer_steps=updates, with_reference=with_reference)
+    state = build_state(config, topology, optimizer_steps=updates, with_reference=with_reference, sampled=True)
     if state.hf_config.model_type == "qwen3_vl_moe" and topology.device.type == "cpu":
         raise ValueError(
             f"{config.model.path} has experts: vLLM on a CPU samples from other weights after a push of them "

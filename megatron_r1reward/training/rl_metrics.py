@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from megatron_r1reward.algorithm.correction import mismatch_metrics, truncated_importance_weights
+from megatron_r1reward.algorithm.policy_loss import mismatch_metrics, truncated_importance_weights
 from megatron_r1reward.rollout.accounting import Accounting
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.training.rollout_batch import RolloutBatch

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_r1reward.kernels.policy_loss.from_logits import PolicyLossOutput
+from megatron_r1reward.kernels.linear_policy_loss import PolicyLossOutput
 from megatron_r1reward.models.head import LossRequest
 from megatron_r1reward.parallel.chunks import chunks_of
 from megatron_r1reward.parallel.setup import Topology
@@ -27,7 +27,7 @@ from megatron_r1reward.types import Sequence as TokenSequence
 # statistics. The division by the global denominator happens once, in megatron-core, after all ranks have added up.
 LossOutput = tuple[torch.Tensor, torch.Tensor, dict[str, Any]]
 Loss = Callable[[Any, PackedBatch], LossOutput]  # its first argument is what the model's last chunk returned
-Request = Callable[[PackedBatch], LossRequest]
+LossRequestFn = Callable[[PackedBatch], LossRequest]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ def run_micro_batches(
     *,
     forward_only: bool,
     model: torch.nn.Module | None = None,
-    request: Request | None = None,
+    request: LossRequestFn | None = None,
 ) -> list[dict[str, Any]]:
     """Run every micro-batch through `model` (the policy by default); returns the statistics of each, nothing on all but
     the last pipeline stage. With `request` the LM head forms the loss, and `loss` gets a PolicyLossOutput."""
@@ -123,7 +123,7 @@ def train_micro_batches(
     micro_batches: Sequence[Sequence[int]],
     loss: Loss,
     *,
-    request: Request | None = None,
+    request: LossRequestFn | None = None,
 ) -> tuple[list[dict[str, Any]], StepOutcome]:
     """One optimizer step over the given micro-batches of this data-parallel rank; `request` as for
     `run_micro_batches`."""

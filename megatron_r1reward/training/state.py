@@ -18,13 +18,16 @@ from megatron_r1reward.checkpoint.weight_exporter import WeightExporter
 from megatron_r1reward.config.schema import OptimizerSection, RunConfig
 from megatron_r1reward.data.packing import Packer
 from megatron_r1reward.data.pixels import ImageProcessor
-from megatron_r1reward.models.head import choose_kernels
+from megatron_r1reward.kernels.lm_head import HeadOptions
+from megatron_r1reward.kernels.policy_loss.row_kernels import PolicyLossOptions
+from megatron_r1reward.models.head import configure_heads
 from megatron_r1reward.models.mapping import WeightTable
 from megatron_r1reward.models.registry import family_of, load_hf_config
 from megatron_r1reward.models.table import adapt_table
 from megatron_r1reward.parallel.chunks import chunks_of, join_chunks
 from megatron_r1reward.parallel.legality import row_multiple, sequence_multiple
 from megatron_r1reward.parallel.setup import Topology
+from megatron_r1reward.rollout.banned import banned_token_ids
 from megatron_r1reward.training.data_parallel import check_freezing, finalize_gradients, freeze, wrap_data_parallel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -54,11 +57,17 @@ class TrainState:
 
 
 def build_state(
-    config: RunConfig, topology: Topology, *, optimizer_steps: int, with_reference: bool = False
+    config: RunConfig,
+    topology: Topology,
+    *,
+    optimizer_steps: int,
+    with_reference: bool = False,
+    sampled: bool = False,
 ) -> TrainState:
     """Build the model from `config.model.path` with an optimizer whose schedule spans `optimizer_steps`.
 
-    `with_reference` keeps a frozen second copy of these initial weights.
+    `with_reference` keeps a frozen second copy of these initial weights. `sampled`: log-probs are those of the
+    distribution that rollout servers draw from, and the LM head forms the policy loss (RL).
 
     Raises:
         ValueError: the folder is no checkpoint of a supported family, or the layout does not divide the model.
@@ -81,8 +90,9 @@ def build_state(
         else:
             for chunk in chunks:
                 load_hf_weights(chunk, config.model.path, table)
+        loss = PolicyLossOptions.from_config(config.algorithm) if sampled and config.algorithm.fused_loss else None
         for chunk in chunks:
-            choose_kernels(chunk, config.precision.kernels)
+            configure_heads(chunk, _head_options(config, sampled), device=topology.device, dtype=dtype, loss=loss)
         wrapped = [Float16Module(configs.language, chunk) if dtype == torch.bfloat16 else chunk for chunk in chunks]
         return chunks, wrapped
 
@@ -127,6 +137,17 @@ def build_packer(
         pad_multiple=row_multiple(config.parallel, config.precision),
         sequence_multiple=sequence_multiple(config.parallel),
         share_images=config.algorithm.samples_per_prompt > 1,
+    )
+
+
+def _head_options(config: RunConfig, sampled: bool) -> HeadOptions:
+    """Numerics of the LM head; the contract with the servers stands in docs/numerics.md."""
+    tempered = sampled and config.sampling.tempered
+    return HeadOptions(
+        temperature=config.sampling.temperature if tempered else 1.0,
+        excluded_ids=tuple(sorted(banned_token_ids(config.model.path))) if tempered else (),
+        logits_dtype=torch.float32 if config.precision.logits == "fp32" else None,
+        implementation=config.precision.kernels,
     )
 
 

@@ -89,18 +89,3 @@ def gradient_kernel(
         )  # fmt: skip
     else:
         zero_row(row_ptr, padded_columns, BLOCK)
-
-
-@triton.jit
-def rescale_kernel(gradient_ptr, row_stride, has_gradient_ptr, upstream_ptr, padded_columns, BLOCK: tl.constexpr):
-    """Multiply by the upstream scalar what the forward has written. When it is 1, nothing is read or written."""
-    upstream = tl.load(upstream_ptr)
-    row = tl.program_id(0).to(tl.int64)
-    if upstream != 1.0:
-        if tl.load(has_gradient_ptr + row) != 0:
-            row_ptr = gradient_ptr + row * row_stride
-            for start in range(0, padded_columns, BLOCK):
-                column = start + tl.arange(0, BLOCK)
-                inside = column < padded_columns
-                value = tl.load(row_ptr + column, mask=inside, other=0.0).to(tl.float32) * upstream
-                tl.store(row_ptr + column, value.to(row_ptr.dtype.element_ty), mask=inside)

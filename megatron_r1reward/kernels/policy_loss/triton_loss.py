@@ -1,6 +1,6 @@
 """Per-token loss, gradient coefficients and flags from merged statistics: O(1) bytes per row.
 
-The formulas are those of `token_loss` (plain torch), written with compare and select: hardware min/max drop NaN.
+The formulas are those of `torch_rows.token_loss`, written with compare and select: hardware min/max drop NaN.
 Triton only; no torch.
 """
 
@@ -16,7 +16,7 @@ NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
 
 
 @triton.jit
-def kl_term(gap, KL: tl.constexpr):
+def kl_term(gap, kl_bound, KL: tl.constexpr):
     """(estimate, derivative by the log-prob) for gap = log_prob - reference; KL: 1, 2, 3 = k1, k2, k3."""
     if KL == 1:
         value = gap
@@ -32,6 +32,8 @@ def kl_term(gap, KL: tl.constexpr):
         near = tl.abs(x) < 0.0625
         value = tl.where(near, tail, direct - x)
         slope = tl.where(near, -(x + tail), -direct)
+        slope = tl.where(value > kl_bound, 0.0, slope)
+        value = tl.where(value > kl_bound, kl_bound, value)
     return value, slope
 
 
@@ -44,10 +46,7 @@ def row_loss(
     sampler,
     advantage,
     weight,
-    mean,
-    inverse_std,
     carries,
-    filter_sigma,
     preclip_low,
     preclip_high,
     clip_low,
@@ -55,26 +54,20 @@ def row_loss(
     dual_clip,
     importance_cap,
     kl_coefficient,
+    kl_bound,
     entropy_coefficient,
-    FILTER: tl.constexpr,
     KL: tl.constexpr,
     IMPORTANCE: tl.constexpr,
 ):
     """(loss, d loss / d log_prob, d loss / d entropy, flags). Bounds are natural logs. Inputs of rows that carry
     nothing are 0: callers load with a mask."""
-    z = (advantage - mean) * inverse_std
-    rejected = (z != z) | (tl.abs(z) == INFINITY)
-    if FILTER == 1:
-        rejected = rejected | (tl.abs(z) > filter_sigma)
-    elif FILTER == 2:
-        rejected = rejected | (z < mean - 3.0) | (z > mean + 3.0) | (tl.abs(z) > 10.0)
-    rejected = rejected & carries
-    z = tl.where(rejected, 0.0, z)
-    scaled = z
+    rejected = carries & ((advantage != advantage) | (tl.abs(advantage) == INFINITY))
+    usable = tl.where(rejected, 0.0, advantage)
+    scaled = usable
     if IMPORTANCE:
         importance = tl.exp2((old - sampler) * LOG2_E)
-        scaled = z * tl.where(importance > importance_cap, importance_cap, importance)
-    signal = carries & (z != 0.0) & (scaled != 0.0)
+        scaled = usable * tl.where(importance > importance_cap, importance_cap, importance)
+    signal = carries & (usable != 0.0) & (scaled != 0.0)
     scaled = tl.where(signal, scaled, 0.0)
     log_ratio = tl.where(signal, log_prob - old, 0.0)
     below = log_ratio < preclip_low
@@ -89,7 +82,7 @@ def row_loss(
     loss = tl.where(signal, -tl.exp2(log_ratio * LOG2_E) * scaled, 0.0)
     slope = tl.where(below | above | clipped_low | clipped_high, 0.0, loss)
     if KL != 0:
-        value, derivative = kl_term(log_prob - reference, KL)
+        value, derivative = kl_term(log_prob - reference, kl_bound, KL)
         loss += kl_coefficient * value
         slope += kl_coefficient * derivative
     loss -= tl.where(entropy_coefficient != 0.0, entropy_coefficient * entropy, 0.0)
@@ -105,7 +98,7 @@ def row_loss(
 
 
 @triton.jit
-def merge_ranks(parts_ptr, ranks, rows, row, read, BLOCK: tl.constexpr):
+def merge_ranks(parts_ptr, ranks, rows, row, inside, BLOCK: tl.constexpr):
     """Statistics of whole rows from parts[ranks, 4, rows], added in rank order: the same bits on every rank."""
     peak = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -113,10 +106,10 @@ def merge_ranks(parts_ptr, ranks, rows, row, read, BLOCK: tl.constexpr):
     target_z = tl.full([BLOCK], float("-inf"), tl.float32)
     for rank in range(ranks):
         part = parts_ptr + rank * 4 * rows + row
-        other_peak = tl.load(part, mask=read, other=NEGATIVE_INFINITY)
-        other_total = tl.load(part + rows, mask=read, other=0.0)
-        other_weighted = tl.load(part + 2 * rows, mask=read, other=0.0)
-        other_target = tl.load(part + 3 * rows, mask=read, other=NEGATIVE_INFINITY)
+        other_peak = tl.load(part, mask=inside, other=NEGATIVE_INFINITY)
+        other_total = tl.load(part + rows, mask=inside, other=0.0)
+        other_weighted = tl.load(part + 2 * rows, mask=inside, other=0.0)
+        other_target = tl.load(part + 3 * rows, mask=inside, other=NEGATIVE_INFINITY)
         merged = tl.where(other_peak > peak, other_peak, peak)
         shift = tl.where(peak == NEGATIVE_INFINITY, 0.0, peak - merged)
         other_shift = tl.where(other_peak == NEGATIVE_INFINITY, 0.0, other_peak - merged)
@@ -139,8 +132,6 @@ def loss_kernel(
     weight_ptr,
     reference_ptr,
     sampler_ptr,
-    standardization_ptr,
-    read_ptr,
     log_prob_ptr,
     entropy_ptr,
     loss_ptr,
@@ -148,7 +139,6 @@ def loss_kernel(
     grad_entropy_ptr,
     normalizer_ptr,
     flags_ptr,
-    filter_sigma,
     preclip_low,
     preclip_high,
     clip_low,
@@ -156,24 +146,20 @@ def loss_kernel(
     dual_clip,
     importance_cap,
     kl_coefficient,
+    kl_bound,
     entropy_coefficient,
-    FILTER: tl.constexpr,
     KL: tl.constexpr,
     IMPORTANCE: tl.constexpr,
-    STANDARDIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Merge the ranks' parts and evaluate the loss of each row. Log-probs of rows that are not read are 0."""
+    """Merge the ranks' parts and evaluate the loss of each row."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
-    read = inside & (tl.load(read_ptr + row, mask=inside, other=0) != 0)
-    peak, total, weighted, target_z = merge_ranks(parts_ptr, ranks, rows, row, read, BLOCK)
-    total = tl.where(read, total, 1.0)
-    normalizer = tl.where(read, peak + tl.log2(total), 0.0)
-    log_prob = tl.where(read, (target_z - normalizer) * LN_2, 0.0)
-    entropy = tl.where(read, (tl.log2(total) - weighted / total) * LN_2, 0.0)
-
-    # A row with a weight that is not read has no usable advantage and no other term: its loss is 0.
+    peak, total, weighted, target_z = merge_ranks(parts_ptr, ranks, rows, row, inside, BLOCK)
+    total = tl.where(inside, total, 1.0)
+    normalizer = peak + tl.log2(total)
+    log_prob = (target_z - normalizer) * LN_2
+    entropy = (tl.log2(total) - weighted / total) * LN_2
     weight = tl.load(weight_ptr + row, mask=inside, other=0.0)
     carries = inside & (weight != 0.0)
     old = tl.load(old_ptr + row, mask=carries, other=0.0)
@@ -184,15 +170,10 @@ def loss_kernel(
         reference = tl.load(reference_ptr + row, mask=carries, other=0.0)
     if IMPORTANCE:
         sampler = tl.load(sampler_ptr + row, mask=carries, other=0.0)
-    mean = 0.0
-    inverse_std = 1.0
-    if STANDARDIZE:
-        mean = tl.load(standardization_ptr)
-        inverse_std = tl.load(standardization_ptr + 1)
     loss, slope, entropy_slope, flags = row_loss(
-        log_prob, entropy, old, reference, sampler, advantage, weight, mean, inverse_std, carries,
-        filter_sigma, preclip_low, preclip_high, clip_low, clip_high, dual_clip,
-        importance_cap, kl_coefficient, entropy_coefficient, FILTER, KL, IMPORTANCE,
+        log_prob, entropy, old, reference, sampler, advantage, weight, carries,
+        preclip_low, preclip_high, clip_low, clip_high, dual_clip,
+        importance_cap, kl_coefficient, kl_bound, entropy_coefficient, KL, IMPORTANCE,
     )  # fmt: skip
     tl.store(log_prob_ptr + row, log_prob, mask=inside)
     tl.store(entropy_ptr + row, entropy, mask=inside)

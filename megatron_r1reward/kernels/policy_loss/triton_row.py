@@ -1,7 +1,6 @@
 """The whole loss of one row in one program (no vocabulary parallelism): statistics, loss and gradient over the logits.
 
-The second read of the row is expected in the L2 cache. The upstream gradient is taken as 1; `rescale_kernel` corrects.
-Triton only; no torch.
+The second read of the row is expected in the L2 cache. The upstream gradient is taken as 1. Triton only; no torch.
 """
 
 from __future__ import annotations
@@ -22,13 +21,11 @@ def row_kernel(
     logits_ptr,
     row_stride,
     targets_ptr,
-    read_ptr,
     old_ptr,
     advantage_ptr,
     weight_ptr,
     reference_ptr,
     sampler_ptr,
-    standardization_ptr,
     log_prob_ptr,
     entropy_ptr,
     loss_ptr,
@@ -38,7 +35,6 @@ def row_kernel(
     padded_columns,
     scale,
     inverse_temperature,
-    filter_sigma,
     preclip_low,
     preclip_high,
     clip_low,
@@ -46,11 +42,10 @@ def row_kernel(
     dual_clip,
     importance_cap,
     kl_coefficient,
+    kl_bound,
     entropy_coefficient,
-    FILTER: tl.constexpr,
     KL: tl.constexpr,
     IMPORTANCE: tl.constexpr,
-    STANDARDIZE: tl.constexpr,
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -58,37 +53,28 @@ def row_kernel(
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * row_stride
     target_column = tl.load(targets_ptr + row)
-    log_prob = 0.0
-    entropy = 0.0
-    normalizer = 0.0
-    if tl.load(read_ptr + row) != 0:
-        # Before the statistics: their reductions hold the barriers that keep a faster warp from overwriting this
-        # column while a slower one still has to read it.
-        here = (target_column >= 0) & (target_column < columns)
-        target = tl.load(row_ptr + tl.where(here, target_column, 0), mask=here, other=NEGATIVE_INFINITY)
-        peak, total, weighted = row_statistics(row_ptr, columns, scale, BLOCK, True)
-        normalizer = peak + tl.log2(total)
-        log_prob = (target.to(tl.float32) * scale - normalizer) * LN_2
-        entropy = (tl.log2(total) - weighted / total) * LN_2
+    # Before the statistics: their reductions hold the barriers that keep a faster warp from overwriting this column
+    # while a slower one still has to read it.
+    here = (target_column >= 0) & (target_column < columns)
+    target = tl.load(row_ptr + tl.where(here, target_column, 0), mask=here, other=NEGATIVE_INFINITY)
+    peak, total, weighted = row_statistics(row_ptr, columns, scale, BLOCK)
+    normalizer = peak + tl.log2(total)
+    log_prob = (target.to(tl.float32) * scale - normalizer) * LN_2
+    entropy = (tl.log2(total) - weighted / total) * LN_2
     weight = tl.load(weight_ptr + row)
     carries = weight != 0.0
     old = tl.load(old_ptr + row, mask=carries, other=0.0)
     advantage = tl.load(advantage_ptr + row, mask=carries, other=0.0)
     reference = 0.0
     sampler = 0.0
-    mean = 0.0
-    inverse_std = 1.0
     if KL != 0:
         reference = tl.load(reference_ptr + row, mask=carries, other=0.0)
     if IMPORTANCE:
         sampler = tl.load(sampler_ptr + row, mask=carries, other=0.0)
-    if STANDARDIZE:
-        mean = tl.load(standardization_ptr)
-        inverse_std = tl.load(standardization_ptr + 1)
     loss, slope, entropy_slope, flags = row_loss(
-        log_prob, entropy, old, reference, sampler, advantage, weight, mean, inverse_std, carries,
-        filter_sigma, preclip_low, preclip_high, clip_low, clip_high, dual_clip,
-        importance_cap, kl_coefficient, entropy_coefficient, FILTER, KL, IMPORTANCE,
+        log_prob, entropy, old, reference, sampler, advantage, weight, carries,
+        preclip_low, preclip_high, clip_low, clip_high, dual_clip,
+        importance_cap, kl_coefficient, kl_bound, entropy_coefficient, KL, IMPORTANCE,
     )  # fmt: skip
     has_gradient = (slope != 0.0) | (entropy_slope != 0.0)
     tl.store(log_prob_ptr + row, log_prob)

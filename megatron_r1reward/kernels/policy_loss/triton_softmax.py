@@ -1,6 +1,6 @@
 """One read of a row: its softmax statistics. Row-parallel, no atomics: the same bits on every run.
 
-Formulas and the log2 domain: `statistics`. Triton only; no torch.
+Formulas and the log2 domain: `row_kernels`. Triton only; no torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
 
 
 @triton.jit
-def row_statistics(row_ptr, columns, scale, BLOCK: tl.constexpr, ENTROPY: tl.constexpr):
+def row_statistics(row_ptr, columns, scale, BLOCK: tl.constexpr):
     """(peak, total, weighted) of one row, z = logit * scale; one cross-warp reduction per block (the maximum).
 
     `total` and `weighted` stay per-lane vectors until the end.
@@ -30,10 +30,9 @@ def row_statistics(row_ptr, columns, scale, BLOCK: tl.constexpr, ENTROPY: tl.con
         decay = tl.where(peak == NEGATIVE_INFINITY, 0.0, tl.exp2(shift))
         distance = z - anchor
         power = tl.exp2(distance)
-        if ENTROPY:
-            # power > 0 leaves out -inf * 0; power != power lets a NaN logit through.
-            term = tl.where((power > 0.0) | (power != power), power * distance, 0.0)
-            weighted = decay * (weighted + total * shift) + term
+        # power > 0 leaves out -inf * 0; power != power lets a NaN logit through.
+        term = tl.where((power > 0.0) | (power != power), power * distance, 0.0)
+        weighted = decay * (weighted + total * shift) + term
         total = total * decay + power
         peak = new_peak
     return peak, tl.sum(total, 0), tl.sum(weighted, 0)
@@ -44,29 +43,21 @@ def statistics_kernel(
     logits_ptr,
     row_stride,
     targets_ptr,
-    read_ptr,
     parts_ptr,
     rows,
     columns,
     first_column,
     scale,
     BLOCK: tl.constexpr,
-    ENTROPY: tl.constexpr,
 ):
-    """parts[4, rows] of this shard. A row with read == 0 is not touched; its parts are zeros."""
+    """parts[4, rows] of this shard."""
     row = tl.program_id(0).to(tl.int64)  # row * row_stride passes 2^31
-    peak = 0.0
-    total = 0.0
-    weighted = 0.0
-    target_z = 0.0
-    if tl.load(read_ptr + row) != 0:
-        row_ptr = logits_ptr + row * row_stride
-        peak, total, weighted = row_statistics(row_ptr, columns, scale, BLOCK, ENTROPY)
-        column = tl.load(targets_ptr + row) - first_column
-        here = (column >= 0) & (column < columns)
-        target = tl.load(row_ptr + tl.where(here, column, 0), mask=here, other=NEGATIVE_INFINITY)
-        target_z = target.to(tl.float32) * scale
+    row_ptr = logits_ptr + row * row_stride
+    peak, total, weighted = row_statistics(row_ptr, columns, scale, BLOCK)
+    column = tl.load(targets_ptr + row) - first_column
+    here = (column >= 0) & (column < columns)
+    target = tl.load(row_ptr + tl.where(here, column, 0), mask=here, other=NEGATIVE_INFINITY)
     tl.store(parts_ptr + row, peak)
     tl.store(parts_ptr + rows + row, total)
     tl.store(parts_ptr + 2 * rows + row, weighted)
-    tl.store(parts_ptr + 3 * rows + row, target_z)
+    tl.store(parts_ptr + 3 * rows + row, target.to(tl.float32) * scale)

@@ -7,7 +7,7 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron_r1reward.kernels.policy_loss.from_logits import PolicyLossOutput
+from megatron_r1reward.kernels.linear_policy_loss import PolicyLossOutput
 from megatron_r1reward.models.base import HeadlessGPT, VisionLanguageModel
 from megatron_r1reward.models.head import LossRequest, use_response_head
 from megatron_r1reward.models.place_embeddings import place_images

@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from megatron_r1reward.algorithm.policy_loss import aggregation_weights, policy_loss
+from megatron_r1reward.algorithm.policy_loss import (
+    aggregation_weights,
+    kl_estimate,
+    mismatch_metrics,
+    policy_loss,
+    truncated_importance_weights,
+)
 from megatron_r1reward.config.schema import AlgorithmSection
 
 PAPER = AlgorithmSection()
@@ -213,6 +219,28 @@ def test_kl_term_reaches_every_token(estimator: str, expected: tuple[float, floa
     torch.testing.assert_close(log_probs.grad, 0.1 * doubles(*slope))
 
 
+@pytest.mark.parametrize("bound", [0.02, 1.0, 10.0])
+def test_k3_is_bounded_on_both_sides_and_does_not_pull_there(bound: float) -> None:
+    gap = torch.linspace(-300.0, 300.0, 6001, dtype=torch.float64)
+    log_probs = gap.clone().requires_grad_()
+    value = kl_estimate(log_probs, torch.zeros_like(gap), "k3", bound=bound)
+    value.sum().backward()
+    assert log_probs.grad is not None
+    exact = (-gap).expm1() + gap
+    torch.testing.assert_close(value.detach(), exact.clamp(max=bound))
+    inside = exact < bound
+    torch.testing.assert_close(log_probs.grad[inside], -(-gap[inside]).expm1())
+    assert (log_probs.grad[exact > bound] == 0).all()
+
+
+def test_the_default_bounds_a_token_that_the_policy_has_left() -> None:
+    """20 nats below the reference: 4.9e8 without the bound."""
+    for bound, expected in ((AlgorithmSection().kl_loss_bound, 10.0), (0.0, math.exp(20) - 21)):
+        config = AlgorithmSection(kl_loss_coefficient=1.0, kl_loss_bound=bound)
+        loss = policy_loss(leaf(-21.0), doubles(-21.0), doubles(0.0), config, reference_log_probs_R=doubles(-1.0))
+        assert float(loss.per_token_loss) == pytest.approx(expected)
+
+
 def test_kl_coefficient_without_reference_is_an_error() -> None:
     config = AlgorithmSection(kl_loss_coefficient=0.1)
     assert config.needs_reference
@@ -267,3 +295,41 @@ class TestAggregation:
         parts = [sums(first, last) for first, last in zip([0, *cuts], [*cuts, 24], strict=True)]
         assert sum(count for _, count in parts) == whole_count
         assert sum(loss for loss, _ in parts) / whole_count == pytest.approx(whole_loss / whole_count, rel=1e-9)
+
+
+def test_equal_engines_do_not_disagree() -> None:
+    log_probs = torch.tensor([-1.0, -0.3])
+    gap = mismatch_metrics(log_probs, log_probs, threshold=0.5)
+    assert gap == {"mean_abs": 0.0, "max_abs": 0.0, "kl": 0.0, "share_beyond": 0.0}
+
+
+def test_known_gap() -> None:
+    metrics = mismatch_metrics(torch.tensor([-1.0, -1.0]), torch.tensor([-1.5, -0.9]), threshold=0.4)
+    assert metrics["mean_abs"] == pytest.approx(0.3)
+    assert metrics["max_abs"] == pytest.approx(0.5)
+    assert metrics["share_beyond"] == 0.5
+    assert metrics["kl"] == pytest.approx(((math.exp(0.5) - 1 - 0.5) + (math.exp(-0.1) - 1 + 0.1)) / 2, rel=1e-6)
+
+
+def test_kl_estimates_the_divergence_of_sampler_from_trainer() -> None:
+    sampler, trainer = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.6, 0.25, 0.15])
+    drawn = torch.multinomial(sampler, 200_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    estimate = mismatch_metrics(trainer.log()[drawn], sampler.log()[drawn], threshold=0.5)["kl"]
+    assert estimate == pytest.approx(float((sampler * (sampler / trainer).log()).sum()), rel=0.05)
+
+
+def test_what_is_no_number_counts_as_beyond() -> None:
+    metrics = mismatch_metrics(torch.tensor([-1.0, math.nan, -math.inf, -2.0]), torch.full((4,), -1.0), threshold=1.0)
+    assert metrics["share_beyond"] == 0.5
+
+
+def test_no_tokens_is_an_error() -> None:
+    with pytest.raises(ValueError, match="0 tokens"):
+        mismatch_metrics(torch.zeros(0), torch.zeros(0), threshold=0.5)
+
+
+def test_truncated_weights() -> None:
+    trainer = torch.tensor([-1.0, -1.0, -1.0, -math.inf], requires_grad=True)
+    weights = truncated_importance_weights(trainer, torch.tensor([-1.0, -3.0, -math.inf, -1.0]), cap=2.0)
+    torch.testing.assert_close(weights, torch.tensor([1.0, 2.0, 2.0, 0.0]))
+    assert not weights.requires_grad

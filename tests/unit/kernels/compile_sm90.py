@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_r1reward.kernels.policy_loss.triton_gradient import gradient_kernel, rescale_kernel
+from megatron_r1reward.kernels.policy_loss.triton_gradient import gradient_kernel
 from megatron_r1reward.kernels.policy_loss.triton_loss import loss_kernel
 from megatron_r1reward.kernels.policy_loss.triton_row import row_kernel
 from megatron_r1reward.kernels.policy_loss.triton_softmax import statistics_kernel
@@ -28,14 +28,13 @@ TARGET = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     "targets_ptr": "*i64",
-    "read_ptr": "*i1",
     "flags_ptr": "*i32",
     "has_gradient_ptr": "*i8",
 }
 INTEGERS = {"row_stride": "i64", "columns": "i32", "padded_columns": "i32"}
 INTEGERS |= {"first_column": "i32", "rows": "i32", "ranks": "i32"}
 ALIGNED = ("row_stride", "columns", "padded_columns", "rows")
-EVERYTHING = {"FILTER": 2, "KL": 3, "IMPORTANCE": True, "STANDARDIZE": True}
+EVERYTHING = {"KL": 3, "IMPORTANCE": True}
 
 
 def signature(kernel: Any, constants: dict[str, Any], logits: str) -> tuple[dict[str, str], dict[Any, Any]]:
@@ -46,7 +45,7 @@ def signature(kernel: Any, constants: dict[str, Any], logits: str) -> tuple[dict
         if name in constants:
             types[name] = "constexpr"
             continue
-        if name in ("logits_ptr", "gradient_ptr"):
+        if name in ("logits_ptr",):
             types[name] = f"*{logits}"
         elif name.endswith("_ptr"):
             types[name] = POINTERS.get(name, "*fp32")
@@ -58,17 +57,16 @@ def signature(kernel: Any, constants: dict[str, Any], logits: str) -> tuple[dict
 
 
 def cases() -> Iterator[tuple[str, Any, dict[str, Any], int, str]]:
-    """(name, kernel, compile-time arguments, warps, dtype of the logits), as `triton_launch` launches them."""
+    """(name, kernel, compile-time arguments, warps, dtype of the logits), as `triton_rows` launches them."""
     for logits in ("bf16", "fp32"):
         for entropy in (False, True):
             tile = {"BLOCK": 8192, "ENTROPY": entropy}
             yield f"gradient {logits} entropy={entropy}", gradient_kernel, tile, 8, logits
             row = {**EVERYTHING, "ENTROPY": entropy, "BLOCK": 16384}
             yield f"row {logits} entropy={entropy}", row_kernel, row, 16, logits
-        yield f"statistics {logits}", statistics_kernel, {"BLOCK": 8192, "ENTROPY": True}, 8, logits
-        yield f"rescale {logits}", rescale_kernel, {"BLOCK": 8192}, 8, logits
+        yield f"statistics {logits}", statistics_kernel, {"BLOCK": 8192}, 8, logits
     yield "loss", loss_kernel, {**EVERYTHING, "BLOCK": 128}, 4, "bf16"
-    plain = {"FILTER": 0, "KL": 0, "IMPORTANCE": False, "STANDARDIZE": False, "BLOCK": 128}
+    plain = {"KL": 0, "IMPORTANCE": False, "BLOCK": 128}
     yield "loss, paper's options", loss_kernel, plain, 4, "bf16"
 
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_r1reward.kernels import choose_kernel, cuda_library
-from megatron_r1reward.kernels.choose_kernel import Request, choose, refuses
-from megatron_r1reward.kernels.policy_loss.options import PolicyLossOptions
+from megatron_r1reward.kernels import choose_kernel
+from megatron_r1reward.kernels.choose_kernel import KernelRequest, choose, refuses
+from megatron_r1reward.kernels.policy_loss import cuda_cluster
+from megatron_r1reward.kernels.policy_loss.row_kernels import PolicyLossOptions
 
-HOPPER = Request(
+HOPPER = KernelRequest(
     device="cuda",
     dtype=torch.bfloat16,
     columns=151_936,
@@ -29,12 +30,11 @@ def test_defaults_per_device() -> None:
     assert choice.reason == "first for cpu"
 
 
-def test_the_table_can_be_replaced_and_the_reason_lists_what_was_skipped() -> None:
-    table = {"cuda": ("cuda_cluster", "triton_row", "triton")}
-    choice = choose(replace(HOPPER, tensor_parallel_size=4), table=table)
-    assert choice.name == "triton"
-    assert "cuda_cluster: it needs whole rows, and the vocabulary is split over 4 ranks" in choice.reason
-    assert "triton_row: it needs whole rows" in choice.reason
+def test_whole_row_kernels_leave_log_probs_to_the_others_and_say_so() -> None:
+    for name in choose_kernel.WHOLE_ROW:
+        choice = choose(replace(HOPPER, options=None), requested=name)
+        assert choice.name == "triton"
+        assert choice.reason.startswith(f"{name!r} forms the loss of an update only")
 
 
 def test_a_request_by_name_never_falls_back() -> None:
@@ -46,7 +46,7 @@ def test_a_request_by_name_never_falls_back() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dtype": torch.float32}, "dtype torch.float32, it handles bfloat16"),
+        ({"dtype": torch.float32}, "precision.logits = 'model'"),
         ({"padded": True}, "padded vocabulary"),
         ({"columns": 1001}, "no multiple of 8"),
         ({"columns": 262_144}, "do not fit on a cluster"),
@@ -54,7 +54,7 @@ def test_a_request_by_name_never_falls_back() -> None:
         ({"options": PolicyLossOptions(entropy_coefficient=0.1)}, "an entropy bonus"),
         ({"capability": (8, 0)}, "compute capability 9.x"),
         ({"device": "cpu", "capability": None}, "compute capability 9.x"),
-        ({"rows_only": True}, "inside the LM head"),
+        ({"tensor_parallel_size": 4}, "the vocabulary is split over 4 ranks"),
     ],
 )
 def test_what_the_cluster_kernel_refuses(change: dict[str, object], reason: str) -> None:
@@ -65,11 +65,11 @@ def test_what_the_cluster_kernel_refuses(change: dict[str, object], reason: str)
 
 def test_the_cluster_kernel_asks_to_be_built() -> None:
     refusal = refuses("cuda_cluster", HOPPER)
-    if cuda_library.path().exists():
+    if cuda_cluster.path().exists():
         assert refusal is None
     else:
-        assert refusal == "it is not built: run python -m megatron_r1reward.kernels.build"
+        assert refusal == f"it is not built: {cuda_cluster.HOW_TO_BUILD}"
 
 
 def test_every_implementation_is_described() -> None:
-    assert set(choose_kernel.DESCRIPTIONS) == {name for names in choose_kernel.TABLE.values() for name in names}
+    assert set(choose_kernel.DESCRIPTIONS) == {*choose_kernel.TABLE["cuda"], *choose_kernel.WHOLE_ROW}

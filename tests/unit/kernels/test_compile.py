@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1reward.kernels import build, cuda_library
+from megatron_r1reward.kernels.policy_loss import cuda_cluster
 
 ROOT = Path(__file__).parents[3]
 TRITON_36 = ROOT / "build" / "triton-3.6.0"
@@ -42,7 +42,7 @@ def assert_no_spills(report: dict[str, object]) -> None:
 def test_triton_kernels_on_the_installed_triton(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     report = compile_all(None, tmp_path)
-    assert len(report["kernels"]) == 14
+    assert len(report["kernels"]) == 12
     assert_no_spills(report)
 
 
@@ -56,17 +56,17 @@ def test_triton_kernels_on_triton_3_6(tmp_path: Path) -> None:
 
 def test_cuda_kernel_builds_and_keeps_its_registers(tmp_path: Path) -> None:
     """nvcc for sm_90a; the shared object loads without a driver and takes the structure that ctypes builds."""
-    if build.find_nvcc() is None:
-        pytest.skip(f"needs nvcc: {build.HOW}")
+    if cuda_cluster.find_nvcc() is None:
+        pytest.skip(f"needs nvcc: {cuda_cluster.HOW_TO_GET_NVCC}")
     library = tmp_path / "row_cluster.so"
-    report = build.build(library)
+    report = cuda_cluster.build(library)
     assert "sm_90a" in report
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert spills
     assert all(numbers == ("0", "0", "0") for numbers in spills), report
     assert max(map(int, re.findall(r"Used (\d+) registers", report))) <= 128
-    handle = cuda_library.load(library)
-    assert handle.row_cluster_arguments_size() == ctypes.sizeof(cuda_library.Arguments)
+    handle = cuda_cluster.load(library)
+    assert handle.row_cluster_arguments_size() == ctypes.sizeof(cuda_cluster.Arguments)
 
 
 def test_a_failing_compiler_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,5 +76,5 @@ def test_a_failing_compiler_is_reported(tmp_path: Path, monkeypatch: pytest.Monk
     broken.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(ValueError, match="no such architecture"):
-        build.build(tmp_path / "out.so")
+        cuda_cluster.build(tmp_path / "out.so")
     assert not list(tmp_path.glob("*.so"))

@@ -10,11 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import OPTIONS, assert_matches, make_case, relative, replaced, run_rows, truth
+from kernel_cases import OPTIONS, TEMPERATURES, assert_matches, make_case, relative, replaced, run_rows, truth
 
-from megatron_r1reward.kernels.policy_loss.flags import Flag, count_flags
-from megatron_r1reward.kernels.policy_loss.options import PolicyLossOptions, TokenInputs, VocabularyShard
-from megatron_r1reward.kernels.policy_loss.row_kernels import row_kernels
+from megatron_r1reward.kernels.choose_kernel import row_kernels
+from megatron_r1reward.kernels.policy_loss.row_kernels import (
+    Flag,
+    LogitRows,
+    PolicyLossOptions,
+    TokenInputs,
+    VocabularyShard,
+    count_flags,
+)
 
 IMPLEMENTATIONS = ("torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -33,10 +39,10 @@ both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @both
 @pytest.mark.parametrize(("name", "ranks", "dtype"), MATRIX)
 def test_matches_float64(name: str, ranks: int, dtype: torch.dtype, implementation: str) -> None:
-    options = OPTIONS[name]
-    logits, inputs = make_case(15, 1000, options, dtype=dtype)
-    got = run_rows(implementation, logits, inputs, options, ranks=ranks)
-    expected = truth(logits, inputs, options)
+    options, temperature = OPTIONS[name], TEMPERATURES.get(name, 1.0)
+    logits, inputs = make_case(15, 1000, temperature=temperature, dtype=dtype)
+    got = run_rows(implementation, logits, inputs, options, ranks=ranks, temperature=temperature)
+    expected = truth(logits, inputs, options, temperature=temperature)
     assert_matches(got, expected, gradient_tolerance=GRADIENT_TOLERANCE[dtype])
     assert (got.gradient[inputs.weights == 0] == 0).all()
 
@@ -44,7 +50,8 @@ def test_matches_float64(name: str, ranks: int, dtype: torch.dtype, implementati
 def test_the_matrix_reaches_every_flag() -> None:
     seen = 0
     for options in OPTIONS.values():
-        logits, inputs = make_case(15, 1000, options)
+        logits, inputs = make_case(15, 1000)
+        inputs.advantages[1] = math.nan
         for flags in truth(logits, inputs, options).flags.tolist():
             seen |= flags
     assert seen == sum(Flag) - Flag.NON_FINITE
@@ -54,7 +61,7 @@ def test_the_matrix_reaches_every_flag() -> None:
 @pytest.mark.parametrize("vocabulary", [20_001, 152_064])
 def test_rows_of_several_tiles(vocabulary: int, implementation: str) -> None:
     options = OPTIONS["everything"]
-    logits, inputs = make_case(6, vocabulary, options, dtype=torch.bfloat16)
+    logits, inputs = make_case(6, vocabulary, dtype=torch.bfloat16)
     got = run_rows(implementation, logits, inputs, options)
     assert_matches(got, truth(logits, inputs, options), gradient_tolerance=2.5e-3)
 
@@ -69,8 +76,7 @@ def test_extreme_log_ratios(dual_clip: float, implementation: str) -> None:
         strict=True,
     )
     gap, advantage = torch.tensor(gaps), torch.tensor(advantages)
-    logits, inputs = make_case(20, 300, options)
-    inputs = replaced(inputs, advantages=advantage, old_log_probs=-gap, weights=torch.ones(20))
+    logits, inputs = make_case(20, 300)
     inputs = TokenInputs(targets=inputs.targets, old_log_probs=-gap, advantages=advantage, weights=torch.ones(20))
     got = run_rows(implementation, logits, inputs, options)
     ratio = torch.where(gap > 0, 1e3, 1e-3)
@@ -86,7 +92,7 @@ def test_extreme_log_ratios(dual_clip: float, implementation: str) -> None:
 @both
 def test_without_preclip_an_overflow_is_reported(implementation: str) -> None:
     options = PolicyLossOptions(preclip_min=0.0, preclip_max=math.inf)
-    logits, inputs = make_case(2, 64, options)
+    logits, inputs = make_case(2, 64)
     inputs = TokenInputs(
         targets=inputs.targets,
         old_log_probs=torch.tensor([-200.0, -200.0]),
@@ -101,7 +107,7 @@ def test_without_preclip_an_overflow_is_reported(implementation: str) -> None:
 @both
 def test_nan_in_masked_rows_never_leaks(implementation: str) -> None:
     options = OPTIONS["everything"]
-    logits, inputs = make_case(12, 700, options, dtype=torch.bfloat16)
+    logits, inputs = make_case(12, 700, dtype=torch.bfloat16)
     weights = inputs.weights.clone()
     weights[::2] = 0.0
     inputs = replaced(inputs, weights=weights)
@@ -112,7 +118,7 @@ def test_nan_in_masked_rows_never_leaks(implementation: str) -> None:
         for name in ("old_log_probs", "advantages", "reference_log_probs", "sampler_log_probs")
     }
     got = run_rows(implementation, logits, replaced(inputs, **poisoned), options)
-    for name in ("log_probs", "entropy", "loss", "flags", "gradient"):
+    for name in ("loss", "flags", "gradient"):
         assert torch.equal(getattr(got, name), getattr(clean, name)), name
     assert (got.gradient[::2] == 0).all()
 
@@ -121,7 +127,7 @@ def test_nan_in_masked_rows_never_leaks(implementation: str) -> None:
 @pytest.mark.parametrize("name", ["paper", "everything"])
 def test_nan_in_an_active_row_is_reported_and_stays_there(name: str, implementation: str) -> None:
     options = OPTIONS[name]
-    logits, inputs = make_case(6, 300, options)
+    logits, inputs = make_case(6, 300)
     inputs = replaced(inputs, advantages=torch.full((6,), 0.5), weights=torch.ones(6))
     logits[1, 7] = math.nan
     got = run_rows(implementation, logits, inputs, options)
@@ -134,55 +140,45 @@ def test_nan_in_an_active_row_is_reported_and_stays_there(name: str, implementat
 def test_rows_without_gradient_are_not_read(implementation: str) -> None:
     """Their logits turn into NaN between forward and backward; their gradient is an exact zero all the same."""
     options = PolicyLossOptions()
-    logits, inputs = make_case(10, 300, options)
-    kernels, shard = row_kernels(implementation), VocabularyShard(start=0, width=300)
-    read = inputs.weights != 0
-    parts = kernels.statistics(logits, inputs.targets, read, shard, 1.0)
-    statistics, loss = kernels.loss(parts[None], inputs, read, options)
+    logits, inputs = make_case(10, 300)
+    kernels = row_kernels(implementation)
+    rows = LogitRows(logits=logits, targets=inputs.targets, shard=VocabularyShard(start=0, width=300))
+    statistics, loss = kernels.loss(kernels.statistics(rows)[None], inputs, options)
     idle = loss.grad_log_prob == 0
     assert 2 < int(idle.sum()) < 10
     before = logits.clone()
     logits[idle] = math.nan
-    kernels.gradient_(
-        logits, inputs.targets, statistics, loss.grad_log_prob, loss.grad_entropy, shard, 1.0, with_entropy=False
-    )
+    kernels.gradient_(rows, statistics, loss.grad_log_prob, None)
     assert (logits[idle] == 0).all()
     assert relative(logits, truth(before, inputs, options).gradient) < 5e-6
 
 
 @both
-@pytest.mark.parametrize("rule", ["paper", "released_code"])
-def test_filter(rule: str, implementation: str) -> None:
-    """z from the standardisation on the device; each rule rejects what it should, and what is not finite."""
-    options = PolicyLossOptions(filter=rule)
-    z = torch.tensor([0.0, 2.9, 3.1, -2.9, -3.1, -5.0, 1.0, 4.5, 11.0, -1.4, math.nan, math.inf])
-    logits, inputs = make_case(12, 200, options)
-    inputs = replaced(
-        inputs, advantages=z * 0.5 + 1.5, standardization=torch.tensor([1.5, 2.0]), weights=torch.ones(12)
-    )
-    got = run_rows(implementation, logits, inputs, options)
-    outside = z.abs() > 3.0 if rule == "paper" else (z < -1.5) | (z > 4.5)
-    rejected = outside | ~z.isfinite()
-    assert ((got.flags & Flag.FILTERED) != 0).tolist() == rejected.tolist()
-    assert (got.gradient[rejected] == 0).all()
-    assert (got.loss[rejected] == 0).all()
-    assert_matches(got, truth(logits, inputs, options), gradient_tolerance=5e-6)
+def test_advantages_that_are_no_numbers_are_rejected(implementation: str) -> None:
+    logits, inputs = make_case(6, 200)
+    advantages = torch.tensor([0.0, 2.9, math.nan, math.inf, -math.inf, -1.4])
+    inputs = replaced(inputs, advantages=advantages, weights=torch.ones(6))
+    got = run_rows(implementation, logits, inputs, PolicyLossOptions())
+    assert ((got.flags & Flag.REJECTED) != 0).tolist() == [False, False, True, True, True, False]
+    assert count_flags(got.flags)["rejected"] == 3
+    assert (got.loss[2:5] == 0).all()
+    assert_matches(got, truth(logits, inputs, PolicyLossOptions()), gradient_tolerance=5e-6)
 
 
 @both
-@pytest.mark.parametrize("value", [2.9, 3.1])
-def test_none_or_all_rows_filtered(value: float, implementation: str) -> None:
-    options = PolicyLossOptions(filter="paper")
-    logits, inputs = make_case(6, 200, options)
-    inputs = TokenInputs(
-        targets=inputs.targets,
-        old_log_probs=inputs.old_log_probs.clamp(min=-9.0),
-        advantages=torch.full((6,), value),
-        weights=torch.ones(6),
+def test_a_token_far_from_the_reference_is_bounded(implementation: str) -> None:
+    """k3 of 20 nats is 4.9e8; with the default bound it weighs 10 and no longer pulls, on both sides."""
+    options = PolicyLossOptions(kl_coefficient=1.0, kl_bound=10.0)
+    logits, inputs = make_case(5, 64)
+    exact = logits.double().log_softmax(-1).gather(1, inputs.targets[:, None]).squeeze(1)
+    gap = torch.tensor([-20.0, -200.0, 12.0, -2.0, 3.0])
+    inputs = replaced(
+        inputs, advantages=torch.zeros(5), weights=torch.ones(5), reference_log_probs=(exact - gap).float()
     )
     got = run_rows(implementation, logits, inputs, options)
-    assert count_flags(got.flags)["filtered"] == (6 if value > 3 else 0)
-    assert bool((got.loss == 0).all()) is (value > 3)
+    assert got.loss[:3].tolist() == [10.0, 10.0, 10.0]
+    assert (got.gradient[:3] == 0).all()
+    assert (got.gradient[3:] != 0).any(dim=1).all()
     assert_matches(got, truth(logits, inputs, options), gradient_tolerance=5e-6)
 
 
@@ -191,7 +187,7 @@ def test_none_or_all_rows_filtered(value: float, implementation: str) -> None:
 def test_logits_of_minus_infinity(ranks: int, implementation: str) -> None:
     """A banned block that covers a whole shard, and a row that is certain of its target."""
     options = PolicyLossOptions(entropy_coefficient=0.1)
-    logits, inputs = make_case(8, 512, options)
+    logits, inputs = make_case(8, 512)
     logits[:, 128:384] = -math.inf
     logits[1, :511] = -math.inf
     targets = torch.where((inputs.targets >= 128) & (inputs.targets < 384), 5, inputs.targets)
@@ -207,24 +203,14 @@ def test_logits_of_minus_infinity(ranks: int, implementation: str) -> None:
 def test_strided_rows_and_padded_vocabulary(implementation: str) -> None:
     """Row stride 640, 500 columns, 12 columns of padding that the softmax must not see."""
     options = OPTIONS["entropy"]
-    logits, inputs = make_case(8, 500, options)
+    logits, inputs = make_case(8, 500)
     memory = torch.full((8, 640), 7.7)
     view = memory[:, :512]
     view[:, :500] = logits
-    kernels, shard = row_kernels(implementation), VocabularyShard(start=0, width=500)
-    read = inputs.weights != 0
-    parts = kernels.statistics(view, inputs.targets, read, shard, options.temperature)
-    statistics, loss = kernels.loss(parts[None], inputs, read, options)
-    kernels.gradient_(
-        view,
-        inputs.targets,
-        statistics,
-        loss.grad_log_prob,
-        loss.grad_entropy,
-        shard,
-        options.temperature,
-        with_entropy=True,
-    )
+    kernels = row_kernels(implementation)
+    rows = LogitRows(logits=view, targets=inputs.targets, shard=VocabularyShard(start=0, width=500))
+    statistics, loss = kernels.loss(kernels.statistics(rows)[None], inputs, options)
+    kernels.gradient_(rows, statistics, loss.grad_log_prob, loss.grad_entropy)
     assert relative(view[:, :500], truth(logits, inputs, options).gradient) < 5e-6
     assert (view[:, 500:] == 0).all()
     assert (memory[:, 512:] == torch.tensor(7.7)).all()
@@ -233,7 +219,7 @@ def test_strided_rows_and_padded_vocabulary(implementation: str) -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_runs_repeat_bit_for_bit(implementation: str) -> None:
     options = OPTIONS["everything"]
-    logits, inputs = make_case(10, 512, options, dtype=torch.bfloat16)
+    logits, inputs = make_case(10, 512, dtype=torch.bfloat16)
     first, second = (run_rows(implementation, logits, inputs, options, ranks=4) for _ in range(2))
     assert torch.equal(first.gradient, second.gradient)
     assert torch.equal(first.log_probs, second.log_probs)
@@ -242,7 +228,7 @@ def test_runs_repeat_bit_for_bit(implementation: str) -> None:
 def test_both_kinds_of_kl_gap_are_accurate_near_zero() -> None:
     """k3 near 0 cancels in float32 if written as exp(x) - 1 - x."""
     options = PolicyLossOptions(kl_coefficient=1.0, kl_estimator="k3")
-    logits, inputs = make_case(8, 64, options)
+    logits, inputs = make_case(8, 64)
     exact = logits.double().log_softmax(-1).gather(1, inputs.targets[:, None]).squeeze(1)
     gap = torch.tensor([1e-3, -1e-3, 3e-2, -3e-2, 6e-2, 7e-2, 0.5, -0.5])
     inputs = TokenInputs(
@@ -262,20 +248,19 @@ def test_both_kinds_of_kl_gap_are_accurate_near_zero() -> None:
 HUGE_ROWS = """
 import sys; sys.path.insert(0, sys.argv[2])
 import interpreted_triton, torch
-from megatron_r1reward.kernels.policy_loss.options import VocabularyShard
-from megatron_r1reward.kernels.policy_loss.row_kernels import row_kernels
+from megatron_r1reward.kernels.choose_kernel import row_kernels
+from megatron_r1reward.kernels.policy_loss.row_kernels import LogitRows, VocabularyShard
+from megatron_r1reward.kernels.policy_loss.torch_rows import merge_parts
 stride = 2**30 + 64  # fits int32; two of them do not
 rows = torch.randn(3, 300).bfloat16()
 far = torch.empty(2 * stride + 300, dtype=torch.bfloat16).as_strided((3, 300), (stride, 1))  # touched lazily
 far.copy_(rows)
-kernels, shard = row_kernels(sys.argv[1]), VocabularyShard(start=0, width=300)
-targets, read = torch.tensor([5, 6, 7]), torch.ones(3, dtype=torch.bool)
-near_parts, far_parts = (kernels.statistics(x, targets, read, shard, 1.0) for x in (rows, far))
-assert torch.equal(near_parts, far_parts)
-from megatron_r1reward.kernels.policy_loss.statistics import merge_parts
-statistics, one = merge_parts(near_parts[None]), torch.ones(3)
-for x in (rows, far):
-    kernels.gradient_(x, targets, statistics, one, 0 * one, shard, 1.0, with_entropy=False)
+kernels, targets = row_kernels(sys.argv[1]), torch.tensor([5, 6, 7])
+near, away = (LogitRows(logits=x, targets=targets, shard=VocabularyShard(start=0, width=300)) for x in (rows, far))
+parts = kernels.statistics(near)
+assert torch.equal(parts, kernels.statistics(away))
+for x in (near, away):
+    kernels.gradient_(x, merge_parts(parts[None]), torch.ones(3), None)
 assert torch.equal(rows, far)
 """
 

@@ -12,7 +12,8 @@ from planner_measure import AllocatorPeak
 
 from megatron_r1reward.kernels.linear_log_probs import linear_log_probs
 from megatron_r1reward.kernels.linear_policy_loss import linear_policy_loss
-from megatron_r1reward.kernels.policy_loss.options import PolicyLossOptions, TokenInputs
+from megatron_r1reward.kernels.lm_head import HeadOptions
+from megatron_r1reward.kernels.policy_loss.row_kernels import PolicyLossOptions, TokenInputs
 from megatron_r1reward.planner import activations
 from megatron_r1reward.planner.activations import Numerics, head_workspace, language_layer, stage_activations
 from megatron_r1reward.planner.catalog import bundled_config, find_model
@@ -92,18 +93,22 @@ def test_the_head_holds_one_chunk_of_logits_not_all():
     weights = 152_064 * 3584
     assert workspace(4096) == workspace(100_000) == 2 * 4096 * 152_064 + 2 * weights
     assert workspace(4096, tp=4) == workspace(4096) / 4
-    assert workspace(4096, fused_loss=True) == 4 * weights + 2 * 2 * 4096 * 152_064
+    assert workspace(4096, fused_loss=True) == 4 * weights + (2 * 4 + 2) * 2048 * 152_064
+    rounded = head_workspace(SEVEN.text, Layout(), replace(BF16, logits_width=2), 4096, fused_loss=False)
+    assert rounded == workspace(4096) + 4096 * 3584 * 2  # twice the rows: a chunk has the same size
 
 
 def test_the_planned_chunks_are_those_of_the_kernels():
-    from megatron_r1reward.kernels import head_chunks
+    from megatron_r1reward.kernels import lm_head
     from megatron_r1reward.kernels.policy_loss import torch_rows
 
-    assert (activations.CPU_COLUMNS, activations.TILE_ELEMENTS) == (head_chunks.CPU_COLUMNS, torch_rows.TILE_ELEMENTS)
+    assert (activations.CPU_COLUMNS, activations.TILE_ELEMENTS) == (lm_head.CPU_COLUMNS, torch_rows.TILE_ELEMENTS)
     for columns in (512, 38_016, 152_064, 10_000_000):
         for device, fused in (("cpu", False), ("cuda", True)):
-            expected = head_chunks.default_chunk_rows(columns, torch.device(device))
-            assert activations.chunk_rows(Numerics(width=2, fused_norm=fused), columns) == expected
+            for dtype in (torch.float32, torch.bfloat16):
+                numerics = Numerics(width=2, fused_norm=fused, logits_width=dtype.itemsize)
+                expected = lm_head.default_chunk_rows(columns, torch.device(device), dtype)
+                assert activations.chunk_rows(numerics, columns) == expected
 
 
 def test_earlier_pipeline_stages_keep_more_micro_batches():
@@ -221,8 +226,12 @@ def _saved_bytes(folder: Path, image_paths, section, topology) -> tuple[int, Mic
 
 
 @pytest.mark.parametrize("fused_loss", [False, True], ids=["log_probs", "fused_loss"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_heads_peak_is_that_of_the_allocator(fused_loss: bool, dtype: torch.dtype):
+@pytest.mark.parametrize(
+    ("dtype", "logits_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+    ids=str,
+)
+def test_the_heads_peak_is_that_of_the_allocator(fused_loss: bool, dtype: torch.dtype, logits_dtype: torch.dtype):
     """With megatron-core's gradient buffer; some tokens are clipped, as in a later step of a rollout batch."""
     rows, hidden, vocab = 1200, 64, 2048
     generator = torch.Generator().manual_seed(0)
@@ -238,16 +247,18 @@ def test_the_heads_peak_is_that_of_the_allocator(fused_loss: bool, dtype: torch.
     )
     inputs.old_log_probs[:10] -= 1.0  # clipped
 
+    head = HeadOptions(logits_dtype=logits_dtype)
+
     def loss() -> torch.Tensor:
         if fused_loss:
-            return linear_policy_loss(hidden_RH, weight, inputs, PolicyLossOptions()).total
-        return linear_log_probs(hidden_RH, weight, targets)[0].sum()
+            return linear_policy_loss(hidden_RH, weight, inputs, PolicyLossOptions(), head_options=head).total
+        return linear_log_probs(hidden_RH, weight, targets, options=head)[0].sum()
 
     loss().backward()
     hidden_RH.grad = None
     with AllocatorPeak() as peak:
         loss().backward()
     text = replace(SEVEN.text, hidden=hidden, vocab=vocab)
-    numerics = Numerics(width=dtype.itemsize, fused_norm=False)
+    numerics = Numerics(width=dtype.itemsize, fused_norm=False, logits_width=logits_dtype.itemsize)
     planned = head_workspace(text, Layout(), numerics, rows, fused_loss=fused_loss)
     assert planned == pytest.approx(peak.bytes, rel=0.15)

@@ -3,9 +3,9 @@
 // A cluster of BLOCKS thread blocks holds one row in shared memory, a slice each, double buffered: bulk asynchronous
 // copies bring the next row while this one is worked on, and carry the gradient back over the logits. The blocks
 // exchange (peak, total, weighted, target) once per row through distributed shared memory. Memory traffic: one read and
-// one write per row; a row without gradient and statistics is only zeroed.
+// one write per row.
 //
-// Formulas and flags: token_loss.py. Log2 domain: statistics.py. No torch headers: called through ctypes.
+// Formulas: torch_rows.py. Flags and log2 domain: row_kernels.py. No torch headers: called through ctypes.
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -14,18 +14,17 @@
 
 namespace cg = cooperative_groups;
 
-// Field for field the ctypes structure in cuda_library.py.
+// Field for field the ctypes structure in cuda_cluster.py.
 struct Arguments {
   __nv_bfloat16* logits;
   const long long* targets;
-  const unsigned char* read;
-  const float *old_log_prob, *advantage, *weight, *sampler, *standardization;
+  const float *old_log_prob, *advantage, *weight, *sampler;
   float *log_prob, *entropy, *loss;
   signed char* has_gradient;
   int* flags;
   long long row_stride;
-  int rows, columns, filter;
-  float scale, inverse_temperature, filter_sigma;
+  int rows, columns;
+  float scale, inverse_temperature;
   float preclip_low, preclip_high, clip_low, clip_high, dual_clip, importance_cap;
 };
 
@@ -120,21 +119,16 @@ __device__ __forceinline__ bool broken(float x) { return !(fabsf(x) < INFINITY);
 __device__ RowLoss row_loss(const Arguments& a, int row, float log_prob) {
   const float weight = a.weight[row];
   if (weight == 0.f) return {0.f, 0.f, 0};
-  float mean = 0.f, inverse_std = 1.f;
-  if (a.standardization) {
-    mean = a.standardization[0];
-    inverse_std = a.standardization[1];
-  }
-  float z = (a.advantage[row] - mean) * inverse_std;
-  const bool rejected = broken(z) || (a.filter == 1 && fabsf(z) > a.filter_sigma);
-  if (rejected) z = 0.f;
+  float usable = a.advantage[row];
+  const bool rejected = broken(usable);
+  if (rejected) usable = 0.f;
   const float old = a.old_log_prob[row];
-  float scaled = z;
+  float scaled = usable;
   if (a.sampler) {
     const float importance = exp2_fast((old - a.sampler[row]) * kLog2E);
-    scaled = z * (importance > a.importance_cap ? a.importance_cap : importance);
+    scaled = usable * (importance > a.importance_cap ? a.importance_cap : importance);
   }
-  const bool signal = z != 0.f && scaled != 0.f;
+  const bool signal = usable != 0.f && scaled != 0.f;
   if (!signal) return {0.f, 0.f, 1 + 2 * rejected};
   float ratio = log_prob - old;
   const bool below = ratio < a.preclip_low, above = ratio > a.preclip_high;
@@ -189,13 +183,13 @@ __global__ void __launch_bounds__(THREADS, 1) row_cluster_kernel(const __grid_co
   cluster.sync();
 
   auto prefetch = [&](int row, int buffer) {
-    if (row < a.rows && a.read[row] && bytes) {
+    if (row < a.rows && bytes) {
       barrier_expect(full + buffer, bytes);
       copy_in(buffers + buffer * slice_columns, a.logits + row * a.row_stride + first_column, bytes, full + buffer);
     }
   };
   uint32_t phases = 0;  // bit b: phase of full[b]
-  int buffer = 0, slot = 0;  // slot flips only on rows that exchange: nobody overwrites what a peer still reads
+  int buffer = 0, slot = 0;  // slot flips with every row: nobody overwrites what a peer still reads
   int row = blockIdx.x / BLOCKS;
   if (threadIdx.x == 0) prefetch(row, 0);
   for (; row < a.rows; row += clusters, buffer ^= 1) {
@@ -206,42 +200,39 @@ __global__ void __launch_bounds__(THREADS, 1) row_cluster_kernel(const __grid_co
     uint4* slice = reinterpret_cast<uint4*>(buffers + buffer * slice_columns);
     const long long offset_in_slice = a.targets[row] - first_column;
     const int target = offset_in_slice >= 0 && offset_in_slice < columns ? static_cast<int>(offset_in_slice) : -1;
-    float log_prob = 0.f, entropy = 0.f, normalizer = 0.f;
-    if (a.read[row]) {
-      if (bytes) {
-        barrier_wait(full + buffer, (phases >> buffer) & 1);
-        phases ^= 1u << buffer;
-      }
-      Statistics own = {-INFINITY, 0.f, 0.f};
-      for (int i = threadIdx.x; i < columns / 8; i += THREADS) own = add_columns(own, slice[i], a.scale);
-#pragma unroll
-      for (int offset = 16; offset; offset >>= 1) {
-        own = merge(own, {__shfl_xor_sync(~0u, own.peak, offset), __shfl_xor_sync(~0u, own.total, offset),
-                          __shfl_xor_sync(~0u, own.weighted, offset)});
-      }
-      if (lane == 0) warps[warp] = own;
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        own = warps[0];
-        for (int k = 1; k < THREADS / 32; ++k) own = merge(own, warps[k]);
-        const float z = target >= 0 ? __bfloat162float(buffers[buffer * slice_columns + target]) * a.scale : -INFINITY;
-        const float4 part = make_float4(own.peak, own.total, own.weighted, z);
-        for (int k = 0; k < BLOCKS; ++k) *cluster.map_shared_rank(exchange + slot * BLOCKS + rank, k) = part;
-      }
-      cluster.sync();  // the only cluster barrier of a row
-      Statistics whole = {-INFINITY, 0.f, 0.f};
-      float target_z = -INFINITY;
-#pragma unroll
-      for (int k = 0; k < BLOCKS; ++k) {
-        const float4 part = exchange[slot * BLOCKS + k];
-        whole = merge(whole, {part.x, part.y, part.z});
-        target_z = fmaxf(target_z, part.w);
-      }
-      slot ^= 1;
-      normalizer = whole.peak + log2_fast(whole.total);
-      log_prob = (target_z - normalizer) * kLn2;
-      entropy = (log2_fast(whole.total) - whole.weighted / whole.total) * kLn2;
+    if (bytes) {
+      barrier_wait(full + buffer, (phases >> buffer) & 1);
+      phases ^= 1u << buffer;
     }
+    Statistics own = {-INFINITY, 0.f, 0.f};
+    for (int i = threadIdx.x; i < columns / 8; i += THREADS) own = add_columns(own, slice[i], a.scale);
+#pragma unroll
+    for (int offset = 16; offset; offset >>= 1) {
+      own = merge(own, {__shfl_xor_sync(~0u, own.peak, offset), __shfl_xor_sync(~0u, own.total, offset),
+                        __shfl_xor_sync(~0u, own.weighted, offset)});
+    }
+    if (lane == 0) warps[warp] = own;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      own = warps[0];
+      for (int k = 1; k < THREADS / 32; ++k) own = merge(own, warps[k]);
+      const float z = target >= 0 ? __bfloat162float(buffers[buffer * slice_columns + target]) * a.scale : -INFINITY;
+      const float4 part = make_float4(own.peak, own.total, own.weighted, z);
+      for (int k = 0; k < BLOCKS; ++k) *cluster.map_shared_rank(exchange + slot * BLOCKS + rank, k) = part;
+    }
+    cluster.sync();  // the only cluster barrier of a row
+    Statistics whole = {-INFINITY, 0.f, 0.f};
+    float target_z = -INFINITY;
+#pragma unroll
+    for (int k = 0; k < BLOCKS; ++k) {
+      const float4 part = exchange[slot * BLOCKS + k];
+      whole = merge(whole, {part.x, part.y, part.z});
+      target_z = fmaxf(target_z, part.w);
+    }
+    slot ^= 1;
+    const float normalizer = whole.peak + log2_fast(whole.total);
+    const float log_prob = (target_z - normalizer) * kLn2;
+    const float entropy = (log2_fast(whole.total) - whole.weighted / whole.total) * kLn2;
     const RowLoss result = row_loss(a, row, log_prob);
     const bool has_gradient = result.slope != 0.f;
     if (rank == 0 && threadIdx.x == 0) {
