@@ -24,7 +24,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not path.is_file():
         raise ValueError(f"run file {path} does not exist")
     try:
-        tree = tomllib.loads(path.read_text())
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"run file {path} is not valid TOML: {error}") from error
     for override in overrides:
@@ -94,4 +94,5 @@ def _toml(value: Any) -> str:
     assert not isinstance(value, Mapping), "sections are one level deep"
     if isinstance(value, float):
         return repr(value)
-    return json.dumps(value)  # strings, booleans, integers and lists of them are the same in JSON and TOML
+    # Strings, booleans, integers and lists of them are the same in JSON and TOML but for DEL and escaped surrogates.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -122,7 +122,8 @@ class ProfileSection(Section):
 class DataSection(Section):
     train: Path
     select: Path | None = None  # JSON list of ids to train on, e.g. the hard set that `r1reward annotate` writes
-    image_root: Path | None = None  # relative image paths are resolved against it; None: the JSONL's folder
+    image_root: Path | None = None  # relative image paths are resolved against it; None: the folder of the data
+    image_roots: tuple[Path, ...] = ()  # further folders that image paths and links may lead to
     max_pixels: PositiveInt = 501_760  # 640 * 28 * 28, the published training setting
     min_pixels: PositiveInt = 3_136  # 4 * 28 * 28
     token_budget: PositiveInt = 8192  # tokens of one packed micro-batch

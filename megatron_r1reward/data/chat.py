@@ -10,6 +10,7 @@ from typing import Any
 from megatron_r1reward.data.rows import RowError
 
 ROLES = ("system", "user", "assistant")
+IMAGE_PLACEHOLDER = "<image>"  # what other programs write into a text where an image stands
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,3 +69,28 @@ def _parse_turn(turn: Any, images: list[Any]) -> dict[str, Any]:
         else:
             raise RowError(f"content part of type {kind!r} is neither text nor image")
     return {"role": role, "content": parts}
+
+
+def show_placeholders(messages: tuple[dict[str, Any], ...], images: int) -> tuple[dict[str, Any], ...]:
+    """`messages`, whose parts are texts, with an image part in place of each `<image>`.
+
+    Raises:
+        RowError: another number of placeholders than of images.
+    """
+    texts = [part["text"] for turn in messages for part in turn["content"]]
+    placeholders = sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
+    if placeholders != images:
+        raise RowError(f"message shows {placeholders} images, the row has {images}")
+    if placeholders == 0:
+        return messages
+    return tuple(
+        {**turn, "content": [piece for part in turn["content"] for piece in _pieces(part)]} for turn in messages
+    )
+
+
+def _pieces(part: dict[str, str]) -> list[dict[str, str]]:
+    first, *others = part["text"].split(IMAGE_PLACEHOLDER)
+    pieces = [{"type": "text", "text": first}]
+    for text in others:
+        pieces += [{"type": "image"}, {"type": "text", "text": text.removeprefix("\n")}]
+    return [piece for piece in pieces if piece.get("text") != ""]

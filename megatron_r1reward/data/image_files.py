@@ -12,9 +12,11 @@ import binascii
 import contextlib
 import hashlib
 import io
+import itertools
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from megatron_r1reward.data.rows import RowError
+from megatron_r1reward.data.rows import LFS_POINTER, RowError
 from megatron_r1reward.files import write_bytes
 
 MAX_ASPECT_RATIO = 200  # the Qwen-VL image processors refuse more
@@ -33,12 +35,13 @@ _WEB_FORMATS = {"GIF": "image/gif", "JPEG": "image/jpeg", "MPO": "image/jpeg", "
 _TURNS_BY_90_DEGREES = (5, 6, 7, 8)  # values of the EXIF orientation
 
 _ORIENTATION = ExifTags.Base.Orientation
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the beginning of what git checks out without git-lfs
 
 _DATA_URL = re.compile(r"data:[^,]*;base64,(?P<payload>.*)", re.DOTALL)
-# Base64 beginnings of JPEG, PNG, GIF, WebP and BMP. A path would have to consist of base64 letters as well, i.e. have
-# no file name extension, to be mistaken for an embedded image.
-_BASE64_IMAGE = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk)[A-Za-z0-9+/\s]{24,}={0,2}\s*")
+# Base64 beginnings of JPEG, PNG, GIF, WebP, BMP, TIFF and AVIF. A path would have to consist of base64 letters as well,
+# i.e. have no file name extension, to be mistaken for an embedded image. Longer texts may be pictures of any format.
+_BASE64_IMAGE = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk|SUkq|TU0A|AAAA)[A-Za-z0-9+/\s]{24,}={0,2}\s*")
+_LONG_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{256,}={0,2}\s*")
+_SHOWN = 100  # characters of a path in a message
 
 
 class MediaResolver:
@@ -47,19 +50,21 @@ class MediaResolver:
     A field is a path, raw bytes, a base64 string, a data URL, a `{"bytes", "path"}` mapping, or a list of these.
 
     Args:
-        image_root: relative paths are resolved against it, and every path must stay inside it, links followed.
+        roots: relative paths are resolved against the first; every path must be inside one of them as it is written.
+            Symbolic links in them are followed, wherever they lead: whoever may write there made them.
         media_dir: embedded images are written here, named by content; None refuses them.
     """
 
-    def __init__(self, image_root: Path, media_dir: Path | None) -> None:
-        self._root = image_root.resolve()
+    def __init__(self, roots: Sequence[Path], media_dir: Path | None) -> None:
+        self._root = Path(os.path.abspath(roots[0]))
+        self._allowed = {place for root in roots for place in (Path(os.path.abspath(root)), root.resolve())}
         self._media_dir = media_dir.resolve() if media_dir is not None else None
 
     def resolve(self, value: Any) -> tuple[str, ...]:
         """Absolute paths of the images in `value`, in order; empty for None or an empty list.
 
         Raises:
-            RowError: an image is empty, undecodable, missing, remote, or outside `image_root`.
+            RowError: an image is empty, undecodable, missing, remote, or outside the roots.
             ValueError: an image is embedded and there is no `media_dir`.
         """
         if value is None:
@@ -81,22 +86,29 @@ class MediaResolver:
             return self._store(_decode_base64(data_url["payload"]))
         if _BASE64_IMAGE.fullmatch(value):
             return self._store(_decode_base64(value))
+        if _LONG_BASE64.fullmatch(value):
+            with contextlib.suppress(RowError):
+                return self._store(_decode_base64(value))
         return self._locate(value)
 
     def _locate(self, name: str) -> str:
         if not name.strip():
             raise RowError("image path is empty")
+        shown = repr(name if len(name) <= _SHOWN else f"{name[:_SHOWN]}...")
         if name.startswith(("http://", "https://")):
-            raise RowError(f"image {name[:100]!r} is remote: download it and give its path")
+            raise RowError(f"image {shown} is remote: download it and give its path")
         try:
-            path = (self._root / name.removeprefix("file://")).resolve()
-            exists = path.is_file()
+            # Not resolved: `..` in a row counts as text, links on the disk count as what the user made.
+            path = Path(os.path.normpath(self._root / name.removeprefix("file://")))
+            inside = any(path.is_relative_to(root) for root in self._allowed)
+            exists, target = path.is_file(), path.resolve()
         except (OSError, ValueError, RuntimeError) as error:  # a name too long, a null character, a loop of links
-            raise RowError(f"image path {name[:100]!r} is not usable as a path") from error
-        if not path.is_relative_to(self._root):
-            raise RowError(f"image {name!r} leaves the image root {self._root}")
+            raise RowError(f"image path {shown} is not usable as a path, nor base64 of a picture") from error
+        if not inside:
+            raise RowError(f"image {shown} leaves the image root {self._root}; data.image_roots takes further folders")
         if not exists:
-            raise RowError(f"image {name!r} is missing under {self._root}")
+            link = f": it leads to {target}" if target != path else ""
+            raise RowError(f"image {shown} is missing under {self._root}{link}")
         return str(path)
 
     def _store(self, content: bytes) -> str:
@@ -109,7 +121,40 @@ class MediaResolver:
                 suffix = (image.format or "image").lower()
         except (OSError, Image.DecompressionBombError) as error:
             raise RowError(f"embedded image of {len(content)} bytes is in no known format or too large") from error
-        return _write_by_content(content, self._media_dir, suffix)
+        return _write_by_content(content, self._media_dir, "jpeg" if suffix == "mpo" else suffix)
+
+
+def folders_behind_links(root: Path, limit: int = 20_000) -> list[Path]:
+    """Folders outside of `root` that links to folders or image files in it lead to, as download caches have them.
+
+    Looks at no more than `limit` entries, nearest first, and into no hidden folder.
+    """
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO")}
+    home, found, seen = root.resolve(), dict[Path, None](), set[Path]()
+    waiting = deque([home])
+    while waiting and limit > 0:
+        folder = waiting.popleft()
+        if folder in seen or not os.access(folder, os.R_OK):
+            continue
+        seen.add(folder)
+        with os.scandir(folder) as entries:
+            for entry in itertools.islice(entries, limit):
+                limit -= 1
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_symlink():
+                    target = Path(entry.path).resolve()
+                    if target.is_dir():
+                        waiting.append(target)
+                    elif Path(entry.name).suffix.lower() in suffixes:
+                        target = target.parent
+                    else:
+                        continue
+                    if not target.is_relative_to(home):
+                        found[target] = None
+                elif entry.is_dir():
+                    waiting.append(Path(entry.path))
+    return list(found)
 
 
 @dataclass(frozen=True, kw_only=True)

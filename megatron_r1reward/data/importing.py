@@ -58,14 +58,16 @@ def selection(preferences: Iterable[Preference], ids: Collection[str]) -> list[d
     return [{"id": row.id, "content": keys.row(row)} for row in preferences if row.id in ids]
 
 
-def keep_selected(preferences: Sequence[Preference], selection: Path | None) -> tuple[Preference, ...]:
+def keep_selected(
+    preferences: Sequence[Preference], selection: Path | None, *, set_aside: Collection[str] = ()
+) -> tuple[Preference, ...]:
     """The preferences that the JSON list at `selection` names; all of them when there is none.
 
     An entry is an id, or `{"id": ..., "content": ...}`. Of the latter rows are kept that say what they said when they
-    were selected, also under another id; a warning counts those that do not.
+    were selected, also under another id. A warning counts those that do not, and those that the reader set aside.
 
     Raises:
-        ValueError: the file is not such a list, an id is not among the preferences, or no row is left.
+        ValueError: the file is not such a list, an id is not in the data, or no row is left.
     """
     if selection is None:
         return tuple(preferences)
@@ -81,20 +83,26 @@ def keep_selected(preferences: Sequence[Preference], selection: Path | None) -> 
     keys = ContentKeys()
     found = {row.id: keys.row(row) for row in preferences} if content else {}
     there = ids | set(found.values())
-    missing = [entry.id for entry in wanted if entry.id not in ids and entry.content not in there]
-    if missing:
-        raise ValueError(f"data.select {selection}: {len(missing)} ids are not in data.train, e.g. {min(missing)!r}")
+    missing = {entry.id for entry in wanted if entry.id not in ids and entry.content not in there}
+    unknown = missing.difference(set_aside)
+    if unknown:
+        raise ValueError(f"data.select {selection}: {len(unknown)} ids are not in data.train, e.g. {min(unknown)!r}")
     by_id = {entry.id for entry in wanted if entry.content is None}
     changed = [entry.id for entry in wanted if entry.content is not None and entry.content not in there]
+    changed = [identifier for identifier in changed if identifier not in missing]
     kept = tuple(row for row in preferences if row.id in by_id or found.get(row.id) in content)
+    problems = []
     if changed:
-        text = (
-            f"data.select {selection}: {len(changed)} of {len(wanted)} rows have other texts, images or labels than "
-            f"when they were selected, e.g. {min(changed)!r}"
+        problems.append(
+            f"{len(changed)} of {len(wanted)} rows have other texts, images or labels than when they were selected, "
+            f"e.g. {min(changed)!r}: select again (`r1reward annotate`)"
         )
-        if not kept:
-            raise ValueError(f"{text}: select again (`r1reward annotate`)")
-        log.warning("%s; they are left out: select again (`r1reward annotate`) to have them judged", text)
+    if missing:
+        problems.append(f"{len(missing)} of {len(wanted)} rows are in the quarantine file of data.train")
+    if problems and not kept:
+        raise ValueError(f"data.select {selection}: no row is left: {'; '.join(problems)}")
+    if problems:
+        log.warning("data.select %s: rows are left out: %s", selection, "; ".join(problems))
     return kept
 
 

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_r1reward.data.chat import Chat, parse_chat
+from megatron_r1reward.data.chat import IMAGE_PLACEHOLDER, Chat, parse_chat, show_placeholders
 from megatron_r1reward.data.image_files import MediaResolver, examine_images
 from megatron_r1reward.data.prompt import split_message_text
-from megatron_r1reward.data.rows import Quarantine, RawRow, RowError, RowOrigin, iterate_rows
+from megatron_r1reward.data.rows import Quarantine, RawRow, RowError, RowOrigin, fixed_folder, iterate_rows
 from megatron_r1reward.types import Label, Preference
 
 logger = logging.getLogger(__name__)
 
 _LABEL = re.compile(r"\s*(?:<answer>\s*([12])\s*</answer>|([12]))\s*")
+_PLACEHOLDER = re.compile(rf"\s*{IMAGE_PLACEHOLDER}\n?")
+_ONE_SIDED = 16  # as many equal labels in a row are no accident
 # `<|im_end|>` in a text would end the turn it stands in.
 _CONTROL_TOKEN = re.compile(r"<\|[A-Za-z_]+\|>")
 
@@ -41,61 +43,72 @@ class SftExample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadResult:
-    """What a file held. `quarantine_path` is None when every row was usable."""
+class _Accounting:
+    """`quarantine_path` is None when every row was usable; `set_aside` are the ids of the others
+    as far as they could be read."""
 
-    preferences: tuple[Preference, ...]
     quarantined: int
     quarantine_path: Path | None
+    set_aside: frozenset[str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftReadResult:
+class ReadResult(_Accounting):
+    """What a file held."""
+
+    preferences: tuple[Preference, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftReadResult(_Accounting):
     """As `ReadResult`, for supervised examples."""
 
     examples: tuple[SftExample, ...]
-    quarantined: int
-    quarantine_path: Path | None
 
 
 def read_preferences(
     path: Path,
     *,
     image_root: Path | None = None,
+    image_roots: Sequence[Path] = (),
     media_dir: Path | None = None,
     quarantine: Path | None = None,
     verify_images: bool = True,
+    fits: Callable[[Preference], str] | None = None,
 ) -> ReadResult:
-    """Read preferences from a JSONL file, Parquet file(s) or a saved `datasets` folder.
+    """Read preferences from JSONL, a JSON array, Parquet file(s) or a saved `datasets` folder (see `iterate_rows`).
 
     Args:
-        image_root: folder that relative image paths refer to and that no path may leave; default: the file's folder.
+        image_root: folder that relative image paths refer to and that no path may leave; default: the data's folder.
+        image_roots: further folders that paths may be in.
         media_dir: folder that embedded images are written to, once each, named by content.
         quarantine: JSONL file for unusable rows; default: `<path>.quarantine.jsonl`.
         verify_images: decode every image once; otherwise only its presence is checked.
+        fits: why a row cannot be used, e.g. its length, else an empty text. Asked about rows with sound images.
 
     Raises:
-        ValueError: the file is missing, damaged, of an unknown kind, or without one usable row.
+        ValueError: the file is missing, damaged, of an unknown kind, without one usable row, or its labels are 0 and 1.
     """
-    rows, rejected = _read(path, _preference, image_root, media_dir, quarantine, verify_images)
-    return ReadResult(
-        preferences=rows, quarantined=len(rejected), quarantine_path=rejected.path if len(rejected) else None
-    )
+    roots = (image_root or fixed_folder(path), *image_roots)
+    rows, accounting = _read(path, _preference, roots, media_dir, quarantine, verify_images, fits)
+    _check_labels(path, rows)
+    return ReadResult(preferences=rows, **accounting)
 
 
 def read_sft_examples(
     path: Path,
     *,
     image_root: Path | None = None,
+    image_roots: Sequence[Path] = (),
     media_dir: Path | None = None,
     quarantine: Path | None = None,
     verify_images: bool = True,
+    fits: Callable[[SftExample], str] | None = None,
 ) -> SftReadResult:
     """Read rows with `message` (any chat, with or without images) and `response`; else as `read_preferences`."""
-    rows, rejected = _read(path, _sft_example, image_root, media_dir, quarantine, verify_images)
-    return SftReadResult(
-        examples=rows, quarantined=len(rejected), quarantine_path=rejected.path if len(rejected) else None
-    )
+    roots = (image_root or fixed_folder(path), *image_roots)
+    rows, accounting = _read(path, _sft_example, roots, media_dir, quarantine, verify_images, fits)
+    return SftReadResult(examples=rows, **accounting)
 
 
 ExampleT = TypeVar("ExampleT", Preference, SftExample)
@@ -105,42 +118,90 @@ _Parser = Callable[[str, Mapping[str, Any], MediaResolver], ExampleT]
 def _read(
     path: Path,
     parse: _Parser[ExampleT],
-    image_root: Path | None,
+    roots: Sequence[Path],
     media_dir: Path | None,
     quarantine: Path | None,
     verify_images: bool,
-) -> tuple[tuple[ExampleT, ...], Quarantine]:
-    media = MediaResolver(image_root or (path if path.is_dir() else path.parent), media_dir)
+    fits: Callable[[ExampleT], str] | None,
+) -> tuple[tuple[ExampleT, ...], dict[str, Any]]:
+    """The usable rows, and the fields of `_Accounting`."""
+    media = MediaResolver(roots, media_dir)
     rejected = Quarantine(quarantine or path.with_name(f"{path.name}.quarantine.jsonl"))
     accepted: dict[str, tuple[RowOrigin, ExampleT]] = {}
+    zero_labels, set_aside = 0, set[str | None]()
     for row in iterate_rows(path):
+        identifier = None
         try:
-            example = _parse_row(row, parse, media)
+            identifier = _identifier(row)
+            example = parse(identifier, row.fields or {}, media)
             if example.id in accepted:
                 raise RowError(f"duplicate id {example.id!r}, first used in line {accepted[example.id][0].line}")
         except RowError as error:
             rejected.add(row.origin, str(error))
+            zero_labels += isinstance(error, ZeroLabelError)
+            set_aside.add(identifier)
         else:
             accepted[example.id] = (row.origin, example)
     usable = _with_sound_images(accepted, rejected, media_dir) if verify_images else accepted
+    usable = _that_fit(usable, rejected, fits) if fits is not None else usable
     rejected.write()
+    if zero_labels and not any(isinstance(row, Preference) and row.label == 2 for _, row in accepted.values()):
+        raise ValueError(
+            f"{path}: answers are 0 and 1 ({zero_labels} times 0, never 2): write the number of the better response, "
+            "1 or 2, or import the file with the schema that it has (`r1reward data import --schema`)"
+        )
     if not usable:
         reason = f"the first of {len(rejected)} reasons: {rejected.first_reason}" if len(rejected) else "it is empty"
         raise ValueError(f"{path}: no usable row ({reason})")
     if len(rejected):
         logger.warning("%s: %d rows are unusable, see %s", path, len(rejected), rejected.path)
-    return tuple(example for _, example in usable.values()), rejected
+    accounting = {
+        "quarantined": len(rejected),
+        "quarantine_path": rejected.path if len(rejected) else None,
+        "set_aside": frozenset((set_aside - {None} | accepted.keys()) - usable.keys()),
+    }
+    return tuple(example for _, example in usable.values()), accounting
 
 
-def _parse_row(row: RawRow, parse: _Parser[ExampleT], media: MediaResolver) -> ExampleT:
+def _that_fit(
+    rows: dict[str, tuple[RowOrigin, ExampleT]], rejected: Quarantine, fits: Callable[[ExampleT], str]
+) -> dict[str, tuple[RowOrigin, ExampleT]]:
+    kept = {}
+    for identifier, (origin, example) in rows.items():
+        reason = fits(example)
+        if reason:
+            rejected.add(origin, reason)
+        else:
+            kept[identifier] = (origin, example)
+    return kept
+
+
+def _check_labels(path: Path, preferences: Sequence[Preference]) -> None:
+    label = preferences[0].label
+    if len(preferences) >= _ONE_SIDED and all(preference.label == label for preference in preferences):
+        logger.warning(
+            "%s: all %d labels are %d. A model learns the place instead of the content unless the order is drawn: "
+            "data.swap = 'random' does that in RL, `r1reward data import` for every stage",
+            path,
+            len(preferences),
+            label,
+        )
+    without = sum(not preference.image_paths for preference in preferences)
+    if without:
+        logger.info("%s: %d of %d rows are text only", path, without, len(preferences))
+
+
+def _identifier(row: RawRow) -> str:
     if row.fields is None:
         raise RowError(row.error)
     identifier = row.fields.get("id")
     if identifier is None:
         identifier = f"{Path(row.origin.source).with_suffix('')}-{row.origin.line}"
+    elif isinstance(identifier, float) and identifier.is_integer():  # what a Parquet writer makes of a column with gaps
+        identifier = int(identifier)
     elif not isinstance(identifier, str | int) or identifier == "":
         raise RowError(f"id {identifier!r} is neither text nor number")
-    return parse(str(identifier), row.fields, media)
+    return str(identifier)
 
 
 def _with_sound_images(
@@ -162,13 +223,12 @@ def _preference(identifier: str, fields: Mapping[str, Any], media: MediaResolver
     chat = parse_chat(fields["message"]) if fields.get("message") is not None else None
     question, responses = _question_and_responses(fields, chat)
     image_paths = _image_paths(fields, chat, media)
-    if not image_paths:
-        raise RowError("no image")
+    question = _without_placeholders(question, len(image_paths))
     return Preference(
         id=identifier,
         question=question,
         responses=responses,
-        label=_label(fields.get("answer")),
+        label=label_of(fields.get("answer")),
         image_paths=image_paths,
         metadata={key: str(fields[key]) for key in ("category", "source") if fields.get(key) is not None},
     )
@@ -182,11 +242,10 @@ def _sft_example(identifier: str, fields: Mapping[str, Any], media: MediaResolve
         for part in turn["content"]:
             _check_encodable("message", part.get("text", ""))
     image_paths = _image_paths(fields, chat, media)
-    if len(image_paths) != len(chat.images):
-        raise RowError(f"message shows {len(chat.images)} images, the row has {len(image_paths)}")
+    messages = chat.messages if chat.images else show_placeholders(chat.messages, len(image_paths))
     return SftExample(
         id=identifier,
-        messages=chat.messages,
+        messages=messages,
         image_paths=image_paths,
         response=_required_text("response", fields.get("response")),
     )
@@ -211,22 +270,43 @@ def _question_and_responses(fields: Mapping[str, Any], chat: Chat | None) -> tup
 def _image_paths(fields: Mapping[str, Any], chat: Chat | None, media: MediaResolver) -> tuple[str, ...]:
     """Paths from `images`, else `image`, else the chat's own image entries."""
     shown = chat.images if chat is not None else ()
-    value = next((fields[key] for key in ("images", "image") if fields.get(key) is not None), None)
+    value = next((fields[key] for key in ("images", "image") if fields.get(key) not in (None, [])), None)
     paths = media.resolve(list(shown) if value is None else value)
     if shown and len(shown) != len(paths):
         raise RowError(f"message shows {len(shown)} images, the row has {len(paths)}")
     return paths
 
 
-def _label(answer: Any) -> Label:
-    """1 or 2 from e.g. ["<answer>2</answer>"], "2" or 2."""
+class ZeroLabelError(RowError):
+    """An answer of 0: the file may count its responses from 0."""
+
+
+def label_of(answer: Any) -> Label:
+    """1 or 2 from e.g. ["<answer>2</answer>"], "2", 2 or 2.0: the one rule for `answer`.
+
+    Raises:
+        RowError: anything else.
+    """
     value = answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
     if value is None:
         raise RowError("answer is missing")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     match = _LABEL.fullmatch(str(value)) if isinstance(value, str | int) and not isinstance(value, bool) else None
     if match is None:
-        raise RowError(f"answer {str(answer)[:100]!r} is neither 1 nor 2")
+        error = ZeroLabelError if str(value).strip() == "0" else RowError
+        raise error(f"answer {str(answer)[:100]!r} is neither 1 nor 2")
     return 1 if "1" in match.groups() else 2
+
+
+def _without_placeholders(question: str, images: int) -> str:
+    """The question without `<image>`, which other programs write where an image stands; here images come first."""
+    shown = len(_PLACEHOLDER.findall(question))
+    if shown == 0:
+        return question
+    if shown != images:
+        raise RowError(f"question shows {shown} {IMAGE_PLACEHOLDER} placeholders, the row has {images} images")
+    return _required_text("question", _PLACEHOLDER.sub("", question).strip())
 
 
 def _required_text(name: str, value: Any) -> str:

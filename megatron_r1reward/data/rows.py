@@ -1,18 +1,25 @@
-"""Raw rows from JSONL, Parquet and saved `datasets` folders, and the quarantine for those that cannot be used."""
+"""Raw rows from JSONL, JSON, Parquet and saved `datasets` folders, and the quarantine for those that cannot be used."""
 
 from __future__ import annotations
 
 import json
+import re
 import reprlib
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ijson
+
 from megatron_r1reward.files import write_jsonl
 
 _BATCH_ROWS = 64  # rows with embedded images weigh a few hundred KB each
 _EXCERPT_CHARACTERS = 500
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the beginning of what git checks out without git-lfs
+# The names of splits in file and folder names, as the Hub's viewer finds them.
+_SPLIT = re.compile(r"(?:^|[/_.\-])(train|test|valid|dev|eval)(?:ing|ation)?(?=[/_.\-]|$)", re.IGNORECASE)
 
 
 class RowError(ValueError):
@@ -69,21 +76,55 @@ class Quarantine:
 
 
 def iterate_rows(path: Path) -> Iterator[RawRow]:
-    """Rows of a JSONL file, a Parquet file, a folder of Parquet files or a saved `datasets` folder, in stored order.
+    """Rows of a JSONL file, a JSON array, a Parquet file, a folder of Parquet files, a saved `datasets` folder, or all
+    files of a pattern such as `data/train-*.parquet`, in stored order.
 
     Raises:
-        ValueError: `path` is none of these, or a Parquet or Arrow file is damaged.
+        ValueError: `path` is none of these, a folder holds several splits, or a file is damaged or a git-lfs pointer.
     """
     if path.is_dir():
         yield from _folder_rows(path)
-    elif not path.is_file():
-        raise ValueError(f"{path}: no such file or folder")
-    elif path.suffix == ".jsonl":
-        yield from _jsonl_rows(path)
-    elif path.suffix == ".parquet":
-        yield from _parquet_rows(path, source=path.name)
+    elif path.is_file():
+        yield from _file_rows(path, source=path.name)
+    elif _is_pattern(str(path)):
+        folder = fixed_folder(path)
+        files = sorted(folder.glob(str(path.relative_to(folder))))
+        if not files:
+            raise ValueError(f"{path}: no file matches this pattern")
+        for file in files:
+            yield from _file_rows(file, source=str(file.relative_to(folder)))
     else:
-        raise ValueError(f"{path}: unknown kind of data {path.suffix!r}: give .jsonl, .parquet or a datasets folder")
+        raise ValueError(f"{path}: no such file or folder")
+
+
+def fixed_folder(path: Path) -> Path:
+    """The folder of a source: itself, a file's folder, or the part of a pattern before its first wildcard."""
+    if path.is_dir():
+        return path
+    for parent in (path, *path.parents):
+        if not _is_pattern(str(parent)):
+            return parent.parent if parent == path else parent
+    return Path()
+
+
+def _is_pattern(name: str) -> bool:
+    return any(character in name for character in "*?[")
+
+
+def _file_rows(path: Path, source: str) -> Iterator[RawRow]:
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{path}: a git-lfs pointer, not the data: run `git lfs pull`")
+    if path.suffix == ".jsonl":
+        yield from _jsonl_rows(path, source)
+    elif path.suffix == ".json":
+        yield from _json_rows(path, source)
+    elif path.suffix == ".parquet":
+        yield from _parquet_rows(path, source)
+    else:
+        raise ValueError(
+            f"{path}: unknown kind of data {path.suffix!r}: give .jsonl, .json, .parquet or a datasets folder"
+        )
 
 
 def _folder_rows(folder: Path) -> Iterator[RawRow]:
@@ -94,21 +135,35 @@ def _folder_rows(folder: Path) -> Iterator[RawRow]:
     if (folder / "state.json").is_file():
         import datasets  # takes a second to import, which readers of JSONL need not wait for
 
-        yield from _table_rows(datasets.load_from_disk(str(folder)), source=folder.name, path=folder)
+        yield from _table_rows(_dataset_batches(datasets.load_from_disk(str(folder))), folder.name, folder)
     elif files:
+        _refuse_several_splits(folder, files)
         for file in files:
-            yield from _parquet_rows(file, source=str(file.relative_to(folder)))
+            yield from _file_rows(file, source=str(file.relative_to(folder)))
     else:
         raise ValueError(f"{folder}: neither Parquet files nor a saved datasets folder")
 
 
-def _jsonl_rows(path: Path) -> Iterator[RawRow]:
+def _refuse_several_splits(folder: Path, files: list[Path]) -> None:
+    splits = defaultdict(list)
+    for file in files:
+        found = _SPLIT.search(file.name) or _SPLIT.search(str(file.relative_to(folder).parent))
+        if found is not None:
+            splits[found[1].lower()].append(str(file))
+    if len(splits) > 1:
+        held = ", ".join(f"{len(names)} of {split}" for split, names in splits.items())
+        name = next(iter(splits.values()))[0]
+        pattern = name[: _SPLIT.search(name, len(str(folder))).end()] + "*"  # type: ignore[union-attr]
+        raise ValueError(f"{folder}: files of several splits ({held}): give those of one, e.g. '{pattern}'")
+
+
+def _jsonl_rows(path: Path, source: str) -> Iterator[RawRow]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             excerpt = line[:_EXCERPT_CHARACTERS].decode("utf-8", errors="replace").rstrip("\n")
-            origin = RowOrigin(source=path.name, line=number, excerpt=excerpt)
+            origin = RowOrigin(source=source, line=number, excerpt=excerpt)
             try:
                 fields = json.loads(line.decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
@@ -120,21 +175,41 @@ def _jsonl_rows(path: Path) -> Iterator[RawRow]:
                 yield RawRow(origin=origin, fields=None, error=f"not a JSON object but {type(fields).__name__}")
 
 
+def _json_rows(path: Path, source: str) -> Iterator[RawRow]:
+    """Rows of one JSON array of objects, streamed; their line is their place in it."""
+    number = 0
+    try:
+        with path.open("rb") as file:
+            for number, fields in enumerate(ijson.items(file, "item", use_float=True), start=1):
+                origin = RowOrigin(source=source, line=number, excerpt=_EXCERPTS.repr(fields)[:_EXCERPT_CHARACTERS])
+                if isinstance(fields, dict):
+                    yield RawRow(origin=origin, fields=fields)
+                else:
+                    yield RawRow(origin=origin, fields=None, error=f"not a JSON object but {type(fields).__name__}")
+    except ijson.JSONError as error:
+        raise ValueError(f"{path}: malformed JSON after row {number} ({error})") from error
+    if number == 0 and path.read_bytes()[:1] not in (b"[", b""):
+        raise ValueError(f"{path}: not a JSON array of rows: give one, or JSONL")
+
+
 def _parquet_rows(path: Path, source: str) -> Iterator[RawRow]:
-    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     try:
-        # Streaming, because a cached copy would double the disk space of embedded images.
-        dataset = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            yield from _table_rows(file.iter_batches(batch_size=_BATCH_ROWS), source, path)
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: damaged Parquet file ({error}): download it again") from error
-    yield from _table_rows(dataset, source=source, path=path)
 
 
-def _table_rows(dataset: Any, source: str, path: Path) -> Iterator[RawRow]:
-    """Rows of a `datasets` object through Arrow, which leaves image columns as stored instead of decoding them."""
+def _dataset_batches(dataset: Any) -> Iterator[Any]:
+    """Tables of a `datasets` object, image columns as stored instead of decoded."""
+    return iter(dataset.with_format("arrow").iter(batch_size=_BATCH_ROWS) if len(dataset) else ())
+
+
+def _table_rows(batches: Iterator[Any], source: str, path: Path) -> Iterator[RawRow]:
     line = 0
-    batches = dataset.with_format("arrow").iter(batch_size=_BATCH_ROWS)
     while True:
         try:
             table = next(batches, None)

@@ -43,7 +43,8 @@ def reasoning(claims: tuple[str, str], digits: tuple[int, ...], finding: str, be
 def target(question: DigitQuestion, label: int, *, mistaken: bool = False) -> str:
     """The response to learn where response `label` is the right one, in the strict format of the published model.
 
-    `mistaken` is an annotator's error: the reasoning wavers ("I see 8 or 3, so 3.") and decides for the wrong response.
+    `mistaken` is an annotator's error: the reasoning decides for the wrong response, wavering ("I see 8 or 3, so 3.")
+    where it would contradict what it sees.
     """
     right, wrong = question.claims
     claims = (right, wrong) if label == 1 else (wrong, right)

@@ -6,11 +6,9 @@ import os
 from pathlib import Path
 
 from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.data.stage_data import image_folders
 
 
 def media_root(config: RunConfig) -> Path:
     """The deepest folder that holds every image a request may name."""
-    roots = [config.data.image_root or config.data.train.parent, config.run.output_dir]
-    if config.evaluation.data is not None:
-        roots.append(config.evaluation.image_root or config.evaluation.data.parent)
-    return Path(os.path.commonpath([root.resolve() for root in roots]))
+    return Path(os.path.commonpath([folder.resolve() for folder in image_folders(config)]))

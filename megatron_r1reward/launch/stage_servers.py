@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.data.stage_data import image_folders
 from megatron_r1reward.reward.consistency import ConsistencyJudge
 from megatron_r1reward.reward.verdict_cache import VerdictCache
 from megatron_r1reward.rollout.open_pool import build_servers, open_rollout_pool
@@ -130,7 +131,7 @@ def _open_pool(config: RunConfig, *, takes_weights: bool) -> RolloutPool:
         model_path=config.model.path,
         tokenizer=AutoTokenizer.from_pretrained(config.model.path, local_files_only=True),
         log_dir=_log_dir(config),
-        media_roots=_media_roots(config),
+        media_roots=image_folders(config),
         pixels=(config.data.min_pixels, config.data.max_pixels),
         takes_weights=takes_weights,
         in_flight=takes_weights and config.asynchrony.mode == "in_flight",
@@ -147,11 +148,3 @@ def _log_dir(config: RunConfig) -> Path:
 
 def _live_dir(config: RunConfig) -> Path:
     return config.run.output_dir / "live"
-
-
-def _media_roots(config: RunConfig) -> list[Path]:
-    """The folders that images may come from."""
-    roots = [config.data.image_root or config.data.train.parent, config.run.output_dir]
-    if config.evaluation.data is not None:
-        roots.append(config.evaluation.image_root or config.evaluation.data.parent)
-    return roots

@@ -15,8 +15,8 @@ from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.difficulty import select_hard, summary
 from megatron_r1reward.data.identity import model_identity
 from megatron_r1reward.data.importing import selection
-from megatron_r1reward.data.preference import read_preferences
 from megatron_r1reward.data.prompt import PromptBuilder
+from megatron_r1reward.data.stage_data import read_heldout, read_training_preferences
 from megatron_r1reward.evaluation.evaluate import evaluate as evaluate_pairs
 from megatron_r1reward.evaluation.result import EvaluationResult
 from megatron_r1reward.files import write_text
@@ -74,12 +74,7 @@ def annotate(config: RunConfig) -> None:
     output = config.run.output_dir
     output.mkdir(parents=True, exist_ok=True)
     section = config.annotate
-    preferences = read_preferences(
-        config.data.train,
-        image_root=config.data.image_root,
-        media_dir=output / "media",
-        quarantine=output / "quarantine.jsonl",
-    ).preferences[: section.max_rows]
+    preferences = read_training_preferences(config, "annotate").preferences[: section.max_rows]
     with (
         open_annotator(config) as (url, api_key),
         tqdm(total=len(preferences), desc="annotate", unit="sample") as progress,
@@ -144,16 +139,7 @@ def evaluate(config: RunConfig) -> None:
 
 
 def _heldout(config: RunConfig) -> tuple[Preference, ...]:
-    if config.evaluation.data is None:
-        raise ValueError("evaluation.data is not set: name the JSONL with held-out preferences")
-    output = config.run.output_dir
-    data = read_preferences(
-        config.evaluation.data,
-        image_root=config.evaluation.image_root,
-        media_dir=output / "media",
-        quarantine=output / "heldout-quarantine.jsonl",
-    )
-    return data.preferences[: config.evaluation.max_pairs]
+    return read_heldout(config).preferences[: config.evaluation.max_pairs]
 
 
 def _evaluate(

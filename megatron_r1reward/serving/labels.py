@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import json
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from megatron_r1reward.data.rows import iterate_rows
+from megatron_r1reward.data.preference import label_of
+from megatron_r1reward.data.rows import RowError, iterate_rows
 from megatron_r1reward.types import Label
-
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_LABELS: Final[Mapping[str, Label]] = {"1": 1, "2": 2}
 
 
 class UnknownMessageError(ValueError):
@@ -31,17 +28,22 @@ class LabelTable:
     def __init__(self, path: Path) -> None:
         self.skipped = 0  # rows without a usable message and answer
         self._labels: dict[str, Label] = {}
-        self.ambiguous: set[str] = set()
+        self.ambiguous: set[str] = set()  # in the spelling of `_key`
         for row in iterate_rows(path):
             fields = row.fields or {}
-            message, label = fields.get("message"), _label(fields.get("answer"))
-            if not isinstance(message, str) or label is None:
+            message = fields.get("message")
+            try:
+                label = label_of(fields.get("answer"))
+            except RowError:
                 self.skipped += 1
-            elif self._labels.setdefault(message, label) != label:
-                self.ambiguous.add(message)
+                continue
+            if not isinstance(message, str | list):
+                self.skipped += 1
+            elif self._labels.setdefault(_key(message), label) != label:
+                self.ambiguous.add(_key(message))
         if not self._labels:
             raise ValueError(
-                f"{path}: no row has a text `message` and an `answer` that is 1 or 2: give the file that the training "
+                f"{path}: no row has a `message` and an `answer` that is 1 or 2: give the file that the training "
                 "reads, in the schema of R1-Reward-RL"
             )
 
@@ -50,19 +52,20 @@ class LabelTable:
 
     def label(self, message: str) -> Label:
         """Raises UnknownMessageError where the data set has no single answer."""
-        if message in self.ambiguous:
+        key = _key(message)
+        if key in self.ambiguous:
             raise UnknownMessageError(f"the data set has two different answers to {message[:200]!r}")
         try:
-            return self._labels[message]
+            return self._labels[key]
         except KeyError:
             raise UnknownMessageError(f"no row of the data set has the message {message[:200]!r}") from None
 
 
-def _label(answer: Any) -> Label | None:
-    """The label in `["<answer>2</answer>"]`, its only element, or "2"."""
-    if isinstance(answer, list):
-        answer = answer[0] if len(answer) == 1 else None
-    if not isinstance(answer, str):
-        return None
-    inner = _ANSWER.search(answer)
-    return _LABELS.get((inner[1] if inner else answer).strip())
+def _key(message: Any) -> str:
+    """A message in one spelling, whether the data hold it as lists or as JSON text, whatever its white space."""
+    if isinstance(message, str):
+        try:
+            message = json.loads(message)
+        except (ValueError, RecursionError):
+            return str(message)  # not a chat: any text may be a key
+    return json.dumps(message, sort_keys=True)

@@ -24,8 +24,8 @@ from megatron_r1reward.data.curriculum import Curriculum
 from megatron_r1reward.data.identity import ContentKeys
 from megatron_r1reward.data.importing import keep_selected
 from megatron_r1reward.data.loader import PromptLoader
-from megatron_r1reward.data.preference import read_preferences
 from megatron_r1reward.data.prompt import PromptBuilder
+from megatron_r1reward.data.stage_data import read_training_preferences
 from megatron_r1reward.monitor.sinks import Monitor, build_monitor
 from megatron_r1reward.monitor.timeline import Timeline
 from megatron_r1reward.monitor.timers import PhaseTimer
@@ -206,14 +206,8 @@ def _data(config: RunConfig, topology: Topology, replay: Replay | None) -> tuple
     if replay is not None and not config.data.train.exists():
         log.info("data.train %s is not here: trained is on what %s recorded", config.data.train, replay.origin.run)
         return (), replay.origin.data
-    output = config.run.output_dir
-    data = read_preferences(
-        config.data.train,
-        image_root=config.data.image_root,
-        media_dir=output / "media",
-        quarantine=output / "quarantine.jsonl",
-    )
-    preferences = keep_selected(data.preferences, config.data.select)
+    data = read_training_preferences(config, "rl")
+    preferences = keep_selected(data.preferences, config.data.select, set_aside=data.set_aside)
     log.info("%d of %d preferences are trained on", len(preferences), len(data.preferences))
     description = resume.describe_data(
         resume.row_contents(preferences, topology),

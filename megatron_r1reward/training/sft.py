@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.loader import EpochSampler
-from megatron_r1reward.data.preference import SftExample, read_sft_examples
+from megatron_r1reward.data.preference import SftExample
 from megatron_r1reward.data.prompt import render_chat
+from megatron_r1reward.data.stage_data import read_training_examples
 from megatron_r1reward.monitor.sinks import Monitor, build_monitor
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training import resume
@@ -92,13 +93,7 @@ def run(config: RunConfig, topology: Topology) -> Path | None:
             "data-parallel ranks: every rank needs a sequence"
         )
     output = config.run.output_dir
-    data = read_sft_examples(
-        config.data.train,
-        image_root=config.data.image_root,
-        media_dir=output / "media",
-        quarantine=output / "quarantine.jsonl",
-    )
-    examples = data.examples
+    examples = read_training_examples(config).examples
     epoch_steps = math.ceil(len(examples) / config.sft.global_batch_size)
     steps = config.sft.steps or config.sft.epochs * epoch_steps
     control = RunControl(output, topology, total_steps=steps)

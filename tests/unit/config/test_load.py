@@ -76,3 +76,11 @@ def test_the_resolved_file_reads_back_equal(run_file, tmp_path):
     config = load_config(run_file, ["optimizer.lr=3e-7", 'judge.urls=["http://a:1"]', 'judge.model=it\'s \\"quoted\\"'])
     dump_config(config, tmp_path / "resolved.toml")
     assert load_config(tmp_path / "resolved.toml") == config
+
+
+def test_any_text_survives_the_resolved_file(run_file, tmp_path):
+    text = 'run \U0001f600 "x" \\ \x7f \x1f é'
+    config = load_config(run_file)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"output_dir": Path(text)})})
+    dump_config(config, tmp_path / "resolved.toml")
+    assert load_config(tmp_path / "resolved.toml") == config

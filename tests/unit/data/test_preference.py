@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from megatron_r1reward.data import image_files
+from megatron_r1reward.data.image_files import folders_behind_links
 from megatron_r1reward.data.preference import read_preferences, read_sft_examples
 from megatron_r1reward.data.prompt import preference_messages
 
@@ -94,7 +95,16 @@ def test_explicit_columns_win_and_make_the_message_unnecessary(root, tmp_path):
 
 @pytest.mark.parametrize(
     ("answer", "label"),
-    [(["<answer>1</answer>"], 1), ("<answer> 2 </answer>", 2), ("1", 1), (" 2\n", 2), (2, 2), (["2"], 2), ([1], 1)],
+    [
+        (["<answer>1</answer>"], 1),
+        ("<answer> 2 </answer>", 2),
+        ("1", 1),
+        (" 2\n", 2),
+        (2, 2),
+        (["2"], 2),
+        ([1], 1),
+        (2.0, 2),
+    ],
 )
 def test_forms_of_a_label(root, tmp_path, answer, label):
     assert read_one(root, tmp_path, row(answer=answer)).label == label
@@ -165,7 +175,7 @@ BAD_ROWS = {
     "answer 3": (row(answer="3"), "answer '3' is neither 1 nor 2"),
     "answer 12": (row(answer="12"), "neither 1 nor 2"),
     "true as answer": (row(answer=True), "neither 1 nor 2"),
-    "fraction as answer": (row(answer=1.0), "neither 1 nor 2"),
+    "fraction as answer": (row(answer=1.5), "neither 1 nor 2"),
     "unclosed answer": (row(answer="<answer>1"), "neither 1 nor 2"),
     "empty response": (row(response_1="", response_2="x"), "response 1 is empty"),
     "blank response in the message": (row(message=chat(responses=("x", " \n"))), "response 2 is empty"),
@@ -177,7 +187,6 @@ BAD_ROWS = {
     "image in another case": (row(image="A.png"), "is missing"),
     "folder as image": (row(image="."), "is missing"),
     "empty image path": (row(image=""), "image path is empty"),
-    "no image": (row(message=chat(images=()), image=...), "no image"),
     "null in a list": (row(image=[None]), "image is empty"),
     "empty mapping": (row(image={"bytes": None, "path": None}), "image is empty"),
     "number as image": (row(image=3), "image is int"),
@@ -186,7 +195,10 @@ BAD_ROWS = {
     "null character in path": (row(image="a\0.png"), "not usable as a path"),
     "path upwards": (row(image="../outside.png"), "leaves the image root"),
     "path elsewhere": (row(image="/etc/hostname"), "leaves the image root"),
-    "link to elsewhere": (row(image="link.png"), "leaves the image root"),
+    "up and away": (row(image="inside/../../outside.png"), "leaves the image root"),
+    "dangling link": (row(image="dangling.png"), "gone.png"),
+    "git-lfs pointer": (row(image="pointer.png"), "git lfs pull"),
+    "placeholders without images": (row(question="<image> or <image>?"), "shows 2 <image> placeholders"),
     "empty file": (row(image="empty.png"), "corrupt"),
     "text as image": (row(image="text.png"), "corrupt"),
     "cut off image": (row(image="cut.jpg"), "corrupt"),
@@ -204,7 +216,9 @@ BAD_ROWS = {
 def test_bad_row_is_quarantined_and_the_others_are_read(root, tmp_path, caplog, name):
     bad, reason = BAD_ROWS[name]
     (tmp_path / "outside.png").write_bytes(image_bytes())
-    (root / "link.png").symlink_to(tmp_path / "outside.png")
+    (root / "inside").symlink_to(root)
+    (root / "dangling.png").symlink_to(tmp_path / "gone.png")
+    (root / "pointer.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     (root / "empty.png").touch()
     (root / "text.png").write_text("not an image")
     (root / "cut.jpg").write_bytes(image_bytes(kind="jpeg", size=(200, 200))[:-300])
@@ -366,3 +380,63 @@ def test_bad_supervised_row_is_quarantined(root, bad, reason):
     result = read_sft_examples(write(root, sft_row(), bad))
     assert (len(result.examples), result.quarantined) == (1, 1)
     assert reason in quarantine_of(result)[0]["reason"]
+
+
+def test_files_with_answers_0_and_1_are_refused_and_one_sided_ones_are_named(root, caplog):
+    path = write(root, *[row(answer=index % 2) for index in range(8)])
+    with pytest.raises(ValueError, match="answers are 0 and 1"):  # half of them, all labelled 1, would be a trap
+        read_preferences(path)
+    result = read_preferences(write(root, row(answer=0), row(answer=1), row(answer=2)))  # 0 may be a tie
+    assert (len(result.preferences), result.quarantined) == (2, 1)
+    caplog.clear()
+    read_preferences(write(root, *[row(answer=1) for _ in range(20)]))
+    assert "all 20 labels are 1" in caplog.text
+
+
+def test_columns_that_other_writers_make_of_ours(root, tmp_path):
+    (root / "shards").mkdir()
+    table = pa.table({"id": [7.0, 8.0], "answer": [1.0, 2.0], "image": [image_bytes()] * 2, "message": [chat()] * 2})
+    pq.write_table(table, root / "shards" / "a.parquet")
+    pq.write_table(table.slice(0, 0), root / "shards" / "empty.parquet")
+    result = read_preferences(root / "shards", media_dir=tmp_path / "media")
+    assert [(row.id, row.label) for row in result.preferences] == [("7", 1), ("8", 2)]
+    assert read_one(root, tmp_path, row(images=[])).image_paths == (str(root / "a.png"),)
+
+
+@pytest.mark.parametrize("kind", ["tiff", "ppm", "jpeg2000", "tga"])
+def test_base64_of_any_picture(root, tmp_path, kind):
+    encoded = base64.b64encode(image_bytes(kind=kind, size=(64, 48))).decode()
+    (path,) = read_one(root, tmp_path, row(image=encoded)).image_paths
+    with Image.open(path) as image:
+        assert image.size == (64, 48)
+    (entry,) = quarantine_of(read_preferences(write(root, row(), row(image=encoded[:-400])), media_dir=tmp_path / "m"))
+    assert len(entry["reason"]) < 400  # not the picture's text
+
+
+def test_rows_about_text_alone_are_preferences_too(root, tmp_path):
+    assert read_one(root, tmp_path, row(message=chat(images=()), image=...)).image_paths == ()
+
+
+def test_placeholders_of_other_programs_show_where_images_are(root, tmp_path):
+    assert read_one(root, tmp_path, row(question="<image>\nWhat is it?")).question == "What is it?"
+    assert read_one(root, tmp_path, row(question="Is this <image> red?")).question == "Is this red?"
+    turns = [{"role": "user", "content": "First <image>\nthen <image>: which?"}]
+    sft = read_sft_examples(write(root, {"message": turns, "images": ["a.png", "b.jpg"], "response": "r"})).examples[0]
+    assert [part.get("text", part["type"]) for part in sft.messages[0]["content"]] == [
+        "First ", "image", "then ", "image", ": which?",
+    ]  # fmt: skip
+
+
+def test_links_inside_the_root_are_followed_and_further_roots_are_named(root, tmp_path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (scratch / "blob").write_bytes(image_bytes())
+    (root / "cached.png").symlink_to(scratch / "blob")  # a download cache
+    (root / "images").symlink_to(scratch)  # data on another disk
+    paths = [read_one(root, tmp_path, row(image=name)).image_paths[0] for name in ("cached.png", "images/blob")]
+    assert paths == [str(root / "cached.png"), str(root / "images" / "blob")]
+    elsewhere = write(root, row(image=str(scratch / "blob")))
+    with pytest.raises(ValueError, match=r"data\.image_roots takes further folders"):
+        read_preferences(elsewhere)
+    assert read_preferences(elsewhere, image_roots=[scratch]).preferences[0].image_paths == (str(scratch / "blob"),)
+    assert folders_behind_links(root) == [scratch]

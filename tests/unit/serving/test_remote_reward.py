@@ -85,8 +85,25 @@ def test_labels_are_counted_and_checked(data: Path, tmp_path: Path) -> None:
         table.label("tie")
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"question": "q"}\n')
-    with pytest.raises(ValueError, match="no row has a text `message`"):
+    with pytest.raises(ValueError, match="no row has a `message`"):
         LabelTable(empty)
+
+
+def test_answers_and_messages_are_read_by_the_readers_rule(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": [{"type": "text", "text": "A or B?"}]}]
+    rows = [
+        {"message": "number", "answer": 2},
+        {"message": "double", "answer": [1.0]},
+        {"message": turns, "answer": "<answer>2</answer>"},
+        {"message": "two answers", "answer": "<answer>1</answer><answer>2</answer>"},
+        {"message": "reasoning", "answer": "so <answer>1</answer>"},
+    ]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = LabelTable(path)
+    assert (len(table), table.skipped) == (3, 2)
+    assert [table.label(message) for message in ("number", "double")] == [2, 1]
+    assert table.label(json.dumps(turns)) == table.label(json.dumps(turns, indent=1)) == 2
 
 
 def test_no_network_address_without_a_token(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
