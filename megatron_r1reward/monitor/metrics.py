@@ -94,7 +94,7 @@ _TABLE = (
     # Wall time of the phases of one step
     _metric("time/wait", "s", "lower", "the trainer waiting for rollouts: 0 when it never does"),
     _metric("time/generate", "s", "lower", "sampling the rollouts"),
-    _metric("time/score", "s", "lower", "rewards, judge calls included"),
+    _metric("time/score", "s", "lower", "scores that were still missing when the last sample had come"),
     _metric("time/log_probs", "s", "lower", "old (and reference) log-probabilities"),
     _metric("time/update", "s", "lower", "forward, backward and optimizer"),
     _metric("time/push", "s", "lower", "weight push to the rollout servers"),

@@ -7,8 +7,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from types import TracebackType
@@ -60,7 +59,7 @@ class ConsistencyJudge:
     A failed call is tried `section.retries` times more, each time on the next server; when none of them gave a usable
     reply the verdict is "unknown", and one log line per batch names a reason. After `breaker_failures` questions in a
     row without a verdict the rest of the batch is not asked; the next batch begins with one trial question. When no
-    question got a verdict in more than `max_steps_without_judge` batches in a row, `judge_many` raises.
+    question got a verdict in more than `max_steps_without_judge` batches in a row, the batch's verdicts raise.
 
     Usable verdicts are remembered in `cache` by everything that decides them; "unknown" is not.
 
@@ -77,12 +76,12 @@ class ConsistencyJudge:
     ) -> None:
         if not servers:
             raise ValueError("the judge has no server: set judge.urls or judge.model_path, or reward.use_judge = false")
-        self._section = section
+        self.section = section
+        self.cache = cache or VerdictCache(None)
+        self.models: dict[str, str] = {}  # that servers serve, by URL
+        self.breaker = CircuitBreaker(section.breaker_failures)
         self._servers = servers
-        self._cache = cache or VerdictCache(None)
-        self._identity = _identity(section)
-        self._models: dict[str, str] = {}
-        self._breaker = CircuitBreaker(section.breaker_failures)
+        self.identity = _identity(section)
         self._steps_without = 0
         self.counts: Counter[str] = Counter()  # of the last batch: calls, cached, over_budget, not_tried, steps_without
 
@@ -91,41 +90,24 @@ class ConsistencyJudge:
         return (await self.judge_many([(reasoning, answer)]))[0]
 
     async def judge_many(self, cases: Sequence[tuple[str, Label]]) -> list[JudgeVerdict]:
-        """Verdicts of (reasoning, answer) pairs, in their order; at most `max_concurrency` calls per server at once.
+        """Verdicts of (reasoning, answer) pairs, in their order. Raises JudgeDownError, see the class."""
+        async with JudgeBatch(self) as batch:
+            return await batch.verdicts(cases)
 
-        The judge sees the last `section.reasoning_lines` non-empty lines, as in the released code. Empty reasoning
-        supports nothing: it is "inconsistent" without a call.
+    def endpoints(self) -> Sequence[tuple[str, str | None]]:
+        if callable(self._servers):
+            return self._servers()
+        key = os.environ.get(self.section.api_key_variable)
+        return [(url, key) for url in self._servers]
 
-        Raises:
-            JudgeDownError: see the class.
-        """
-        questions = [
-            _Question(tail=_last_lines(reasoning, self._section.reasoning_lines), answer=answer)
-            for reasoning, answer in cases
-        ]
-        keys = {question: self._key(question) for question in questions if question.tail}
-        known = self._cache.get(list(keys.values()))
-        new = [question for question, key in keys.items() if key not in known]
-        budget = self._section.max_calls_per_step
-        asked = new if budget is None else new[:budget]
-        self.counts = Counter(cached=len(keys) - len(new), over_budget=len(new) - len(asked))
-        answered = await self._ask_all(asked)
-        usable = {keys[question]: verdict for question, verdict in answered.items() if verdict != "unknown"}
-        self._cache.add(usable)
-        self._watch(asked=len(asked), usable=len(usable))
-        known |= usable
-        return [known.get(keys[q], "unknown") if q.tail else "inconsistent" for q in questions]
-
-    def _key(self, question: _Question) -> str:
-        settings = {"temperature": self._section.temperature, "max_tokens": self._section.max_tokens}
-        return question_key(self._identity, settings, question.messages)
-
-    def _watch(self, *, asked: int, usable: int) -> None:
+    def watch(self, counts: Counter[str], *, asked: int, usable: int) -> None:
+        """The end of a batch: raises JudgeDownError after too many without a verdict."""
+        self.counts = counts
         if asked == 0:
             return  # says nothing about the judge
         self._steps_without = 0 if usable else self._steps_without + 1
-        self.counts["steps_without"] = self._steps_without
-        limit = self._section.max_steps_without_judge
+        counts["steps_without"] = self._steps_without
+        limit = self.section.max_steps_without_judge
         if self._steps_without > limit:
             raise JudgeDownError(
                 f"the judge gave no verdict on {asked} questions, nor in the {limit} steps before; see its log; "
@@ -136,49 +118,119 @@ class ConsistencyJudge:
                 "judge: no verdict at all, C is 0; %d of at most %d such steps in a row", self._steps_without, limit
             )
 
-    def _endpoints(self) -> Sequence[tuple[str, str | None]]:
-        if callable(self._servers):
-            return self._servers()
-        key = os.environ.get(self._section.api_key_variable)
-        return [(url, key) for url in self._servers]
 
-    async def _ask_all(self, questions: Sequence[_Question]) -> dict[_Question, JudgeVerdict]:
-        if not questions:
-            return {}
-        self._breaker.half_open()
-        # Connections belong to an event loop, and each call may run in a new one.
-        async with AsyncExitStack() as stack:
-            servers = [
-                await stack.enter_async_context(
-                    JudgeEndpoint(self._section, url, key=key or "none", models=self._models)
-                )
-                for url, key in self._endpoints()
-            ]
-            slots = asyncio.Semaphore(self._section.max_concurrency * len(servers))
-            first = []
-            if self._breaker.state == "half_open":  # one trial tells whether the others are worth their time-outs
-                first = [await self._ask(questions[0], servers, slots)]
-            rest = enumerate(questions[len(first) :], start=len(first))
-            answers = first + await asyncio.gather(*(self._ask(q, _rotated(servers, i), slots) for i, q in rest))
-        failures = [answer for answer in answers if isinstance(answer, Exception)]
+class JudgeBatch:
+    """The questions of one step, asked as they come: an async context manager, inside an event loop.
+
+    At most `max_concurrency` calls per server are made at once; equal questions are asked once. The judge sees the last
+    `section.reasoning_lines` non-empty lines, as in the released code. Empty reasoning supports nothing: it is
+    "inconsistent" without a call. Of more than `max_calls_per_step` questions the first are asked.
+    """
+
+    def __init__(self, judge: ConsistencyJudge) -> None:
+        self._judge, self._section = judge, judge.section
+        self._clients: dict[tuple[str, str | None], JudgeEndpoint] = {}
+        self._asked: dict[_Question, asyncio.Task[JudgeVerdict | Exception | None]] = {}
+        self._known: dict[_Question, JudgeVerdict] = {}
+        self._slots: asyncio.Semaphore | None = None
+        self._trial: asyncio.Task[Any] | None = None
+        self.counts_questions = self._section.max_calls_per_step is not None  # then it matters which come first
+        self.counts: Counter[str] = Counter()  # as `ConsistencyJudge.counts`
+
+    async def __aenter__(self) -> Self:
+        self._judge.breaker.half_open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Give up what is being asked."""
+        for task in self._asked.values():
+            task.cancel()  # does nothing to a finished one
+        await asyncio.gather(*self._asked.values(), return_exceptions=True)
+        for client in self._clients.values():
+            await client.close()
+
+    def ask(self, cases: Iterable[tuple[str, Label]]) -> None:
+        """Begin to ask about (reasoning, answer) pairs; returns at once."""
+        questions = dict.fromkeys(map(self._question, cases))
+        new = [q for q in questions if q.tail and q not in self._known and q not in self._asked]
+        keys = {question: self._key(question) for question in new}
+        found = self._judge.cache.get(list(keys.values()))
+        for question in new:
+            budget = self._section.max_calls_per_step
+            if keys[question] in found:
+                self._known[question] = found[keys[question]]
+                self.counts["cached"] += 1
+            elif budget is not None and len(self._asked) >= budget:
+                self._known[question] = "unknown"
+                self.counts["over_budget"] += 1
+            else:
+                servers = _rotated(self._connections(), len(self._asked))
+                task = asyncio.create_task(self._after_trial(question, servers))
+                if not self._asked and self._judge.breaker.state == "half_open":
+                    self._trial = task  # one tells whether the others are worth their time-outs
+                self._asked[question] = task
+
+    async def verdicts(self, cases: Sequence[tuple[str, Label]]) -> list[JudgeVerdict]:
+        """The end of the batch: the verdicts of `cases`, in their order; those that have not been asked are now.
+
+        Raises:
+            JudgeDownError: see `ConsistencyJudge`.
+        """
+        self.ask(cases)
+        answers = dict(zip(self._asked, await asyncio.gather(*self._asked.values()), strict=True))
+        self._report([answer for answer in answers.values() if isinstance(answer, Exception)])
+        usable = {question: answer for question, answer in answers.items() if isinstance(answer, str)}
+        self._judge.cache.add({self._key(question): verdict for question, verdict in usable.items()})
+        self._judge.watch(self.counts, asked=len(answers), usable=len(usable))
+        known = self._known | usable
+        return [known.get(q, "unknown") if q.tail else "inconsistent" for q in map(self._question, cases)]
+
+    def _question(self, case: tuple[str, Label]) -> _Question:
+        reasoning, answer = case
+        return _Question(tail=_last_lines(reasoning, self._section.reasoning_lines), answer=answer)
+
+    def _key(self, question: _Question) -> str:
+        settings = {"temperature": self._section.temperature, "max_tokens": self._section.max_tokens}
+        return question_key(self._judge.identity, settings, question.messages)
+
+    def _connections(self) -> list[JudgeEndpoint]:
+        """To the servers in service now. Connections belong to an event loop, and each batch may run in a new one."""
+        wanted = self._judge.endpoints()
+        for url, key in wanted:
+            if (url, key) not in self._clients:
+                client = JudgeEndpoint(self._section, url, key=key or "none", models=self._judge.models)
+                self._clients[url, key] = client
+        self._slots = self._slots or asyncio.Semaphore(self._section.max_concurrency * len(wanted))
+        return [self._clients[address] for address in wanted]
+
+    def _report(self, failures: Sequence[Exception]) -> None:
         if failures:
             logger.warning(
                 "judge: no verdict on %d of %d questions after %d attempts each (%d not tried); the last reason: %r",
                 len(failures) + self.counts["not_tried"],
-                len(questions),
+                len(self._asked),
                 self._section.retries + 1,
                 self.counts["not_tried"],
                 failures[-1],
             )
-        return {
-            q: answer if isinstance(answer, str) else "unknown" for q, answer in zip(questions, answers, strict=True)
-        }
 
-    async def _ask(
-        self, question: _Question, servers: Sequence[JudgeEndpoint], slots: asyncio.Semaphore
+    async def _after_trial(
+        self, question: _Question, servers: Sequence[JudgeEndpoint]
     ) -> JudgeVerdict | Exception | None:
+        if self._trial is not None and self._trial is not asyncio.current_task():
+            await asyncio.wait([self._trial])
+        return await self._ask(question, servers)
+
+    async def _ask(self, question: _Question, servers: Sequence[JudgeEndpoint]) -> JudgeVerdict | Exception | None:
         """The verdict, or why there is none; None when the breaker is open."""
+        assert self._slots is not None
         server = cycle(servers)
+        breaker = self._judge.breaker
         attempts = AsyncRetrying(
             retry=retry_if_exception_type(_FAILURES),
             stop=stop_after_attempt(self._section.retries + 1),
@@ -189,16 +241,16 @@ class ConsistencyJudge:
         try:
             async for attempt in attempts:
                 with attempt:
-                    async with slots:
-                        if attempt.retry_state.attempt_number == 1 and not self._breaker.admits():
+                    async with self._slots:
+                        if attempt.retry_state.attempt_number == 1 and not breaker.admits():
                             self.counts["not_tried"] += 1
                             return None
                         self.counts["calls"] += 1
                         verdict = _read_verdict(await next(server).reply(question.messages))
         except _FAILURES as failure:
-            self._breaker.failure()
+            breaker.failure()
             return failure
-        self._breaker.success()
+        breaker.success()
         return verdict
 
 
@@ -229,7 +281,7 @@ def _read_verdict(reply: str) -> JudgeVerdict:
 
 
 class JudgeEndpoint:
-    """A connection to one server; an async context manager that belongs to one event loop.
+    """A connection to one server; belongs to one event loop.
 
     Args:
         key: the API key or bearer token.
@@ -249,12 +301,7 @@ class JudgeEndpoint:
             max_retries=0,  # the caller retries, on another server where there is one
         )
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def close(self) -> None:
         await self._client.close()
 
     async def reply(self, messages: list[dict[str, Any]]) -> str:

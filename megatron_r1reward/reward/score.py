@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from megatron_r1reward.config.schema import RewardSection
-from megatron_r1reward.reward.consistency import ConsistencyJudge
+from megatron_r1reward.network.loop import EventLoopThread
+from megatron_r1reward.reward.consistency import ConsistencyJudge, JudgeBatch
 from megatron_r1reward.reward.rules import (
-    ParsedResponse,
     combine,
     consistency_value,
     format_reward,
@@ -18,6 +19,7 @@ from megatron_r1reward.reward.rules import (
 )
 from megatron_r1reward.types import JudgeVerdict, Label, Rollout, ScoredRollout
 
+_Case = tuple[str, Label]  # a reasoning, and the answer that it should support
 _JUDGE_COUNTS = ("cached", "over_budget", "not_tried", "steps_without")
 
 
@@ -35,13 +37,72 @@ class RewardScorer:
             raise ValueError("reward.use_judge is true, but there is no judge: configure [judge], or set it to false")
         self._section = section
         self._judge = judge if section.use_judge else None
+        self._loop: EventLoopThread | None = (
+            None  # of all batches under way: they share connections' limits and breaker
+        )
+        self._batches = 0
+        self._lock = threading.Lock()  # of the two above
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], dict[str, int]]:
-        """`score_async` for callers without an event loop."""
-        return asyncio.run(self.score_async(rollouts))
+        """All rollouts of a batch at once; see `ScoringBatch.finish`."""
+        with self.begin() as batch:
+            return batch.finish(rollouts)
 
-    async def score_async(self, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], dict[str, int]]:
-        """Scored rollouts in the given order, and counts over them.
+    @contextmanager
+    def begin(self) -> Iterator[ScoringBatch]:
+        """A batch that is scored as its rollouts come; what it still asks at the end of the block is given up."""
+        if self._judge is None:
+            yield ScoringBatch(self._section)
+            return
+        judge_batch = JudgeBatch(self._judge)
+        with self._lock:
+            self._batches += 1
+            self._loop = loop = self._loop or EventLoopThread("judge-calls")
+        try:
+            loop.run(judge_batch.__aenter__())
+            yield ScoringBatch(self._section, judge=judge_batch, loop=loop)
+        finally:
+            loop.run(judge_batch.aclose())
+            with self._lock:
+                self._batches -= 1
+                if self._batches == 0:
+                    self._loop = None
+                    loop.close()
+
+
+class ScoringBatch:
+    """The rollouts of one step, in slots (prompts) that may be filled in any order, from any thread.
+
+    The judge is asked about a slot's right answers when the slot is filled. Where only so many questions may be asked
+    per step it must be the first ones: then a slot waits until all before it are filled.
+    """
+
+    def __init__(
+        self, section: RewardSection, *, judge: JudgeBatch | None = None, loop: EventLoopThread | None = None
+    ) -> None:
+        self._section, self._judge, self._loop = section, judge, loop
+        self._held: dict[int, list[_Case]] = {}
+        self._next = 0  # the first slot that is not filled
+        self._lock = threading.Lock()
+
+    def add(self, slot: int, rollouts: Sequence[Rollout]) -> None:
+        """Slot `slot` is filled, with nothing if its prompt failed. Returns at once."""
+        if self._judge is None or self._loop is None:
+            return
+        with self._lock:
+            self._held[slot] = [case for rollout in rollouts if (case := _question_of(rollout)) is not None]
+            if not self._judge.counts_questions:
+                ready = self._held.pop(slot)
+            else:
+                ready = []
+                while self._next in self._held:
+                    ready += self._held.pop(self._next)
+                    self._next += 1
+            if ready:  # within the lock: questions are asked in this order
+                self._loop.submit(_ask(self._judge, ready))
+
+    def finish(self, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], dict[str, int]]:
+        """Scored rollouts in the given order, which is that of the slots, and counts over them. Waits for the judge.
 
         Counts: `judge_asked`, `judge_consistent`, `judge_inconsistent`, `judge_unknown`, `unparsable` (no answer that
         is exactly 1 or 2) and `answer_1` (a drift away from half of the rollouts means position bias); of the judge
@@ -51,20 +112,17 @@ class RewardScorer:
         Raises:
             JudgeDownError: the judge has been silent for too long.
         """
-        parsed = [parse_response(rollout.text) for rollout in rollouts]
-        right = [i for i, rollout in enumerate(rollouts) if parsed[i].answer == rollout.prompt.label]
-        cases = [(parsed[i].reasoning, rollouts[i].prompt.label) for i in right]
-        verdicts = dict(zip(right, await self._verdicts(cases), strict=True))
-        scored = [self._scored(rollouts[i], parsed[i], verdicts.get(i, "not_asked")) for i in range(len(rollouts))]
+        verdicts: Mapping[int, JudgeVerdict] = {}
+        if self._judge is not None and self._loop is not None:
+            cases = {i: case for i, rollout in enumerate(rollouts) if (case := _question_of(rollout)) is not None}
+            given = self._loop.run(self._judge.verdicts(list(cases.values())))
+            verdicts = dict(zip(cases, given, strict=True))
+        scored = [self._scored(rollout, verdicts.get(i, "not_asked")) for i, rollout in enumerate(rollouts)]
         judge = self._judge.counts if self._judge is not None else Counter[str]()
         return scored, count(scored) | {f"judge_{name}": judge[name] for name in _JUDGE_COUNTS}
 
-    async def _verdicts(self, cases: Sequence[tuple[str, Label]]) -> Sequence[JudgeVerdict]:
-        if self._judge is None:
-            return ["not_asked"] * len(cases)
-        return await self._judge.judge_many(cases)
-
-    def _scored(self, rollout: Rollout, parsed: ParsedResponse, verdict: JudgeVerdict) -> ScoredRollout:
+    def _scored(self, rollout: Rollout, verdict: JudgeVerdict) -> ScoredRollout:
+        parsed = parse_response(rollout.text)
         formatted = format_reward(parsed)
         result = result_reward(parsed, rollout.prompt.label)
         consistency = consistency_value(verdict, self._section.consistency_levels)
@@ -77,6 +135,16 @@ class RewardScorer:
             predicted=parsed.answer,
             verdict=verdict,
         )
+
+
+def _question_of(rollout: Rollout) -> _Case | None:
+    """What the judge is asked about a right answer."""
+    parsed = parse_response(rollout.text)
+    return (parsed.reasoning, rollout.prompt.label) if parsed.answer == rollout.prompt.label else None
+
+
+async def _ask(judge: JudgeBatch, cases: Sequence[_Case]) -> None:
+    judge.ask(cases)
 
 
 def count(scored: Sequence[ScoredRollout]) -> dict[str, int]:

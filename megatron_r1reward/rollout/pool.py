@@ -30,6 +30,8 @@ from megatron_r1reward.weight_sync.transport import Transport
 from megatron_r1reward.weight_sync.weights import WeightPushError
 
 Progress = Callable[[int, int], None]  # (prompts done, prompts in all); called on the pool's thread
+# (place of the prompt, its samples without the quarantined ones; none: it failed); called on the pool's thread
+Arrived = Callable[[int, Sequence[Rollout]], None]
 
 SERVED_NAME = "policy"
 
@@ -145,6 +147,7 @@ class RolloutPool:
         n: int = 1,
         seed: int,
         progress: Progress | None = None,
+        arrived: Arrived | None = None,
     ) -> Future[GenerateResult]:
         """Start sampling `n` responses per prompt and return at once; cancel the future to give up.
 
@@ -152,6 +155,7 @@ class RolloutPool:
 
         Args:
             seed: with the prompt's id it determines the tokens, whichever server samples them.
+            arrived: hears of every prompt as soon as its samples are there, while others are still sampled.
 
         Raises (the first two at once, the last by the future):
             ValueError: n is impossible with these settings, or two prompts have one id.
@@ -173,9 +177,9 @@ class RolloutPool:
         if self._pusher is not None and self._pusher.broken is not None:
             raise WeightPushError(f"the servers are paused after a failed weight push: {self._pusher.broken}")
         if self._colocation is None:
-            return self.group.loop.submit(self._generate(prompts, sampling, n, seed, progress))
+            return self.group.loop.submit(self._generate(prompts, sampling, n, seed, progress, arrived))
         end = self._colocation.machine.begin_generation()
-        future = self.group.loop.submit(_then(end, self._generate(prompts, sampling, n, seed, progress)))
+        future = self.group.loop.submit(_then(end, self._generate(prompts, sampling, n, seed, progress, arrived)))
         future.add_done_callback(lambda _: end())  # cancelled before it began
         return future
 
@@ -237,22 +241,30 @@ class RolloutPool:
             await self._pusher.admit(member)
 
     async def _generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingSection, n: int, seed: int, progress: Progress | None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingSection,
+        n: int,
+        seed: int,
+        progress: Progress | None,
+        arrived: Arrived | None,
     ) -> GenerateResult:
         request = _Request(sampling=sampling, n=n, seed=seed, counts=Counter())
         done = 0
 
-        async def outcome_of(prompt: Prompt) -> list[Rollout] | FailedPrompt:
+        async def outcome_of(place: int, prompt: Prompt) -> list[Rollout] | FailedPrompt:
             nonlocal done
             outcome = await self._sample(prompt, request)
             done += 1
+            if arrived is not None:
+                arrived(place, [] if isinstance(outcome, FailedPrompt) else list(filter(self._is_usable, outcome)))
             if progress is not None:
                 progress(done, len(prompts))
             return outcome
 
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(outcome_of(prompt)) for prompt in prompts]
+                tasks = [group.create_task(outcome_of(place, prompt)) for place, prompt in enumerate(prompts)]
         except* NoServerError as errors:
             raise ServerError(str(errors.exceptions[0])) from None
         return self._account(prompts, n, [task.result() for task in tasks], request.counts)
@@ -262,7 +274,7 @@ class RolloutPool:
     ) -> GenerateResult:
         samples = [rollout for outcome in outcomes if not isinstance(outcome, FailedPrompt) for rollout in outcome]
         failed = tuple(outcome for outcome in outcomes if isinstance(outcome, FailedPrompt))
-        usable = tuple(rollout for rollout in samples if self._banned_ids.isdisjoint(rollout.token_ids))
+        usable = tuple(filter(self._is_usable, samples))
         account = Accounting(
             asked=len(prompts),
             answered=len(outcomes) - len(failed),
@@ -276,9 +288,12 @@ class RolloutPool:
         return GenerateResult(
             rollouts=usable,
             failed=failed,
-            quarantined=tuple(rollout for rollout in samples if not self._banned_ids.isdisjoint(rollout.token_ids)),
+            quarantined=tuple(rollout for rollout in samples if not self._is_usable(rollout)),
             accounting=account,
         )
+
+    def _is_usable(self, rollout: Rollout) -> bool:
+        return self._banned_ids.isdisjoint(rollout.token_ids)
 
     async def _sample(self, prompt: Prompt, request: _Request) -> list[Rollout] | FailedPrompt:
         """All samples of one prompt from one server, or the reason why there are none."""

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from megatron_r1reward.config.schema import RunConfig
@@ -14,7 +15,7 @@ from megatron_r1reward.data.curriculum import Curriculum, is_informative
 from megatron_r1reward.data.loader import PromptLoader
 from megatron_r1reward.monitor.timeline import Timeline
 from megatron_r1reward.reward.rules import parse_response
-from megatron_r1reward.reward.score import RewardScorer, count
+from megatron_r1reward.reward.score import RewardScorer, ScoringBatch, count
 from megatron_r1reward.rollout.accounting import Accounting
 from megatron_r1reward.rollout.pool import GenerateResult, RolloutPool
 from megatron_r1reward.types import Prompt, Rollout, ScoredRollout
@@ -70,37 +71,45 @@ class StepSampler:
         self._timeline = timeline
         self._requests: set[Future[GenerateResult]] = set()
         self._cancelled = False
-        self._lock = threading.Lock()  # of the two above
-        self._scoring = threading.Lock()  # the judge counts by batch
+        self._scoring: dict[int, tuple[ScoringBatch, ExitStack]] = {}  # of steps that are being generated
+        self._lock = threading.Lock()  # of the three above
 
     def generate(self, step: int) -> GeneratedStep:
         """Sample the prompts of step `step`, and with `rl.dynamic_sampling_rounds` others in place of those whose
         samples were all right or all wrong; what is left of these when the rounds are used up stays in the batch.
 
+        Every response is scored as it comes, so that the judge works while others are still sampled.
+
         Raises:
             CancelledError: `cancel` was called.
             ServerError: all servers have been given up.
         """
-        with self._timeline.phase("generate", step=step + 1):
+        with self._timeline.phase("generate", step=step + 1), ExitStack() as stack:
             started = time.perf_counter()
+            scoring = stack.enter_context(self._scorer.begin())
             prompts = self._loader.batch(step, self._config.rl.rollout_batch_size)
-            groups, account = self._sample(prompts)
+            rounds_left = self._config.rl.dynamic_sampling_rounds
+            groups, account = self._sample(prompts, range(len(prompts)), scoring)
             used = {prompt.preference_id for prompt in prompts}
             rounds = resampled = 0
-            while rounds < self._config.rl.dynamic_sampling_rounds and (poor := _uninformative(groups)):
+            while rounds < rounds_left and (poor := _uninformative(groups)):
                 others = self.curriculum.draw(len(poor), step=step, round_=rounds + 1, used=used)
                 if not others:
                     break
                 used |= {prompt.preference_id for prompt in others}
-                found, further = self._sample(others)
+                found, further = self._sample(others, poor, scoring)
                 account += further
                 rounds += 1
                 for slot, group in zip(poor, found, strict=False):
                     groups[slot] = group or groups[slot]
                     resampled += bool(group)
             seconds = time.perf_counter() - started
-        left = len(_uninformative(groups)) if self._config.rl.dynamic_sampling_rounds else 0
-        if left and rounds == self._config.rl.dynamic_sampling_rounds:
+            with self._lock:
+                if self._cancelled:
+                    raise CancelledError
+                self._scoring[step] = scoring, stack.pop_all()
+        left = len(_uninformative(groups)) if rounds_left else 0
+        if left and rounds == rounds_left:
             log.info("step %d: %d prompts still teach nothing after %d more rounds", step + 1, left, rounds)
         log.debug("step %d: %s", step + 1, account)
         return GeneratedStep(
@@ -114,11 +123,16 @@ class StepSampler:
         )
 
     def score(self, generated: GeneratedStep) -> StepRollouts:
-        """Raises JudgeDownError when the judge has been silent for too long."""
+        """Wait for the rest of the scores. Raises JudgeDownError when the judge has been silent for too long."""
+        with self._lock:
+            begun = self._scoring.pop(generated.step, None)
         with self._timeline.phase("score", step=generated.step + 1):
             started = time.perf_counter()
-            with self._scoring:
+            if begun is None:
                 scored, counts = self._scorer.score(generated.rollouts)
+            else:
+                with begun[1]:
+                    scored, counts = begun[0].finish(generated.rollouts)
             seconds = time.perf_counter() - started
         return StepRollouts(
             generated=replace(generated, rollouts=()), scored=tuple(scored), counts=counts, seconds=seconds
@@ -160,12 +174,24 @@ class StepSampler:
         """Give up what is being generated; nothing can be generated afterwards."""
         with self._lock:
             self._cancelled = True
-            requests = list(self._requests)
+            requests, scoring = list(self._requests), list(self._scoring.values())
+            self._scoring.clear()
         for request in requests:
             request.cancel()
+        for _, stack in scoring:
+            stack.close()
 
-    def _sample(self, prompts: Sequence[Prompt]) -> tuple[list[list[Rollout]], Accounting]:
-        """The samples of each prompt, none where it failed; their accuracies go to the curriculum."""
+    def _sample(
+        self, prompts: Sequence[Prompt], slots: Sequence[int] = (), scoring: ScoringBatch | None = None
+    ) -> tuple[list[list[Rollout]], Accounting]:
+        """The samples of each prompt, none where it failed; their accuracies go to the curriculum. `scoring` gets those
+        that are sure to stay in the batch, in the slots of their prompts."""
+
+        def arrived(place: int, group: Sequence[Rollout]) -> None:
+            stays = not self._config.rl.dynamic_sampling_rounds or not _uninformative([group])
+            if scoring is not None and stays:
+                scoring.add(slots[place], group)
+
         with self._lock:
             if self._cancelled:
                 raise CancelledError
@@ -174,6 +200,7 @@ class StepSampler:
                 self._config.sampling,
                 n=self._config.algorithm.samples_per_prompt,
                 seed=self._config.run.seed,
+                arrived=arrived,
             )
             self._requests.add(request)
         try:

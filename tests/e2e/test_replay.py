@@ -79,7 +79,7 @@ def test_another_micro_batch_budget_changes_rounding_only(
 
 
 def test_under_the_supervisor_no_server_is_started(recorded: RunConfig, tmp_path: Path) -> None:
-    """`r1reward launch`, with images that have moved, too."""
+    """`r1reward launch` starts the trainer alone; its updates are the recorded ones."""
     output, run_file = tmp_path / "run", tmp_path / "rl.toml"
     changed = {"num_threads": 1, "output_dir": output}
     dump_config(replay_of(recorded, output, run=changed), run_file)

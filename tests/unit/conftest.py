@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from scripted_server import Action, ScriptedServer
 
 if TYPE_CHECKING:  # it brings torch along, which most tests can do without
     from fake_vllm import FakeVllm, Fault
@@ -25,3 +26,17 @@ def fake_vllm() -> Iterator[Callable[..., FakeVllm]]:
     yield make
     for fake in fakes:
         fake.stop()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., ScriptedServer]]:
+    """Start scripted judges; they are stopped after the test."""
+    servers: list[ScriptedServer] = []
+
+    def start(*actions: Action) -> ScriptedServer:
+        servers.append(ScriptedServer(actions))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()

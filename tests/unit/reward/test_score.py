@@ -1,6 +1,8 @@
 """Rollouts to rewards, with the judge asked only where it counts."""
 
 import pytest
+from scripted_server import ScriptedServer
+from waiting import wait_until
 
 from megatron_r1reward.config.schema import JudgeSection, RewardSection
 from megatron_r1reward.reward.consistency import ConsistencyJudge
@@ -86,3 +88,55 @@ def test_no_rollouts() -> None:
 def test_a_missing_judge_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"reward\.use_judge is true"):
         RewardScorer(RewardSection(), None)
+
+
+def answers(count: int, *, per_slot: int = 2) -> list[list[Rollout]]:
+    """Slots of right and wrong answers with reasonings of their own."""
+    return [
+        [rollout(f"<think>case {slot} {i}</think><answer>{1 + (slot + i) % 2}</answer>") for i in range(per_slot)]
+        for slot in range(count)
+    ]
+
+
+@pytest.mark.parametrize("budget", [None, 3])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (4, 2, 0, 1, 3), (1,)])
+def test_the_order_of_arrival_changes_nothing(serve, budget: int | None, order: tuple[int, ...]) -> None:
+    """Neither rewards, nor their order, nor which questions are asked where there is a budget."""
+
+    def scorer() -> tuple[RewardScorer, ScriptedServer]:
+        server = serve("1")
+        judge = ConsistencyJudge(JudgeSection(max_calls_per_step=budget), [server.url])
+        return RewardScorer(RewardSection(), judge), server
+
+    slots = answers(5)
+    rollouts = [one for slot in slots for one in slot]
+    at_once, asked_at_once = scorer()
+    expected = at_once.score(rollouts)
+    assert expected[1]["judge_over_budget"] == (2 if budget else 0)
+    one_by_one, asked = scorer()
+    with one_by_one.begin() as batch:
+        for slot in order:
+            batch.add(slot, slots[slot])
+        assert batch.finish(rollouts) == expected
+    assert {str(r) for r in asked.requests} == {str(r) for r in asked_at_once.requests}
+
+
+def test_without_a_budget_a_question_waits_for_nobody(serve) -> None:
+    server = serve("1")
+    server.chat.close()
+    scorer = RewardScorer(RewardSection(), ConsistencyJudge(JudgeSection(), [server.url]))
+    with scorer.begin() as batch:
+        batch.add(3, answers(4)[3])
+        wait_until(lambda: server.chat.inside == 1)
+        server.chat.open()
+
+
+def test_batches_under_way_at_the_same_time_are_counted_apart(serve) -> None:
+    server = serve("1")
+    scorer = RewardScorer(RewardSection(), ConsistencyJudge(JudgeSection(), [server.url]))
+    slots = answers(4)
+    with scorer.begin() as first, scorer.begin() as second:
+        first.add(0, slots[0])
+        second.add(0, slots[1])
+        assert second.finish([*slots[1], *slots[2]])[1]["judge_asked"] == 2
+        assert first.finish(slots[0])[1]["judge_asked"] == 1

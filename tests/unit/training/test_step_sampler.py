@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import CancelledError, Future
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rollouts import rollout, scored
+from waiting import wait_until
 
-from megatron_r1reward.config.schema import DataSection, RunConfig
+from megatron_r1reward.config.schema import DataSection, JudgeSection, RewardSection, RunConfig
 from megatron_r1reward.data.curriculum import Curriculum
 from megatron_r1reward.data.loader import PromptLoader
 from megatron_r1reward.monitor.timeline import Timeline
-from megatron_r1reward.reward.score import count
+from megatron_r1reward.reward.consistency import ConsistencyJudge
+from megatron_r1reward.reward.score import RewardScorer, count
 from megatron_r1reward.rollout.accounting import Accounting, FailedPrompt
-from megatron_r1reward.rollout.pool import GenerateResult
+from megatron_r1reward.rollout.pool import Arrived, GenerateResult
 from megatron_r1reward.training.step_sampler import StepSampler
-from megatron_r1reward.types import Preference, Prompt
+from megatron_r1reward.types import Preference, Prompt, Rollout
 
 SAMPLES = 4
 
@@ -39,7 +43,9 @@ class Pool:
         self.right, self.version = right, version
         self.asked: list[list[Prompt]] = []
 
-    def submit(self, prompts: Sequence[Prompt], sampling: Any, *, n: int, seed: int) -> Future[GenerateResult]:
+    def submit(
+        self, prompts: Sequence[Prompt], sampling: Any, *, n: int, seed: int, arrived: Arrived
+    ) -> Future[GenerateResult]:
         self.asked.append(list(prompts))
         rights = {p.id: self.right.get(p.preference_id, n) for p in prompts}
         rollouts = tuple(
@@ -48,6 +54,8 @@ class Pool:
             if (right := rights[p.id]) is not None
             for i in range(n)
         )
+        for place in reversed(range(len(prompts))):
+            arrived(place, [r for r in rollouts if r.prompt.id == prompts[place].id])
         failed = tuple(FailedPrompt(prompt=p, reason="refused") for p in prompts if rights[p.id] is None)
         account = Accounting(asked=len(prompts), answered=len(prompts) - len(failed), failed=len(failed))
         future: Future[GenerateResult] = Future()
@@ -56,13 +64,32 @@ class Pool:
 
 
 class Scorer:
-    def score(self, rollouts: Any) -> Any:
+    def __init__(self) -> None:
+        self.arrived: list[tuple[int, list[str]]] = []
+
+    @contextmanager
+    def begin(self) -> Iterator[Scorer]:
+        yield self
+
+    def add(self, slot: int, rollouts: Sequence[Rollout]) -> None:
+        self.arrived.append((slot, [one.prompt.preference_id for one in rollouts]))
+
+    def finish(self, rollouts: Any) -> Any:
         found = [scored(one) for one in rollouts]
         return found, count(found) | {"judge_cached": 1, "judge_steps_without": 0}
 
+    score = finish
+
 
 def sampler_of(
-    pool: Pool, tmp_path: Path, *, preferences: int = 12, batch: int = 4, rounds: int = 3, learned: Any = None
+    pool: Any,
+    tmp_path: Path,
+    *,
+    preferences: int = 12,
+    batch: int = 4,
+    rounds: int = 3,
+    learned: Any = None,
+    scorer: Any = None,
 ) -> StepSampler:
     config = RunConfig.model_validate(
         {
@@ -76,7 +103,7 @@ def sampler_of(
     ]
     loader = PromptLoader(rows, Builder(), DataSection(train=tmp_path), seed=0)  # type: ignore[arg-type]
     curriculum = Curriculum(loader, learned)
-    return StepSampler(pool, Scorer(), loader, config, curriculum=curriculum, timeline=Timeline(None))  # type: ignore[arg-type]
+    return StepSampler(pool, scorer or Scorer(), loader, config, curriculum=curriculum, timeline=Timeline(None))
 
 
 def asked(pool: Pool) -> list[list[str]]:
@@ -183,3 +210,70 @@ def test_nothing_is_sampled_after_the_end(tmp_path: Path) -> None:
     sampler.cancel()
     with pytest.raises(CancelledError):
         sampler.generate(0)
+
+
+def test_responses_are_scored_as_they_come(tmp_path: Path) -> None:
+    """In whatever order, but only those that stay: what dynamic sampling replaces is nobody's business."""
+    scorer = Scorer()
+    first = first_batch(tmp_path)
+    sampler_of(Pool({}), tmp_path, rounds=0, scorer=scorer).generate(0)
+    assert scorer.arrived == [(slot, [first[slot]] * SAMPLES) for slot in (3, 2, 1, 0)]
+
+    scorer = Scorer()
+    pool = Pool({f"p{i}": 2 for i in range(12)} | {first[0]: 0, first[2]: SAMPLES})
+    sampler_of(pool, tmp_path, rounds=1, scorer=scorer).generate(0)
+    others = asked(pool)[1]
+    assert [slot for slot, _ in scorer.arrived] == [3, 1, 2, 0]
+    assert [names[0] for _, names in scorer.arrived] == [first[3], first[1], others[1], others[0]]
+
+
+class HeldPool(Pool):
+    """Three prompts have arrived; the last one arrives when it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+        self.let_go = threading.Event()
+
+    def submit(self, prompts: Sequence[Prompt], sampling: Any, **options: Any) -> Future[GenerateResult]:
+        arrived = options.pop("arrived")
+        late: list[tuple[int, Sequence[Rollout]]] = []
+
+        def hold(place: int, group: Sequence[Rollout]) -> None:
+            late.append((place, group)) if place == len(prompts) - 1 else arrived(place, group)
+
+        done = super().submit(prompts, sampling, **options, arrived=hold)
+        future: Future[GenerateResult] = Future()
+
+        def release() -> None:
+            assert self.let_go.wait(120)
+            arrived(*late[0])
+            future.set_result(done.result())
+
+        threading.Thread(target=release).start()
+        return future
+
+
+@pytest.mark.parametrize("slow", ["sampling", "judge"])
+def test_judge_and_servers_work_at_the_same_time(slow: str, serve: Any, tmp_path: Path) -> None:
+    """The judge is asked while others are still sampled, and sampling ends while the judge still thinks."""
+    server, pool = serve("1"), HeldPool()
+    server.chat.close()
+    judge = ConsistencyJudge(JudgeSection(), [server.url])
+    sampler = sampler_of(pool, tmp_path, rounds=0, scorer=RewardScorer(RewardSection(), judge))
+    with ThreadPoolExecutor(2) as threads:
+        generating = threads.submit(sampler.generate, 0)
+        wait_until(lambda: server.chat.inside == 1)  # all have the same reasoning: one question
+        assert not generating.done()
+        if slow == "sampling":
+            server.chat.open()
+            wait_until(lambda: len(server.requests) == 1)
+        pool.let_go.set()
+        generated = generating.result(120)
+        scoring = threads.submit(sampler.score, generated)
+        if slow == "judge":
+            assert not scoring.done()
+            server.chat.open()
+        batch = scoring.result(120)
+    assert [item.verdict for item in batch.scored] == ["consistent"] * 4 * SAMPLES
+    assert [item.rollout for item in batch.scored] == list(generated.rollouts)
+    assert len(server.requests) == 1
