@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from reporting import print_table, write_json
 
-from megatron_r1reward.checkpoint import safetensors_layout as st
 from megatron_r1reward.conversion.weight_source import meta_template
+from megatron_r1reward.model_folder import safetensors_layout as st
 
 CONFIG = Path(__file__).parents[1] / "tests/data/qwen2_5_vl_7b/config.json"
 SPEED_GOAL, MEMORY_GOAL_GB = 0.6, 2.0

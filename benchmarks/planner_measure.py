@@ -19,12 +19,12 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_r1reward.config.load import load_config
 from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.model_folder.shape import read_shape
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.planner.activations import Numerics, stage_activations
 from megatron_r1reward.planner.memory import state_bytes
 from megatron_r1reward.planner.parameters import stage_tensors
 from megatron_r1reward.planner.planned_layout import trainer_layout
-from megatron_r1reward.planner.shapes import read_shape
 from megatron_r1reward.planner.workload import MicroBatch
 from megatron_r1reward.training.schedule import train_micro_batches
 from megatron_r1reward.training.sft import cross_entropy

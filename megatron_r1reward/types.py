@@ -121,6 +121,12 @@ class PackedBatch:
         return int(self.input_ids.shape[1])
 
 
+_ITEM_BYTES = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int64": 8,
+    "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class TensorMeta:
     """A tensor without its values."""
@@ -148,4 +154,7 @@ class TensorMeta:
 
     @property
     def num_bytes(self) -> int:
-        return self.numel * self.torch_dtype.itemsize
+        """ValueError when the dtype is none that files hold."""
+        if self.dtype not in _ITEM_BYTES:
+            raise ValueError(f"tensor {self.name}: {self.dtype!r} is none of {', '.join(_ITEM_BYTES)}")
+        return self.numel * _ITEM_BYTES[self.dtype]

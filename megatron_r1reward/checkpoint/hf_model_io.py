@@ -10,28 +10,28 @@ import torch
 from megatron.core import parallel_state
 from safetensors import safe_open
 
-from megatron_r1reward.checkpoint import safetensors_layout as st
 from megatron_r1reward.files import publish_folder
-from megatron_r1reward.models.mapping import Entry, WeightTable, global_name
+from megatron_r1reward.model_folder import safetensors_layout as st
+from megatron_r1reward.model_folder.dtypes import config_for
+from megatron_r1reward.model_folder.folder_weights import read_folder_weights
+from megatron_r1reward.model_folder.weight_table import Entry, WeightTable, global_name
 from megatron_r1reward.types import TensorMeta
 
 
 class HfReader:
-    """Lazy access to the tensors of a checkpoint folder, by the table's names where one is given."""
+    """Lazy access to the tensors of a model folder, by the names of its weight table, `table`.
 
-    def __init__(self, folder: Path, table: WeightTable | None = None) -> None:
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} is not a Hugging Face checkpoint: config.json is missing")
-        self.folder = folder
-        self.files: dict[str, tuple[Path, str]] = {}
-        for file in st.read_folder(folder):
-            for tensor in file.tensors:
-                name = tensor.meta.name if table is None else table.canonical(tensor.meta.name)
-                self.files[name] = (folder / file.name, tensor.meta.name)
+    Raises:
+        ValueError: as `read_folder_weights`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        weights = read_folder_weights(folder, trainable=True)
+        files = {place.meta.name: folder / file.name for file in weights.files for place in file.tensors}
+        self.folder, self.table = folder, weights.table
+        self.files = {name: (files[on_disk], on_disk) for name, on_disk in weights.on_disk.items()}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self.files:
-            raise ValueError(f"{self.folder} has no tensor {name!r}: is it a checkpoint of this model family?")
         path, on_disk = self.files[name]
         with safe_open(path, framework="pt") as opened:
             return opened.get_tensor(on_disk)
@@ -52,19 +52,20 @@ def tensor_parallel_place(entry: Entry) -> tuple[int, int]:
 
 @torch.no_grad()
 def load_hf_weights(model: torch.nn.Module, folder: Path, table: WeightTable) -> None:
-    """Copy every parameter of this rank's stage from `folder`.
+    """Copy every parameter of this rank's stage from `folder`. `table` is that of the model, as it names and cuts its
+    parameters; how the folder stores them is the folder's own table's matter.
 
     Raises:
-        ValueError: a tensor is missing or a parameter has no entry in the table.
+        ValueError: the folder's tensors are not those of its configuration.
     """
-    reader = HfReader(folder, table)
+    reader = HfReader(folder)
+    stored = {entry.saved_as or entry.megatron: entry for entry in reader.table}
     for name, parameter in model.named_parameters():
-        entry = table.by_megatron.get(global_name(model, name))
-        if entry is None:
-            raise ValueError(f"parameter {name!r} has no entry in the weight table")
+        ours = table.by_megatron[global_name(model, name)]
+        entry = stored[ours.saved_as or ours.megatron]
         full = entry.layout.merge(tuple(entry.hf_part(reader[part]) for part in entry.hf))
-        size, rank = tensor_parallel_place(entry)
-        shard = entry.layout.shard(full, size, rank)
+        size, rank = tensor_parallel_place(ours)
+        shard = ours.layout.shard(full, size, rank)
         if shard.shape != parameter.shape:
             raise ValueError(f"{entry.hf}: {tuple(shard.shape)} does not fit {name} {tuple(parameter.shape)}")
         parameter.copy_(shard)
@@ -88,6 +89,7 @@ def save_hf_folder(
         for _ in tensors:
             pass
         return
+    sides = st.side_files(template)  # a link that leads nowhere is found before anything is written
     staging = out.with_name(out.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -104,8 +106,8 @@ def save_hf_folder(
     assert next(stream, None) is None
     if len(files) > 1:
         (staging / st.INDEX).write_text(st.index_text(files))
-    for path in st.side_files(template):
-        shutil.copyfile(path, staging / path.name)
+    st.copy_side_files(template, sides, staging)
+    (staging / "config.json").write_text(config_for((template / "config.json").read_text(), {m.dtype for m in metas}))
     publish_folder(staging, out)
 
 

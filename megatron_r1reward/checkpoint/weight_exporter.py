@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_r1reward.models.mapping import Entry, WeightTable, global_name
+from megatron_r1reward.model_folder.weight_table import Entry, WeightTable, global_name
 from megatron_r1reward.parallel.chunks import chunks_of
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.types import TensorMeta

@@ -40,6 +40,9 @@ def merge_folders(
     sources = Sources()
     members = [WeightSource(folder, sources, template=template) for folder in folders]
     first = members[0]
+    for member in members:
+        if member.shape.quantized is not None:
+            raise ValueError(f"{member.folder} is quantized by {member.shape.quantized!r}: merge what it was made from")
     tensors = {}
     for name, on_disk in first.on_disk.items():
         parts = []

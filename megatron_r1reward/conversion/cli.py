@@ -98,7 +98,7 @@ def inspect(
 ) -> None:
     """What is in it: kind, tensors, bytes, dtypes; of a training checkpoint step, layout, run, score."""
     with _user_errors():
-        from megatron_r1reward.conversion.verify import inspect as look
+        from megatron_r1reward.conversion.inspect_folder import inspect as look
 
         facts = look(folder)
         if as_json:

@@ -7,20 +7,21 @@ on from there when it is started again.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_r1reward.checkpoint import safetensors_layout as st
 from megatron_r1reward.checkpoint.manifest import write_manifest
 from megatron_r1reward.checkpoint.streaming import JOURNAL, Job, Sources, run_jobs
-from megatron_r1reward.conversion.torch_dist_folder import Chunk, aligned, archive, write_index
+from megatron_r1reward.conversion.torch_dist_folder import Chunk, aligned, archive, megatron_shape, write_index
 from megatron_r1reward.conversion.weight_source import TEMPLATE, HfTensor, WeightSource
-from megatron_r1reward.files import publish_folder
-from megatron_r1reward.models.mapping import Entry
+from megatron_r1reward.files import exclusive, publish_folder
+from megatron_r1reward.model_folder import safetensors_layout as st
+from megatron_r1reward.model_folder.dtypes import check_dtype, config_for
 from megatron_r1reward.types import TensorMeta
 
 _FILE_BYTES = 2 << 30  # of one file of an imported checkpoint: enough files for parallel reading
@@ -35,14 +36,27 @@ class ConversionSummary:
     files: int
 
 
-def _staging(out: Path) -> Path:
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """The folder that a conversion to `out` works in; no other process works in it meanwhile.
+
+    Raises:
+        ValueError: `out` exists, or another conversion is writing it.
+    """
     if out.exists():
         raise ValueError(f"{out} exists: choose another name or remove it first")
-    return out.with_name(out.name + ".partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(out.with_name(f".{out.name}.lock")):
+            yield out.with_name(out.name + ".partial")
+    except BlockingIOError:
+        raise ValueError(f"another conversion is writing {out}: choose another name, or wait for it") from None
 
 
 def _publish(staging: Path, out: Path) -> None:
     (staging / JOURNAL).unlink()
+    if out.exists():  # whatever came there meanwhile is not ours to replace
+        raise ValueError(f"{out} appeared while it was written: remove it and start again, {staging} is complete")
     publish_folder(staging, out)
 
 
@@ -71,9 +85,16 @@ def import_folder(
             is too small.
     """
     sources = Sources()
+    if dtype is not None:
+        check_dtype(dtype)
     source = WeightSource(folder, sources, without_values=dry_run)
     if source.is_distributed:
         raise ValueError(f"{folder} is a distributed checkpoint already: use export")
+    if source.shape.quantized is not None:
+        raise ValueError(
+            f"{folder} holds weights quantized by {source.shape.quantized!r}, which are for serving: import the folder "
+            "that they were made from"
+        )
     chunks, jobs = _import_jobs(source, dtype)
     summary = ConversionSummary(
         tensors=len(jobs), bytes=sum(job.length for job in jobs), files=len({job.file for job in jobs})
@@ -81,15 +102,15 @@ def import_folder(
     if dry_run:
         return summary
     _check_tie(source)
-    staging = _staging(out)
     fingerprint = {"import": source.description(), "dtype": dtype}
-    written = run_jobs(
-        staging, jobs, sources, threads=threads or default_threads(), fingerprint=fingerprint, progress=progress
-    )
-    source.template.save(staging / TEMPLATE)
-    write_index(staging, chunks, {"source": folder.name})
-    write_manifest(staging, written, kind="weights", exclude=(JOURNAL,))
-    _publish(staging, out)
+    with _staging(out) as staging:
+        written = run_jobs(
+            staging, jobs, sources, threads=threads or default_threads(), fingerprint=fingerprint, progress=progress
+        )
+        source.template.save(staging / TEMPLATE)
+        write_index(staging, chunks, {"source": folder.name})
+        write_manifest(staging, written, kind="weights", exclude=(JOURNAL,))
+        _publish(staging, out)
     sources.close()
     return summary
 
@@ -116,7 +137,10 @@ def _import_jobs(source: WeightSource, dtype: str | None) -> tuple[list[Chunk], 
     for entry in source.table:
         parts = [source.meta(name) for name in entry.hf]
         target = getattr(torch, dtype) if dtype else parts[0].dtype
-        shape = _megatron_shape(entry, parts, source.folder, convert=dtype is not None)
+        if any(part.dtype != parts[0].dtype for part in parts) and dtype is None:
+            names = ", ".join(f"{name} {part.dtype}" for name, part in zip(entry.hf, parts, strict=True))
+            raise ValueError(f"{source.folder}: {names} become one parameter: choose one dtype with --dtype")
+        shape = megatron_shape(entry)
         key = source.table.checkpoint_key(entry)
         wrapper = archive(target, (*(1 for _ in key.index), *shape))
         length = wrapper.length(torch.Size(shape).numel() * target.itemsize)
@@ -140,22 +164,6 @@ def _import_jobs(source: WeightSource, dtype: str | None) -> tuple[list[Chunk], 
     return chunks, jobs
 
 
-def _megatron_shape(entry: Entry, parts: list[torch.Tensor], folder: Path, *, convert: bool) -> tuple[int, ...]:
-    """Shape of the merged parameter, from tensors without values; ValueError when the parts do not fit each other."""
-    names = ", ".join(f"{name} {tuple(part.shape)}" for name, part in zip(entry.hf, parts, strict=True))
-    if any(part.dtype != parts[0].dtype for part in parts) and not convert:
-        raise ValueError(f"{folder}: {names} have different dtypes: choose one with --dtype")
-    elements = tuple(entry.hf_part(part) for part in parts)
-    try:
-        full = entry.layout.merge(elements)
-        back = entry.layout.split(full)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder}: {names} do not make {entry.megatron}: {error}") from error
-    if [part.shape for part in back] != [part.shape for part in elements]:
-        raise ValueError(f"{folder}: {names} do not have the shapes that config.json says")
-    return tuple(full.shape)
-
-
 def export_folder(
     folder: Path,
     out: Path,
@@ -173,14 +181,20 @@ def export_folder(
 
     Args:
         template: the original folder; None: what the import kept, or the run's `model.path`.
-        dtype: of all weights; None: the original tensors' own.
+        dtype: of all weights; None: the original tensors' own. `config.json` names it.
 
     Raises:
         ValueError: the checkpoint is damaged or of another model, `out` exists, or the disk is too small.
     """
     sources = Sources()
+    if dtype is not None:
+        check_dtype(dtype)
     source = WeightSource(folder, sources, template=template)
-    original = {t.meta.name: t.meta.dtype for f in source.template.files for t in f.tensors}
+    if not source.is_distributed:
+        raise ValueError(f"{folder} is a Hugging Face folder already: use import, merge or export --fp8")
+    original = {t.meta.name: t.meta.dtype for f in source.template.weights.files for t in f.tensors}
+    # Rotary buffers of the original folder follow from config.json; no checkpoint holds them.
+    original = {name: kept for name, kept in original.items() if name not in source.template.weights.extra}
     tensors = {name: source.tensor(name) for name in original}
     wanted = {name: replace(tensor.meta, dtype=dtype or original[name]) for name, tensor in tensors.items()}
     summary = write_hf_folder(
@@ -230,16 +244,18 @@ def write_hf_folder(
     summary = ConversionSummary(tensors=len(jobs), bytes=sum(job.length for job in jobs), files=len(files))
     if dry_run:
         return summary
-    staging = _staging(out)
-    run_jobs(staging, jobs, sources, threads=threads, fingerprint=options, progress=progress)
-    for path in source.template.side_files:
-        (staging / path.name).write_bytes(path.read_bytes())
-    unchanged = tuple(files) == source.template.files
-    if source.template.index is not None:
-        (staging / st.INDEX).write_text(source.template.index if unchanged else st.index_text(files))
-    for name, text in (extra_files or {}).items():
-        (staging / name).write_text(text)
-    _publish(staging, out)
+    template = source.template
+    config = config_for((template.folder / "config.json").read_text(), {t.meta.dtype for f in files for t in f.tensors})
+    texts = {"config.json": config}
+    if template.weights.index is not None:
+        unchanged = tuple(files) == template.weights.files
+        texts[st.INDEX] = template.weights.index if unchanged else st.index_text(files)
+    with _staging(out) as staging:
+        run_jobs(staging, jobs, sources, threads=threads, fingerprint=options, progress=progress)
+        st.copy_side_files(template.folder, template.side_files, staging)
+        for name, text in (texts | (extra_files or {})).items():
+            (staging / name).write_text(text)
+        _publish(staging, out)
     return summary
 
 
@@ -247,10 +263,10 @@ def _output_files(source: WeightSource, metas: Sequence[TensorMeta]) -> list[st.
     """The template's files where nothing about a tensor changes, else new headers for the same grouping."""
     by_name = {meta.name: meta for meta in metas}
     files = []
-    for original in source.template.files:
+    for original in source.template.weights.files:
         names = [t.meta.name for t in original.tensors]
         added = [meta for meta in metas if meta.name not in source.on_disk.values() and _belongs(meta.name, names)]
-        wanted = [by_name[name] for name in names] + added
+        wanted = [by_name[name] for name in names if name in by_name] + added
         if wanted == [t.meta for t in original.tensors]:
             files.append(original)
         else:

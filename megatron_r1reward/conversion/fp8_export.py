@@ -67,8 +67,10 @@ def export_fp8(
     """
     sources = Sources()
     source = WeightSource(folder, sources, template=template)
-    if any(entry.stacked for entry in source.table):
-        raise ValueError(f"{folder}: FP8 export of stacked experts is not supported; serve the bfloat16 folder")
+    if source.shape.quantized is not None:
+        raise ValueError(f"{folder} is quantized by {source.shape.quantized!r} already: name what it was made from")
+    if any(entry.expert is not None for entry in source.table):
+        raise ValueError(f"{folder}: FP8 export of experts is not supported; serve the bfloat16 folder")
     tensors: dict[str, HfTensor] = {}
     for name, on_disk in source.on_disk.items():
         tensor = source.tensor(on_disk)
@@ -85,7 +87,7 @@ def export_fp8(
             meta=TensorMeta(name=scales, dtype="float32", shape=shape),
             views=lambda tensor=tensor: _quantized(tensor, 1),  # type: ignore[misc]
         )
-    config = json.loads(next(p for p in source.template.side_files if p.name == "config.json").read_text())
+    config = json.loads((source.template.folder / "config.json").read_text())
     config["quantization_config"] = quantization_config(["lm_head", "re:.*visual.*"])
     summary = write_hf_folder(
         out,

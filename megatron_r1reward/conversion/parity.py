@@ -14,8 +14,7 @@ from megatron_r1reward.checkpoint.dist import load_weights
 from megatron_r1reward.checkpoint.hf_model_io import load_hf_weights
 from megatron_r1reward.checkpoint.streaming import Sources
 from megatron_r1reward.config.schema import MoeSection, ParallelSection, PrecisionSection
-from megatron_r1reward.conversion.torch_dist_folder import FORMAT_FILE
-from megatron_r1reward.conversion.weight_source import WeightSource
+from megatron_r1reward.conversion.weight_source import FORMAT_FILE, WeightSource
 from megatron_r1reward.data.packing import Packer
 from megatron_r1reward.data.pixels import ImageProcessor
 from megatron_r1reward.models.registry import family_of, load_hf_config

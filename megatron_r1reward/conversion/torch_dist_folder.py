@@ -31,16 +31,17 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_r1reward.checkpoint.streaming import Sources
+from megatron_r1reward.conversion.weight_source import FORMAT_FILE
 from megatron_r1reward.files import write_text
-from megatron_r1reward.models.mapping import CheckpointKey
+from megatron_r1reward.model_folder.weight_table import CheckpointKey, Entry, Layout, Shape, Vocabulary, WeightTable
 from megatron_r1reward.types import TensorMeta
 
-FORMAT_FILE = "metadata.json"
 _FORMAT = (
     '{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
     '"common_backend": "torch", "common_backend_version": 1}'
 )
 _ALIGNMENT = 64
+_NOT_WEIGHTS = ("optimizer.", "random_state", "chained_")  # what training saves beside them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,14 @@ def _locate(handle: IO[bytes], offset: int, length: int) -> tuple[torch.Tensor, 
         tensor = torch.load(_view(handle, offset, length), weights_only=True)
     start = tensor.untyped_storage()._checkpoint_offset
     return tensor, offset + int(start)
+
+
+def _archived(handle: IO[bytes], info: _StorageInfo, key: str) -> tuple[torch.Tensor, int]:
+    """`_locate` of a checkpoint's tensor; ValueError where the file is damaged there."""
+    try:
+        return _locate(handle, info.offset, info.length)
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{handle.name}: the archive of {key} at {info.offset} is damaged ({error})") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +134,24 @@ def write_index(folder: Path, chunks: Iterable[Chunk], content: dict[str, Any]) 
     write_text(folder / FORMAT_FILE, _FORMAT)
 
 
+@cache
+def _merged_shape(layout: Layout, shapes: tuple[Shape, ...]) -> Shape:
+    return tuple(layout.merge(tuple(torch.empty(shape, device="meta") for shape in shapes)).shape)
+
+
+def megatron_shape(entry: Entry) -> Shape:
+    """Of the full parameter, without padding."""
+    return _merged_shape(entry.layout, tuple(shape[1:] if entry.stacked else shape for shape in entry.shapes))
+
+
+def _same_shape(entry: Entry, saved: Shape) -> bool:
+    """Whether a parameter of shape `saved` is this entry's; a vocabulary may be padded."""
+    wanted = megatron_shape(entry)
+    if isinstance(entry.layout, Vocabulary):
+        return len(saved) == 2 and saved[0] >= wanted[0] and saved[1] == wanted[1]
+    return saved == wanted
+
+
 class TorchDistFolder:
     """Lazy access to the parameters of a distributed checkpoint, however it was cut when it was saved.
 
@@ -157,17 +184,53 @@ class TorchDistFolder:
             for key, t in self.tensors.items()
         ]
 
+    def check(self, table: WeightTable, *, where: str) -> None:
+        """ValueError unless the checkpoint holds the parameters of `table`, with these shapes, and no others."""
+        problems, lengths = [], dict[str, list[int]]()
+        for entry in table:
+            key = table.checkpoint_key(entry)
+            lengths.setdefault(key.key, [0] * len(key.index))
+            lengths[key.key] = [max(n, i + 1) for n, i in zip(lengths[key.key], key.index, strict=True)]
+            saved = self.tensors.get(key.key)
+            if saved is None or not _same_shape(entry, tuple(saved.size[len(key.index) :])):
+                found = "missing" if saved is None else f"{list(saved.size[len(key.index) :])}"
+                problems.append(f"{entry.megatron} is {found} instead of {list(megatron_shape(entry))}")
+        for name, axes in lengths.items():
+            if name in self.tensors and list(self.tensors[name].size[: len(axes)]) != axes:
+                problems.append(f"{name} has {list(self.tensors[name].size[: len(axes)])} parts instead of {axes}")
+        for name in self.tensors:
+            if name not in lengths and not name.startswith(_NOT_WEIGHTS) and "_extra_state" not in name:
+                problems.append(f"{name} is unknown")
+        if problems:
+            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise ValueError(
+                f"{where}: the checkpoint is of another model ({'; '.join(problems[:3])}{more}): name the folder that "
+                "it was made from with --template"
+            )
+
+    def dtype(self, key: CheckpointKey) -> str:
+        """Of one parameter, which may differ from layer to layer: torch's name without the prefix."""
+        pieces = self._pieces(key)
+        info = self._places[key.key, tuple(pieces[0].offsets)]
+        with self._sources.open(self.folder / info.relative_path).path.open("rb") as handle:
+            return str(_archived(handle, info, key.key)[0].dtype).removeprefix("torch.")
+
+    def _pieces(self, key: CheckpointKey) -> list[ChunkStorageMetadata]:
+        axes = len(key.index)
+        entry = self.tensors.get(key.key)
+        pieces = [c for c in entry.chunks if tuple(c.offsets[:axes]) == key.index] if entry is not None else []
+        if not pieces:
+            raise ValueError(f"{self.folder} has no parameter {key.key} at {list(key.index)}")
+        return pieces
+
     def parameter(self, key: CheckpointKey) -> torch.Tensor:
         """The parameter at `key`; a view of the file where it was saved in one piece, else put together in memory.
 
         Raises:
             ValueError: the checkpoint does not hold it, or a file is damaged.
         """
-        axes = len(key.index)
-        entry = self.tensors.get(key.key)
-        pieces = [c for c in entry.chunks if tuple(c.offsets[:axes]) == key.index] if entry is not None else []
-        if entry is None or not pieces:
-            raise ValueError(f"{self.folder} has no parameter {key.key} at {list(key.index)}")
+        axes, pieces = len(key.index), self._pieces(key)
+        entry = self.tensors[key.key]
         shape = tuple(entry.size[axes:])
         if len(pieces) == 1 and tuple(pieces[0].sizes[axes:]) == shape:
             return self._chunk(key.key, pieces[0]).reshape(shape)
@@ -185,10 +248,7 @@ class TorchDistFolder:
         info = self._places[key, tuple(piece.offsets)]
         file = self._sources.open(self.folder / info.relative_path)
         with file.path.open("rb") as handle:  # a position of its own: other threads read this file too
-            try:
-                fake, start = _locate(handle, info.offset, info.length)
-            except RuntimeError as error:
-                raise ValueError(f"{file.path}: the archive of {key} at {info.offset} is damaged ({error})") from error
+            fake, start = _archived(handle, info, key)
             if fake.is_contiguous() and fake.storage_offset() == 0:
                 return file.tensor(start, fake.numel() * fake.element_size(), fake.dtype, tuple(fake.shape))
             whole: torch.Tensor = torch.load(_view(handle, info.offset, info.length), weights_only=True)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from megatron_r1reward.checkpoint.manifest import MANIFEST, find_damage, read_manifest
+from megatron_r1reward.checkpoint.manifest import MANIFEST, find_damage
 from megatron_r1reward.checkpoint.streaming import Sources, hash_tensor
-from megatron_r1reward.conversion.torch_dist_folder import FORMAT_FILE, TorchDistFolder
-from megatron_r1reward.conversion.weight_source import WeightSource
+from megatron_r1reward.conversion.weight_source import FORMAT_FILE, WeightSource
 
 
 def verify(
@@ -84,33 +81,3 @@ def _differences(left: WeightSource, right: WeightSource, sources: Sources, thre
         for line in pool.map(compare, [name for name in left.on_disk if name in right.on_disk]):
             if line is not None:
                 yield line
-
-
-def inspect(folder: Path) -> dict[str, Any]:
-    """What is in a folder of either kind: tensors, bytes, dtypes, and for a training checkpoint step, layout, run."""
-    sources = Sources()
-    facts: dict[str, Any] = {"folder": str(folder)}
-    if not (folder / FORMAT_FILE).is_file():
-        source = WeightSource(folder, sources, without_values=True)
-        metas = [t.meta for f in source.template.files for t in f.tensors]
-        facts |= {"kind": "Hugging Face", "files": len(source.template.files), "tied": source.table.tie is not None}
-    else:
-        dist = TorchDistFolder(folder, sources)
-        facts["kind"] = "distributed"
-        problem = next(iter(find_damage(folder, hashes=False)), None)
-        facts["manifest"] = problem or "complete"
-        if problem is None:
-            manifest = read_manifest(folder)
-            facts |= {key: manifest[key] for key in ("kind", "hash", "run", "step", "score") if key in manifest}
-            facts["files"] = len(manifest["files"])
-        if (folder / "state.json").is_file():
-            state = json.loads((folder / "state.json").read_text())
-            facts |= {key: state[key] for key in ("layout", "weight_version", "data") if key in state}
-        metas = dist.metas()
-    sources.close()
-    by_part: dict[str, list[int]] = {}
-    for meta in metas:
-        part = by_part.setdefault(f"{meta.name.split('.')[0]} {meta.dtype}", [0, 0, 0])
-        part[0], part[1], part[2] = part[0] + 1, part[1] + meta.numel, part[2] + meta.num_bytes
-    facts["parts"] = {name: dict(zip(("tensors", "values", "bytes"), n, strict=True)) for name, n in by_part.items()}
-    return facts

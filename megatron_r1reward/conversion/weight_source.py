@@ -3,108 +3,80 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
-
-from megatron_r1reward.checkpoint import safetensors_layout as st
-from megatron_r1reward.checkpoint.streaming import Sources
-from megatron_r1reward.conversion.torch_dist_folder import FORMAT_FILE, TorchDistFolder
-from megatron_r1reward.models.mapping import Entry, Views, WeightTable
-from megatron_r1reward.models.registry import family_of, load_hf_config
+from megatron_r1reward.model_folder import safetensors_layout as st
+from megatron_r1reward.model_folder.folder_weights import (
+    FolderWeights,
+    match_names,
+    match_weights,
+    read_folder_weights,
+    weight_table,
+)
+from megatron_r1reward.model_folder.shape import ModelShape, load_shape
+from megatron_r1reward.model_folder.weight_table import Entry, Views, WeightTable
 from megatron_r1reward.types import TensorMeta
 
+if TYPE_CHECKING:  # headers are looked at without torch, which takes seconds to import
+    import torch
+
+    from megatron_r1reward.checkpoint.streaming import Sources
+    from megatron_r1reward.conversion.torch_dist_folder import TorchDistFolder
+
+FORMAT_FILE = "metadata.json"  # of a distributed checkpoint
 TEMPLATE = "hf"  # folder inside an imported checkpoint: configuration, tokenizer and the layout of the original files
-_HEADERS = "headers.json"
+HEADERS = "headers.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderTemplate:
-    """Which files and tensors an exported folder has, and where its other files come from."""
+    """Which files and tensors an exported folder has, and where its other files come from. `side_files` are relative
+    to `folder`."""
 
-    side_files: tuple[Path, ...]
-    files: tuple[st.SafetensorsFile, ...]
-    index: str | None  # the original index file's text
+    folder: Path
+    side_files: tuple[str, ...]
+    weights: FolderWeights
 
     def save(self, folder: Path) -> None:
-        """Keep everything in `folder` that `load` needs."""
+        """Keep everything in `folder` that `load_template` needs."""
         folder.mkdir(parents=True, exist_ok=True)
-        for path in self.side_files:
-            (folder / path.name).write_bytes(path.read_bytes())
-        tree = {"files": {f.name: f.header for f in self.files}, "index": self.index}
-        (folder / _HEADERS).write_text(json.dumps(tree))
+        st.copy_side_files(self.folder, self.side_files, folder)
+        tree = {"files": {f.name: f.header for f in self.weights.files}, "index": self.weights.index}
+        (folder / HEADERS).write_text(json.dumps(tree))
 
 
-def load_weight_table(folder: Path) -> WeightTable:
-    """The weight table for the model that `folder/config.json` describes; ValueError when it is not supported."""
-    config = load_hf_config(folder)
-    return family_of(config).weight_table(config)
-
-
-def meta_template(folder: Path) -> FolderTemplate:
-    """One file with every tensor of transformers' own model for `folder/config.json`, built without weights.
-
-    The names are those of an index in the folder where there is one.
+def planned_weights(folder: Path) -> FolderWeights:
+    """The weights that `folder/config.json` describes, in bfloat16 and one file, where there are no weight files. The
+    names are those of an index in the folder where there is one.
 
     Raises:
-        ValueError: the index and the model do not have the same tensors.
+        ValueError: the configuration is not supported, or index and configuration name other tensors.
     """
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-    metas = [TensorMeta.of(name, tensor) for name, tensor in model.state_dict().items()]
-    if config.tie_word_embeddings:
-        metas = [meta for meta in metas if meta.name != "lm_head.weight"]
-    if (folder / st.INDEX).is_file():
-        table = load_weight_table(folder)
-        names = {table.canonical(name): name for name in json.loads((folder / st.INDEX).read_text())["weight_map"]}
-        metas = [replace(meta, name=names.pop(table.canonical(meta.name), meta.name)) for meta in metas]
-        metas += [TensorMeta(name=name, dtype="bfloat16", shape=()) for name in names.values()]
-    return FolderTemplate(side_files=(), files=(st.build_file(st.SINGLE, metas),), index=None)
+    shape = load_shape(folder)
+    names = list(st.read_index(folder / st.INDEX)) if (folder / st.INDEX).is_file() else []
+    table = weight_table(shape, [TensorMeta(name=name, dtype="bfloat16", shape=()) for name in names])
+    on_disk = match_names(table, names, folder) if names else {name: name for name in table.hf_shapes}
+    metas = [TensorMeta(name=on_disk[n], dtype="bfloat16", shape=size) for n, size in table.hf_shapes.items()]
+    return match_weights(folder, shape, (st.build_file(st.SINGLE, metas),), None)
 
 
 def load_template(folder: Path) -> FolderTemplate:
-    """From a Hugging Face folder, or from what `FolderTemplate.save` kept of one."""
-    sides = tuple(path for path in st.side_files(folder) if path.name != _HEADERS)
-    if (folder / _HEADERS).is_file():
-        tree = json.loads((folder / _HEADERS).read_text())
-        files = tuple(st.parse_header(name, header) for name, header in tree["files"].items())
-        return FolderTemplate(side_files=sides, files=files, index=tree["index"])
-    index = (folder / st.INDEX).read_text() if (folder / st.INDEX).is_file() else None
-    return FolderTemplate(side_files=sides, files=tuple(st.read_folder(folder)), index=index)
-
-
-def match_names(table: WeightTable, names: Sequence[str], where: Path) -> dict[str, str]:
-    """The table's name -> the name on disk, with every name on both sides used exactly once.
+    """From a Hugging Face folder, or from what `FolderTemplate.save` kept of one.
 
     Raises:
-        ValueError: names are missing, unknown or double; all are listed.
+        ValueError: as `read_folder_weights`.
     """
-    found: dict[str, str] = {}
-    double = []
-    for name in names:
-        if table.canonical(name) in found:
-            double.append(name)
-        found[table.canonical(name)] = name
-    expected = set(table.hf_names)
-    optional = {table.tie.hf} if table.tie is not None else set()
-    problems = {
-        "missing": sorted(expected - set(found)),
-        "unknown": sorted(found[n] for n in set(found) - expected - optional),
-        "double": sorted(double),
-    }
-    if any(problems.values()):
-        text = "; ".join(
-            f"{len(v)} {kind}: {', '.join(v[:5])}{', ...' if len(v) > 5 else ''}" for kind, v in problems.items() if v
-        )
-        raise ValueError(f"{where}: the tensor names do not match the model family ({text})")
-    return found
+    sides = tuple(name for name in st.side_files(folder) if name != HEADERS)
+    if (folder / HEADERS).is_file():
+        tree = json.loads((folder / HEADERS).read_text())
+        files = tuple(st.parse_header(name, header) for name, header in tree["files"].items())
+        weights = match_weights(folder, load_shape(folder), files, tree["index"])
+    else:
+        weights = read_folder_weights(folder)
+    return FolderTemplate(folder=folder, side_files=sides, weights=weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +90,10 @@ class HfTensor:
 class WeightSource:
     """The weights of a folder of either kind, under the names that the template's files use.
 
-    `without_values` reads headers only; where there are no weight files, names and shapes come from transformers.
+    `without_values` reads headers only; where there are no weight files, names and shapes follow from `config.json`.
 
     Raises:
-        ValueError: the folder is neither kind, damaged, or does not match its model family.
+        ValueError: the folder is neither kind, damaged, or does not match its configuration or its template.
     """
 
     def __init__(
@@ -130,34 +102,33 @@ class WeightSource:
         self.folder = folder
         self.is_distributed = (folder / FORMAT_FILE).is_file()
         self._sources = sources
-        self._template_folder = template or self._default_template()
-        self.table = load_weight_table(self._template_folder)
-        has_files = any(self._template_folder.glob("*.safetensors")) or (self._template_folder / _HEADERS).is_file()
+        place = template or (template_of(folder) if self.is_distributed else folder)
+        has_files = any(place.glob("*.safetensors")) or (place / HEADERS).is_file()
         if without_values and not has_files:
-            self.template = meta_template(self._template_folder)
+            self.template = FolderTemplate(folder=place, side_files=(), weights=planned_weights(place))
         else:
-            self.template = load_template(self._template_folder)
-        names = [t.meta.name for f in self.template.files for t in f.tensors]
-        self.on_disk = match_names(self.table, names, self._template_folder)
-        self._dist = TorchDistFolder(folder, sources) if self.is_distributed else None
-        self._places = {t.meta.name: t for f in self.template.files for t in f.tensors}
+            self.template = load_template(place)
+        self.table, self.on_disk = self.template.weights.table, self.template.weights.on_disk
+        self._dist: TorchDistFolder | None = None
+        if self.is_distributed:
+            from megatron_r1reward.conversion.torch_dist_folder import TorchDistFolder
+
+            self._dist = TorchDistFolder(folder, sources)
+            self._dist.check(self.table, where=f"{folder}, against the configuration in {place}")
+        self._places = {t.meta.name: t for f in self.template.weights.files for t in f.tensors}
         self._entries: dict[str, list[tuple[Entry, int]]] = {}
         for entry in self.table:
             for part, name in enumerate(entry.hf):
                 self._entries.setdefault(name, []).append((entry, part))
 
-    def _default_template(self) -> Path:
-        if not self.is_distributed:
-            return self.folder
-        if (self.folder / TEMPLATE).is_dir():
-            return self.folder / TEMPLATE
-        state = self.folder / "state.json"
-        if state.is_file():
-            return Path(json.loads(state.read_text())["config"]["model"]["path"])
-        raise ValueError(f"{self.folder} keeps no Hugging Face files: name the original folder with --template")
+    @property
+    def shape(self) -> ModelShape:
+        return self.template.weights.shape
 
     def meta(self, name: str) -> torch.Tensor:
         """A Hugging Face tensor, by the table's name, without its values."""
+        import torch
+
         meta = self._places[self.on_disk[name]].meta
         return torch.empty(meta.shape, dtype=meta.torch_dtype, device="meta")
 
@@ -171,7 +142,7 @@ class WeightSource:
         return file.tensor(place.offset, place.length, place.meta.torch_dtype, place.meta.shape)
 
     def tensor(self, name: str) -> HfTensor:
-        """By its name on disk."""
+        """By its name on disk. In a distributed checkpoint it has the dtype that is saved there."""
         meta = self._places[name].meta
         if self._dist is None:
             return HfTensor(meta=meta, views=lambda: [self._from_folder(name)])
@@ -179,14 +150,8 @@ class WeightSource:
         if self.table.tie is not None and canonical == self.table.tie.hf:
             canonical = self.table.by_megatron[self.table.tie.to].hf[0]
         entries = self._entries[canonical]
-        return HfTensor(meta=replace(meta, dtype=self._saved_dtype(entries[0][0])), views=lambda: self._export(entries))
-
-    def _saved_dtype(self, entry: Entry) -> str:
-        assert self._dist is not None
-        key = self.table.checkpoint_key(entry).key
-        if key not in self._dist.tensors:
-            raise ValueError(f"{self.folder} has no parameter {key}: is it a checkpoint of this model?")
-        return str(self._dist.tensors[key].properties.dtype).removeprefix("torch.")
+        dtype = self._dist.dtype(self.table.checkpoint_key(entries[0][0]))
+        return HfTensor(meta=replace(meta, dtype=dtype), views=lambda: self._export(entries))
 
     def _export(self, entries: list[tuple[Entry, int]]) -> Views:
         assert self._dist is not None
@@ -206,3 +171,37 @@ class WeightSource:
             "folder": str(self.folder.resolve()),
             "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
         }
+
+
+def weight_table_of_template(folder: Path) -> WeightTable:
+    """The table of a template folder's configuration, whose parameters a checkpoint has to hold."""
+    return weight_table(load_shape(folder))
+
+
+def template_of(checkpoint: Path) -> Path:
+    """The Hugging Face folder that a distributed checkpoint belongs to: what an import kept inside it, or the
+    `model.path` of the run that saved it.
+
+    Raises:
+        ValueError: it keeps none, or that folder is not there.
+    """
+    if (checkpoint / TEMPLATE).is_dir():
+        return checkpoint / TEMPLATE
+    state = checkpoint / "state.json"
+    if not state.is_file():
+        raise ValueError(f"{checkpoint} keeps no Hugging Face files: name the original folder with --template")
+    try:
+        tree = json.loads(state.read_text())
+        path = Path(tree["config"]["model"]["path"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{state} is damaged ({error}): name the original folder with --template") from error
+    started_in = tree.get("working_directory")
+    places = [path] if path.is_absolute() or started_in is None else [Path(started_in) / path, path]
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    relative = "" if path.is_absolute() else f", relative to the directory in which the run was started ({started_in})"
+    raise ValueError(
+        f"{checkpoint} was trained from the model folder {path}{relative}, and there is no config.json now: name the "
+        "folder with --template"
+    )

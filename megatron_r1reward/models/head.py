@@ -58,10 +58,12 @@ class ResponseHead(ColumnParallelLinear):
         )
 
 
-def use_response_head(model: GPTModel) -> None:
-    """Turn the output layer that a last stage has built into a `ResponseHead`; parameters stay what they are."""
+def use_response_head(model: GPTModel, *, vocab_size: int) -> None:
+    """Turn the output layer that a last stage has built into a `ResponseHead`; parameters stay what they are.
+    `vocab_size`: rows of the whole head that are no padding."""
     assert type(model.output_layer) is ColumnParallelLinear
     model.output_layer.__class__ = ResponseHead
+    model.output_layer.options = HeadOptions(vocab_size=vocab_size)
 
 
 def configure_heads(
@@ -85,7 +87,8 @@ def configure_heads(
         if not isinstance(module, ResponseHead):
             continue
         reduce = not module.config.sequence_parallel  # else the gathering of the rows does it
-        module.options = replace(options, reduce_hidden_gradient=reduce)
+        vocab_size = module.options.vocab_size
+        module.options = replace(options, reduce_hidden_gradient=reduce, vocab_size=vocab_size)
         for what, given in {"log-probs": None, "policy loss": loss}.items():
             if what == "policy loss" and given is None:
                 continue
@@ -94,6 +97,7 @@ def configure_heads(
                 dtype=options.logits_dtype or dtype,
                 columns=module.output_size_per_partition,
                 tensor_parallel_size=module.tp_group.size(),
+                padded=vocab_size is not None and vocab_size % module.tp_group.size() > 0,
                 options=given,
             )
             choice = choose(request, requested=options.implementation)

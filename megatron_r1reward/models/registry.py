@@ -5,20 +5,22 @@ A family is five functions. Adding one means a package beside `qwen2_5_vl` and a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_r1reward.config.schema import MoeSection, ParallelSection, PrecisionSection
+from megatron_r1reward.model_folder import folder_weights
+from megatron_r1reward.model_folder.shape import ModelShape, load_shape, read_shape
+from megatron_r1reward.model_folder.weight_table import WeightTable
 from megatron_r1reward.models import qwen2_5_vl, qwen3_vl
-from megatron_r1reward.models.mapping import WeightTable
 from megatron_r1reward.parallel.setup import Topology
 
 
@@ -57,17 +59,15 @@ class Positions(Protocol):
         """M-RoPE positions of one sequence, before packing: int64 [3, T]."""
 
 
-class BuildTable(Protocol):
-    def __call__(self, hf: Any, /) -> WeightTable:
-        """Every weight exactly once, under the names that published checkpoints use on disk."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Family:
     build_configs: BuildConfigs
     build_model: BuildModel
-    weight_table: BuildTable
     positions: Positions
+
+    def weight_table(self, hf: Any) -> WeightTable:
+        """Every weight exactly once, under the names that published checkpoints use on disk."""
+        return weight_table(hf)
 
 
 def _qwen2_5_vl_configs(
@@ -79,14 +79,12 @@ def _qwen2_5_vl_configs(
 _QWEN3_VL = Family(
     build_configs=qwen3_vl.build_configs,
     build_model=qwen3_vl.Qwen3VL,
-    weight_table=qwen3_vl.weight_table,
     positions=qwen3_vl.positions,
 )
 FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": Family(
         build_configs=_qwen2_5_vl_configs,
         build_model=qwen2_5_vl.Qwen25VL,
-        weight_table=qwen2_5_vl.weight_table,
         positions=qwen2_5_vl.mrope_positions,
     ),
     "qwen3_vl": _QWEN3_VL,
@@ -101,16 +99,26 @@ def family_of(hf: PretrainedConfig) -> Family:
     return FAMILIES[hf.model_type]
 
 
+def shape_of(hf: PretrainedConfig) -> ModelShape:
+    """The sizes in a loaded Hugging Face configuration."""
+    return read_shape(hf.to_dict(), str(hf.name_or_path or "the configuration"))
+
+
+def weight_table(hf: PretrainedConfig) -> WeightTable:
+    """Every weight exactly once, under the names that published checkpoints use on disk."""
+    return folder_weights.weight_table(shape_of(hf))
+
+
 def load_hf_config(folder: Path) -> Any:
     """The configuration of a checkpoint folder, as transformers' class for its `model_type`.
 
     Raises:
-        ValueError: the folder holds no config.json, or one of a family that is not supported.
+        ValueError: the folder holds no config.json, or one that is not supported (`model_folder.shape`), or that
+            transformers refuses.
     """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"model.path {folder} holds no config.json: give a Hugging Face checkpoint folder")
-    model_type = json.loads(file.read_text()).get("model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(f"model.path {folder} is a {model_type!r} model; supported: {', '.join(sorted(FAMILIES))}")
-    return AutoConfig.from_pretrained(folder, local_files_only=True)
+    load_shape(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder / 'config.json'}: transformers cannot read it: {reason}") from error

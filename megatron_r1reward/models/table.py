@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_r1reward.models.mapping import Layout, Tensors, Views, WeightTable
+from megatron_r1reward.model_folder.weight_table import Layout, Tensors, Views, WeightTable
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,26 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from megatron_r1reward.config.schema import ParallelSection, PrecisionSection
+from megatron_r1reward.model_folder.shape import ModelShape
 from megatron_r1reward.parallel.precision import token_multiple
 
 MAX_SEARCHED_SIZE = 64  # largest tensor, pipeline or context size that is proposed
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelShape:
-    """The sizes that a layout has to fit."""
-
-    num_layers: int
-    num_attention_heads: int
-    num_query_groups: int
-    vocab_size: int
-    ffn_sizes: tuple[int, ...]  # language feed-forward sizes that tensor parallelism cuts
-    vision_num_heads: int
-    vision_ffn_size: int
-    vision_layers_per_token: float  # cost of encoding one image token, in language-model layers of one token
 
 
 def layout_problem(shape: ModelShape, parallel: ParallelSection, world_size: int | None = None) -> str | None:
@@ -37,28 +23,59 @@ def layout_problem(shape: ModelShape, parallel: ParallelSection, world_size: int
         parallel.context_parallel_size,
     )
     chunks = pp * parallel.virtual_pipeline_model_parallel_size
-    divided = {"num_attention_heads": shape.num_attention_heads, "vocab_size": shape.vocab_size}
-    divided |= {f"feed-forward size {size}": size for size in shape.ffn_sizes}
+    text, vision = shape.text, shape.vision
+    ffn_sizes = shape.cut_ffn_sizes(whole_experts=parallel.expert_model_parallel_size > 1)
+    # The vocabulary is padded (`padded_vocabulary`).
+    divided = {"num_attention_heads": text.heads} | {f"feed-forward size {size}": size for size in ffn_sizes}
     if parallel.vision == "tensor_parallel":
-        divided |= {"vision num_heads": shape.vision_num_heads, "vision intermediate_size": shape.vision_ffn_size}
+        divided |= {"vision num_heads": vision.heads, "vision intermediate_size": vision.ffn}
     for name, size in divided.items():
         if size % tp:
             hint = "; parallel.vision = 'image_sharded' lifts this" if name.startswith("vision") else ""
             return f"tensor_model_parallel_size {tp} does not divide {name} {size}{hint}"
-    groups = shape.num_query_groups
+    groups = text.groups
     if groups % tp and tp % groups:
         return f"tensor_model_parallel_size {tp} and num_key_value_heads {groups}: one must divide the other"
     needed = chunks - (parallel.vision_placement == "own_stage")
-    if needed > shape.num_layers:
-        return f"{chunks} pipeline chunks are more than the {shape.num_layers} layers can fill"
-    if cp > 1 and parallel.context_parallel_comm == "a2a" and (shape.num_attention_heads // tp) % cp:
-        return f"context_parallel_comm 'a2a' cuts {shape.num_attention_heads // tp} heads per rank into {cp}"
+    if needed > text.layers:
+        return f"{chunks} pipeline chunks are more than the {text.layers} layers can fill"
+    if cp > 1 and parallel.context_parallel_comm == "a2a" and (text.heads // tp) % cp:
+        return f"context_parallel_comm 'a2a' cuts {text.heads // tp} heads per rank into {cp}"
     if world_size is not None and world_size % (tp * pp * cp):
         return (
             f"{world_size} ranks cannot hold replicas of tensor_model_parallel_size {tp} x "
             f"pipeline_model_parallel_size {pp} x context_parallel_size {cp}: start a multiple of {tp * pp * cp} ranks"
         )
     return None
+
+
+def expert_problem(shape: ModelShape, parallel: ParallelSection, world_size: int | None = None) -> str | None:
+    """Why the experts cannot be shared out like this, and what can; None when they can, or there are none."""
+    experts, ep = shape.text.experts, parallel.expert_model_parallel_size
+    if experts is None:
+        return f"expert_model_parallel_size {ep}, but the model has no experts: set it to 1" if ep > 1 else None
+    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        return (
+            "experts with tensor_model_parallel_size > 1 need sequence_parallel = true: every rank would route all "
+            "tokens otherwise"
+        )
+    needed = parallel.expert_tensor_parallel_size * parallel.pipeline_model_parallel_size
+
+    def fits(size: int) -> bool:
+        return experts.count % size == 0 and (world_size is None or world_size % (needed * size) == 0)
+
+    if fits(ep):
+        return None
+    ranks = f" and, times {needed} (expert tensor x pipeline ranks), the {world_size} ranks" if world_size else ""
+    legal = next((size for size in range(ep, 0, -1) if fits(size)), 1)
+    return f"expert_model_parallel_size {ep} has to divide {experts.count} experts{ranks}: the nearest legal size is {legal}"
+
+
+def padded_vocabulary(rows: int, parallel: ParallelSection) -> int:
+    """Rows of embedding and head over all tensor-parallel ranks: what does not divide is filled up. Padding rows are
+    zero, take no part in the softmax, get no gradient, and are in no exported folder."""
+    tp = parallel.tensor_model_parallel_size
+    return -(-rows // tp) * tp
 
 
 def _candidates(parallel: ParallelSection) -> Iterator[ParallelSection]:
@@ -122,6 +139,9 @@ def check_layout(shape: ModelShape, parallel: ParallelSection, world_size: int |
         raise ValueError(
             f"{problem}. The nearest legal layout: {describe(nearest_layout(shape, parallel, world_size))}"
         )
+    problem = expert_problem(shape, parallel, world_size)
+    if problem is not None:
+        raise ValueError(problem)
 
 
 def split_layers(shape: ModelShape, parallel: ParallelSection) -> list[int]:
@@ -131,7 +151,7 @@ def split_layers(shape: ModelShape, parallel: ParallelSection) -> list[int]:
     tower and layers weigh the same everywhere; "own_stage" leaves chunk 0 without layers.
     """
     pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
-    layers, chunks = shape.num_layers, pp * vpp
+    layers, chunks = shape.text.layers, pp * vpp
     if parallel.vision_placement == "own_stage":
         return [0, *_spread(layers, chunks - 1)]
     if parallel.vision_placement == "first_stage":

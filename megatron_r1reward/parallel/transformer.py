@@ -12,7 +12,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_r1reward.config.schema import ParallelSection
-from megatron_r1reward.parallel.legality import ModelShape, pipeline_layout
+from megatron_r1reward.model_folder.shape import ModelShape, Rope
+from megatron_r1reward.parallel.legality import pipeline_layout
 
 
 def common_arguments(dtype: torch.dtype) -> dict[str, Any]:
@@ -57,6 +58,13 @@ def layout_arguments(shape: ModelShape, parallel: ParallelSection, dtype: torch.
         overlap_p2p_comm=virtual > 1,
         deallocate_pipeline_outputs=pp > 1,
     )
+
+
+def scale_rotations(config: TransformerConfig, rope: Rope) -> None:
+    """YaRN multiplies sines and cosines by 0.1 ln(factor) + 1. megatron-core's attention does that where the
+    configuration has this attribute, which is no field of it."""
+    if rope.yarn is not None:
+        config.yarn_rotary_scaling_factor = rope.yarn.factor
 
 
 def recompute_arguments(granularity: str, num_layers: int = 1) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_r1reward.model_folder.shape import ModelShape, TextShape, VisionShape
 from megatron_r1reward.planner.planned_layout import Layout
-from megatron_r1reward.planner.shapes import ModelShape, TextShape, VisionShape
 from megatron_r1reward.planner.workload import MicroBatch
 
 # Logits of the LM head that exist at one time, and the columns and values that a CPU converts to float32 at one time:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from megatron_r1reward.planner.shapes import ModelShape, read_shape
+from megatron_r1reward.model_folder.shape import ModelShape, read_shape
 
 
 @dataclass(frozen=True, kw_only=True)

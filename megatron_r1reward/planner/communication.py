@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from megatron_r1reward.model_folder.shape import ModelShape
 from megatron_r1reward.planner.memory import GRADIENT_WIDTH
 from megatron_r1reward.planner.parameters import by_component, stage_tensors
 from megatron_r1reward.planner.planned_layout import Layout
-from megatron_r1reward.planner.shapes import ModelShape
 from megatron_r1reward.planner.workload import MicroBatch
 
 

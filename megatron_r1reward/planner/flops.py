@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from megatron_r1reward.model_folder.shape import ModelShape, TextShape, VisionShape
 from megatron_r1reward.planner.parameters import active_per_token
-from megatron_r1reward.planner.shapes import ModelShape, TextShape, VisionShape
 
 
 def language(text: TextShape, layers: Iterable[int], *, tokens: float, length: float) -> float:

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
+from megatron_r1reward.model_folder.shape import ModelShape
 from megatron_r1reward.planner.activations import Numerics, stage_activations
 from megatron_r1reward.planner.devices import Device
 from megatron_r1reward.planner.parameters import Tensor, stage_tensors
 from megatron_r1reward.planner.planned_layout import Layout
-from megatron_r1reward.planner.shapes import ModelShape
 from megatron_r1reward.planner.workload import Workload
 
 GIB = 2**30

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from megatron_r1reward.model_folder.shape import ModelShape, TextShape, VisionShape
 from megatron_r1reward.planner.planned_layout import Layout
-from megatron_r1reward.planner.shapes import ModelShape, TextShape, VisionShape
 
 Cut = Literal["tensor", "expert", "whole"]
 

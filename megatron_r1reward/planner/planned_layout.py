@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_r1reward.config.schema import ParallelSection
+from megatron_r1reward.model_folder.shape import ModelShape
 from megatron_r1reward.parallel import legality
-from megatron_r1reward.planner.shapes import ModelShape
 
 Stage = Literal["sft", "rl"]
 Recompute = Literal["none", "selective", "full"]
@@ -75,52 +75,13 @@ class Layout:
         return min(2 * (self.pp - stage - 1) + (self.vpp - 1) * self.pp + 1, micro_batches * self.vpp)
 
 
-def parallel_shape(shape: ModelShape, *, whole_experts: bool = False) -> legality.ModelShape:
-    """The sizes that `parallel.legality` checks layouts against. Under expert parallelism experts are whole: tensor
-    parallelism does not cut them."""
-    text, vision = shape.text, shape.vision
-    sparse = sum(text.is_sparse(layer) for layer in range(text.layers))
-    ffn_sizes = [text.ffn] if sparse < text.layers else []
-    routed = 0
-    if text.experts is not None and sparse:
-        routed = text.experts.top_k * text.experts.ffn * sparse
-        ffn_sizes += [] if whole_experts else [text.experts.ffn]
-    # Multiplications per token and layer; attention scores are small beside them.
-    patch = vision.blocks * (4 * vision.hidden**2 + (3 if vision.gated else 2) * vision.hidden * vision.ffn)
-    ffn = (text.ffn * (text.layers - sparse) + routed) / text.layers
-    layer = text.hidden * (2 * text.query + text.key_value) + 3 * text.hidden * ffn
-    return legality.ModelShape(
-        num_layers=text.layers,
-        num_attention_heads=text.heads,
-        num_query_groups=text.groups,
-        vocab_size=text.vocab,
-        ffn_sizes=tuple(ffn_sizes),
-        vision_num_heads=vision.heads,
-        vision_ffn_size=vision.ffn,
-        vision_layers_per_token=vision.unit * patch / layer,
-    )
-
-
 def check(shape: ModelShape, section: ParallelSection, world: int) -> str | None:
     """Why the trainer cannot run `section` on `world` ranks, with the nearest legal layout; None when it can."""
-    experts, ep = shape.text.experts, section.expert_model_parallel_size
-    sizes = parallel_shape(shape, whole_experts=ep > 1)
-    problem = legality.layout_problem(sizes, section, world)
+    problem = legality.layout_problem(shape, section, world)
     if problem is not None:
-        nearest = legality.nearest_layout(sizes, section, world)
+        nearest = legality.nearest_layout(shape, section, world)
         return f"{problem}. The nearest legal layout: {legality.describe(nearest)}"
-    if experts is None:
-        return f"expert_model_parallel_size {ep}, but the model has no experts: set it to 1" if ep > 1 else None
-    if section.tensor_model_parallel_size > 1 and not section.sequence_parallel:
-        return "experts with tensor_model_parallel_size > 1 need sequence_parallel: set it to true"
-    needed = section.expert_tensor_parallel_size * section.pipeline_model_parallel_size
-    if experts.count % ep or world % (needed * ep):
-        legal = next((n for n in range(ep, 0, -1) if experts.count % n == 0 and world % (needed * n) == 0), 1)
-        return (
-            f"expert_model_parallel_size {ep} has to divide {experts.count} experts and, times {needed} (expert tensor "
-            f"x pipeline ranks), the {world} ranks: the nearest legal size is {legal}"
-        )
-    return None
+    return legality.expert_problem(shape, section, world)
 
 
 def trainer_layout(shape: ModelShape, section: ParallelSection, world: int) -> Layout:
@@ -146,5 +107,5 @@ def trainer_layout(shape: ModelShape, section: ParallelSection, world: int) -> L
         recompute=section.recompute,
         recompute_num_layers=section.recompute_num_layers,
         recompute_vision=section.recompute_vision,
-        chunk_layers=tuple(legality.split_layers(parallel_shape(shape), section)),
+        chunk_layers=tuple(legality.split_layers(shape, section)),
     )

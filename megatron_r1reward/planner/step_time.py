@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_r1reward.model_folder.shape import ModelShape
 from megatron_r1reward.planner import flops
 from megatron_r1reward.planner.communication import Communication, volumes
 from megatron_r1reward.planner.devices import Device
 from megatron_r1reward.planner.planned_layout import Layout
-from megatron_r1reward.planner.shapes import ModelShape
 from megatron_r1reward.planner.workload import MicroBatch, Workload
 
 

@@ -9,12 +9,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.model_folder.shape import ModelShape
 from megatron_r1reward.parallel import legality
 from megatron_r1reward.planner.catalog import find_model
 from megatron_r1reward.planner.plan import Plan, make_plan
-from megatron_r1reward.planner.planned_layout import Stage, parallel_shape
+from megatron_r1reward.planner.planned_layout import Stage
 from megatron_r1reward.planner.planned_placement import planned_devices
-from megatron_r1reward.planner.shapes import ModelShape
 
 MAX_EVALUATIONS = 600
 
@@ -96,11 +96,9 @@ def _legal_start(config: RunConfig, stage: Stage, shape: ModelShape) -> dict[str
         world = planned_devices(config, stage).trainer
     except ValueError:  # no room for all components: more nodes come first
         return {}
-    whole_experts = config.parallel.expert_model_parallel_size > 1
-    sizes = parallel_shape(shape, whole_experts=whole_experts)
-    if legality.layout_problem(sizes, config.parallel, world) is None:
+    if legality.layout_problem(shape, config.parallel, world) is None:
         return {}
-    nearest = legality.nearest_layout(sizes, config.parallel, world).model_dump()
+    nearest = legality.nearest_layout(shape, config.parallel, world).model_dump()
     now = config.parallel.model_dump()
     return {f"parallel.{key}": value for key, value in nearest.items() if value != now[key]}
 

@@ -9,8 +9,8 @@ import math
 from dataclasses import dataclass, replace
 
 from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.model_folder.shape import ModelShape
 from megatron_r1reward.planner.planned_layout import Layout, Stage
-from megatron_r1reward.planner.shapes import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)

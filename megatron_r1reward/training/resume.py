@@ -150,6 +150,7 @@ def save(state: TrainState, *, score: float | None = None, producer: Mapping[str
     synchronize_parameters(state.model)
     content = {
         "config": state.config.model_dump(mode="json"),
+        "working_directory": str(Path.cwd()),  # what relative paths of the configuration are relative to
         "data": state.data,
         "weight_version": state.step,  # what the rollout servers call these weights
         "producer": producer,

@@ -20,8 +20,8 @@ from megatron_r1reward.data.packing import Packer
 from megatron_r1reward.data.pixels import ImageProcessor
 from megatron_r1reward.kernels.lm_head import HeadOptions
 from megatron_r1reward.kernels.policy_loss.row_kernels import PolicyLossOptions
+from megatron_r1reward.model_folder.weight_table import WeightTable
 from megatron_r1reward.models.head import configure_heads
-from megatron_r1reward.models.mapping import WeightTable
 from megatron_r1reward.models.registry import family_of, load_hf_config
 from megatron_r1reward.models.table import adapt_table
 from megatron_r1reward.parallel.chunks import chunks_of, join_chunks

@@ -90,7 +90,7 @@ def check_members(members: dict[str, tuple[Path, Path]], parallel: dict[str, Any
             if not torch.equal(a, b):
                 problems.append(f"{name}: {key} differs after the import")
         exporter = WeightExporter(imported, table, topology, bucket_bytes=100_000)  # many buckets, some too small
-        reader, metas = HfReader(hf, table), []
+        reader, metas = HfReader(hf), []
         for key, tensor in exporter.tensors():
             metas.append(TensorMeta.of(key, tensor))
             if not torch.equal(tensor, reader[key]):

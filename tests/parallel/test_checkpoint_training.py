@@ -31,7 +31,7 @@ from megatron_r1reward.checkpoint.saver import CheckpointSaver
 from megatron_r1reward.checkpoint.streaming import Sources
 from megatron_r1reward.config.schema import CheckpointSection, RunConfig
 from megatron_r1reward.conversion.torch_dist_folder import TorchDistFolder
-from megatron_r1reward.models.mapping import CheckpointKey
+from megatron_r1reward.model_folder.weight_table import CheckpointKey
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.training.schedule import reduce_statistics, train_micro_batches
 from megatron_r1reward.training.sft import cross_entropy

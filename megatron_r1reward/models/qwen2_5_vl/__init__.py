@@ -1,8 +1,7 @@
-"""Qwen2.5-VL on megatron-core: config, M-RoPE, vision tower, language model, weight table."""
+"""Qwen2.5-VL on megatron-core: config, M-RoPE, vision tower, language model."""
 
 from megatron_r1reward.models.qwen2_5_vl.config import build_configs
-from megatron_r1reward.models.qwen2_5_vl.mapping import weight_table
 from megatron_r1reward.models.qwen2_5_vl.model import Qwen25VL
 from megatron_r1reward.models.qwen2_5_vl.rotary import mrope_positions
 
-__all__ = ["Qwen25VL", "build_configs", "mrope_positions", "weight_table"]
+__all__ = ["Qwen25VL", "build_configs", "mrope_positions"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +10,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import Qwen2_5_VLConfig
 
 from megatron_r1reward.config.schema import ParallelSection, PrecisionSection
-from megatron_r1reward.parallel.legality import ModelShape, check_layout, split_layers
+from megatron_r1reward.model_folder.shape import ModelShape, TextShape, read_shape
+from megatron_r1reward.parallel.legality import check_layout, split_layers
 from megatron_r1reward.parallel.precision import fp8_arguments
 from megatron_r1reward.parallel.transformer import (
     check_language_config,
     common_arguments,
     layout_arguments,
     recompute_arguments,
+    scale_rotations,
 )
 
 
@@ -26,31 +27,13 @@ class ModelConfigs:
     """The three megatron-core configurations of one model and the Hugging Face one they come from."""
 
     hf: Qwen2_5_VLConfig
+    shape: ModelShape
     language: TransformerConfig
     vision: TransformerConfig
     merger: TransformerConfig
     parallel: ParallelSection
     transformer_impl: str
     chunk_layers: tuple[int, ...]  # language-model layers of every pipeline chunk, in model order
-
-
-def model_shape(hf: Qwen2_5_VLConfig) -> ModelShape:
-    """What layouts have to fit."""
-    text, vision = hf.text_config, hf.vision_config
-    # Multiplications per token and layer; windowed and causal attention scores are small beside them.
-    patch = vision.depth * (4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size)
-    key_value = 2 * text.hidden_size**2 * text.num_key_value_heads / text.num_attention_heads
-    layer = 2 * text.hidden_size**2 + key_value + 3 * text.hidden_size * text.intermediate_size
-    return ModelShape(
-        num_layers=text.num_hidden_layers,
-        num_attention_heads=text.num_attention_heads,
-        num_query_groups=text.num_key_value_heads,
-        vocab_size=text.vocab_size,
-        ffn_sizes=(text.intermediate_size,),
-        vision_num_heads=vision.num_heads,
-        vision_ffn_size=vision.intermediate_size,
-        vision_layers_per_token=vision.spatial_merge_size**2 * patch / layer,
-    )
 
 
 def build_configs(
@@ -64,7 +47,7 @@ def build_configs(
     Raises:
         ValueError: the layout or the precision does not fit the model.
     """
-    shape = model_shape(hf)
+    shape = read_shape(hf.to_dict())
     check_layout(shape, parallel)
     text, vision = hf.text_config, hf.vision_config
     tp = parallel.tensor_model_parallel_size
@@ -81,13 +64,14 @@ def build_configs(
         layernorm_epsilon=text.rms_norm_eps,
         add_bias_linear=False,
         add_qkv_bias=True,
-        mrope_section=list(text.rope_parameters["mrope_section"]),
+        mrope_section=list(shape.text.rope.sections),
         **layout_arguments(shape, parallel, dtype),
         **recompute_arguments(parallel.recompute, parallel.recompute_num_layers),
-        **fp8_arguments(precision, parallel, fp8_sizes(text, tp), dtype),
+        **fp8_arguments(precision, parallel, _fp8_sizes(shape.text, tp), dtype),
         **gated,
         **common,
     )
+    scale_rotations(language, shape.text.rope)
     check_language_config(language)
     # The tower never takes part in the language model's pipeline or sequence parallelism: a config of its own says so.
     tower = TransformerConfig(
@@ -117,6 +101,7 @@ def build_configs(
     )
     return ModelConfigs(
         hf=hf,
+        shape=shape,
         language=language,
         vision=tower,
         merger=merger,
@@ -126,14 +111,11 @@ def build_configs(
     )
 
 
-def fp8_sizes(text: Any, tp: int) -> dict[str, int]:
+def _fp8_sizes(text: TextShape, tp: int) -> dict[str, int]:
     """Inner and outer sizes of this rank's matrix products in a language-model layer."""
-    head_dim = text.hidden_size // text.num_attention_heads
     return {
-        "hidden_size": text.hidden_size,
-        "attention output per rank": text.hidden_size // tp,
-        "query, key and value rows per rank": (text.num_attention_heads + 2 * max(text.num_key_value_heads, tp))
-        * head_dim
-        // tp,
-        "intermediate_size per rank": text.intermediate_size // tp,
+        "hidden_size": text.hidden,
+        "attention output per rank": text.query // tp,
+        "query, key and value rows per rank": (text.heads + 2 * max(text.groups, tp)) * text.head_dim // tp,
+        "intermediate_size per rank": text.ffn // tp,
     }

@@ -12,9 +12,10 @@ from megatron_r1reward.models.base import HeadlessGPT, VisionLanguageModel
 from megatron_r1reward.models.head import LossRequest, use_response_head
 from megatron_r1reward.models.place_embeddings import place_images
 from megatron_r1reward.models.qwen2_5_vl.config import ModelConfigs
-from megatron_r1reward.models.qwen2_5_vl.rotary import PackedMultimodalRotary
+from megatron_r1reward.models.qwen2_5_vl.rotary import PackedMultimodalRotary, rotary_frequencies
 from megatron_r1reward.models.qwen2_5_vl.vision import VisionTower
 from megatron_r1reward.parallel.context import ContextSplit, split_context
+from megatron_r1reward.parallel.legality import padded_vocabulary
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.parallel.specs import final_norm, layer_spec, packed
 from megatron_r1reward.types import PackedBatch
@@ -27,24 +28,23 @@ def _language_model(configs: ModelConfigs, topology: Topology, chunk: int) -> He
     model = HeadlessGPT(
         configs.language,
         TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=final_norm(configs.transformer_impl)),
-        vocab_size=text.vocab_size,
+        vocab_size=padded_vocabulary(text.vocab_size, configs.parallel),
         max_sequence_length=text.max_position_embeddings,
         pre_process=topology.holds_first_layer(chunk),
         post_process=topology.holds_last_layer(chunk),
         parallel_output=True,
         share_embeddings_and_output_weights=configs.hf.tie_word_embeddings,
         position_embedding_type="mrope",
-        rotary_base=int(text.rope_parameters["rope_theta"]),
+        rotary_base=configs.shape.text.rope.theta,
         scatter_embedding_sequence_parallel=False,  # image embeddings are merged in first
         vp_stage=chunk if topology.virtual_pipeline_parallel_size > 1 else None,
     )
     model.rotary_pos_emb = PackedMultimodalRotary(
-        kv_channels=configs.language.kv_channels,
-        rotary_percent=1.0,
-        rotary_base=int(text.rope_parameters["rope_theta"]),
+        kv_channels=configs.language.kv_channels, rotary_percent=1.0, rotary_base=configs.shape.text.rope.theta
     )
+    model.rotary_pos_emb.inv_freq = rotary_frequencies(configs.hf.text_config, model.rotary_pos_emb.inv_freq)
     if model.post_process:
-        use_response_head(model)
+        use_response_head(model, vocab_size=text.vocab_size)
     return model
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 class PackedMultimodalRotary(MultimodalRotaryEmbedding):
@@ -20,6 +22,17 @@ class PackedMultimodalRotary(MultimodalRotaryEmbedding):
             return super().forward(position_ids, mrope_section, cp_group=None)
         finally:
             self.cp_group = context_group
+
+
+def rotary_frequencies(text_config: Any, unscaled_F: torch.Tensor) -> torch.Tensor:
+    """Inverse frequencies float32 [head_dim / 2] as transformers computes them for the configuration's RoPE type; the
+    factor on sines and cosines that belongs to a scaling is `parallel.transformer.scale_rotations`."""
+    kind = text_config.rope_parameters["rope_type"]
+    if kind == "default":
+        return unscaled_F
+    scaled_F, _ = ROPE_INIT_FUNCTIONS[kind](text_config, unscaled_F.device)
+    assert scaled_F.shape == unscaled_F.shape
+    return scaled_F
 
 
 def mrope_positions(

@@ -11,43 +11,45 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_r1reward.kernels.linear_policy_loss import PolicyLossOutput
 from megatron_r1reward.models.base import HeadlessGPT, VisionLanguageModel
 from megatron_r1reward.models.head import LossRequest, use_response_head
-from megatron_r1reward.models.qwen3_vl.config import ModelConfigs, deepstack_levels, moe_layers
+from megatron_r1reward.models.qwen2_5_vl.rotary import rotary_frequencies
+from megatron_r1reward.models.qwen3_vl.config import ModelConfigs
 from megatron_r1reward.models.qwen3_vl.layers import DecoderSeqParams, RouterBalance, decoder_layer_spec
 from megatron_r1reward.models.qwen3_vl.rotary import InterleavedMultimodalRotary
 from megatron_r1reward.models.qwen3_vl.vision import VisionTower
 from megatron_r1reward.parallel.context import ContextSplit, split_context
+from megatron_r1reward.parallel.legality import padded_vocabulary
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.parallel.specs import final_norm, packed
 from megatron_r1reward.types import PackedBatch
 
 
 def _language_model(configs: ModelConfigs, topology: Topology, chunk: int, layers: range) -> HeadlessGPT:
-    text, impl = configs.hf.text_config, configs.transformer_impl
-    is_moe = moe_layers(configs.hf)
+    text, impl = configs.shape.text, configs.transformer_impl
+    experts = text.experts.count if text.experts is not None else 0
     specs = [
-        decoder_layer_spec(num_experts=text.num_experts if is_moe[layer] else 0, transformer_impl=impl)
+        decoder_layer_spec(num_experts=experts if text.is_sparse(layer) else 0, transformer_impl=impl)
         for layer in layers
     ]
-    theta = int(text.rope_parameters["rope_theta"])
     model = HeadlessGPT(
         configs.language,
         TransformerBlockSubmodules(layer_specs=specs, layer_norm=final_norm(impl)),
-        vocab_size=text.vocab_size,
-        max_sequence_length=text.max_position_embeddings,
+        vocab_size=padded_vocabulary(text.vocab, configs.parallel),
+        max_sequence_length=text.max_positions,
         pre_process=topology.holds_first_layer(chunk),
         post_process=topology.holds_last_layer(chunk),
         parallel_output=True,
         share_embeddings_and_output_weights=configs.hf.tie_word_embeddings,
         position_embedding_type="mrope",
-        rotary_base=theta,
+        rotary_base=text.rope.theta,
         scatter_embedding_sequence_parallel=False,  # image embeddings are merged in first
         vp_stage=chunk if topology.virtual_pipeline_parallel_size > 1 else None,
     )
     model.rotary_pos_emb = InterleavedMultimodalRotary(
-        kv_channels=configs.language.kv_channels, rotary_percent=1.0, rotary_base=theta
+        kv_channels=configs.language.kv_channels, rotary_percent=1.0, rotary_base=text.rope.theta
     )
+    model.rotary_pos_emb.inv_freq = rotary_frequencies(configs.hf.text_config, model.rotary_pos_emb.inv_freq)
     if model.post_process:
-        use_response_head(model)
+        use_response_head(model, vocab_size=text.vocab)
     return model
 
 
@@ -77,7 +79,7 @@ class Qwen3VL(VisionLanguageModel):
         self.layers = range(first, first + configs.chunk_layers[number])
         self.language_model = _language_model(configs, topology, chunk, self.layers)
         self.vision = VisionTower(configs, topology) if self.pre_process else None
-        self.levels = deepstack_levels(configs.hf)
+        self.levels = configs.shape.vision.deepstack
         self._received: torch.Tensor | None = None
 
     def set_input_tensor(self, input_tensor: Any) -> None:

@@ -11,15 +11,17 @@ import pytest
 import torch
 from corpus import CORPUS
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from megatron_r1reward.checkpoint import streaming
 from megatron_r1reward.checkpoint.manifest import find_damage
 from megatron_r1reward.conversion.cli import app
 from megatron_r1reward.conversion.convert import export_folder, import_folder
-from megatron_r1reward.conversion.weight_source import meta_template
 from megatron_r1reward.demo.tiny_models import write_tiny_checkpoint
+from megatron_r1reward.model_folder.folder_weights import weight_table
+from megatron_r1reward.model_folder.shape import load_shape
+from megatron_r1reward.types import TensorMeta
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -39,6 +41,8 @@ def sharded_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
         part = {name: tensors[name] for name in names[number::3]}
         save_file(part, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
@@ -155,11 +159,22 @@ def test_a_tied_folder_may_hold_the_head_only_as_a_copy(tmp_path: Path) -> None:
         import_folder(folder, tmp_path / "megatron3", progress=False)
 
 
+def transformers_metas(folder: Path) -> list[TensorMeta]:
+    """Every tensor of transformers' own model, in bfloat16, built without weights."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    metas = [TensorMeta.of(name, tensor) for name, tensor in model.state_dict().items()]
+    return [meta for meta in metas if not (config.tie_word_embeddings and meta.name == "lm_head.weight")]
+
+
 @pytest.mark.parametrize(("model", "tensors", "size"), [("7b", 729, 16_584_333_312), ("3b", 824, 7_509_245_952)])
 def test_published_configurations_convert_in_a_dry_run(model: str, tensors: int, size: int, tmp_path: Path) -> None:
     """Every name of transformers' own model is used once, under its own and under the published spelling."""
     config = Path(__file__).parents[2] / f"data/qwen2_5_vl_{model}/config.json"
-    metas = [t.meta for t in meta_template(config.parent).files[0].tensors]
+    metas = transformers_metas(config.parent)
+    shapes = weight_table(load_shape(config.parent)).hf_shapes
+    assert {weight_table(load_shape(config.parent)).canonical(m.name): m.shape for m in metas} == shapes
     assert (len(metas), sum(meta.num_bytes for meta in metas)) == (tensors, size)  # what the published index says
     names = [meta.name for meta in metas]
     published = [name.replace("model.visual.", "visual.").replace("model.language_model.", "model.") for name in names]
@@ -187,7 +202,7 @@ def test_a_fine_tuned_folder_converts_in_a_dry_run(tmp_path: Path) -> None:
     AutoConfig.from_pretrained(original).save_pretrained(folder)
     written = json.loads((folder / "config.json").read_text())
     assert set(written) - set(json.loads((original / "config.json").read_text()))  # another spelling of the same model
-    names = [t.meta.name for t in meta_template(original).files[0].tensors]
+    names = [meta.name for meta in transformers_metas(original)]
     published = [name.replace("model.visual.", "visual.").replace("model.language_model.", "model.") for name in names]
     shards = {name: f"model-{number % 4 + 1:05d}-of-00004.safetensors" for number, name in enumerate(published)}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))

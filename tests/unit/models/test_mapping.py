@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_r1reward.models.mapping import (
+from megatron_r1reward.model_folder.weight_table import (
     COLUMN,
     GATED,
     REPLICATED,
@@ -71,6 +71,7 @@ def experts(stacked: bool) -> WeightTable:
         Entry(
             megatron=f"{prefix}mlp.experts.local_experts.{e}.linear_fc1.weight",
             hf=("layers.3.experts.gate_up",) if stacked else (f"layers.3.experts.{e}.gate", f"layers.3.experts.{e}.up"),
+            shapes=((2, 6, 3),) if stacked else ((3, 3), (3, 3)),
             layout=GatedMLP(fused=stacked),
             expert=e,
             stacked=stacked,
@@ -80,10 +81,11 @@ def experts(stacked: bool) -> WeightTable:
     norm = Entry(
         megatron=f"{prefix}input_layernorm.weight",
         hf=("norm",),
+        shapes=((3,),),
         layout=REPLICATED,
         saved_as=f"{prefix}self_attention.linear_qkv.layer_norm_weight",
     )
-    embedding = Entry(megatron="embedding", hf=("embed",), layout=Vocabulary(rows=4))
+    embedding = Entry(megatron="embedding", hf=("embed",), shapes=((4, 3),), layout=Vocabulary(rows=4))
     tie = Tie(to="embedding", megatron="output_layer", hf="lm_head")
     return WeightTable(entries=(*entries, norm, embedding), tie=tie, spellings=(("model.", ""),))
 
@@ -113,8 +115,8 @@ def test_stacked_experts_are_elements_of_one_tensor() -> None:
 
 
 def test_a_tensor_described_twice_is_refused() -> None:
-    entry = Entry(megatron="a", hf=("x",), layout=COLUMN)
+    entry = Entry(megatron="a", hf=("x",), shapes=((2, 2),), layout=COLUMN)
     with pytest.raises(ValueError, match="twice"):
-        WeightTable(entries=(entry, Entry(megatron="b", hf=("x",), layout=COLUMN)))
+        WeightTable(entries=(entry, Entry(megatron="b", hf=("x",), shapes=((2, 2),), layout=COLUMN)))
     with pytest.raises(ValueError, match="twice"):
-        WeightTable(entries=(entry, Entry(megatron="a", hf=("y",), layout=COLUMN)))
+        WeightTable(entries=(entry, Entry(megatron="a", hf=("y",), shapes=((2, 2),), layout=COLUMN)))

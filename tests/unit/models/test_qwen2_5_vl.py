@@ -14,9 +14,9 @@ from megatron_r1reward.config.schema import ParallelSection
 from megatron_r1reward.data.packing import Packer
 from megatron_r1reward.data.pixels import ImageProcessor
 from megatron_r1reward.models.qwen2_5_vl.config import build_configs
-from megatron_r1reward.models.qwen2_5_vl.mapping import weight_table
 from megatron_r1reward.models.qwen2_5_vl.model import Qwen25VL
 from megatron_r1reward.models.qwen2_5_vl.rotary import mrope_positions
+from megatron_r1reward.models.registry import weight_table
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.types import PackedBatch, Prompt, Sequence
 

@@ -14,11 +14,11 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 from megatron_r1reward.checkpoint.hf_model_io import load_hf_weights
 from megatron_r1reward.config.schema import MoeSection, ParallelSection
 from megatron_r1reward.demo.tiny_models import TinyQwen3Spec, write_tiny_checkpoint
-from megatron_r1reward.models.qwen3_vl.config import build_configs, moe_layers
+from megatron_r1reward.models.qwen3_vl.config import build_configs
 from megatron_r1reward.models.qwen3_vl.layers import WeightedRouter
-from megatron_r1reward.models.qwen3_vl.mapping import weight_table
 from megatron_r1reward.models.qwen3_vl.model import Qwen3VL
 from megatron_r1reward.models.qwen3_vl.vision import patch_layout
+from megatron_r1reward.models.registry import shape_of, weight_table
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.types import PackedBatch
 
@@ -159,17 +159,17 @@ def test_routers_compute_in_float32_whatever_the_precision(experts, topology):
 
 
 def test_expert_layers_follow_the_configuration(experts):
-    assert moe_layers(experts.config) == [True, True, False, True]
+    assert [shape_of(experts.config).text.is_sparse(layer) for layer in range(4)] == [True, True, False, True]
 
 
 @pytest.mark.parametrize(
     ("parallel", "changes", "match"),
     [
-        ({"expert_model_parallel_size": 3}, {}, "does not divide 8 experts: the nearest legal size is 2"),
+        ({"expert_model_parallel_size": 3}, {}, "has to divide 8 experts: the nearest legal size is 2"),
         ({"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}, {}, "need sequence_parallel"),
         ({"tensor_model_parallel_size": 64, "sequence_parallel": True}, {}, "does not divide"),
         ({}, {"num_experts_per_tok": 1}, "the router would not train"),
-        ({}, {"attention_bias": True}, "not supported"),
+        ({}, {"attention_bias": True}, "attention_bias = true: not implemented"),
         ({"pipeline_model_parallel_size": 8}, {}, "more than the 4 layers"),
     ],
 )

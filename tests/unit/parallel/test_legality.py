@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_r1reward.config.schema import ParallelSection, PrecisionSection
+from megatron_r1reward.model_folder.shape import ModelShape, read_shape
 from megatron_r1reward.parallel.legality import (
-    ModelShape,
     check_layout,
     layout_problem,
     nearest_layout,
@@ -17,17 +17,13 @@ from megatron_r1reward.parallel.legality import (
     sequence_multiple,
     split_layers,
 )
+from megatron_r1reward.planner.catalog import bundled_config
 
-SEVEN_B = ModelShape(
-    num_layers=28,
-    num_attention_heads=28,
-    num_query_groups=4,
-    vocab_size=152064,
-    ffn_sizes=(18944,),
-    vision_num_heads=16,
-    vision_ffn_size=3420,
-    vision_layers_per_token=10.8,
-)
+SEVEN_B = read_shape(bundled_config("Qwen2.5-VL-7B-Instruct"))
+
+
+def sized(**text: int) -> ModelShape:
+    return replace(SEVEN_B, text=replace(SEVEN_B.text, **text))
 
 
 def parallel(**values: object) -> ParallelSection:
@@ -40,7 +36,6 @@ def parallel(**values: object) -> ParallelSection:
     ("values", "message"),
     [
         ({"tp": 3}, "does not divide num_attention_heads 28.*nearest legal layout: tensor_model_parallel_size [24]"),
-        ({"tp": 28}, "vocab_size 152064"),
         ({"tp": 8}, "does not divide num_attention_heads 28.*tensor_model_parallel_size 4"),
         ({"pp": 29}, "29 pipeline chunks are more than the 28 layers.*pipeline_model_parallel_size 28"),
         ({"pp": 8, "vpp": 4}, "32 pipeline chunks.*nearest legal layout: pipeline_model_parallel_size"),
@@ -53,7 +48,7 @@ def test_refusals_give_the_reason_and_the_nearest_legal_layout(values, message) 
 
 
 def test_vision_sizes_matter_only_where_the_tower_is_cut() -> None:
-    shape = replace(SEVEN_B, num_attention_heads=32, num_query_groups=8)
+    shape = sized(heads=32, groups=8)
     assert "vision intermediate_size 3420; parallel.vision = 'image_sharded'" in str(
         layout_problem(shape, parallel(tp=8))
     )

@@ -14,6 +14,7 @@ from megatron_r1reward.kernels.linear_log_probs import linear_log_probs
 from megatron_r1reward.kernels.linear_policy_loss import linear_policy_loss
 from megatron_r1reward.kernels.lm_head import HeadOptions
 from megatron_r1reward.kernels.policy_loss.row_kernels import PolicyLossOptions, TokenInputs
+from megatron_r1reward.model_folder.shape import read_shape
 from megatron_r1reward.planner import activations
 from megatron_r1reward.planner.activations import Numerics, head_workspace, language_layer, stage_activations
 from megatron_r1reward.planner.catalog import bundled_config, find_model
@@ -21,7 +22,6 @@ from megatron_r1reward.planner.devices import DEVICES
 from megatron_r1reward.planner.memory import buffer_elements, state_bytes, trainer_memory
 from megatron_r1reward.planner.parameters import stage_tensors
 from megatron_r1reward.planner.planned_layout import Layout
-from megatron_r1reward.planner.shapes import read_shape
 from megatron_r1reward.planner.workload import MicroBatch, describe
 
 SEVEN = read_shape(bundled_config("Qwen2.5-VL-7B-Instruct"))

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from megatron_r1reward.model_folder.shape import read_shape
 from megatron_r1reward.planner.catalog import bundled_config, bundled_names, find_model
 from megatron_r1reward.planner.parameters import active_per_token, all_tensors, by_component, stage_tensors
 from megatron_r1reward.planner.planned_layout import Layout
-from megatron_r1reward.planner.shapes import read_shape
 
 # Totals in the safetensors metadata of the published checkpoints.
 PUBLISHED = {

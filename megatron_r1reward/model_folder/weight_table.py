@@ -5,10 +5,11 @@ verification; nothing else in the package knows how a weight is laid out.
 
 Adding a family
 ---------------
-1. Write `models/<family>/mapping.py` with `weight_table(config) -> WeightTable`, where `config` is the transformers
-   configuration, and name it in `models/registry.py` under the configuration's `model_type`.
+1. Write `model_folder/table_<family>.py` with `weight_table(shape) -> WeightTable`, and name it in `TABLES` of
+   `model_folder/folder_weights.py` under the configuration's `model_type`.
 2. One `Entry` per Megatron parameter, named as in a model on ONE rank: layer numbers and expert numbers are global
-   (`...decoder.layers.7.mlp.local_experts.93.linear_fc1.weight`). `hf` lists the tensors on disk it is made of.
+   (`...decoder.layers.7.mlp.local_experts.93.linear_fc1.weight`). `hf` lists the tensors on disk it is made of, each
+   with the shape that follows from the configuration: a folder with another shape is refused.
 3. Choose the layout: `REPLICATED` (norms, router, q/k norms, position embeddings), `COLUMN`, `ROW`, `GroupedQKV`,
    `GatedMLP`, `Vocabulary`. `Plain(hf_shape=..., megatron_shape=...)` reshapes (patch embedding).
 4. Experts: set `expert` to the global expert number. Published folders either have one tensor per expert (then `hf`
@@ -30,12 +31,14 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
+if TYPE_CHECKING:  # only layouts with values need it, and it takes seconds to import
+    import torch
 
-Tensors = tuple[torch.Tensor, ...]
-Views = list[torch.Tensor]
+Shape: TypeAlias = tuple[int, ...]
+Tensors: TypeAlias = "tuple[torch.Tensor, ...]"
+Views: TypeAlias = "list[torch.Tensor]"
 
 
 class Layout(ABC):
@@ -70,8 +73,10 @@ class Layout(ABC):
         return tuple(_join(views) for views in self.split_views(full))
 
 
-def _join(views: Views) -> torch.Tensor:
-    return views[0] if len(views) == 1 else torch.cat(views)
+def _join(views: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    import torch
+
+    return views[0] if len(views) == 1 else torch.cat(list(views), dim)
 
 
 def _cut(full: torch.Tensor, size: int, rank: int, dim: int) -> torch.Tensor:
@@ -105,7 +110,7 @@ class Plain(Layout):
         return full if self.partition_dim is None else _cut(full, size, rank, self.partition_dim)
 
     def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
-        return shards[0] if self.partition_dim is None else torch.cat(list(shards), self.partition_dim)
+        return shards[0] if self.partition_dim is None else _join(shards, self.partition_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,10 +130,10 @@ class Vocabulary(Layout):
         local = -(-self.rows // size)
         part = full[rank * local : (rank + 1) * local]
         missing = local - part.shape[0]
-        return torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
+        return _join([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
 
     def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.cat(list(shards))[: self.rows]
+        return _join(shards)[: self.rows]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +158,7 @@ class GroupedQKV(Layout):
         return _cut(full, size, rank, 0)
 
     def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.cat(list(shards))
+        return _join(shards)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,11 +179,11 @@ class GatedMLP(Layout):
         return [[half.T if self.transposed else half] for half in halves]
 
     def shard(self, full: torch.Tensor, size: int, rank: int) -> torch.Tensor:
-        return torch.cat([_cut(half, size, rank, 0) for half in full.chunk(2)])
+        return _join([_cut(half, size, rank, 0) for half in full.chunk(2)])
 
     def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
         halves = [shard.chunk(2) for shard in shards]
-        return torch.cat([half[i] for i in (0, 1) for half in halves])
+        return _join([half[i] for i in (0, 1) for half in halves])
 
 
 REPLICATED = Plain()
@@ -201,6 +206,7 @@ class Entry:
 
     megatron: str
     hf: tuple[str, ...]
+    shapes: tuple[Shape, ...]  # of the tensors `hf` on the disk
     layout: Layout
     expert: int | None = None  # global expert number; the layout's tensor parallelism is then the experts' own
     stacked: bool = False  # the Hugging Face tensors hold all experts along dim 0; this entry is element `expert`
@@ -209,6 +215,11 @@ class Entry:
     def hf_part(self, tensor: torch.Tensor) -> torch.Tensor:
         """This entry's part of one of its Hugging Face tensors, a view."""
         return tensor[self.expert] if self.stacked else tensor
+
+
+def one_to_one(megatron: str, hf: str, shape: Shape, layout: Layout = REPLICATED) -> Entry:
+    """The entry of a parameter that is one tensor on the disk, of this shape."""
+    return Entry(megatron=megatron, hf=(hf,), shapes=(shape,), layout=layout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +253,7 @@ class WeightTable:
     def __post_init__(self) -> None:
         by_megatron = {entry.megatron: entry for entry in self.entries}
         consumed = [(name, e.expert if e.stacked else None) for e in self.entries for name in e.hf]
+        assert all(len(entry.hf) == len(entry.shapes) for entry in self.entries)
         if len(by_megatron) != len(self.entries) or len(set(consumed)) != len(consumed):
             raise ValueError("the weight table describes a tensor twice")
         if self.tie is not None:
@@ -257,7 +269,12 @@ class WeightTable:
     @property
     def hf_names(self) -> list[str]:
         """Every Hugging Face tensor once, in table order."""
-        return list(dict.fromkeys(name for entry in self.entries for name in entry.hf))
+        return list(self.hf_shapes)
+
+    @property
+    def hf_shapes(self) -> dict[str, Shape]:
+        """Name and shape of every Hugging Face tensor, in table order."""
+        return {name: shape for entry in self.entries for name, shape in zip(entry.hf, entry.shapes, strict=True)}
 
     def checkpoint_key(self, entry: Entry) -> CheckpointKey:
         """Where the entry is in a distributed checkpoint. megatron-core stacks the layers of a block, and the experts

@@ -1,0 +1,66 @@
+"""`convert inspect`: what is in a folder of either kind. A Hugging Face folder is looked at without torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_r1reward.conversion.weight_source import FORMAT_FILE, planned_weights
+from megatron_r1reward.model_folder.folder_weights import FolderWeights, read_folder_weights
+from megatron_r1reward.types import TensorMeta
+
+
+def inspect(folder: Path) -> dict[str, Any]:
+    """Tensors, bytes, dtypes, and for a training checkpoint step, layout, run.
+
+    Raises:
+        ValueError: the folder is neither kind, damaged, or its tensors are not those of its configuration.
+    """
+    facts: dict[str, Any] = {"folder": str(folder)}
+    if (folder / FORMAT_FILE).is_file():
+        metas = _distributed(folder, facts)
+    else:
+        weights = read_folder_weights(folder) if any(folder.glob("*.safetensors")) else planned_weights(folder)
+        metas = _hugging_face(weights, facts)
+    by_part: dict[str, list[int]] = {}
+    for meta in metas:
+        part = by_part.setdefault(f"{meta.name.split('.')[0]} {meta.dtype}", [0, 0, 0])
+        part[0], part[1], part[2] = part[0] + 1, part[1] + meta.numel, part[2] + meta.num_bytes
+    facts["parts"] = {name: dict(zip(("tensors", "values", "bytes"), n, strict=True)) for name, n in by_part.items()}
+    return facts
+
+
+def _hugging_face(weights: FolderWeights, facts: dict[str, Any]) -> list[TensorMeta]:
+    facts |= {"kind": "Hugging Face", "family": weights.shape.family, "files": len(weights.files)}
+    facts["tied"] = weights.table.tie is not None
+    if weights.shape.quantized is not None:
+        facts["quantized"] = weights.shape.quantized
+    return [place.meta for file in weights.files for place in file.tensors]
+
+
+def _distributed(folder: Path, facts: dict[str, Any]) -> list[TensorMeta]:
+    from megatron_r1reward.checkpoint.manifest import find_damage, read_manifest
+    from megatron_r1reward.checkpoint.streaming import Sources
+    from megatron_r1reward.conversion.torch_dist_folder import TorchDistFolder
+    from megatron_r1reward.conversion.weight_source import template_of, weight_table_of_template
+
+    dist = TorchDistFolder(folder, Sources())
+    facts["kind"] = "distributed"
+    problem = next(iter(find_damage(folder, hashes=False)), None)
+    facts["manifest"] = problem or "complete"
+    if problem is None:
+        manifest = read_manifest(folder)
+        facts |= {key: manifest[key] for key in ("kind", "hash", "run", "step", "score") if key in manifest}
+        facts["files"] = len(manifest["files"])
+    if (folder / "state.json").is_file():
+        state = json.loads((folder / "state.json").read_text())
+        facts |= {key: state[key] for key in ("layout", "weight_version", "data") if key in state}
+    try:
+        template = template_of(folder)
+    except ValueError as error:  # it can be looked at all the same
+        facts["configuration"] = str(error)
+    else:
+        facts["configuration"] = str(template)
+        dist.check(weight_table_of_template(template), where=f"{folder}, against the configuration in {template}")
+    return dist.metas()
