@@ -68,7 +68,10 @@ def expert_problem(shape: ModelShape, parallel: ParallelSection, world_size: int
         return None
     ranks = f" and, times {needed} (expert tensor x pipeline ranks), the {world_size} ranks" if world_size else ""
     legal = next((size for size in range(ep, 0, -1) if fits(size)), 1)
-    return f"expert_model_parallel_size {ep} has to divide {experts.count} experts{ranks}: the nearest legal size is {legal}"
+    return (
+        f"expert_model_parallel_size {ep} has to divide {experts.count} experts{ranks}: "
+        f"the nearest legal size is {legal}"
+    )
 
 
 def padded_vocabulary(rows: int, parallel: ParallelSection) -> int:
