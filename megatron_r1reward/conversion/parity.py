@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText
 
 from megatron_r1reward.checkpoint.dist import load_weights
 from megatron_r1reward.checkpoint.hf_model_io import load_hf_weights
@@ -17,6 +17,7 @@ from megatron_r1reward.config.schema import MoeSection, ParallelSection, Precisi
 from megatron_r1reward.conversion.weight_source import FORMAT_FILE, WeightSource
 from megatron_r1reward.data.packing import Packer
 from megatron_r1reward.data.pixels import ImageProcessor
+from megatron_r1reward.model_folder.examine import load_tokenizer
 from megatron_r1reward.models.registry import family_of, load_hf_config
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.types import Prompt, Sequence
@@ -49,7 +50,7 @@ def log_prob_difference(folder: Path, reference: Path | None = None) -> float:
 
 def _sample(hf_folder: Path, image: Path) -> tuple[Packer, Sequence]:
     config = load_hf_config(hf_folder)
-    tokenizer = AutoTokenizer.from_pretrained(hf_folder, local_files_only=True)
+    tokenizer = load_tokenizer(hf_folder)
     packer = Packer(
         image_processor=ImageProcessor(hf_folder, min_pixels=3136, max_pixels=28 * 28 * 256),
         image_token_id=config.image_token_id,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.launch.ranks import ranks
+from megatron_r1reward.launch.stage_models import check_models
 from megatron_r1reward.training import sft as sft_stage
 
 log = logging.getLogger(__name__)
@@ -14,6 +15,7 @@ log = logging.getLogger(__name__)
 
 def sft(config: RunConfig, *, rendezvous: Path | None = None) -> bool:
     """Stage 1, on every rank. False: it has saved and stopped on request."""
+    check_models(config, "sft")
     with ranks(config, rendezvous) as topology:
         folder = sft_stage.run(config, topology)
     if folder is not None:

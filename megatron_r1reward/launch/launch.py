@@ -17,6 +17,7 @@ from megatron_r1reward.config.load import load_config
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.launch.local_steps import LocalLauncher, count_gpus
 from megatron_r1reward.launch.slurm_steps import SlurmLauncher
+from megatron_r1reward.launch.stage_models import check_models
 from megatron_r1reward.launch.steps import StepLauncher
 from megatron_r1reward.launch.supervisor import Plan, Supervisor
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE, new_token, token_from
@@ -37,6 +38,7 @@ def launch(stage: Stage, run_file: Path, overrides: Sequence[str], *, local: boo
     config = load_config(run_file, overrides)
     if stage == "rl":
         config.sampling.check_for_rl()
+    check_models(config, stage)
     run = RunDir(root=config.run.output_dir)
     job = None if local or "SLURM_JOB_ID" not in os.environ else SlurmJob(os.environ)
     _claim(run, job)

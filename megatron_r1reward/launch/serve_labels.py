@@ -7,6 +7,7 @@ import logging
 import uvicorn
 
 from megatron_r1reward.config.schema import RunConfig, ServeSection
+from megatron_r1reward.launch.stage_models import check_models
 from megatron_r1reward.launch.stage_servers import open_judge
 from megatron_r1reward.network.tokens import is_loopback, token_from
 from megatron_r1reward.serving.labels import LabelTable
@@ -22,6 +23,7 @@ def serve(config: RunConfig) -> None:
         ValueError: the address is on the network and there is no token, or the data has no labels.
     """
     section = config.serve
+    check_models(config, "judge")
     token = _token(section)
     labels = LabelTable(config.data.train)
     log.info(

@@ -9,10 +9,9 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.stage_data import image_folders
+from megatron_r1reward.model_folder.examine import load_tokenizer
 from megatron_r1reward.reward.consistency import ConsistencyJudge
 from megatron_r1reward.reward.verdict_cache import VerdictCache
 from megatron_r1reward.rollout.open_pool import build_servers, open_rollout_pool
@@ -129,7 +128,7 @@ def _open_pool(config: RunConfig, *, takes_weights: bool) -> RolloutPool:
     return open_rollout_pool(
         config.rollout,
         model_path=config.model.path,
-        tokenizer=AutoTokenizer.from_pretrained(config.model.path, local_files_only=True),
+        tokenizer=load_tokenizer(config.model.path),
         log_dir=_log_dir(config),
         media_roots=image_folders(config),
         pixels=(config.data.min_pixels, config.data.max_pixels),

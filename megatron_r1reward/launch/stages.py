@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.difficulty import select_hard, summary
@@ -21,7 +20,9 @@ from megatron_r1reward.evaluation.evaluate import evaluate as evaluate_pairs
 from megatron_r1reward.evaluation.result import EvaluationResult
 from megatron_r1reward.files import write_text
 from megatron_r1reward.launch.addresses import connected
+from megatron_r1reward.launch.stage_models import check_models
 from megatron_r1reward.launch.stage_servers import open_annotator, open_evaluation_pool, open_rl_services
+from megatron_r1reward.model_folder.examine import load_tokenizer
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE
 from megatron_r1reward.processes import quick_imports
 from megatron_r1reward.reward.score import RewardScorer
@@ -37,6 +38,7 @@ def rl(config: RunConfig, *, rendezvous: Path | None = None, supervised: bool = 
     With `supervised` the servers are those whose addresses the run directory holds. A replay has none.
     """
     config.sampling.check_for_rl()
+    check_models(config, "rl")
     with quick_imports():  # megatron-core, which the other stages do without
         from megatron_r1reward.launch.ranks import ranks
         from megatron_r1reward.training import rl as rl_stage
@@ -71,6 +73,7 @@ def annotate(config: RunConfig) -> None:
     """Difficulty of every training preference, and the hard set that RL trains on."""
     from megatron_r1reward.evaluation.annotate import annotate as annotate_preferences  # openai loads for seconds
 
+    check_models(config, "annotate")
     output = config.run.output_dir
     output.mkdir(parents=True, exist_ok=True)
     section = config.annotate
@@ -114,6 +117,7 @@ def _served_here(config: RunConfig) -> dict[str, object]:
 
 def evaluate(config: RunConfig) -> None:
     """Held-out accuracy of `model.path`, and with shuffled images where the run file asks for that control."""
+    check_models(config, "eval")
     output = config.run.output_dir
     output.mkdir(parents=True, exist_ok=True)
     section = config.evaluation
@@ -152,7 +156,7 @@ def _evaluate(
     transcripts: int,
     shuffle_images: bool = False,
 ) -> EvaluationResult:
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path, local_files_only=True)
+    tokenizer = load_tokenizer(config.model.path)
     title = "control: shuffled images" if shuffle_images else "evaluate"
     with tqdm(total=2 * len(pairs), desc=title, unit="prompt", dynamic_ncols=True) as progress:
         return evaluate_pairs(

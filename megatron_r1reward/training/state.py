@@ -9,7 +9,7 @@ import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module, MegatronModule
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from megatron_r1reward.checkpoint.dist import load_weights
 from megatron_r1reward.checkpoint.hf_model_io import load_hf_weights
@@ -20,6 +20,7 @@ from megatron_r1reward.data.packing import Packer
 from megatron_r1reward.data.pixels import ImageProcessor
 from megatron_r1reward.kernels.lm_head import HeadOptions
 from megatron_r1reward.kernels.policy_loss.row_kernels import PolicyLossOptions
+from megatron_r1reward.model_folder.examine import load_tokenizer
 from megatron_r1reward.model_folder.weight_table import WeightTable
 from megatron_r1reward.models.head import configure_heads
 from megatron_r1reward.models.registry import family_of, load_hf_config
@@ -104,7 +105,7 @@ def build_state(
     configs.language.finalize_model_grads_func = finalize_gradients
     configs.language.grad_scale_func = optimizer.scale_loss
     reference = join_chunks(load_policy()[1]).requires_grad_(False) if with_reference else None
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path, local_files_only=True)
+    tokenizer = load_tokenizer(config.model.path)
     return TrainState(
         config=config,
         topology=topology,

@@ -1,0 +1,39 @@
+"""Which model folders a stage reads, and whether it can: asked before a process starts or anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_r1reward.cluster.placement import Stage
+from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.model_folder.examine import folder_problems, served_problems
+
+
+def model_problems(config: RunConfig, stage: Stage) -> Iterator[tuple[str, Path, str]]:
+    """(key of the run file, folder, what is wrong) for all that is wrong with the folders that this stage reads."""
+    path = config.model.path
+    if stage in ("sft", "rl"):
+        # Servers that are started here load the folder's weights, whatever the trainer begins with.
+        serves = stage == "rl" and not config.rollout.urls and config.rl.replay is None
+        weights = config.checkpoint.init_from is None or serves
+        yield from (("model.path", path, text) for text in folder_problems(path, weights=weights))
+    elif stage == "eval":
+        weights = not config.rollout.urls
+        yield from (("model.path", path, text) for text in folder_problems(path, weights=weights, trainable=False))
+    elif stage == "annotate" and config.annotate.url is None:
+        yield from (("model.path", path, text) for text in served_problems(path))
+    judge = config.judge
+    judged = stage == "judge" or (stage == "rl" and config.reward.use_judge and config.rl.replay is None)
+    if judged and not judge.urls and judge.model_path is not None:
+        yield from (("judge.model_path", judge.model_path, text) for text in served_problems(judge.model_path))
+
+
+def check_models(config: RunConfig, stage: Stage) -> None:
+    """ValueError that names everything that is wrong with the folders that this stage reads."""
+    by_folder: dict[tuple[str, Path], list[str]] = {}
+    for key, folder, text in model_problems(config, stage):
+        by_folder.setdefault((key, folder), []).append(text)
+    if by_folder:
+        parts = (f"{key} {folder} cannot be used: {'; '.join(lines)}" for (key, folder), lines in by_folder.items())
+        raise ValueError("; ".join(parts))
