@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
+import queue
 import shutil
 import time
 import uuid
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
@@ -34,15 +37,85 @@ from megatron_r1reward.checkpoint.dist import (
     sharded_state,
     sharding_metadata,
 )
-from megatron_r1reward.checkpoint.manifest import hash_range, write_manifest
-from megatron_r1reward.checkpoint.retention import expired
+from megatron_r1reward.checkpoint.manifest import hash_range, read_manifest, write_manifest
 from megatron_r1reward.checkpoint.streaming import WrittenItem
-from megatron_r1reward.checkpoint.write_results import WriteResults
 from megatron_r1reward.config.schema import CheckpointSection
 from megatron_r1reward.files import publish_folder, write_text
 
 log = logging.getLogger(__name__)
 _MARGIN_BYTES = 1 << 20  # room for the parts that are no tensors
+
+
+def expired(root: Path, section: CheckpointSection, *, newest: Path) -> list[Path]:
+    """Complete checkpoints that no rule keeps, oldest first. `newest`, just completed, is never among them.
+
+    A folder without a readable manifest counts for no rule and is left alone: it is evidence, not a checkpoint.
+    """
+    scores: dict[Path, float | None] = {}
+    for folder in sorted(root.glob("step-????????")):
+        try:
+            manifest = read_manifest(folder)
+        except ValueError:
+            continue
+        scores[folder] = manifest.get("score")
+    folders = list(scores)
+    keep = {newest, *folders[-section.keep_last :]}
+    if section.keep_every is not None:
+        keep |= {folder for folder in folders if int(folder.name.removeprefix("step-")) % section.keep_every == 0}
+    if section.keep_best:
+        scored = [folder for folder in folders if scores[folder] is not None]
+        # Of equal scores the later one, which has seen more data.
+        keep |= set(sorted(scored, key=lambda folder: (scores[folder] or 0.0, folder.name))[-section.keep_best :])
+    return [folder for folder in folders if folder not in keep]
+
+
+class WriteResults:
+    """How megatron-core's checkpoint writers, which are forked from the rank, report to it: in the place of the queue
+    that megatron-core would make at the first save (`_get_write_results_queue`).
+
+    That queue is held by a manager process, which imports torch before it can answer (some seconds, 270 MB per rank),
+    is never ended, and outlives a rank that is killed. Forked writers need no more than an anonymous file that they
+    inherit: what a writer has put is there when it has ended, and the file goes when its last process does.
+    """
+
+    def __init__(self) -> None:
+        self._file: int | None = None
+        self._read = 0  # bytes of it
+
+    def start(self) -> None:
+        """Before a save: what an earlier one that failed has left is not this one's."""
+        if self._file is None:
+            self._file = os.memfd_create("checkpoint-write-results")
+        os.ftruncate(self._file, 0)
+        self._read = 0
+        filesystem_async._results_queue = self
+
+    def put(self, result: Any) -> None:
+        """In the writer, a fork of the rank."""
+        content = pickle.dumps(result)
+        assert self._file is not None, "writers are forked after start()"
+        with os.fdopen(os.dup(self._file), "ab") as file:
+            file.write(len(content).to_bytes(8, "little") + content)
+
+    def get_nowait(self) -> Any:
+        """In the rank, when the writer has ended: the first result that was not read yet.
+
+        Raises:
+            queue.Empty: there is none; the writer was killed.
+        """
+        assert self._file is not None, "there is no save"
+        size = int.from_bytes(os.pread(self._file, 8, self._read), "little")
+        content = os.pread(self._file, size, self._read + 8)
+        if not size or len(content) < size:
+            raise queue.Empty
+        self._read += 8 + size
+        return pickle.loads(content)
+
+    def close(self) -> None:
+        if self._file is not None:
+            filesystem_async._results_queue = None
+            os.close(self._file)
+            self._file = None
 
 
 @dataclass(kw_only=True)

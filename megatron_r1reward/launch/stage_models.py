@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_r1reward.cluster.placement import Stage
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.model_folder.examine import folder_problems, served_problems
+from megatron_r1reward.model_folder.shape import load_shape
 
 
 def model_problems(config: RunConfig, stage: Stage) -> Iterator[tuple[str, Path, str]]:
@@ -18,6 +19,8 @@ def model_problems(config: RunConfig, stage: Stage) -> Iterator[tuple[str, Path,
         serves = stage == "rl" and not config.rollout.urls and config.rl.replay is None
         weights = config.checkpoint.init_from is None or serves
         yield from (("model.path", path, text) for text in folder_problems(path, weights=weights))
+        if serves or (stage == "rl" and config.rollout.urls):
+            yield from (("model.path", path, text) for text in _sampled_otherwise(path))
     elif stage == "eval":
         weights = not config.rollout.urls
         yield from (("model.path", path, text) for text in folder_problems(path, weights=weights, trainable=False))
@@ -27,6 +30,20 @@ def model_problems(config: RunConfig, stage: Stage) -> Iterator[tuple[str, Path,
     judged = stage == "judge" or (stage == "rl" and config.reward.use_judge and config.rl.replay is None)
     if judged and not judge.urls and judge.model_path is not None:
         yield from (("judge.model_path", judge.model_path, text) for text in served_problems(judge.model_path))
+
+
+def _sampled_otherwise(path: Path) -> Iterator[str]:
+    """What vLLM computes in another way than transformers and the trainer."""
+    try:
+        rope = load_shape(path).text.rope
+    except ValueError:
+        return  # said already
+    if rope.yarn is not None:
+        yield (
+            'config.json has rope_scaling of type "yarn", for which vLLM 0.32 takes original_max_position_embeddings '
+            "four times with M-RoPE: it would sample from another model than the one that is trained; run SFT with it, "
+            "or take the scaling out for RL"
+        )
 
 
 def check_models(config: RunConfig, stage: Stage) -> None:

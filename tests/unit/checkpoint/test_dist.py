@@ -19,8 +19,7 @@ from megatron_r1reward.checkpoint.dist import (
     find_checkpoint,
     load_checkpoint,
 )
-from megatron_r1reward.checkpoint.retention import expired
-from megatron_r1reward.checkpoint.saver import CheckpointSaver
+from megatron_r1reward.checkpoint.saver import CheckpointSaver, expired
 from megatron_r1reward.config.schema import CheckpointSection, RunConfig
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.parallel.setup import Topology

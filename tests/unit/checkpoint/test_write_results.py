@@ -14,7 +14,7 @@ import psutil
 import pytest
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from megatron_r1reward.checkpoint.write_results import WriteResults
+from megatron_r1reward.checkpoint.saver import WriteResults
 
 
 @pytest.fixture

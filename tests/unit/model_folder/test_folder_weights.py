@@ -122,9 +122,7 @@ def test_shards_without_an_index_and_what_is_no_model(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     parts = metas(config())
     write_weights(folder, parts[::2], "model-00001-of-00002.safetensors")
-    with pytest.raises(
-        ValueError, match="model-00002-of-00002.safetensors and model.safetensors.index.json are missing"
-    ):
+    with pytest.raises(ValueError, match=r"model-00002-of-00002.safetensors and model.*index.json are missing"):
         read_folder_weights(folder)
     write_weights(folder, parts[1::2], "model-00002-of-00002.safetensors")
     assert len(read_folder_weights(folder).files) == 2
