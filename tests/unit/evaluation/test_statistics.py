@@ -1,50 +1,99 @@
+"""Intervals that hold: coverage in simulation, at the sizes of the published benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+from scipy.stats import binom
 
-from megatron_r1reward.evaluation.statistics import binomial_share, bootstrap_mean
+from megatron_r1reward.evaluation.statistics import estimate_mean, estimate_share
 
-
-def test_bootstrap_is_seeded_and_encloses_the_mean() -> None:
-    values = np.random.default_rng(0).random(200)
-    first, again = bootstrap_mean(values, seed=1), bootstrap_mean(values, seed=1)
-    assert first == again
-    assert first != bootstrap_mean(values, seed=2)
-    assert first.mean == pytest.approx(values.mean())
-    assert first.low < first.mean < first.high
-    assert first.interval == [first.low, first.high]
+REPEATS = 600  # two standard errors at 95 %: 1.8 points
 
 
-def test_bootstrap_width_is_that_of_the_normal_approximation() -> None:
-    values = np.random.default_rng(0).random(400)
-    estimate = bootstrap_mean(values, seed=0)
-    width = 2 * 1.96 * values.std() / np.sqrt(len(values))
-    assert estimate.high - estimate.low == pytest.approx(width, rel=0.1)
-
-
-def test_the_interval_covers_the_truth_about_95_times_of_100() -> None:
+def coverage(draw: Callable[[np.random.Generator], np.ndarray], truth: float, items: list[int] | None = None) -> float:
     generator = np.random.default_rng(0)
     covered = 0
-    for seed in range(200):
-        estimate = bootstrap_mean(generator.random(100) < 0.7, seed=seed, resamples=400)
-        covered += estimate.low <= 0.7 <= estimate.high
-    assert 180 <= covered <= 199
+    for _ in range(REPEATS):
+        estimate = estimate_share(draw(generator), items)
+        covered += estimate.low <= truth <= estimate.high
+    return covered / REPEATS
 
 
-@pytest.mark.parametrize("values", [[], [0.5], [[0.5, 0.5]]])
-def test_fewer_than_two_pairs_have_no_interval(values: list[float]) -> None:
-    with pytest.raises(ValueError, match="at least 2 pairs"):
-        bootstrap_mean(values, seed=0)
+def exact_coverage(items: int, share: float) -> float:
+    """Of one verdict per item: over all numbers of right ones."""
+    right = np.arange(items + 1)
+    found = [estimate_share([1.0] * int(r) + [0.0] * (items - int(r))) for r in right]
+    covered = np.array([estimate.low <= share <= estimate.high for estimate in found])
+    return float(binom.pmf(right[covered], items, share).sum())
 
 
-def test_binomial_intervals_match_published_values() -> None:
-    exact = binomial_share(0, 10, method="exact")
-    assert (exact.mean, exact.low) == (0.0, 0.0)
-    assert exact.high == pytest.approx(1 - 0.025 ** (1 / 10))  # Clopper-Pearson at zero successes
-    benchmark = binomial_share(899, 1250)  # R1-Reward on VL-RewardBench: 71.92 %, about +- 2.5 points
+@pytest.mark.parametrize("items", [20, 46, 170])
+def test_independent_items_are_covered_at_small_sizes(items: int) -> None:
+    """With few items no interval can hold 95 % at every share: the verdicts are whole numbers. On average it does."""
+    covered = [exact_coverage(items, share) for share in (0.6, 0.7, 0.8, 0.85, 0.9, 0.95)]
+    assert 0.93 <= np.mean(covered) <= 0.97, covered
+    assert min(covered) >= 0.92
+
+
+def test_46_items_of_which_95_in_100_are_right() -> None:
+    assert exact_coverage(46, 0.95) == pytest.approx(0.9737, abs=1e-4)
+
+
+@pytest.mark.parametrize("items", [20, 46, 170])
+@pytest.mark.parametrize(("share", "samples"), [(0.95, 2), (0.85, 2), (0.85, 30), (0.7, 30)])
+def test_items_with_several_verdicts_are_covered(items: int, share: float, samples: int) -> None:
+    """Both orders and several samples: an item has an accuracy of its own between 0 and 1."""
+
+    def draw(generator: np.random.Generator) -> np.ndarray:
+        accuracies = generator.beta(share, 1 - share, size=items)
+        return generator.binomial(samples, accuracies) / samples
+
+    assert 0.92 <= coverage(draw, share) <= 0.985
+
+
+@pytest.mark.parametrize(("share", "spread"), [(0.95, 0.05), (0.95, 0.3), (0.95, 0.6), (0.8, 0.5), (0.8, 0.9)])
+def test_pairs_of_the_same_item_are_not_independent(share: float, spread: float) -> None:
+    """170 pairs of 46 ids, as in MM-RLHF-RewardBench; `spread`: correlation between the pairs of an item."""
+    sizes = np.full(46, 3)
+    sizes[:32] += 1  # 170 pairs
+    items = np.repeat(np.arange(46), sizes).tolist()
+    concentration = 1 / spread - 1
+
+    def draw(generator: np.random.Generator) -> np.ndarray:
+        accuracies = generator.beta(share * concentration, (1 - share) * concentration, size=46)
+        return generator.random(170) < np.repeat(accuracies, sizes)
+
+    assert 0.93 <= coverage(draw, share, items) <= 0.985
+    if spread == 0.9:
+        assert coverage(draw, share) < 0.8, "counting pairs instead of items covers far less"
+
+
+def test_known_intervals() -> None:
+    benchmark = estimate_share([1.0] * 899 + [0.0] * 351)  # R1-Reward on VL-RewardBench, about +- 2.5 points
     assert benchmark.mean == 0.7192
-    assert benchmark.high - benchmark.low == pytest.approx(0.05, abs=0.002)
+    assert benchmark.interval == pytest.approx((0.6936, 0.7434), abs=1e-4)  # Wilson's
+    assert estimate_share([1.0] * 10).interval == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert estimate_share([0.5], [0]).interval == (0.0, 1.0)
+    mixed = estimate_share([1.0, 0.5] * 200)
+    assert mixed.high - mixed.low == pytest.approx(2 * 1.966 * 0.25 / np.sqrt(400), rel=0.02)
 
 
-def test_a_share_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="0 trials"):
-        binomial_share(0, 0)
+def test_the_bootstrap_is_seeded_and_goes_by_item() -> None:
+    values = np.random.default_rng(0).exponential(size=200)
+    first = estimate_mean(values, seed=1)
+    assert first == estimate_mean(values, seed=1) != estimate_mean(values, seed=2)
+    assert first.low < first.mean < first.high
+    width = 2 * 1.96 * values.std() / np.sqrt(200)
+    assert first.high - first.low == pytest.approx(width, rel=0.15)
+    fourfold = estimate_mean(np.repeat(values, 4), np.repeat(np.arange(200), 4).tolist(), seed=1)
+    assert fourfold.interval == pytest.approx(first.interval, rel=1e-6)
+    assert estimate_mean([3.0, 3.0], seed=0).interval == (3.0, 3.0)
+
+
+@pytest.mark.parametrize("values", [[], [[0.5, 0.5]]])
+def test_nothing_has_no_interval(values: list[float]) -> None:
+    with pytest.raises(ValueError, match="one value for each pair"):
+        estimate_share(values)
