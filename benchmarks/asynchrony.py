@@ -138,7 +138,7 @@ def row_of(mode: str, turns: list[list[dict[str, Any]]], found: EvaluationResult
     row: dict[str, Any] = {"mode": mode, "steps/s": len(timed) / seconds}
     for phase in COLUMNS[2:9]:
         row[phase] = sum(line[f"time/{phase}"] for line in timed) / len(timed)
-    return row | {"accuracy": found.accuracy.mean, "low": found.accuracy.low, "high": found.accuracy.high}
+    return row | {"accuracy": found.accuracy, "low": found.interval[0], "high": found.interval[1]}
 
 
 def measure(options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:

@@ -64,8 +64,9 @@ class Rollout:
     token_ids: tuple[int, ...]  # response tokens including the final end-of-turn token when there is one
     log_probs: tuple[float, ...]  # [T], same length as token_ids
     text: str  # decoded without special tokens
-    finish_reason: str  # "stop" | "length" | "abort"
+    finish_reason: str  # "stop" | "length"
     weight_spans: tuple[WeightSpan, ...]
+    special_tokens: bool = False  # it holds some besides the one that ended it; `text` does not show them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,7 @@ class ScoredRollout:
     reward: float
     predicted: Label | None  # strict parse of <answer>; None when it is not exactly 1 or 2
     verdict: JudgeVerdict
+    masked: bool = False  # trains nothing and is no part of any statistic of the rewards
 
 
 @dataclass(frozen=True, kw_only=True)

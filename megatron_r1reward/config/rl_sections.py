@@ -18,7 +18,7 @@ class RlSection(Section):
     # all wrong; when they are used up the step goes on with what there is. 0: off
     dynamic_sampling_rounds: Annotated[int, Field(ge=0)] = 0
     heldout_every: PositiveInt | None = None  # steps between accuracy probes on evaluation.data; None: no probes
-    heldout_pairs: PositiveInt = 128  # pairs of one probe, each asked once in both orders
+    heldout_pairs: PositiveInt = 128  # a sample of the pairs for a probe, each asked once in both orders
     record: Path | None = None  # folder that keeps every step's rollouts, with rewards, log-probs and weight versions
     replay: Path | None = None  # folder of such a record: train from it alone, without servers and judge
 

@@ -150,11 +150,17 @@ class SftSection(Section):
     global_batch_size: PositiveInt = 256
 
 
+Truncated = Literal["penalise", "mask", "as_is"]
+
+
 class RewardSection(Section):
     format_weight: float = 0.5
     consistency_weight: float = 0.5
     consistency_levels: Literal["paper", "released_code"] = "paper"  # {0, 1} or {-1, 0, 1}
     use_judge: bool = True
+    # A response that the token limit cut off: penalise: it has not answered (F = A = 0), so the policy learns to end;
+    # mask: it trains nothing (overlong filtering of DAPO); as_is: its text is scored, as in the released code.
+    truncated: Truncated = "penalise"
 
 
 class SamplingSection(Section):
@@ -243,7 +249,7 @@ class JudgeSection(ServerSection):
 
 class AnnotateSection(Section):
     attempts: PositiveInt = 3
-    max_rows: PositiveInt | None = None  # annotate only the first rows of data.train; None: all
+    max_rows: PositiveInt | None = None  # annotate a sample of data.train, drawn by run.seed and id; None: all
     url: str | None = None  # OpenAI-compatible endpoint, e.g. "https://host/v1"; None: serve model.path here
     model: str = "policy"  # its name at the endpoint
     api_key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key of a remote endpoint
@@ -253,10 +259,11 @@ class AnnotateSection(Section):
 class EvaluationSection(Section):
     data: Path | None = None
     image_root: Path | None = None  # as in [data]
-    max_pairs: PositiveInt | None = None
+    max_pairs: PositiveInt | None = None  # a sample of the pairs, drawn by run.seed and id; None: all
     samples: PositiveInt = 15  # K of voting@K
     voting: tuple[PositiveInt, ...] = (1, 5, 15)
     shuffled_images_control: bool = False
+    greedy: bool = True  # once more at temperature 0, one response per pair and order
     transcripts: Annotated[int, Field(ge=0)] = 6
 
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -14,12 +15,30 @@ from megatron_r1reward.data.prompt import PromptBuilder
 from megatron_r1reward.types import Preference, Prompt
 
 
+class _Row(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+RowT = TypeVar("RowT", bound=_Row)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Draw:
     """Example `index` in pass `epoch` over the data."""
 
     index: int
     epoch: int
+
+
+def seeded_sample(rows: Sequence[RowT], count: int | None, *, seed: int) -> tuple[RowT, ...]:
+    """`count` of the rows (all for None) in their order, drawn by hashing seed and id: files often begin with one
+    category. The order of the file does not matter, and a larger sample holds the smaller ones."""
+    if count is None or count >= len(rows):
+        return tuple(rows)
+    lots = [hashlib.sha256(f"{seed}/{row.id}".encode()).digest() for row in rows]
+    drawn = sorted(sorted(range(len(rows)), key=lots.__getitem__)[:count])
+    return tuple(rows[index] for index in drawn)
 
 
 class EpochSampler:

@@ -7,7 +7,7 @@ Several samples, because the accuracy of one sample and of a majority vote are t
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Protocol
@@ -20,11 +20,14 @@ from megatron_r1reward.evaluation.result import (
     CategoryAccuracy,
     Counts,
     EvaluationResult,
+    GreedyAccuracy,
     Order,
     Transcript,
+    one,
+    several,
 )
 from megatron_r1reward.evaluation.shuffled_images import shuffle_images as with_shuffled_images
-from megatron_r1reward.evaluation.statistics import Estimate, bootstrap_mean
+from megatron_r1reward.evaluation.statistics import Estimate, estimate_mean, estimate_share
 from megatron_r1reward.evaluation.voting import (
     Floats,
     Votes,
@@ -33,8 +36,8 @@ from megatron_r1reward.evaluation.voting import (
     order_agreement,
     voting_accuracy,
 )
-from megatron_r1reward.reward.rules import ParsedResponse, parse_response
-from megatron_r1reward.types import Preference, Prompt, Rollout
+from megatron_r1reward.reward.rules import ParsedResponse, parse_rollout
+from megatron_r1reward.types import Label, Preference, Prompt, Rollout
 
 NO_CATEGORY = "uncategorised"
 
@@ -53,8 +56,8 @@ class Generated(Protocol):
 
 
 class Generator(Protocol):
-    """What samples responses: `rollout.pool.RolloutPool`. A prompt has n rollouts, fewer where some were quarantined,
-    or none when it failed."""
+    """What samples responses: `rollout.pool.RolloutPool`. A prompt has n rollouts and quarantined ones in all, or none
+    when it failed."""
 
     def generate(
         self,
@@ -75,14 +78,21 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedPair:
-    """A preference and what the model said about it, by answer order; at least one sample in each."""
+    """A preference and what the model said about it, by answer order. Responses that were quarantined are missing
+    here; the model gave them, so they count as answers that do not parse."""
 
     preference: Preference
     samples: Mapping[Order, tuple[Sample, ...]]
+    labels: Mapping[Order, Label]
 
     @property
     def category(self) -> str:
         return _category(self.preference)
+
+    @property
+    def item(self) -> Hashable:
+        """Pairs about the same images and question are not independent of each other."""
+        return self.preference.metadata.get("item") or (self.preference.question, self.preference.image_paths)
 
 
 def evaluate(
@@ -95,10 +105,15 @@ def evaluate(
     voting: Sequence[int],
     seed: int,
     shuffle_images: bool = False,
+    greedy: bool = False,
     transcripts: int = 6,
     progress: Callable[..., Any] | None = None,
 ) -> EvaluationResult:
     """Sample every pair in both orders and summarise.
+
+    The denominator is every pair that the servers answered in both orders. What the model said counts, whatever it
+    is: an answer that does not parse, or a response that was quarantined for a banned token, is not right. Only a pair
+    of which a prompt failed (refused, or no server answered) is left out, and counted in `Counts.failed`.
 
     Args:
         preferences: the pairs, with unique ids.
@@ -106,38 +121,66 @@ def evaluate(
         voting: the k of voting@k and any_correct@k, each in [1, K].
         seed: of the sampling, the bootstrap, the shuffle and the choice of transcripts.
         shuffle_images: the control: everything the same, but each pair sees the images of another one.
+        greedy: once more at temperature 0, one response per pair and order.
         transcripts: how many judgements to return in full. The choice depends on the pairs and the seed alone, so
             that evaluations of two models can be read side by side.
         progress: handed to the pool.
 
     Raises:
-        ValueError: a k of `voting` exceeds `samples`, ids repeat, or fewer than two pairs got a response.
+        ValueError: a k of `voting` exceeds `samples`, ids repeat, or no pair was answered.
     """
     _check(preferences, samples, voting)
     shown = with_shuffled_images(preferences, seed) if shuffle_images else tuple(preferences)
     prompts = [prompt_builder.build(pair, swapped=swapped) for pair in shown for swapped in (False, True)]
+    pairs, counts = _ask(pool, shown, prompts, sampling, samples, seed, progress)
+    counts = counts.model_copy(update={"without_partner": len(preferences) - len(shown)})
+    result = _summarise(pairs, counts, samples=samples, voting=voting, seed=seed)
+    update: dict[str, Any] = {
+        "transcripts": _choose_transcripts(preferences, pairs, transcripts, seed),
+        "shuffled_images": shuffle_images,
+    }
+    if greedy:
+        coldest = sampling.model_copy(update={"temperature": 0.0})
+        decided, counted = _ask(pool, shown, prompts, coldest, 1, seed, progress)
+        update["greedy"] = GreedyAccuracy(**_both_orders(decided, counted, 1))
+    return result.model_copy(update=update)
+
+
+def _ask(
+    pool: Generator,
+    preferences: Sequence[Preference],
+    prompts: Sequence[Prompt],
+    sampling: SamplingSection,
+    samples: int,
+    seed: int,
+    progress: Callable[..., Any] | None,
+) -> tuple[list[JudgedPair], Counts]:
+    """The pairs that were answered in both orders. `prompts` holds two per preference, in `ORDERS`."""
     generated = pool.generate(prompts, sampling, n=samples, seed=seed, progress=progress)
-    pairs = _judged_pairs(shown, prompts, generated.rollouts)
-    if len(pairs) < 2:
-        raise ValueError(
-            f"{len(pairs)} of {len(shown)} pairs got responses in both orders, an interval needs two: give more pairs, "
-            "or see the log of the servers"
-        )
-    counts = Counts(
+    answered = {rollout.prompt.id for rollout in (*generated.rollouts, *generated.quarantined)}
+    by_prompt: dict[str, list[Sample]] = defaultdict(list)
+    for rollout in generated.rollouts:
+        by_prompt[rollout.prompt.id].append(Sample(rollout=rollout, parsed=parse_rollout(rollout)))
+    pairs = []
+    for preference, first, second in zip(preferences, prompts[::2], prompts[1::2], strict=True):
+        if {first.id, second.id} <= answered:
+            shown = dict(zip(ORDERS, (first, second), strict=True))
+            pairs.append(
+                JudgedPair(
+                    preference=preference,
+                    samples={order: tuple(by_prompt[prompt.id]) for order, prompt in shown.items()},
+                    labels={order: prompt.label for order, prompt in shown.items()},
+                )
+            )
+    if not pairs:
+        raise ValueError(f"none of {len(preferences)} pairs was answered in both orders: see the log of the servers")
+    flat = [sample for pair in pairs for part in pair.samples.values() for sample in part]
+    return pairs, Counts(
         pairs=len(pairs),
-        samples=sum(len(part) for pair in pairs for part in pair.samples.values()),
-        failed=len(shown) - len(pairs),
+        samples=len(flat),
+        failed=len(preferences) - len(pairs),
         quarantined=len(generated.quarantined),
-        without_partner=len(preferences) - len(shown),
-    )
-    return _summarise(
-        pairs,
-        counts,
-        samples=samples,
-        voting=voting,
-        seed=seed,
-        transcripts=_choose_transcripts(preferences, pairs, transcripts, seed),
-        shuffled_images=shuffle_images,
+        truncated=sum(sample.rollout.finish_reason == "length" for sample in flat),
     )
 
 
@@ -150,63 +193,53 @@ def _check(preferences: Sequence[Preference], samples: int, voting: Sequence[int
         raise ValueError(f"{len(repeated)} preference ids repeat, the first is {repeated[0]!r}: make them unique")
 
 
-def _judged_pairs(
-    preferences: Sequence[Preference], prompts: Sequence[Prompt], rollouts: Sequence[Rollout]
-) -> list[JudgedPair]:
-    """Pairs with at least one response in both orders. `prompts` holds two per preference, in `ORDERS`."""
-    by_prompt: dict[str, list[Sample]] = defaultdict(list)
-    for rollout in rollouts:
-        by_prompt[rollout.prompt.id].append(Sample(rollout=rollout, parsed=parse_response(rollout.text)))
-    pairs = []
-    for preference, first, second in zip(preferences, prompts[::2], prompts[1::2], strict=True):
-        samples = {order: tuple(by_prompt[prompt.id]) for order, prompt in zip(ORDERS, (first, second), strict=True)}
-        if all(samples.values()):
-            pairs.append(JudgedPair(preference=preference, samples=samples))
-    return pairs
-
-
 def _summarise(
-    pairs: Sequence[JudgedPair],
-    counts: Counts,
-    *,
-    samples: int,
-    voting: Sequence[int],
-    seed: int,
-    transcripts: tuple[Transcript, ...],
-    shuffled_images: bool,
+    pairs: Sequence[JudgedPair], counts: Counts, *, samples: int, voting: Sequence[int], seed: int
 ) -> EvaluationResult:
     votes = {order: _votes(pairs, order, samples) for order in ORDERS}
+    items = [pair.item for pair in pairs]
+
+    def by_k(measure: Callable[[Votes, int], Floats]) -> dict[str, Estimate]:
+        measured = {k: np.mean([measure(votes[order], k) for order in ORDERS], axis=0) for k in voting}
+        return {str(k): estimate_share(values, items) for k, values in measured.items()}
+
+    tokens = [length for pair in pairs if (length := _mean_tokens(pair)) is not None]
+    told = [pair.item for pair in pairs if _mean_tokens(pair) is not None]
+    single = np.mean([voting_accuracy(votes[order], 1) for order in ORDERS], axis=0)
+    return EvaluationResult(
+        **_both_orders(pairs, counts, samples),
+        **several("voting", by_k(voting_accuracy)),
+        **several("any_correct", by_k(any_correct)),
+        **one("mean_response_tokens", estimate_mean(tokens or [0.0], told or None, seed=seed)),
+        by_category=_by_category(pairs, single),
+    )
+
+
+def _both_orders(pairs: Sequence[JudgedPair], counts: Counts, samples: int) -> dict[str, Any]:
+    """The fields of `OrderAccuracy`."""
+    votes = {order: _votes(pairs, order, samples) for order in ORDERS}
     single = {order: voting_accuracy(votes[order], 1) for order in ORDERS}
+    items = [pair.item for pair in pairs]
     flat = [sample for pair in pairs for part in pair.samples.values() for sample in part]
     answers = [sample.parsed.answer for sample in flat if sample.parsed.answer is not None]
 
     def estimate(values: Floats) -> Estimate:
-        return bootstrap_mean(values, seed=seed)
+        return estimate_share(values, items)
 
-    def both_orders(measure: Callable[[Votes, int], Floats], k: int) -> Estimate:
-        return estimate(np.mean([measure(votes[order], k) for order in ORDERS], axis=0))
-
-    return EvaluationResult(
-        accuracy=both_orders(voting_accuracy, 1),
-        accuracy_by_order={order: estimate(single[order]) for order in ORDERS},
-        order_consistency=estimate(order_agreement(votes["12"], votes["21"])),
-        voting={k: both_orders(voting_accuracy, k) for k in voting},
-        any_correct={k: both_orders(any_correct, k) for k in voting},
-        mean_response_tokens=estimate(np.array([_mean_tokens(pair) for pair in pairs])),
-        by_category=_by_category(pairs, np.mean([single[order] for order in ORDERS], axis=0), seed),
-        unparsable_rate=estimate(1.0 - _share(pairs, samples, lambda sample: sample.parsed.answer is not None)),
-        format_rate=estimate(_share(pairs, samples, lambda sample: sample.parsed.well_formed)),
-        answer_1_rate=answers.count(1) / len(answers) if answers else None,
-        counts=counts,
-        transcripts=transcripts,
-        shuffled_images=shuffled_images,
-    )
+    return {
+        **one("accuracy", estimate(np.mean([single[order] for order in ORDERS], axis=0)), "interval"),
+        **several("accuracy_by_order", {order: estimate(single[order]) for order in ORDERS}),
+        **one("order_consistency", estimate(order_agreement(votes["12"], votes["21"]))),
+        **one("unparsable_rate", estimate(1.0 - _share(pairs, samples, lambda one: one.parsed.answer is not None))),
+        **one("format_rate", estimate(_share(pairs, samples, lambda one: one.parsed.well_formed))),
+        "answer_1_rate": answers.count(1) / len(answers) if answers else None,
+        "counts": counts,
+    }
 
 
 def _votes(pairs: Sequence[JudgedPair], order: Order, samples: int) -> Votes:
     choices = [[sample.parsed.answer for sample in pair.samples[order]] for pair in pairs]
-    labels = [pair.samples[order][0].rollout.prompt.label for pair in pairs]
-    return count_votes(choices, labels, samples)
+    return count_votes(choices, [pair.labels[order] for pair in pairs], samples)
 
 
 def _share(pairs: Sequence[JudgedPair], samples: int, holds: Callable[[Sample], bool]) -> Floats:
@@ -215,21 +248,19 @@ def _share(pairs: Sequence[JudgedPair], samples: int, holds: Callable[[Sample], 
     return np.array(counts) / (2 * samples)
 
 
-def _mean_tokens(pair: JudgedPair) -> float:
-    return float(np.mean([len(sample.rollout.token_ids) for part in pair.samples.values() for sample in part]))
+def _mean_tokens(pair: JudgedPair) -> float | None:
+    lengths = [len(sample.rollout.token_ids) for part in pair.samples.values() for sample in part]
+    return float(np.mean(lengths)) if lengths else None
 
 
-def _by_category(pairs: Sequence[JudgedPair], accuracy: Floats, seed: int) -> dict[str, CategoryAccuracy]:
+def _by_category(pairs: Sequence[JudgedPair], accuracy: Floats) -> dict[str, CategoryAccuracy]:
     members: dict[str, list[int]] = defaultdict(list)
     for index, pair in enumerate(pairs):
         members[pair.category].append(index)
     found = {}
     for name, indices in sorted(members.items()):
-        values = accuracy[indices]
-        # One pair says nothing about the others of its category: the interval is all there is.
-        single = Estimate(mean=float(values[0]), low=0.0, high=1.0)
-        estimate = bootstrap_mean(values, seed=seed) if len(indices) > 1 else single
-        found[name] = CategoryAccuracy(accuracy=estimate, pairs=len(indices))
+        estimate = estimate_share(accuracy[indices], [pairs[index].item for index in indices])
+        found[name] = CategoryAccuracy(accuracy=estimate.mean, interval=estimate.interval, pairs=len(indices))
     return found
 
 
@@ -243,7 +274,11 @@ def _choose_transcripts(
     rounds = zip_longest(*(by_category[name] for name in sorted(by_category)))
     chosen = [name for dealt in rounds for name in dealt if name is not None][:count]
     judged = {pair.preference.id: pair for pair in pairs}
-    return tuple(_transcript(judged[name], ORDERS[place % 2]) for place, name in enumerate(chosen) if name in judged)
+    return tuple(
+        _transcript(judged[name], ORDERS[place % 2])
+        for place, name in enumerate(chosen)
+        if name in judged and judged[name].samples[ORDERS[place % 2]]
+    )
 
 
 def _transcript(pair: JudgedPair, order: Order) -> Transcript:

@@ -1,20 +1,25 @@
-"""What an evaluation found, and its JSON form (`evaluation.json`)."""
+"""What an evaluation found. The same model is written as `evaluation.json` and read from it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, computed_field
 
 from megatron_r1reward.evaluation.statistics import Estimate
 from megatron_r1reward.types import Label
 
 Order = Literal["12", "21"]  # the stored order of the two responses, or swapped
 ORDERS: tuple[Order, Order] = ("12", "21")
+Interval = tuple[float, float]  # 95 %, [low, high]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Transcript:
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")  # a newer version may have written more
+
+
+class Transcript(_Part):
     """One sampled judgement to read. `responses` and `label` are in the order in which the model saw them."""
 
     preference_id: str
@@ -27,76 +32,78 @@ class Transcript:
     text: str
     answer: Label | None
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def correct(self) -> bool:
         return self.answer == self.label
 
 
-@dataclass(frozen=True, kw_only=True)
-class Counts:
+class Counts(_Part):
     """`pairs` were evaluated with `samples` sampled responses in all; the others say what is missing and why."""
 
     pairs: int
     samples: int
-    failed: int  # pairs left out: at least one of the two orders got no response
-    quarantined: int  # responses refused for a banned token id; they count as unparsable
-    without_partner: int  # control only: pairs left out because no other pair has images of the same sizes
+    failed: int  # pairs left out: a prompt of theirs was not answered by any server
+    quarantined: int = 0  # responses refused for a banned token id; they count as unparsable
+    truncated: int = 0  # responses cut off by the token limit; what they say counts, but they are not well formed
+    without_partner: int = 0  # control only: pairs left out because no other pair has images of the same sizes
 
 
-@dataclass(frozen=True, kw_only=True)
-class CategoryAccuracy:
-    accuracy: Estimate
+class CategoryAccuracy(_Part):
+    accuracy: float
+    interval: Interval
     pairs: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluationResult:
-    """Every pair in both answer orders, several samples each. Accuracies are means over pairs of both orders."""
+class OrderAccuracy(_Part):
+    """Both answer orders of every pair."""
 
-    accuracy: Estimate  # of a single sample
-    accuracy_by_order: Mapping[Order, Estimate]
-    order_consistency: Estimate  # share of pairs where the majority picks the same response in both orders
-    voting: Mapping[int, Estimate]  # k -> voting@k
-    any_correct: Mapping[int, Estimate]  # k -> any_correct@k
-    mean_response_tokens: Estimate
-    by_category: Mapping[str, CategoryAccuracy]
-    unparsable_rate: Estimate  # share of the samples asked for
-    format_rate: Estimate  # share of the samples asked for
+    accuracy: float  # of a single sample, mean over pairs of both orders; what does not parse is not right
+    interval: Interval
+    accuracy_by_order: Mapping[Order, float]
+    accuracy_by_order_intervals: Mapping[Order, Interval]
+    order_consistency: float  # share of pairs where the majority picks the same response in both orders
+    order_consistency_interval: Interval
+    unparsable_rate: float  # share of the samples asked for
+    unparsable_rate_interval: Interval
+    format_rate: float  # share of the samples asked for
+    format_rate_interval: Interval
     answer_1_rate: float | None  # share of parsed answers; None when no answer parses
     counts: Counts
-    transcripts: tuple[Transcript, ...]
-    shuffled_images: bool
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON values only. A key `x` holds the mean(s), `x_interval(s)` the 95 % interval(s) [low, high]."""
-        return {
-            "accuracy": self.accuracy.mean,
-            "interval": self.accuracy.interval,
-            **_means_and_intervals("accuracy_by_order", self.accuracy_by_order),
-            "order_consistency": self.order_consistency.mean,
-            "order_consistency_interval": self.order_consistency.interval,
-            **_means_and_intervals("voting", self.voting),
-            **_means_and_intervals("any_correct", self.any_correct),
-            "unparsable_rate": self.unparsable_rate.mean,
-            "unparsable_rate_interval": self.unparsable_rate.interval,
-            "format_rate": self.format_rate.mean,
-            "format_rate_interval": self.format_rate.interval,
-            "answer_1_rate": self.answer_1_rate,
-            "mean_response_tokens": self.mean_response_tokens.mean,
-            "mean_response_tokens_interval": self.mean_response_tokens.interval,
-            "by_category": {
-                name: {"accuracy": found.accuracy.mean, "interval": found.accuracy.interval, "pairs": found.pairs}
-                for name, found in self.by_category.items()
-            },
-            "counts": asdict(self.counts),
-            "shuffled_images": self.shuffled_images,
-            "transcripts": [{**asdict(entry), "correct": entry.correct} for entry in self.transcripts],
-        }
 
 
-def _means_and_intervals(name: str, estimates: Mapping[Any, Estimate]) -> dict[str, dict[str, Any]]:
-    """{"voting": {"5": mean}, "voting_intervals": {"5": [low, high]}}; `voting` names its intervals in the plural."""
+class GreedyAccuracy(OrderAccuracy):
+    """At temperature 0, one response per pair and order."""
+
+
+class EvaluationResult(OrderAccuracy):
+    """Every pair in both answer orders, several samples each. A key `x` has its 95 % interval in `x_interval(s)`."""
+
+    voting: Mapping[str, float]  # "k" -> voting@k
+    voting_intervals: Mapping[str, Interval]
+    any_correct: Mapping[str, float]  # "k" -> any_correct@k
+    any_correct_intervals: Mapping[str, Interval]
+    mean_response_tokens: float
+    mean_response_tokens_interval: Interval
+    by_category: Mapping[str, CategoryAccuracy]
+    transcripts: tuple[Transcript, ...] = ()
+    shuffled_images: bool = False
+    greedy: GreedyAccuracy | None = None  # None: not asked for, or written by an earlier version
+    control: EvaluationResult | None = None  # with another pair's images
+
+    def to_json(self) -> str:
+        """The content of `evaluation.json`."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
+def one(name: str, estimate: Estimate, interval: str | None = None) -> dict[str, Any]:
+    """{"x": mean, "x_interval": (low, high)}."""
+    return {name: estimate.mean, interval or f"{name}_interval": estimate.interval}
+
+
+def several(name: str, estimates: Mapping[str, Estimate]) -> dict[str, Any]:
+    """{"x": {"5": mean}, "x_intervals": {"5": (low, high)}}."""
     return {
-        name: {str(key): estimate.mean for key, estimate in estimates.items()},
-        f"{name}_intervals": {str(key): estimate.interval for key, estimate in estimates.items()},
+        name: {key: estimate.mean for key, estimate in estimates.items()},
+        f"{name}_intervals": {key: estimate.interval for key, estimate in estimates.items()},
     }

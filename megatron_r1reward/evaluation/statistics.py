@@ -102,5 +102,5 @@ def _by_item(
         return values_P, values_P, np.ones(len(values_P))
     numbers: dict[Hashable, int] = {}
     index_P = [numbers.setdefault(item, len(numbers)) for item in items]
-    sizes_I = np.bincount(index_P).astype(np.float64)
-    return values_P, np.bincount(index_P, weights=values_P), sizes_I
+    sizes_I = np.asarray(np.bincount(index_P), dtype=np.float64)
+    return values_P, np.asarray(np.bincount(index_P, weights=values_P), dtype=np.float64), sizes_I

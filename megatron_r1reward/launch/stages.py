@@ -14,6 +14,7 @@ from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.difficulty import select_hard, summary
 from megatron_r1reward.data.identity import model_identity
 from megatron_r1reward.data.importing import selection
+from megatron_r1reward.data.loader import seeded_sample
 from megatron_r1reward.data.prompt import PromptBuilder
 from megatron_r1reward.data.stage_data import read_heldout, read_training_preferences
 from megatron_r1reward.evaluation.evaluate import evaluate as evaluate_pairs
@@ -61,10 +62,10 @@ def rl(config: RunConfig, *, rendezvous: Path | None = None, supervised: bool = 
 def _heldout_probe(config: RunConfig, pool: RolloutPool) -> Callable[[], float] | None:
     if config.rl.heldout_every is None:
         return None
-    pairs = _heldout(config)[: config.rl.heldout_pairs]
+    pairs = seeded_sample(_heldout(config), config.rl.heldout_pairs, seed=config.run.seed)
 
     def probe() -> float:
-        return _evaluate(config, pool, pairs, samples=1, voting=(1,), transcripts=0).accuracy.mean
+        return _evaluate(config, pool, pairs, samples=1, voting=(1,), transcripts=0).accuracy
 
     return probe
 
@@ -77,7 +78,8 @@ def annotate(config: RunConfig) -> None:
     output = config.run.output_dir
     output.mkdir(parents=True, exist_ok=True)
     section = config.annotate
-    preferences = read_training_preferences(config, "annotate").preferences[: section.max_rows]
+    preferences = read_training_preferences(config, "annotate").preferences
+    preferences = seeded_sample(preferences, section.max_rows, seed=config.run.seed)
     with (
         open_annotator(config) as (url, api_key),
         tqdm(total=len(preferences), desc="annotate", unit="sample") as progress,
@@ -124,26 +126,32 @@ def evaluate(config: RunConfig) -> None:
     pairs = _heldout(config)
     with open_evaluation_pool(config) as pool:
         result = _evaluate(
-            config, pool, pairs, samples=section.samples, voting=section.voting, transcripts=section.transcripts
-        ).to_json()
+            config,
+            pool,
+            pairs,
+            samples=section.samples,
+            voting=section.voting,
+            transcripts=section.transcripts,
+            greedy=section.greedy,
+        )
         if section.shuffled_images_control:
             control = _evaluate(config, pool, pairs, samples=1, voting=(1,), transcripts=0, shuffle_images=True)
-            result["control"] = control.to_json()
-    write_text(output / "evaluation.json", json.dumps(result, indent=2) + "\n")
-    low, high = result["interval"]
+            result = result.model_copy(update={"control": control})
+    write_text(output / "evaluation.json", result.to_json())
+    low, high = result.interval
     log.info(
         "%d pairs: accuracy %.1f %% [%.1f, %.1f], voting %s, format %.1f %%",
-        result["counts"]["pairs"],
-        100 * result["accuracy"],
+        result.counts.pairs,
+        100 * result.accuracy,
         100 * low,
         100 * high,
-        {k: round(100 * v, 1) for k, v in result["voting"].items()},
-        100 * result["format_rate"],
+        {k: round(100 * v, 1) for k, v in result.voting.items()},
+        100 * result.format_rate,
     )
 
 
 def _heldout(config: RunConfig) -> tuple[Preference, ...]:
-    return read_heldout(config).preferences[: config.evaluation.max_pairs]
+    return seeded_sample(read_heldout(config).preferences, config.evaluation.max_pairs, seed=config.run.seed)
 
 
 def _evaluate(
@@ -155,10 +163,11 @@ def _evaluate(
     voting: tuple[int, ...],
     transcripts: int,
     shuffle_images: bool = False,
+    greedy: bool = False,
 ) -> EvaluationResult:
     tokenizer = load_tokenizer(config.model.path)
     title = "control: shuffled images" if shuffle_images else "evaluate"
-    with tqdm(total=2 * len(pairs), desc=title, unit="prompt", dynamic_ncols=True) as progress:
+    with tqdm(total=2 * len(pairs) * (1 + greedy), desc=title, unit="prompt", dynamic_ncols=True) as progress:
         return evaluate_pairs(
             pairs,
             pool,
@@ -168,6 +177,7 @@ def _evaluate(
             voting=voting,
             seed=config.run.seed,
             shuffle_images=shuffle_images,
+            greedy=greedy,
             transcripts=transcripts,
             progress=lambda done, total: progress.update(1),
         )

@@ -9,68 +9,15 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from megatron_r1reward.evaluation.result import Order
+from megatron_r1reward.evaluation.result import EvaluationResult
 from megatron_r1reward.monitor.sinks import read_rows
 from megatron_r1reward.monitor.timeline import read_timeline
-from megatron_r1reward.types import Label
 
-Interval = tuple[float, float]
 T = TypeVar("T")
 
 
 class _FileModel(BaseModel):
     model_config = ConfigDict(frozen=True)  # unknown keys are left alone: a newer run may hold more
-
-
-class CategoryEntry(_FileModel):
-    accuracy: float
-    interval: Interval
-    pairs: int
-
-
-class CountsEntry(_FileModel):
-    pairs: int
-    samples: int
-    failed: int
-
-
-class TranscriptEntry(_FileModel):
-    preference_id: str
-    category: str
-    order: Order
-    question: str
-    responses: tuple[str, str]
-    label: Label
-    image_paths: tuple[str, ...]
-    text: str
-    answer: Label | None
-    correct: bool
-
-
-class EvaluationFile(_FileModel):
-    """`evaluation.json`: `EvaluationResult.to_json()`, with the control's beside it under `control`."""
-
-    accuracy: float
-    interval: Interval
-    accuracy_by_order: dict[Order, float]
-    accuracy_by_order_intervals: dict[Order, Interval]
-    order_consistency: float
-    order_consistency_interval: Interval
-    voting: dict[str, float]
-    voting_intervals: dict[str, Interval]
-    any_correct: dict[str, float]
-    any_correct_intervals: dict[str, Interval]
-    unparsable_rate: float
-    unparsable_rate_interval: Interval
-    format_rate: float
-    format_rate_interval: Interval
-    answer_1_rate: float | None
-    mean_response_tokens: float
-    mean_response_tokens_interval: Interval
-    by_category: dict[str, CategoryEntry]
-    counts: CountsEntry
-    transcripts: tuple[TranscriptEntry, ...]
-    control: EvaluationFile | None = None
 
 
 class TimingFile(_FileModel):
@@ -85,8 +32,8 @@ class RunFiles:
     """Everything the report shows. Metric rows are `{"step": int, "time": float, <name>: float | None}`."""
 
     name: str
-    sft: EvaluationFile
-    rl: EvaluationFile
+    sft: EvaluationResult
+    rl: EvaluationResult
     sft_rows: tuple[dict[str, Any], ...]
     rl_rows: tuple[dict[str, Any], ...]
     timing: TimingFile
@@ -113,8 +60,8 @@ def read_run(run_dir: Path) -> RunFiles:
         raise ValueError(f"{run_dir} lacks {', '.join(missing)}: finish the run before making its report")
     return RunFiles(
         name=run_dir.resolve().name,
-        sft=_read(run_dir / "eval_sft/evaluation.json", EvaluationFile),
-        rl=_read(run_dir / "eval_rl/evaluation.json", EvaluationFile),
+        sft=_read(run_dir / "eval_sft/evaluation.json", EvaluationResult),
+        rl=_read(run_dir / "eval_rl/evaluation.json", EvaluationResult),
         sft_rows=_rows(run_dir / "sft/metrics.jsonl"),
         rl_rows=_rows(run_dir / "rl/metrics.jsonl"),
         timing=_read(run_dir / "timing.json", TimingFile),

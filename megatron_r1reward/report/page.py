@@ -9,9 +9,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megatron_r1reward.data.image_files import data_url
-from megatron_r1reward.evaluation.result import Order
+from megatron_r1reward.evaluation.result import EvaluationResult, Interval, Order, Transcript
 from megatron_r1reward.report.curves import RL_CURVES, SFT_CURVES, drawings
-from megatron_r1reward.report.inputs import EvaluationFile, Interval, RunFiles, TranscriptEntry
+from megatron_r1reward.report.inputs import RunFiles
 from megatron_r1reward.report.timeline_chart import draw_timeline
 
 MAX_TRANSCRIPTS = 6
@@ -58,15 +58,15 @@ class Part:
 class SideBySide:
     """The same pair in the same order, judged before and after RL."""
 
-    before: TranscriptEntry
-    after: TranscriptEntry
+    before: Transcript
+    after: Transcript
     images: tuple[str, ...]  # data URLs
 
 
 def render_page(run: RunFiles, report: Mapping[str, Any]) -> str:
     """The whole page as HTML. Raises ValueError when a transcript's image cannot be read."""
     environment = Environment(
-        loader=PackageLoader("megatron_r1reward.evaluation"),
+        loader=PackageLoader("megatron_r1reward.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -137,7 +137,10 @@ def _accuracy_rows(run: RunFiles) -> list[AccuracyRow]:
     return rows
 
 
-def _rows_of(model: str, found: EvaluationFile) -> Iterator[AccuracyRow]:
+def _rows_of(model: str, found: EvaluationResult) -> Iterator[AccuracyRow]:
+    if found.greedy is not None:
+        greedy = found.greedy
+        yield AccuracyRow(model=model, protocol="greedy", accuracy=greedy.accuracy, interval=greedy.interval)
     yield AccuracyRow(model=model, protocol="one sample", accuracy=found.accuracy, interval=found.interval)
     for k in sorted(found.voting, key=int):
         if k != "1":
@@ -154,10 +157,10 @@ def _detail_rows(run: RunFiles) -> list[DetailRow]:
     def with_interval(value: float, interval: Interval) -> str:
         return f"{_percent(value)} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 
-    def row(name: str, show: Callable[[EvaluationFile], str]) -> DetailRow:
+    def row(name: str, show: Callable[[EvaluationResult], str]) -> DetailRow:
         return DetailRow(name=name, sft=show(run.sft), rl=show(run.rl))
 
-    def accuracy_of(order: Order) -> Callable[[EvaluationFile], str]:
+    def accuracy_of(order: Order) -> Callable[[EvaluationResult], str]:
         return lambda e: with_interval(e.accuracy_by_order[order], e.accuracy_by_order_intervals[order])
 
     return [
@@ -166,13 +169,14 @@ def _detail_rows(run: RunFiles) -> list[DetailRow]:
         row("Order consistency", lambda e: with_interval(e.order_consistency, e.order_consistency_interval)),
         row("Well-formed responses", lambda e: _percent(e.format_rate)),
         row("Answers that do not parse", lambda e: _percent(e.unparsable_rate)),
+        row("of these refused / cut off", lambda e: f"{e.counts.quarantined} / {e.counts.truncated}"),
         row("Share of answers “1”", lambda e: "-" if e.answer_1_rate is None else _percent(e.answer_1_rate)),
         row("Response tokens", _tokens),
         row("Pairs / samples", lambda e: f"{e.counts.pairs} / {e.counts.samples}"),
     ]
 
 
-def _tokens(found: EvaluationFile) -> str:
+def _tokens(found: EvaluationResult) -> str:
     low, high = found.mean_response_tokens_interval
     return f"{found.mean_response_tokens:.1f} [{low:.1f}, {high:.1f}]"
 
@@ -192,7 +196,7 @@ def _side_by_side(run: RunFiles) -> list[SideBySide]:
     ]
 
 
-def _embedded(entry: TranscriptEntry) -> tuple[str, ...]:
+def _embedded(entry: Transcript) -> tuple[str, ...]:
     try:
         return tuple(data_url(path) for path in entry.image_paths)
     except (OSError, ValueError) as error:

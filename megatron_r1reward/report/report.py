@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import megatron_r1reward
+from megatron_r1reward.evaluation.result import EvaluationResult
 from megatron_r1reward.files import write_text
-from megatron_r1reward.report.inputs import EvaluationFile, RunFiles, read_run
+from megatron_r1reward.report.inputs import RunFiles, read_run
 from megatron_r1reward.report.page import render_page
 
 # Distribution names by what the report calls them: the CPU and the GPU build of vLLM differ in theirs.
@@ -56,9 +57,9 @@ def _summary(run: RunFiles) -> dict[str, Any]:
     }
 
 
-def _model_summary(evaluation: EvaluationFile) -> dict[str, Any]:
+def _model_summary(evaluation: EvaluationResult) -> dict[str, Any]:
     """The evaluation without its transcripts; `order_consistency` goes by the name `consistency_rate` here."""
-    found = evaluation.model_dump(exclude={"transcripts", "control"})
+    found = evaluation.model_dump(mode="json", exclude={"transcripts", "control"})
     found["consistency_rate"] = found.pop("order_consistency")
     found["consistency_rate_interval"] = found.pop("order_consistency_interval")
     return found

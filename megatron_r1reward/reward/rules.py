@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from megatron_r1reward.config.schema import RewardSection
-from megatron_r1reward.types import JudgeVerdict, Label
+from megatron_r1reward.config.schema import RewardSection, Truncated
+from megatron_r1reward.types import JudgeVerdict, Label, Rollout
 
 ConsistencyLevels = Literal["paper", "released_code"]
 
 _WELL_FORMED = re.compile(r"<think>.*?</think><answer>.*?</answer>", re.DOTALL)
 _THINK_TAG = re.compile(r"</?think>")
+_CONTROL_TOKEN = re.compile(r"<\|[A-Za-z0-9_]+\|>")
 _LABELS: Final[Mapping[str, Label]] = {"1": 1, "2": 2}
 
 # The paper calls consistency a bonus and gives no numbers; the released code also penalises an inconsistency.
@@ -33,11 +34,12 @@ class ParsedResponse:
 
 
 def parse_response(text: str) -> ParsedResponse:
-    """Parse a decoded response, `text` being free of special tokens: no free-text fallback, no numeric equivalence.
+    """Parse a decoded response: no free-text fallback, no numeric equivalence.
 
     `well_formed` is the released code's rule: after stripping, the whole text is
     `<think>...</think><answer>...</answer>` with nothing in between (not even a space), and each opening tag occurs
-    exactly once. It does not look at the answer's content. `answer` is read independently of the format.
+    exactly once. It does not look at the answer's content, but control tokens are no part of a text. `answer` is read
+    independently of the format.
     """
     text = text.strip()
     before, _, after = text.partition("<answer>")
@@ -46,9 +48,22 @@ def parse_response(text: str) -> ParsedResponse:
     single_tags = text.count("<think>") == 1 and text.count("<answer>") == 1
     return ParsedResponse(
         answer=_LABELS.get(content.strip()) if closing_tag else None,
-        well_formed=single_tags and _WELL_FORMED.fullmatch(text) is not None,
+        well_formed=single_tags and _WELL_FORMED.fullmatch(text) is not None and not _CONTROL_TOKEN.search(text),
         reasoning=_THINK_TAG.sub("", before).strip(),
     )
+
+
+def parse_rollout(rollout: Rollout, truncated: Truncated = "as_is") -> ParsedResponse:
+    """Parse a sampled response. One that the token limit cut off, or with special tokens inside, is not well formed.
+
+    Args:
+        truncated: what a response that was cut off says: "as_is" is its text; else it has not answered.
+    """
+    parsed = parse_response(rollout.text)
+    cut = rollout.finish_reason == "length"
+    if cut and truncated != "as_is":
+        return replace(parsed, answer=None, well_formed=False)
+    return replace(parsed, well_formed=parsed.well_formed and not (cut or rollout.special_tokens))
 
 
 def format_reward(parsed: ParsedResponse) -> float:

@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from megatron_r1reward.config.schema import RewardSection
+from megatron_r1reward.config.schema import RewardSection, Truncated
 from megatron_r1reward.network.loop import EventLoopThread
 from megatron_r1reward.reward.consistency import ConsistencyJudge, JudgeBatch
 from megatron_r1reward.reward.rules import (
     combine,
     consistency_value,
     format_reward,
-    parse_response,
+    parse_rollout,
     result_reward,
 )
 from megatron_r1reward.types import JudgeVerdict, Label, Rollout, ScoredRollout
@@ -90,7 +90,9 @@ class ScoringBatch:
         if self._judge is None or self._loop is None:
             return
         with self._lock:
-            self._held[slot] = [case for rollout in rollouts if (case := _question_of(rollout)) is not None]
+            self._held[slot] = [
+                case for rollout in rollouts if (case := _question_of(rollout, self._section.truncated)) is not None
+            ]
             if not self._judge.counts_questions:
                 ready = self._held.pop(slot)
             else:
@@ -105,16 +107,21 @@ class ScoringBatch:
         """Scored rollouts in the given order, which is that of the slots, and counts over them. Waits for the judge.
 
         Counts: `judge_asked`, `judge_consistent`, `judge_inconsistent`, `judge_unknown`, `unparsable` (no answer that
-        is exactly 1 or 2) and `answer_1` (a drift away from half of the rollouts means position bias); of the judge
-        also `judge_cached` (questions it need not be asked), `judge_over_budget` and `judge_not_tried` (unknown for
-        these reasons), and `judge_steps_without` (batches in a row without any verdict).
+        is exactly 1 or 2), `truncated` (cut off by the token limit), `masked`, `special_tokens` and `answer_1` (a drift
+        away from half of the rollouts means position bias); of the judge also `judge_cached` (questions it need not be
+        asked), `judge_over_budget` and `judge_not_tried` (unknown for these reasons), and `judge_steps_without`
+        (batches in a row without any verdict).
 
         Raises:
             JudgeDownError: the judge has been silent for too long.
         """
         verdicts: Mapping[int, JudgeVerdict] = {}
         if self._judge is not None and self._loop is not None:
-            cases = {i: case for i, rollout in enumerate(rollouts) if (case := _question_of(rollout)) is not None}
+            cases = {
+                i: case
+                for i, rollout in enumerate(rollouts)
+                if (case := _question_of(rollout, self._section.truncated)) is not None
+            }
             given = self._loop.run(self._judge.verdicts(list(cases.values())))
             verdicts = dict(zip(cases, given, strict=True))
         scored = [self._scored(rollout, verdicts.get(i, "not_asked")) for i, rollout in enumerate(rollouts)]
@@ -122,7 +129,7 @@ class ScoringBatch:
         return scored, count(scored) | {f"judge_{name}": judge[name] for name in _JUDGE_COUNTS}
 
     def _scored(self, rollout: Rollout, verdict: JudgeVerdict) -> ScoredRollout:
-        parsed = parse_response(rollout.text)
+        parsed = parse_rollout(rollout, self._section.truncated)
         formatted = format_reward(parsed)
         result = result_reward(parsed, rollout.prompt.label)
         consistency = consistency_value(verdict, self._section.consistency_levels)
@@ -134,12 +141,13 @@ class ScoringBatch:
             reward=combine(formatted, result, consistency, self._section),
             predicted=parsed.answer,
             verdict=verdict,
+            masked=self._section.truncated == "mask" and rollout.finish_reason == "length",
         )
 
 
-def _question_of(rollout: Rollout) -> _Case | None:
+def _question_of(rollout: Rollout, truncated: Truncated) -> _Case | None:
     """What the judge is asked about a right answer."""
-    parsed = parse_response(rollout.text)
+    parsed = parse_rollout(rollout, truncated)
     return (parsed.reasoning, rollout.prompt.label) if parsed.answer == rollout.prompt.label else None
 
 
@@ -156,5 +164,8 @@ def count(scored: Sequence[ScoredRollout]) -> dict[str, int]:
         "judge_inconsistent": verdicts["inconsistent"],
         "judge_unknown": verdicts["unknown"],
         "unparsable": sum(s.predicted is None for s in scored),
+        "truncated": sum(s.rollout.finish_reason == "length" for s in scored),
+        "special_tokens": sum(s.rollout.special_tokens for s in scored),
+        "masked": sum(s.masked for s in scored),
         "answer_1": sum(s.predicted == 1 for s in scored),
     }

@@ -29,6 +29,7 @@ class Accounting:
     attempts: int = 0  # requests that were sent
     retried: int = 0  # prompts that needed more than one
     withdrawn: int = 0  # requests taken back from a server that had stopped answering
+    unfinished: int = 0  # answers thrown away because a response in them was aborted or empty
     stale: int = 0  # answers thrown away because they came from weights that were not current
 
     def __add__(self, other: Accounting) -> Accounting:
@@ -38,7 +39,7 @@ class Accounting:
         return (
             f"{self.asked} prompts = {self.answered} answered + {self.failed} failed; {self.samples} samples, "
             f"{self.quarantined} of them quarantined; {self.attempts} requests, {self.retried} prompts retried, "
-            f"{self.withdrawn} requests withdrawn, {self.stale} stale answers"
+            f"{self.withdrawn} requests withdrawn, {self.unfinished} unfinished and {self.stale} stale answers"
         )
 
 

@@ -31,6 +31,10 @@ class ServerUnavailableError(RuntimeError):
     """No usable answer (connection lost, time-out, 5xx, not a rollout); another server may have one."""
 
 
+class UnfinishedError(ServerUnavailableError):
+    """A response was aborted or is empty: it is sampled again, on another server if there is one."""
+
+
 class PolicyTokenizer(Protocol):
     """The part of a transformers tokenizer that is used here."""
 
@@ -180,19 +184,26 @@ class RolloutClient:
         }
 
     def _rollout(self, prompt: Prompt, choice: _Choice) -> Rollout:
+        if choice.finish_reason not in ("stop", "length"):  # not the policy's doing, so not for it to learn from
+            raise UnfinishedError(f"sample {choice.index} ended with {choice.finish_reason!r}")
+        if not choice.token_ids:
+            raise UnfinishedError(f"sample {choice.index} has no token")
         content = choice.logprobs.content
         if [token.token_id for token in content] != choice.token_ids:
             raise ValueError(f"sample {choice.index}: the log-probabilities belong to other tokens than were returned")
         if any(token.logprob <= _NO_LOG_PROB for token in content):
             raise ValueError(f"sample {choice.index}: a sampled token has no finite log-probability")
+        decode = self._tokenizer.decode
+        body = choice.token_ids[:-1] if choice.finish_reason == "stop" else choice.token_ids  # without what ended it
         return Rollout(
             prompt=prompt,
             sample_index=choice.index,
             token_ids=tuple(choice.token_ids),
             log_probs=tuple(token.logprob for token in content),
-            text=self._tokenizer.decode(choice.token_ids, skip_special_tokens=True),
+            text=decode(choice.token_ids, skip_special_tokens=True),
             finish_reason=choice.finish_reason,
             weight_spans=tuple(_weight_span(span) for span in choice.weight_versions),
+            special_tokens=decode(body, skip_special_tokens=False) != decode(body, skip_special_tokens=True),
         )
 
 

@@ -18,7 +18,13 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from megatron_r1reward.config.schema import SamplingSection, ServerSection
 from megatron_r1reward.rollout import accounting
 from megatron_r1reward.rollout.accounting import Accounting, FailedPrompt
-from megatron_r1reward.rollout.client import PolicyTokenizer, RequestRefusedError, RolloutClient, ServerUnavailableError
+from megatron_r1reward.rollout.client import (
+    PolicyTokenizer,
+    RequestRefusedError,
+    RolloutClient,
+    ServerUnavailableError,
+    UnfinishedError,
+)
 from megatron_r1reward.servers.group import ServerGroup
 from megatron_r1reward.servers.member import Member, ServerStatus
 from megatron_r1reward.servers.process import ServerError, VllmServer
@@ -325,6 +331,7 @@ class RolloutPool:
             rollouts = await self._ask(member, prompt, request)
         except ServerUnavailableError as error:
             failed.add(member)
+            request.counts["unfinished"] += isinstance(error, UnfinishedError)
             if isinstance(error, StaleWeightsError):
                 self.group.supervisor.quarantine(member, str(error))
             self.group.supervisor.failed(member, str(error))

@@ -31,7 +31,9 @@ def rollout_metrics(scored: Sequence[ScoredRollout], counts: Mapping[str, int]) 
         "reward/consistency": sum(item.consistency_reward for item in scored) / total,
         "response/mean_tokens": sum(lengths) / total,
         "response/max_tokens": max(lengths),
-        "response/truncated_fraction": sum(item.rollout.finish_reason == "length" for item in scored) / total,
+        "response/truncated_fraction": counts["truncated"] / total,
+        "response/masked_fraction": counts["masked"] / total,
+        "response/special_tokens_fraction": counts["special_tokens"] / total,
         "rollout/answer_1_fraction": counts["answer_1"] / max(total - counts["unparsable"], 1),
         "rollout/unparsable_fraction": counts["unparsable"] / total,
         "judge/asked": counts["judge_asked"],
@@ -81,6 +83,7 @@ def account_metrics(account: Accounting) -> dict[str, float]:
         "rollout/quarantined": account.quarantined,
         "rollout/retried": account.retried,
         "rollout/withdrawn": account.withdrawn,
+        "rollout/unfinished": account.unfinished,
         "rollout/stale": account.stale,
     }
 
@@ -130,10 +133,11 @@ def advantage_metrics(state: TrainState, batch: RolloutBatch) -> dict[str, float
         assert batch.filtered is not None
         lengths = batch.cu_response.diff()
         positive = (batch.rewards > batch.returns_mean).repeat_interleave(lengths)
+        judged = batch.filtered & batch.rewards.isfinite().repeat_interleave(lengths)  # masked ones are not
         local = {
             "tokens": batch.filtered.numel(),
-            "filtered": int(batch.filtered.sum()),
-            "filtered_positive": int((batch.filtered & positive).sum()),
+            "filtered": int(judged.sum()),
+            "filtered_positive": int((judged & positive).sum()),
             "max_mean": batch.returns_mean,
             "max_std": batch.returns_std,
         }

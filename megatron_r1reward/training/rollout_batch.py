@@ -28,7 +28,7 @@ class RolloutBatch:
 
     sequences: tuple[TokenSequence, ...]
     mini_batches: tuple[tuple[int, ...], ...]
-    rewards: torch.Tensor  # float32 [N], after group baselines
+    rewards: torch.Tensor  # float32 [N], after group baselines; NaN: masked
     cu_response: torch.Tensor  # int64 [N + 1]
     aggregation: Aggregation
     sampler_log_probs: torch.Tensor  # float32 [R]
@@ -64,25 +64,37 @@ def pack(state: TrainState, scored: Sequence[ScoredRollout]) -> RolloutBatch:
     config, topology = state.config, state.topology
     numbers: dict[str, int] = {}
     group = torch.tensor([numbers.setdefault(item.rollout.prompt.id, len(numbers)) for item in scored])
+    trained = torch.tensor([not item.masked for item in scored])
     rewards = torch.tensor([item.reward for item in scored], dtype=torch.float32)
-    rewards = group_rewards(
-        rewards, group, baseline=config.algorithm.baseline, normalize=config.algorithm.group_normalize
+    rewards[trained] = group_rewards(
+        rewards[trained],
+        group[trained],
+        baseline=config.algorithm.baseline,
+        normalize=config.algorithm.group_normalize,
     )
+    rewards[~trained] = torch.nan  # no part of any statistic, and no advantage
     steps = config.rl.rollout_batch_size // config.rl.train_batch_size
     shards = shard_by_mini_batch(len(scored), steps, topology.data_parallel_rank, topology.data_parallel_size)
     mine = [scored[index].rollout for shard in shards for index in shard]
     sequences = tuple(state.packer.sequence(rollout.prompt, rollout.token_ids) for rollout in mine)
     lengths = torch.tensor([0, *(sequence.response_length for sequence in sequences)])
     cu_response = lengths.cumsum(0)
+    order = [index for shard in shards for index in shard]
     starts = np.cumsum([0, *(len(shard) for shard in shards)])
     return RolloutBatch(
         sequences=sequences,
         mini_batches=tuple(tuple(range(a, b)) for a, b in itertools.pairwise(starts)),
-        rewards=rewards[[index for shard in shards for index in shard]],
+        rewards=rewards[order],
         cu_response=cu_response,
-        aggregation=aggregation_weights(cu_response, config.algorithm),
+        aggregation=_without(~trained[order], aggregation_weights(cu_response, config.algorithm), cu_response),
         sampler_log_probs=torch.tensor([lp for rollout in mine for lp in rollout.log_probs], dtype=torch.float32),
     )
+
+
+def _without(masked_N: torch.Tensor, aggregation: Aggregation, cu_response: torch.Tensor) -> Aggregation:
+    """No term of a masked response's tokens counts, KL and entropy included; it stays in the denominator."""
+    masked_R = masked_N.repeat_interleave(cu_response.diff())
+    return replace(aggregation, weights=aggregation.weights.masked_fill(masked_R, 0.0))
 
 
 def _collect(output_2R: torch.Tensor, batch: PackedBatch) -> LossOutput:

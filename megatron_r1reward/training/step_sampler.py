@@ -10,11 +10,11 @@ from concurrent.futures import CancelledError, Future
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.config.schema import RunConfig, Truncated
 from megatron_r1reward.data.curriculum import Curriculum, is_informative
 from megatron_r1reward.data.loader import PromptLoader
 from megatron_r1reward.monitor.timeline import Timeline
-from megatron_r1reward.reward.rules import parse_response
+from megatron_r1reward.reward.rules import parse_rollout
 from megatron_r1reward.reward.score import RewardScorer, ScoringBatch, count
 from megatron_r1reward.rollout.accounting import Accounting
 from megatron_r1reward.rollout.pool import GenerateResult, RolloutPool
@@ -88,11 +88,11 @@ class StepSampler:
             started = time.perf_counter()
             scoring = stack.enter_context(self._scorer.begin())
             prompts = self._loader.batch(step, self._config.rl.rollout_batch_size)
-            rounds_left = self._config.rl.dynamic_sampling_rounds
+            rounds_left, cut = self._config.rl.dynamic_sampling_rounds, self._config.reward.truncated
             groups, account = self._sample(prompts, range(len(prompts)), scoring)
             used = {prompt.preference_id for prompt in prompts}
             rounds = resampled = 0
-            while rounds < rounds_left and (poor := _uninformative(groups)):
+            while rounds < rounds_left and (poor := _uninformative(groups, cut)):
                 others = self.curriculum.draw(len(poor), step=step, round_=rounds + 1, used=used)
                 if not others:
                     break
@@ -108,7 +108,7 @@ class StepSampler:
                 if self._cancelled:
                     raise CancelledError
                 self._scoring[step] = scoring, stack.pop_all()
-        left = len(_uninformative(groups)) if rounds_left else 0
+        left = len(_uninformative(groups, cut)) if rounds_left else 0
         if left and rounds == rounds_left:
             log.info("step %d: %d prompts still teach nothing after %d more rounds", step + 1, left, rounds)
         log.debug("step %d: %s", step + 1, account)
@@ -188,7 +188,9 @@ class StepSampler:
         that are sure to stay in the batch, in the slots of their prompts."""
 
         def arrived(place: int, group: Sequence[Rollout]) -> None:
-            stays = not self._config.rl.dynamic_sampling_rounds or not _uninformative([group])
+            stays = not self._config.rl.dynamic_sampling_rounds or not _uninformative(
+                [group], self._config.reward.truncated
+            )
             if scoring is not None and stays:
                 scoring.add(slots[place], group)
 
@@ -218,18 +220,20 @@ class StepSampler:
             groups[rollout.prompt.id].append(rollout)
         if self._config.rl.dynamic_sampling_rounds:
             for prompt in prompts:
-                if (accuracy := _accuracy(groups[prompt.id])) is not None:
+                if (accuracy := _accuracy(groups[prompt.id], self._config.reward.truncated)) is not None:
                     self.curriculum.observe(prompt.preference_id, accuracy)
         return list(groups.values()), result.accounting
 
 
-def _accuracy(group: Sequence[Rollout]) -> float | None:
-    """Share of right answers; None without samples."""
-    if not group:
+def _accuracy(group: Sequence[Rollout], truncated: Truncated) -> float | None:
+    """Share of right answers among the samples that train; None without any."""
+    trained = [rollout for rollout in group if truncated != "mask" or rollout.finish_reason != "length"]
+    if not trained:
         return None
-    return sum(parse_response(rollout.text).answer == rollout.prompt.label for rollout in group) / len(group)
+    return sum(parse_rollout(rollout, truncated).answer == rollout.prompt.label for rollout in trained) / len(trained)
 
 
-def _uninformative(groups: Sequence[Sequence[Rollout]]) -> list[int]:
-    """The groups without samples, or with samples of equal results."""
-    return [i for i, group in enumerate(groups) if not group or not is_informative(_accuracy(group))]
+def _uninformative(groups: Sequence[Sequence[Rollout]], truncated: Truncated) -> list[int]:
+    """The groups without samples that train, or with samples of equal results."""
+    accuracies = [_accuracy(group, truncated) for group in groups]
+    return [i for i, accuracy in enumerate(accuracies) if accuracy is None or not is_informative(accuracy)]

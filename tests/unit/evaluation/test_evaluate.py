@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from megatron_r1reward.evaluation.result import EvaluationResult
 from megatron_r1reward.evaluation.shuffled_images import shuffle_images
 from megatron_r1reward.types import Label, Preference, Prompt, Rollout
 
+BANNED, CUT = "<|image_pad|>", " and and"
 Script = Callable[[Prompt, int], str | None]
 
 
@@ -31,15 +32,22 @@ class Sampled:
 
 @dataclass(frozen=True, kw_only=True)
 class ScriptedPool:
-    """Answers a prompt's sample with `script(prompt, index)`; None is a response that never came."""
+    """Answers a prompt's sample with `script(prompt, index)`; None is a response that never came. Those that hold
+    BANNED are quarantined; `temperatures` are those that were asked for."""
 
     script: Script
+    temperatures: list[float] = field(default_factory=list)
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingSection, *, n: int, seed: int, progress: Any = None
     ) -> Sampled:
+        self.temperatures.append(sampling.temperature)
         texts = [(prompt, index, self.script(prompt, index)) for prompt in prompts for index in range(n)]
-        return Sampled(rollouts=tuple(_rollout(prompt, index, text) for prompt, index, text in texts if text))
+        rollouts = [_rollout(prompt, index, text) for prompt, index, text in texts if text]
+        return Sampled(
+            rollouts=tuple(rollout for rollout in rollouts if BANNED not in rollout.text),
+            quarantined=tuple(rollout for rollout in rollouts if BANNED in rollout.text),
+        )
 
 
 def _rollout(prompt: Prompt, index: int, text: str) -> Rollout:
@@ -50,7 +58,7 @@ def _rollout(prompt: Prompt, index: int, text: str) -> Rollout:
         token_ids=(1,) * length,
         log_probs=(-1.0,) * length,
         text=text,
-        finish_reason="stop",
+        finish_reason="length" if text.endswith(CUT) else "stop",
         weight_spans=(),
     )
 
@@ -95,19 +103,19 @@ def wrong(label: Label) -> Label:
 
 def test_a_model_that_always_says_1_scores_one_half_not_everything(builder: PromptBuilder, tmp_path: Path) -> None:
     result = run(pairs(12, tmp_path), builder, lambda prompt, index: says(1))
-    assert result.accuracy.mean == 0.5
-    assert result.accuracy.interval == [0.5, 0.5]  # each pair is right in one order and wrong in the other
-    assert result.accuracy_by_order["12"].mean == result.accuracy_by_order["21"].mean == 0.5
-    assert result.order_consistency.mean == 0.0
-    assert result.voting[3].mean == 0.5
+    assert result.accuracy == 0.5
+    assert result.interval[1] - result.interval[0] < 0.15  # each pair is right in one order, wrong in the other
+    assert result.accuracy_by_order["12"] == result.accuracy_by_order["21"] == 0.5
+    assert result.order_consistency == 0.0
+    assert result.voting["3"] == 0.5
     assert result.answer_1_rate == 1.0
 
 
 def test_a_perfect_judge(builder: PromptBuilder, tmp_path: Path) -> None:
     result = run(pairs(12, tmp_path), builder, lambda prompt, index: says(prompt.label))
-    assert result.accuracy.mean == result.order_consistency.mean == result.voting[3].mean == 1.0
-    assert result.format_rate.mean == 1.0
-    assert result.unparsable_rate.mean == 0.0
+    assert result.accuracy == result.order_consistency == result.voting["3"] == 1.0
+    assert result.format_rate == 1.0
+    assert result.unparsable_rate == 0.0
     assert result.answer_1_rate == 0.5
     assert result.counts.pairs == 12
     assert result.counts.samples == 12 * 2 * 3
@@ -119,29 +127,67 @@ def test_one_right_one_wrong_one_unparsable(builder: PromptBuilder, tmp_path: Pa
         return [says(prompt.label), says(wrong(prompt.label)), "no tags at all"][index]
 
     result = run(pairs(4, tmp_path), builder, script)
-    assert result.accuracy.mean == pytest.approx(1 / 3)
-    assert result.voting[3].mean == 0.5  # one vote each
-    assert result.any_correct[3].mean == 1.0
-    assert result.any_correct[1].mean == pytest.approx(1 / 3)
-    assert result.unparsable_rate.mean == pytest.approx(1 / 3)
-    assert result.format_rate.mean == pytest.approx(2 / 3)
-    assert result.order_consistency.mean == 0.5  # two coins
+    assert result.accuracy == pytest.approx(1 / 3)
+    assert result.voting["3"] == 0.5  # one vote each
+    assert result.any_correct["3"] == 1.0
+    assert result.any_correct["1"] == pytest.approx(1 / 3)
+    assert result.unparsable_rate == pytest.approx(1 / 3)
+    assert result.format_rate == pytest.approx(2 / 3)
+    assert result.order_consistency == 0.5  # two coins
 
 
-def test_missing_responses_count_as_unparsable_and_unanswered_pairs_are_left_out(
-    builder: PromptBuilder, tmp_path: Path
-) -> None:
+def test_pairs_that_no_server_answered_are_left_out_and_counted(builder: PromptBuilder, tmp_path: Path) -> None:
     def script(prompt: Prompt, index: int) -> str | None:
-        if prompt.preference_id == "pair-0" and prompt.swapped:
-            return None
-        return says(prompt.label) if index < 2 else None
+        return None if prompt.preference_id == "pair-0" and prompt.swapped else says(prompt.label)
 
     result = run(pairs(5, tmp_path), builder, script)
-    assert (result.counts.pairs, result.counts.failed) == (4, 1)
-    assert result.accuracy.mean == pytest.approx(2 / 3)
-    assert result.unparsable_rate.mean == pytest.approx(1 / 3)
-    with pytest.raises(ValueError, match="0 of 5 pairs got responses in both orders"):
+    assert (result.counts.pairs, result.counts.failed, result.accuracy) == (4, 1, 1.0)
+    with pytest.raises(ValueError, match="none of 5 pairs was answered in both orders"):
         run(pairs(5, tmp_path), builder, lambda prompt, index: None)
+
+
+def test_quarantined_responses_stay_in_the_denominator(builder: PromptBuilder, tmp_path: Path) -> None:
+    """Of ten pairs five hold nothing but refused responses in one order: they are answers, and not right ones."""
+
+    def script(prompt: Prompt, index: int) -> str:
+        refused = prompt.swapped and int(prompt.preference_id.removeprefix("pair-")) < 5
+        return says(prompt.label) + BANNED * refused
+
+    result = run(pairs(10, tmp_path), builder, script, transcripts=10)
+    assert (result.counts.pairs, result.counts.failed, result.counts.quarantined) == (10, 0, 15)
+    assert result.accuracy == 0.75
+    assert result.accuracy_by_order == {"12": 1.0, "21": 0.5}
+    assert result.unparsable_rate == 0.25
+    assert len(result.transcripts) < 10, "a refused response is not shown"
+
+
+def test_a_response_that_was_cut_off_is_counted_and_not_well_formed(builder: PromptBuilder, tmp_path: Path) -> None:
+    result = run(pairs(4, tmp_path), builder, lambda prompt, index: says(prompt.label) + CUT * (index == 0))
+    assert (result.counts.truncated, result.accuracy) == (8, 1.0)
+    assert result.format_rate == pytest.approx(2 / 3)
+
+
+def test_greedy_accuracy_stands_beside_the_sampled_one(builder: PromptBuilder, tmp_path: Path) -> None:
+    pool = ScriptedPool(script=lambda prompt, index: says(prompt.label if pool.temperatures[-1] == 0 else 1))
+    options: dict[str, Any] = {"samples": 3, "voting": (1,), "seed": 0}
+    result = evaluate(pairs(12, tmp_path), pool, builder, SamplingSection(temperature=0.9), greedy=True, **options)
+    assert pool.temperatures == [0.9, 0.0]
+    assert result.greedy is not None
+    assert (result.accuracy, result.greedy.accuracy) == (0.5, 1.0)
+    assert (result.greedy.counts.samples, result.greedy.order_consistency) == (24, 1.0)
+    assert result.greedy.interval[0] > 0.7
+    assert run(pairs(4, tmp_path), builder, lambda prompt, index: says(1)).greedy is None
+
+
+def test_pairs_about_the_same_picture_are_one_item(builder: PromptBuilder, tmp_path: Path) -> None:
+    def script(prompt: Prompt, index: int) -> str:
+        odd = int(Path(prompt.image_paths[0]).stem) % 4 == 0
+        return says(wrong(prompt.label) if odd else prompt.label)
+
+    alone = run(pairs(40, tmp_path), builder, script)
+    together = run(pairs(40, tmp_path, images=8), builder, script)
+    assert alone.accuracy == together.accuracy == 0.75
+    assert together.interval[1] - together.interval[0] > 1.5 * (alone.interval[1] - alone.interval[0])
 
 
 def test_bad_requests_are_refused(builder: PromptBuilder, tmp_path: Path) -> None:
@@ -170,15 +216,16 @@ def test_transcripts_show_what_the_model_saw_and_are_the_same_pairs_for_every_mo
 
 def test_json_holds_every_figure_with_its_interval(builder: PromptBuilder, tmp_path: Path) -> None:
     result = run(pairs(6, tmp_path), builder, lambda prompt, index: says(1 if index else prompt.label))
-    found = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    found = json.loads(result.to_json())
     assert found["accuracy"] == found["voting"]["1"] == pytest.approx(4 / 6)
     assert found["interval"][0] <= found["accuracy"] <= found["interval"][1]
     assert set(found["voting"]) == set(found["voting_intervals"]) == set(found["any_correct"]) == {"1", "3"}
     assert set(found["accuracy_by_order"]) == set(found["accuracy_by_order_intervals"]) == {"12", "21"}
     assert found["counts"]["pairs"] == 6
     assert found["transcripts"][0]["correct"] in {True, False}
-    unparsable = run(pairs(6, tmp_path), builder, lambda prompt, index: "?").to_json()
-    assert (unparsable["answer_1_rate"], unparsable["unparsable_rate"]) == (None, 1.0)
+    assert EvaluationResult.model_validate(found) == result
+    unparsable = run(pairs(6, tmp_path), builder, lambda prompt, index: "?")
+    assert (unparsable.answer_1_rate, unparsable.unparsable_rate) == (None, 1.0)
 
 
 def test_control_gives_a_model_that_looks_nothing_to_see(builder: PromptBuilder, tmp_path: Path) -> None:
@@ -190,10 +237,10 @@ def test_control_gives_a_model_that_looks_nothing_to_see(builder: PromptBuilder,
         seen_first = right[prompt.image_paths[0]] == "It is 7."
         return says(1 if seen_first != prompt.swapped else 2)
 
-    assert run(preferences, builder, looks).accuracy.mean == 1.0
+    assert run(preferences, builder, looks).accuracy == 1.0
     control = run(preferences, builder, looks, shuffle_images=True)
     assert control.shuffled_images
-    assert control.accuracy.mean == pytest.approx(0.5, abs=0.25)
+    assert control.accuracy == pytest.approx(0.5, abs=0.25)
     assert control.counts.pairs == 40
 
 

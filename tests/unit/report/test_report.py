@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_r1reward.evaluation.result import CategoryAccuracy, Counts, EvaluationResult, Transcript
+from megatron_r1reward.evaluation.result import (
+    CategoryAccuracy,
+    Counts,
+    EvaluationResult,
+    GreedyAccuracy,
+    Transcript,
+    one,
+    several,
+)
 from megatron_r1reward.evaluation.statistics import Estimate
 from megatron_r1reward.report.charts import Chart, Series, draw
 from megatron_r1reward.report.report import build_report
@@ -46,23 +54,30 @@ def evaluation(accuracy: float, image: Path, *, shuffled: bool = False) -> Evalu
         )
         for index in range(5)
     )
+
+    def figures(value: float) -> dict[str, Any]:
+        return dict(
+            **one("accuracy", around(value), "interval"),
+            **several("accuracy_by_order", {"12": around(value - 0.02), "21": around(value + 0.02)}),
+            **one("order_consistency", around(value - 0.04)),
+            **one("unparsable_rate", around(0.01)),
+            **one("format_rate", around(0.99)),
+            answer_1_rate=0.505,
+        )
+
     return EvaluationResult(
-        accuracy=around(accuracy),
-        accuracy_by_order={"12": around(accuracy - 0.02), "21": around(accuracy + 0.02)},
-        order_consistency=around(accuracy - 0.04),
-        voting={k: around(accuracy + 0.001 * k, 0.025) for k in KS},
-        any_correct={k: around(1 - (1 - accuracy) ** k, 0.01) for k in KS},
-        mean_response_tokens=Estimate(mean=31.5, low=31.0, high=32.1),
+        **figures(accuracy),
+        **several("voting", {str(k): around(accuracy + 0.001 * k, 0.025) for k in KS}),
+        **several("any_correct", {str(k): around(1 - (1 - accuracy) ** k, 0.01) for k in KS}),
+        **one("mean_response_tokens", Estimate(mean=31.5, low=31.0, high=32.1)),
         by_category={
-            "digit": CategoryAccuracy(accuracy=around(accuracy + 0.02), pairs=280),
-            "sum": CategoryAccuracy(accuracy=around(accuracy - 0.03), pairs=200),
+            name: CategoryAccuracy(accuracy=accuracy + shift, interval=around(accuracy + shift).interval, pairs=count)
+            for name, shift, count in (("digit", 0.02, 280), ("sum", -0.03, 200))
         },
-        unparsable_rate=around(0.01),
-        format_rate=around(0.99),
-        answer_1_rate=0.505,
-        counts=Counts(pairs=480, samples=14_400, failed=0, quarantined=0, without_partner=0),
+        counts=Counts(pairs=480, samples=14_400, failed=0),
         transcripts=transcripts,
         shuffled_images=shuffled,
+        greedy=GreedyAccuracy(**figures(accuracy + 0.01), counts=Counts(pairs=480, samples=960, failed=0)),
     )
 
 
@@ -101,10 +116,12 @@ def write_run(folder: Path) -> Path:
         {"step": step, "sft/loss": 2 * np.exp(-step / 20), "entropy": 0.4 + np.exp(-step / 20), "grad_norm": 1.0}
         for step in range(1, 61)
     ]
-    control = evaluation(0.51, image, shuffled=True).to_json()
+    control = evaluation(0.51, image, shuffled=True)
     files: Mapping[str, Any] = {
-        "eval_sft/evaluation.json": evaluation(0.66, image).to_json(),
-        "eval_rl/evaluation.json": {**evaluation(0.87, image).to_json(), "control": control},
+        "eval_sft/evaluation.json": evaluation(0.66, image).model_dump(mode="json"),
+        "eval_rl/evaluation.json": evaluation(0.87, image)
+        .model_copy(update={"control": control})
+        .model_dump(mode="json"),
         "timing.json": {"phases": {"data": 12.0, "sft": 210.0, "rl": 540.5, "evaluation": 60.0}, "wall_seconds": 840.0},
         "difficulty.json": {"1": 700, "2": 180, "3": 60, "never": 60},
     }

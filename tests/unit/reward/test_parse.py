@@ -34,6 +34,9 @@ from megatron_r1reward.reward.rules import parse_response
         ("<think>a <answer>2</answer></think><answer>1</answer>", False, 2),
         # Repeated closing tags are not counted (released rule).
         ("<think>a</think>b</think><answer>2</answer>", True, 2),
+        # Control tokens are no text.
+        ("<think>a<|im_start|></think><answer>1</answer>", False, 1),
+        ("<think>a</think><answer>1</answer><|endoftext|><|endoftext|>", False, 1),
         # No free-text fallback.
         ("Response 1 is better. The answer is 1", False, None),
         ("<think>a</think><answer>1", False, None),

@@ -1,5 +1,7 @@
 """Rollouts to rewards, with the judge asked only where it counts."""
 
+from dataclasses import replace
+
 import pytest
 from scripted_server import ScriptedServer
 from waiting import wait_until
@@ -44,6 +46,9 @@ def test_without_a_judge() -> None:
         "judge_inconsistent": 0,
         "judge_unknown": 0,
         "unparsable": 1,
+        "truncated": 0,
+        "special_tokens": 0,
+        "masked": 0,
         "answer_1": 1,
         "judge_cached": 0,
         "judge_over_budget": 0,
@@ -140,3 +145,26 @@ def test_batches_under_way_at_the_same_time_are_counted_apart(serve) -> None:
         second.add(0, slots[1])
         assert second.finish([*slots[1], *slots[2]])[1]["judge_asked"] == 2
         assert first.finish(slots[0])[1]["judge_asked"] == 1
+
+
+CUT = replace(rollout("<think>a</think><answer>1</answer> and and"), finish_reason="length")
+
+
+@pytest.mark.parametrize(
+    ("truncated", "reward", "predicted", "masked"),
+    [("penalise", 0.0, None, False), ("mask", 0.0, None, True), ("as_is", 1.0, 1, False)],
+)
+def test_a_response_that_did_not_end(truncated: str, reward: float, predicted: int | None, masked: bool) -> None:
+    section = RewardSection(use_judge=False, truncated=truncated)
+    (scored,), counts = RewardScorer(section, None).score([CUT])
+    assert (scored.reward, scored.predicted, scored.masked) == (reward, predicted, masked)
+    assert (counts["truncated"], counts["masked"], counts["unparsable"]) == (1, masked, predicted is None)
+    whole = replace(rollout("<think>a</think><answer>1</answer>"), finish_reason="length")
+    assert RewardScorer(RewardSection(use_judge=False), None).score([whole])[0][0].reward == 0.0, "by default"
+
+
+def test_special_tokens_inside_are_not_well_formed() -> None:
+    """Decoding leaves them out: the text alone looks as it should."""
+    noisy = replace(rollout("<think>a</think><answer>1</answer>"), special_tokens=True)
+    (scored,), counts = RewardScorer(NO_JUDGE, None).score([noisy])
+    assert (scored.format_reward, scored.result_reward, counts["special_tokens"]) == (0.0, 1.0, 1)
