@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +11,7 @@ from megatron_r1reward.cluster.placement import ServerKind, Stage
 from megatron_r1reward.conversion.cli import app as convert_app
 from megatron_r1reward.processes import quick_exit, quick_imports
 from megatron_r1reward.run_dir import EXIT_REQUEUE
+from megatron_r1reward.user_errors import user_errors
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 data_app = typer.Typer(no_args_is_help=True, help="Build, import and inspect preference data.")
@@ -26,29 +22,9 @@ RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="the run file"
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="applied left to right")]
 
 
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """ValueError is the user's to fix: one message without a traceback, exit code 2."""
-    # One voice: the other ranks speak up only when something is wrong.
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
-    level = logging.INFO if rank == "0" else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    for chatty in ("httpx", "httpx2", "megatron"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    # Notices of torch, transformers and megatron-core about their own future, none of them for users of this program.
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|megatron|transformers)\b.*")
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron_r1reward\.parallel\.cpu")
-    try:
-        yield
-    except ValueError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(2) from error
-
-
 def _run_stage(stage: Stage, run_file: Path, overrides: list[str] | None) -> None:
     """Load the run file and run one of the functions of `launch.stages`, imported only now: it takes seconds."""
-    with _user_errors():
+    with user_errors():
         from megatron_r1reward.config.load import load_config
         from megatron_r1reward.launch.launch import launch as launch_stage
         from megatron_r1reward.launch.torchrun import forget_stop_request, under_a_launcher
@@ -105,7 +81,7 @@ def launch(
     local: Annotated[bool, typer.Option(help="processes of this machine, also inside a Slurm job")] = False,
 ) -> None:
     """One stage with all its components under a supervisor: job steps in a Slurm job, processes elsewhere."""
-    with _user_errors():
+    with user_errors():
         from megatron_r1reward.launch.launch import launch as launch_stage
 
         raise typer.Exit(launch_stage(stage, run_file, overrides or [], local=local))
@@ -114,7 +90,7 @@ def launch(
 @app.command(hidden=True)
 def worker(stage: Stage, run_file: RunFile, overrides: Overrides = None) -> None:
     """One task of a supervised stage's driver."""
-    with _user_errors():
+    with user_errors(component=True):
         from megatron_r1reward.config.load import load_config
         from megatron_r1reward.launch.step_main import allow_stack_dumps, run_driver
 
@@ -127,7 +103,7 @@ def server(
     stage: Stage, kind: ServerKind, index: int, run_file: RunFile, overrides: Overrides = None, life: int = 0
 ) -> None:
     """One server of a supervised stage."""
-    with _user_errors():
+    with user_errors(component=True):
         from megatron_r1reward.config.load import load_config
         from megatron_r1reward.launch.step_main import allow_stack_dumps, run_server
 
@@ -143,7 +119,7 @@ def plan(
     json_path: Annotated[Path | None, typer.Option("--json", help="write the plan there; - prints it instead")] = None,
 ) -> None:
     """Memory, communication and predicted time before any GPU is spent; exit code 1 where the run does not fit."""
-    with _user_errors():
+    with user_errors():
         from megatron_r1reward.config.load import load_config
         from megatron_r1reward.planner.show_plan import run_plan
 
@@ -156,7 +132,7 @@ def plan(
 @app.command()
 def serve(run_file: RunFile, overrides: Overrides = None) -> None:
     """The released remote-reward protocol (POST /get_reward_mllm) for the original training code."""
-    with _user_errors():
+    with user_errors():
         from megatron_r1reward.config.load import load_config
         from megatron_r1reward.launch.serve_labels import serve as run_service
 
@@ -207,7 +183,7 @@ def score(
 @app.command()
 def servers(run_dir: Annotated[Path, typer.Argument(help="run directory of a stage")]) -> None:
     """State of each rollout and judge server of a running stage."""
-    with _user_errors():
+    with user_errors():
         from megatron_r1reward.servers.server_status import status_table
 
         typer.echo(status_table(run_dir / "live"))
@@ -225,7 +201,7 @@ def data_digits(
     annotator_error_rate: Annotated[float, typer.Option(help="share of reasonings for the wrong response")] = 0.0,
 ) -> None:
     """Preferences over real handwritten digits (ships with scikit-learn)."""
-    with _user_errors():
+    with user_errors():
         from megatron_r1reward.demo.digits import build_digits
         from megatron_r1reward.demo.digits_text import CATEGORIES
 
@@ -249,7 +225,7 @@ def data_import(
     image_root: Annotated[Path | None, typer.Option(help="relative image paths are below it")] = None,
 ) -> None:
     """Check a preference data set, write embedded images to files and bad rows to a quarantine file."""
-    with _user_errors():
+    with user_errors():
         from megatron_r1reward.data.importing import import_preferences
 
         result = import_preferences(source, out, image_root=image_root)
@@ -265,7 +241,7 @@ def tiny(
     seed: int = 0,
 ) -> None:
     """Write a tiny Qwen2.5-VL (about a million parameters) as a Hugging Face folder."""
-    with _user_errors():
+    with user_errors():
         from megatron_r1reward.demo.pipeline import write_demo_model
 
         write_demo_model(out, corpus, seed=seed)
@@ -278,7 +254,7 @@ def demo(
     run_files: Annotated[Path, typer.Option(help="folder with the stages' run files")] = Path("recipes/demo"),
 ) -> None:
     """The whole pipeline on this machine: data, SFT, judge, annotation, RL, evaluation, report."""
-    with _user_errors():
+    with user_errors():
         from megatron_r1reward.demo.pipeline import run_demo
 
         run_demo(out, run_files)
@@ -287,7 +263,9 @@ def demo(
 @app.command()
 def report(run_dir: Annotated[Path, typer.Argument(help="directory with the stages of one run")]) -> None:
     """Write report.html and report.json from a finished run."""
-    with _user_errors():
+    with user_errors():
+        if not run_dir.is_dir():
+            raise ValueError(f"{run_dir} is not a folder: name the directory that holds the stages of a run")
         from megatron_r1reward.report.report import build_report
 
         build_report(run_dir)
@@ -300,7 +278,7 @@ def status(
     json_output: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
 ) -> None:
     """What a run is doing, its last metrics, how long it still takes, and why it stopped; from its files alone."""
-    with _user_errors():
+    with user_errors():
         from megatron_r1reward.status.status_page import run_status
 
         raise typer.Exit(run_status(run_dir, as_json=json_output))
@@ -314,7 +292,7 @@ def doctor(
     quick: Annotated[bool, typer.Option(help="do not import torch, vLLM and megatron-core")] = False,
 ) -> None:
     """Is this machine or cluster fit? Names every problem and its fix; exit code 1 when a stage would fail."""
-    with _user_errors():
+    with user_errors():
         from megatron_r1reward.doctor.show import run_doctor
 
         raise typer.Exit(run_doctor(folder, run_dir=run_dir, as_json=json_output, quick=quick))

@@ -95,3 +95,16 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     # An unpaired surrogate, e.g. in a quarantined row, becomes `\\udXXX`, which is its JSON escape.
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: it is torn or no JSON; names the file and the place.
+        OSError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:  # JSONDecodeError, or bytes that are no text
+        raise ValueError(f"{path} is not JSON ({error}): it is torn or was edited; write or copy it again") from error

@@ -42,8 +42,8 @@ def quick_exit() -> Iterator[None]:
     modules of torch, transformers and vLLM costs seconds per process; the kernel takes the memory back anyway.
 
     Threads are waited for, exit handlers that were registered inside run, and the exit code is the same. Destructors of
-    what is still in use do not run: whoever opens something closes it. Where anything but SystemExit ends the program,
-    it ends as usual.
+    what is still in use do not run: whoever opens something closes it. An error's traceback is the last thing that is
+    seen: libraries that count their objects at the end of the interpreter have no say. Only Ctrl-C ends as usual.
     """
     codes: list[int] = []
     pid = os.getpid()
@@ -59,7 +59,9 @@ def quick_exit() -> Iterator[None]:
     try:
         yield
     except SystemExit as end:
-        if end.code is None or isinstance(end.code, int):
-            codes.append(end.code or 0)
+        codes.append(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
+    except Exception:
+        codes.append(1)
         raise
     codes.append(0)

@@ -7,7 +7,6 @@ and renames: a checkpoint without a manifest that matches its files does not exi
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megatron_r1reward.checkpoint.manifest import find_damage, read_manifest
-from megatron_r1reward.files import write_text
+from megatron_r1reward.files import read_json, write_text
 
 STATE = "state.json"
 LATEST = "latest"
@@ -127,7 +126,7 @@ def describe_problem(folder: Path, *, run_id: str | None = None, hashes: bool = 
         return "it holds weights only, no training state"
     if run_id is not None and manifest["run"] != run_id:
         return f"its manifest is of another run ({manifest['run']}, this is {run_id})"
-    state = json.loads((folder / STATE).read_text())
+    state = read_json(folder / STATE)
     if not folder.name == f"step-{state['step']:08d}" == f"step-{manifest['step']:08d}":
         return (
             f"its folder, state and manifest name different steps ({folder.name}, {state['step']}, {manifest['step']})"
@@ -210,7 +209,7 @@ def load_checkpoint(folder: Path, trained: Trained) -> dict[str, Any]:
     problem = describe_problem(folder, hashes=False)
     if problem is not None:
         raise ValueError(f"checkpoint {folder}: {problem}")
-    state: dict[str, Any] = json.loads((folder / STATE).read_text())
+    state: dict[str, Any] = read_json(folder / STATE)
     sharded = sharded_state(trained, loading=True)
     if state["layout"] == layout():
         sharded["random_state"] = random_state()

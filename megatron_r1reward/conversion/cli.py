@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from megatron_r1reward.user_errors import user_errors
 
 if TYPE_CHECKING:
     from megatron_r1reward.conversion.convert import ConversionSummary
@@ -31,20 +30,6 @@ Threads = Annotated[int | None, typer.Option(help="files written at a time; defa
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check names, shapes and sizes; write nothing")]
 
 
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """One line and exit code 2 for what the user can fix."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|megatron|transformers)\b.*")
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron_r1reward\.parallel\.cpu")
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(2) from error
-
-
 def _report(out: Path, summary: ConversionSummary, dry_run: bool) -> None:
     verb = "would write" if dry_run else "wrote"
     typer.echo(f"{verb} {out}: {summary.tensors} tensors in {summary.files} files, {summary.bytes / 1e9:.2f} GB")
@@ -62,7 +47,7 @@ def import_(
 
     Interrupted, it goes on where it stopped when it is started again.
     """
-    with _user_errors():
+    with user_errors(level=logging.WARNING):
         from megatron_r1reward.conversion.convert import import_folder
 
         _report(out, import_folder(folder, out, dtype=dtype, threads=threads, dry_run=dry_run), dry_run)
@@ -79,7 +64,7 @@ def export(
     dry_run: DryRun = False,
 ) -> None:
     """Distributed checkpoint -> Hugging Face folder with the original's files, names and order."""
-    with _user_errors():
+    with user_errors(level=logging.WARNING):
         from megatron_r1reward.conversion.convert import export_folder
         from megatron_r1reward.conversion.fp8_export import export_fp8
 
@@ -97,7 +82,7 @@ def inspect(
     folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of lines")] = False
 ) -> None:
     """What is in it: kind, tensors, bytes, dtypes; of a training checkpoint step, layout, run, score."""
-    with _user_errors():
+    with user_errors(level=logging.WARNING):
         from megatron_r1reward.conversion.inspect_folder import inspect as look
 
         facts = look(folder)
@@ -125,7 +110,7 @@ def verify(
     threads: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
     """Hashes, names, shapes, tied weights; exit code 1 and the tensors' names when something is wrong."""
-    with _user_errors():
+    with user_errors(level=logging.WARNING):
         from megatron_r1reward.conversion.verify import verify as check
 
         problems = 0
@@ -152,7 +137,7 @@ def merge(
     threads: Threads = None,
 ) -> None:
     """Weighted sum of several checkpoints, computed in float32."""
-    with _user_errors():
+    with user_errors(level=logging.WARNING):
         from megatron_r1reward.conversion.average import merge_folders
 
         shares = [float(share) for share in weights.split(",")] if weights else None

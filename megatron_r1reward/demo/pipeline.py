@@ -154,7 +154,8 @@ def run_demo(out: Path, run_files: Path, *, seed: int = 0) -> None:
     report = build_report(out)
     console.print(
         f"accuracy on held-out pairs: {report['sft']['accuracy']:.1%} after SFT, {report['rl']['accuracy']:.1%} after "
-        f"RL; {wall_seconds / 60:.1f} min. Open {out / 'report.html'}"
+        f"RL; {wall_seconds / 60:.1f} min. Open {out / 'report.html'}",
+        markup=False,
     )
 
 

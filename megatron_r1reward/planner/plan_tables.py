@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from megatron_r1reward.planner.memory import GIB
@@ -39,7 +40,7 @@ def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) ->
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table
 
 
@@ -144,4 +145,4 @@ def show(plan: Plan, console: Console) -> None:
     for table in tables(plan):
         console.print(table)
     for note in plan.notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {note}", markup=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.files import write_text
@@ -32,7 +33,7 @@ def run_plan(config: RunConfig, *, stage: Stage | None = None, json_path: Path |
         problems = (str(error),)
     tree: dict[str, Any] = {"fits": not problems, "problems": problems, "plan": plan and to_json(plan)}
     for problem in problems:
-        console.print(f"[bold red]does not fit:[/] {problem}", highlight=False)
+        console.print(f"[bold red]does not fit:[/] {escape(problem)}", highlight=False)
     if problems:
         found = nearest_fit(config, stage)
         tree["nearest_fit"] = found and found[0]
@@ -41,6 +42,7 @@ def run_plan(config: RunConfig, *, stage: Stage | None = None, json_path: Path |
             if found
             else "no change of layout, recomputation or number of nodes was found that fits",
             highlight=False,
+            markup=False,
         )
     elif plan is not None:
         share = plan.peak.total / plan.device.memory_bytes

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_r1reward.files import read_json
 from megatron_r1reward.servers.member import ServerStatus
 
 _COLUMNS = ("name", "state", "in_flight", "requests", "failures", "restarts", "weight_version", "url")
@@ -29,7 +30,7 @@ def read_status(live_dir: Path) -> list[ServerStatus]:
     files = sorted(live_dir.glob("*-servers.json"))
     if not files:
         raise ValueError(f"{live_dir} holds no *-servers.json: give the run directory of a stage with servers")
-    return [ServerStatus(**row) for file in files for row in json.loads(file.read_text())]
+    return [ServerStatus(**row) for file in files for row in read_json(file)]
 
 
 def status_table(live_dir: Path) -> str:

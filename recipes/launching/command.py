@@ -12,6 +12,7 @@ import typer
 
 from launching.chain import Task, fail, interpreter, stage_task
 from launching.site import read_site
+from megatron_r1reward.user_errors import one_line
 
 
 class Executor(StrEnum):
@@ -61,8 +62,8 @@ def execute(
             tail_logs=tail_logs,
         )
         code = run_experiment(tasks, request)
-    except ValueError as error:
-        code = fail(str(error))
+    except (ValueError, OSError) as error:
+        code = fail(one_line(error))
     except ModuleNotFoundError as error:
         code = fail(f"{error}: recipes run in their own environment, .venv-recipes/bin/python (make recipes)")
     sys.exit(code)

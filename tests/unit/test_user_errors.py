@@ -1,0 +1,141 @@
+"""A user's mistake is one line with thing, value and fix, and exit code 2, whatever the command."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_r1reward.files import read_json
+from megatron_r1reward.user_errors import one_line, user_errors
+
+
+def r1reward(*arguments: str | Path, folder: Path) -> tuple[int, list[str]]:
+    """(exit code, lines of standard error) of the command, as a user starts it."""
+    command = [sys.executable, "-m", "megatron_r1reward.cli", *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr.strip().splitlines()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "afile").write_text("")
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["data", "import", "rows.jsonl", "--out", "afile"], ["afile", "name another path"]),
+        (["data", "import", "rows.jsonl", "--out", "afile/x"], ["afile", "is a file"]),
+        (["tiny", "--out", "t", "--corpus", "missing.jsonl"], ["missing.jsonl", "check the path"]),
+        (["plan", "missing.toml"], ["missing.toml"]),
+        (["servers", "torn"], ["torn/live/rollout-servers.json is not JSON (", "write or copy it again"]),
+        (["report", "no-such-run"], ["no-such-run is not a folder"]),
+        (["convert", "inspect", "no-such-folder"], ["no-such-folder"]),
+    ],
+)
+def test_one_line_and_exit_code_2(folder: Path, arguments: list[str], words: list[str]) -> None:
+    (folder / "torn" / "live").mkdir(parents=True)
+    (folder / "torn" / "live" / "rollout-servers.json").write_text('[{"url": "http')
+    code, lines = r1reward(*arguments, folder=folder)
+    assert code == 2, lines
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+
+
+def test_a_report_of_a_missing_folder_loads_nothing_heavy(folder: Path) -> None:
+    """It answered after the imports of the whole report."""
+    program = (
+        "import sys; from megatron_r1reward.cli import app; from typer.testing import CliRunner; "
+        "result = CliRunner().invoke(app, ['report', 'no-such-run']); "
+        "heavy = {'torch', 'matplotlib', 'transformers', 'scipy', 'datasets'} & set(sys.modules); "
+        "sys.exit(repr(heavy) if heavy else result.exit_code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+
+
+def fails(error: BaseException, **options: bool) -> int | str | None:
+    with pytest.raises(SystemExit) as end, user_errors(**options):
+        raise error
+    return end.value.code
+
+
+def test_what_the_system_refuses_names_the_file_and_the_fix(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails(OSError(errno.ENOSPC, "No space left on device", "/scratch/run/x")) == 2
+    assert capsys.readouterr().err == (
+        "error: /scratch/run/x: No space left on device; free some space, or write elsewhere\n"
+    )
+    assert one_line(PermissionError(errno.EACCES, "Permission denied", b"/a", None, "/b")).startswith("/a -> /b: Perm")
+    assert one_line(OSError("odd")) == "odd"
+    assert one_line(ValueError()) == "ValueError"
+
+
+def test_nothing_in_a_message_is_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails(ValueError("[rollout] gpus = 3 [/bold] in /runs/[old]/x")) == 2
+    assert capsys.readouterr().err == "error: [rollout] gpus = 3 [/bold] in /runs/[old]/x\n"
+
+
+def test_this_packages_own_runtime_errors_are_a_line_and_those_of_libraries_a_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from megatron_r1reward.network.guard import BearerGuard
+
+    with pytest.raises(SystemExit) as end, user_errors():
+        BearerGuard(None, token="")  # type: ignore[arg-type]
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: no bearer token: set R1REWARD_SERVER_TOKEN")
+    with pytest.raises(RuntimeError, match="of a library"), user_errors():
+        raise RuntimeError("of a library")  # this file is no part of the package
+    with pytest.raises(AssertionError), user_errors():
+        raise AssertionError
+
+
+def test_the_log_of_a_rank_or_server_keeps_the_traceback() -> None:
+    with pytest.raises(OSError, match="reset"), user_errors(component=True):
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+    assert fails(ValueError("rl.steps = 0: at least 1"), component=True) == 2
+
+
+def test_torn_json_names_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    path.write_text(json.dumps({"a": 1}))
+    assert read_json(path) == {"a": 1}
+    for content in (b'{"a": ', b"", b"\xff\xfe{", b"git-lfs"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"state\.json is not JSON"):
+            read_json(path)
+
+
+def test_a_plan_prints_brackets_of_the_run_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`[rollout]` was swallowed as a style, and a closing tag crashed."""
+    from megatron_r1reward.planner import show_plan
+
+    def refuse(*_: object) -> None:
+        raise ValueError("[rollout] servers = 3: /runs/[/old] is too small")
+
+    monkeypatch.setattr(show_plan, "make_plan", refuse)
+    monkeypatch.setattr(show_plan, "nearest_fit", lambda *_: None)
+    assert not show_plan.run_plan(None, stage="sft")  # type: ignore[arg-type]
+    assert "does not fit: [rollout] servers = 3: /runs/[/old] is too small" in capsys.readouterr().out
+
+
+def test_ranks_other_than_the_first_speak_up_only_when_something_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = []
+    monkeypatch.setattr(logging, "basicConfig", lambda **settings: levels.append(settings["level"]))
+    for rank, level in (("0", logging.INFO), ("1", logging.INFO), ("1", logging.ERROR)):
+        monkeypatch.setenv("RANK", rank)
+        with user_errors(level=level):
+            pass
+    assert levels == [logging.INFO, logging.WARNING, logging.ERROR]
