@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import typer
+
 EXIT_USER_ERROR = 2
 _PACKAGE = Path(__file__).parent
 _FIXES = {
@@ -43,6 +45,8 @@ def user_errors(*, level: int = logging.INFO, component: bool = False) -> Iterat
     _quieten(level)
     try:
         yield
+    except (typer.Exit, typer.Abort):  # an exit code on its way, which is a RuntimeError too
+        raise
     except (ValueError, OSError, RuntimeError) as error:
         if not isinstance(error, ValueError) and (component or not _is_ours(error)):
             raise

@@ -41,14 +41,8 @@ def check_interconnect(ports: Mapping[str, tuple[str, str, str]], *, with_gpus: 
     return findings
 
 
-def check_variables(
-    environment: Mapping[str, str] = os.environ,
-    interfaces: tuple[str, ...] | None = None,
-    *,
-    active_infiniband: bool = False,
-) -> list[Finding]:
-    """NCCL's, gloo's and the allocator's settings name things that exist and do not contradict the machine."""
-    names = interfaces if interfaces is not None else tuple(name for _, name in socket.if_nameindex())
+def _interfaces(environment: Mapping[str, str], names: tuple[str, ...]) -> list[Finding]:
+    """The interfaces that NCCL and gloo are told to use are there."""
     findings = []
     chosen = environment.get("NCCL_SOCKET_IFNAME")
     if chosen is not None and not _nccl_matches(chosen, names):
@@ -68,6 +62,18 @@ def check_variables(
                 "gloo needs exact names, the same on every node; set one, or unset it",
             )
         )
+    return findings
+
+
+def check_variables(
+    environment: Mapping[str, str] = os.environ,
+    interfaces: tuple[str, ...] | None = None,
+    *,
+    active_infiniband: bool = False,
+) -> list[Finding]:
+    """NCCL's, gloo's and the allocator's settings name things that exist and do not contradict the machine."""
+    names = interfaces if interfaces is not None else tuple(name for _, name in socket.if_nameindex())
+    findings = _interfaces(environment, names)
     if environment.get("NCCL_IB_DISABLE", "0") == "1" and active_infiniband:
         findings.append(
             warning(

@@ -21,7 +21,6 @@ from typing import Any
 from megatron_r1reward.cluster import commands
 from megatron_r1reward.cluster.step_environment import clean_environment
 from megatron_r1reward.doctor import gpus, imports, limits, network, packages, storage
-from megatron_r1reward.doctor.clock import check_clock
 from megatron_r1reward.doctor.finding import Finding, error, merge_nodes, ok, warning
 
 _TIMEOUT_S = 300.0
@@ -56,7 +55,7 @@ def check_node(environment: Mapping[str, str] = os.environ, *, several_nodes: bo
         limits.check_temporary(environment),
         limits.check_memory(),
         storage.check_caches(environment),
-        check_clock(),
+        storage.check_clock(),
     ]
 
 

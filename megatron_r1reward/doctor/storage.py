@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_r1reward.cluster import commands
 from megatron_r1reward.doctor.finding import Finding, error, note, ok, warning
 
 _GIB = 2**30
@@ -98,6 +99,24 @@ def check_skew(modified: float, before: float, after: float) -> Finding:
         "clock.file-server",
         f"this node's clock and the file server's differ by {skew:.0f} s: heartbeats look stale, saves come late",
         "have the site synchronise the clocks (chronyc tracking, timedatectl)",
+    )
+
+
+def check_clock() -> Finding:
+    """Time synchronisation as systemd or chrony report it."""
+    output = commands.run(["timedatectl", "show", "--property=NTPSynchronized", "--value"])
+    answer = output.stdout.strip()
+    if output.code != 0 or answer not in ("yes", "no"):
+        chrony = commands.run(["chronyc", "tracking"])
+        if chrony.code != 0:
+            return note("clock.synchronised", "timedatectl and chronyc do not tell here whether the clock is right")
+        answer = "no" if "Not synchronised" in chrony.stdout else "yes"
+    if answer == "yes":
+        return ok("clock.synchronised", "the clock is synchronised")
+    return warning(
+        "clock.synchronised",
+        "the clock is not synchronised: walltime saves and heartbeats depend on it",
+        "have the site start chronyd or systemd-timesyncd on the nodes",
     )
 
 

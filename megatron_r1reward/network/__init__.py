@@ -1,1 +1,1 @@
-"""What clients and servers of this package share: event loop thread, retry policy, circuit breaker, bearer tokens."""
+"""What clients and servers of this package share: event loop thread, circuit breaker, bearer tokens and their guard."""

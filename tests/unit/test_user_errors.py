@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from megatron_r1reward.cli import app
 from megatron_r1reward.files import read_json
 from megatron_r1reward.user_errors import one_line, user_errors
 
@@ -98,6 +101,15 @@ def test_this_packages_own_runtime_errors_are_a_line_and_those_of_libraries_a_tr
         raise RuntimeError("of a library")  # this file is no part of the package
     with pytest.raises(AssertionError), user_errors():
         raise AssertionError
+
+
+def test_an_exit_code_passes() -> None:
+    """A typer.Exit is a RuntimeError."""
+    with pytest.raises(typer.Exit) as end, user_errors():
+        raise typer.Exit(75)
+    assert end.value.exit_code == 75
+    done = CliRunner().invoke(app, ["status", "."])  # not a run: 1, and not the user's mistake
+    assert "error: 1" not in done.output
 
 
 def test_the_log_of_a_rank_or_server_keeps_the_traceback() -> None:

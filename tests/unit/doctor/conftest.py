@@ -32,6 +32,9 @@ def install(packages_folder: Path) -> Install:
         (info / "METADATA").write_text("\n".join(lines) + "\n")
         if files:
             (info / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+        for file in files:  # Python 3.12 lists only those that exist
+            (packages_folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (packages_folder / file).touch()
 
     return write
 

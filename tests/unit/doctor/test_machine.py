@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from megatron_r1reward.doctor import gpus, imports, limits, network, storage
-from megatron_r1reward.doctor.clock import check_clock
 
 H100 = "{i}, NVIDIA H100 80GB HBM3, 580.65, 81559, {used}, {cap}, {mig}, {ecc}"
 
@@ -238,4 +237,4 @@ class TestStorage:
 @pytest.mark.parametrize(("answer", "level"), [("yes", "ok"), ("no", "warning")])
 def test_clock(command, answer, level):
     command("timedatectl", f"echo {answer}")
-    assert check_clock().level == level
+    assert storage.check_clock().level == level
