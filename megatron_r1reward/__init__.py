@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from megatron_r1reward.judging.rank import Ranking
     from megatron_r1reward.judging.reward_model import RewardModel
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = ["Comparison", "Ranking", "RewardModel", "Votes"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,22 @@ data_app = typer.Typer(no_args_is_help=True, help="Build, import and inspect pre
 app.add_typer(data_app, name="data")
 app.add_typer(convert_app, name="convert")
 
-RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="the run file")]
+
+def shipped() -> Path:
+    """The folder with recipes/, slurm/ and tools/: of the checkout, or of the wheel."""
+    package = Path(__file__).parent
+    return package / "shipped" if (package / "shipped").is_dir() else package.parent
+
+
+def _here_or_shipped(path: Path) -> Path:
+    """`recipes/...` means the shipped one where there is none of that name."""
+    ours = shipped() / path
+    return ours if not path.exists() and path.parts[:1] == ("recipes",) and ours.exists() else path
+
+
+RunFile = Annotated[
+    Path, typer.Argument(metavar="RUN.toml", help="the run file; recipes/... are shipped", callback=_here_or_shipped)
+]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="applied left to right")]
 
 
@@ -251,13 +267,30 @@ def tiny(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="run directory")] = Path("runs/demo"),
-    run_files: Annotated[Path, typer.Option(help="folder with the stages' run files")] = Path("recipes/demo"),
+    run_files: Annotated[
+        Path, typer.Option(help="folder with the stages' run files", callback=_here_or_shipped)
+    ] = Path("recipes/demo"),
 ) -> None:
     """The whole pipeline on this machine: data, SFT, judge, annotation, RL, evaluation, report."""
     with user_errors():
         from megatron_r1reward.demo.pipeline import run_demo
 
         run_demo(out, run_files)
+
+
+@app.command()
+def recipes(
+    out: Annotated[Path | None, typer.Option(help="copy recipes/, slurm/ and tools/ to this new folder")] = None,
+) -> None:
+    """The run files that come with this program; with --out, a copy to edit, with the job scripts."""
+    with user_errors():
+        if out is None:
+            for path in sorted((shipped() / "recipes").rglob("*.toml")):
+                typer.echo(path.relative_to(shipped()))
+            return
+        for folder in ("recipes", "slurm", "tools"):
+            shutil.copytree(shipped() / folder, out / folder, ignore=shutil.ignore_patterns("__pycache__", "site.sh"))
+        typer.echo(f"wrote {out}")
 
 
 @app.command()

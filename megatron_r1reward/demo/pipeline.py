@@ -17,6 +17,7 @@ from rich.console import Console
 
 from megatron_r1reward.data.chat import parse_chat
 from megatron_r1reward.data.prompt import JUDGE_TEMPLATE, TEMPLATE
+from megatron_r1reward.data.rows import RowError
 from megatron_r1reward.demo.digits import build_digits
 from megatron_r1reward.files import write_text
 
@@ -95,7 +96,11 @@ def write_demo_model(out: Path, corpus: Sequence[Path], *, seed: int) -> None:
     rows = list(_rows(corpus))
     phrases = [part for template in (TEMPLATE, JUDGE_TEMPLATE) for part in re.split(r"\{\w+\}", template) if part]
     phrases += FIXED_TEXTS + _fixed_phrases(rows)
-    texts = [parse_chat(row["message"]).user_text for row in rows] + [row["response"] for row in rows]
+    try:
+        texts = [parse_chat(row["message"]).user_text for row in rows] + [row["response"] for row in rows]
+    except (KeyError, RowError) as error:
+        wanted = "give JSONL files of `r1reward data digits`, whose rows have message and response"
+        raise ValueError(f"--corpus {', '.join(map(str, corpus))}: a row lacks {error}; {wanted}") from error
     write_tiny_checkpoint(out, corpus=texts, phrases=phrases, seed=seed)
 
 
