@@ -174,7 +174,7 @@ def score(
     seed: int = 0,
 ) -> None:
     """Rewards, ranking and best-of-N for files of responses, by a trained model."""
-    with _user_errors():
+    with user_errors():
         from megatron_r1reward.judging.score_files import run_score
 
         run_score(

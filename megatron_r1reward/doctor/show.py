@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_r1reward.doctor.examine import Examination, examine
+from megatron_r1reward.doctor.examination import Examination, examine
 from megatron_r1reward.doctor.finding import LEVELS, worst
 
 _STYLE = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
