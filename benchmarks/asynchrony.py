@@ -34,8 +34,7 @@ from megatron_r1reward.data.prompt import PromptBuilder
 from megatron_r1reward.evaluation.evaluate import evaluate
 from megatron_r1reward.evaluation.result import EvaluationResult
 from megatron_r1reward.launch.stage_servers import open_evaluation_pool
-from megatron_r1reward.rollout.open_pool import build_servers
-from megatron_r1reward.rollout.pool import SERVED_NAME
+from megatron_r1reward.servers.build import judge_server, rollout_server
 from megatron_r1reward.servers.process import VllmServer, start_servers
 
 RUN_FILE = Path(__file__).parents[1] / "recipes" / "demo" / "rl.toml"
@@ -80,15 +79,11 @@ def configuration(demo: Path, scratch: Path, options: argparse.Namespace) -> Run
 def servers_of(config: RunConfig, logs: Path, media: Path) -> list[VllmServer]:
     """One rollout server and one judge; clients get one token for both from the environment."""
     pixels = (config.data.min_pixels, config.data.max_pixels)
-    rollout = build_servers(
-        config.rollout, name="rollout", log_dir=logs, model_path=config.model.path, served_name=SERVED_NAME,
-        weight_transfer="gloo", media_root=media, pixels=pixels,
+    rollout = rollout_server(
+        config.rollout, 0, model_path=config.model.path, log_path=logs / "rollout-0.log", takes_weights=True,
+        media_root=media, pixels=pixels,
     )  # fmt: skip
-    assert config.judge.model_path is not None
-    judge = build_servers(
-        config.judge, name="judge", log_dir=logs, model_path=config.judge.model_path, served_name="judge"
-    )
-    return [*rollout, *judge]
+    return [rollout, judge_server(config.judge, 0, log_path=logs / "judge-0.log")]
 
 
 def train(config: RunConfig, servers: list[VllmServer], mode: str, output: Path, core: int) -> list[dict[str, Any]]:

@@ -29,7 +29,8 @@ from servers import SECTION, write_model
 from transformers import PreTrainedTokenizerFast
 
 from megatron_r1reward.config.schema import SamplingSection
-from megatron_r1reward.rollout.pool import SERVED_NAME, RolloutPool
+from megatron_r1reward.rollout.pool import RolloutPool
+from megatron_r1reward.servers.build import SERVED_NAME
 from megatron_r1reward.servers.command import server_environment
 from megatron_r1reward.servers.process import VllmServer, start_servers
 from megatron_r1reward.types import Prompt

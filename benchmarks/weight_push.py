@@ -31,7 +31,8 @@ from servers import SECTION, write_model
 from transformers import PreTrainedTokenizerFast
 
 from megatron_r1reward.rollout.open_pool import build_transport
-from megatron_r1reward.rollout.pool import SERVED_NAME, RolloutPool
+from megatron_r1reward.rollout.pool import RolloutPool
+from megatron_r1reward.servers.build import SERVED_NAME
 from megatron_r1reward.servers.process import VllmServer, start_servers
 from megatron_r1reward.types import TensorMeta
 from megatron_r1reward.weight_sync.broadcast_group import BroadcastGroup, Rendezvous, listen

@@ -11,7 +11,7 @@ import typer
 from megatron_r1reward.cluster.placement import ServerKind, Stage
 from megatron_r1reward.conversion.cli import app as convert_app
 from megatron_r1reward.processes import quick_exit, quick_imports
-from megatron_r1reward.run_dir import EXIT_REQUEUE
+from megatron_r1reward.run_dir import EXIT_REQUEUE, RunDir
 from megatron_r1reward.user_errors import user_errors
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -43,14 +43,14 @@ def _run_stage(stage: Stage, run_file: Path, overrides: list[str] | None) -> Non
     with user_errors():
         from megatron_r1reward.config.load import load_config
         from megatron_r1reward.launch.launch import launch as launch_stage
-        from megatron_r1reward.launch.torchrun import forget_stop_request, under_a_launcher
+        from megatron_r1reward.launch.launch import needs_supervisor
 
         config = load_config(run_file, overrides or [])
-        if stage in ("sft", "rl") and config.run.local_ranks > 1 and not under_a_launcher():
+        if needs_supervisor(config, stage):
             raise typer.Exit(launch_stage(stage, run_file, overrides or [], local=True))
         with quick_imports():
             if stage == "sft":
-                from megatron_r1reward.launch.cold_start import sft as run
+                from megatron_r1reward.launch.trainer_ranks import sft as run
             else:
                 from megatron_r1reward.launch.stages import annotate, evaluate
                 from megatron_r1reward.launch.stages import rl as run
@@ -60,7 +60,8 @@ def _run_stage(stage: Stage, run_file: Path, overrides: list[str] | None) -> Non
         elif stage == "eval":
             evaluate(config)
         else:
-            forget_stop_request(config)
+            # A request that stopped an earlier run must not stop this one. A supervisor empties live/.
+            RunDir(root=config.run.output_dir).stop.unlink(missing_ok=True)
             if not run(config):
                 raise typer.Exit(EXIT_REQUEUE)
 
@@ -116,7 +117,13 @@ def worker(stage: Stage, run_file: RunFile, overrides: Overrides = None) -> None
 
 @app.command(hidden=True)
 def server(
-    stage: Stage, kind: ServerKind, index: int, run_file: RunFile, overrides: Overrides = None, life: int = 0
+    stage: Stage,
+    kind: ServerKind,
+    index: int,
+    run_file: RunFile,
+    overrides: Overrides = None,
+    life: int = 0,
+    start: int = 0,
 ) -> None:
     """One server of a supervised stage."""
     with user_errors(component=True):
@@ -124,7 +131,8 @@ def server(
         from megatron_r1reward.launch.step_main import allow_stack_dumps, run_server
 
         allow_stack_dumps()
-        raise typer.Exit(run_server(load_config(run_file, overrides or []), stage, kind, index, life=life))
+        config = load_config(run_file, overrides or [])
+        raise typer.Exit(run_server(config, stage, kind, index, life=life, start=start))
 
 
 @app.command()

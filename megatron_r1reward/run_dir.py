@@ -11,6 +11,8 @@
     RUN/live/run.json                  who runs here now, where, until when: `RunInfo`             (supervisor)
     RUN/live/<component>.step          "<job>.<step>" of Slurm or "pid <n>", plain text            (each component)
     RUN/live/<component>.address.json  where a ready server listens: `Address`                     (each server)
+    RUN/live/<server>.end.json         the server ended, and how: `ServerEnd`                      (supervisor)
+    RUN/live/<server>.order.json       start it again, end it, give it up: `ServerOrder`           (who uses servers)
     RUN/live/trainer.heartbeat.json    progress: `Heartbeat`                                       (trainer's main rank)
     RUN/live/stop.json                 "save and stop after this step": `StopRequest`              (anybody)
     RUN/DONE                           the stage has finished                                      (trainer)
@@ -118,6 +120,25 @@ class Address(Record):
     served_name: str  # what requests call the model
     host: str
     ready_at: float
+    start: int = 0  # which start of this server in this life; 0 is the first
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerEnd(Record):
+    """`live/<server>.end.json`: a server that is not there any more. The file of a later start replaces it."""
+
+    start: int
+    code: int
+    what: str  # in words
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOrder(Record):
+    """`live/<server>.order.json`: what the supervisor is to do with a server, from the process that sends it work."""
+
+    start: int  # "start": the number of the new start; "stop": of the one to end
+    what: Literal["start", "stop", "give_up"]  # give_up: the life cannot go on without it
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +229,12 @@ class RunDir:
 
     def log(self, life: int, component: str) -> Path:
         return self.logs(life) / f"{component}.log"
+
+    def server_end(self, component: str) -> Path:
+        return self.live / f"{component}.end.json"
+
+    def server_order(self, component: str) -> Path:
+        return self.live / f"{component}.order.json"
 
     def lives(self) -> list[int]:
         """Numbers of the lives that left logs, in order."""

@@ -1,4 +1,5 @@
-"""Run a command of the site without trusting that it exists, works or ever ends."""
+"""Run a command of the site (Slurm's, nvidia-smi) without trusting that it exists, works or ever ends. All such calls
+whose output is read go through here."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_r1reward.config.schema import RunConfig, ServerSection
+from megatron_r1reward.config.schema import RunConfig, VllmSection
 from megatron_r1reward.run_dir import Component
 
 Stage = Literal["sft", "rl", "eval", "annotate", "judge"]
@@ -147,7 +147,7 @@ def place(config: RunConfig, stage: Stage, site: Site) -> tuple[Placement, ...]:
     return tuple(sorted(placements, key=lambda placement: (order.index(placement.kind), placement.index)))
 
 
-def _check_size(kind: ServerKind, section: ServerSection, nodes: Sequence[Node]) -> None:
+def _check_size(kind: ServerKind, section: VllmSection, nodes: Sequence[Node]) -> None:
     largest = max(node.gpus for node in nodes)
     if 0 < largest < section.tensor_parallel_size:
         raise ValueError(
@@ -156,7 +156,7 @@ def _check_size(kind: ServerKind, section: ServerSection, nodes: Sequence[Node])
         )
 
 
-def _section(config: RunConfig, kind: str) -> ServerSection:
+def _section(config: RunConfig, kind: str) -> VllmSection:
     return config.rollout if kind == "rollout" else config.judge
 
 

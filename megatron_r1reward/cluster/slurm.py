@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from megatron_r1reward.cluster import commands
 from megatron_r1reward.cluster.placement import Node, Site
 from megatron_r1reward.cluster.step_environment import clean_environment
 
@@ -31,16 +32,11 @@ def run_tool(*command: str, timeout_s: float = _TIMEOUT_S) -> str:
     Raises:
         ValueError: it failed or did not answer; the message is Slurm's.
     """
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{command[0]} is not on PATH: Slurm's commands are needed where the job script runs"
-        ) from error
-    except subprocess.TimeoutExpired as error:
-        raise ValueError(f"{' '.join(command)} gave no answer within {timeout_s:g} s") from error
-    if done.returncode:
-        raise ValueError(f"{' '.join(command)} failed: {done.stderr.strip() or f'exit code {done.returncode}'}")
+    done = commands.run(command, timeout_s=timeout_s)
+    if done.missing:
+        raise ValueError(f"{command[0]} is not on PATH: Slurm's commands are needed where the job script runs")
+    if done.problem is not None:
+        raise ValueError(f"{' '.join(command)}: {done.problem}")
     return done.stdout
 
 
@@ -162,11 +158,8 @@ def expand(hostlist: str) -> list[str]:
 
 def is_running(job_id: str) -> bool:
     """Whether a job still holds nodes; False for one that Slurm has forgotten."""
-    done = subprocess.run(
-        ["squeue", "-h", "-j", job_id, "-t", "running,completing,configuring,suspended", "-o", "%i"],
-        capture_output=True, text=True, timeout=_TIMEOUT_S, check=False,
-    )  # fmt: skip
-    return bool(done.stdout.strip())
+    query = ["squeue", "-h", "-j", job_id, "-t", "running,completing,configuring,suspended", "-o", "%i"]
+    return bool(commands.run(query, timeout_s=_TIMEOUT_S).stdout.strip())
 
 
 def silent_nodes(nodes: Sequence[tuple[int | None, str]], timeout_s: float) -> tuple[str, ...]:

@@ -1,4 +1,5 @@
-"""What a job step inherits. Imports nothing: the doctor's probe runs it on nodes whose environment may be broken."""
+"""What a job step inherits, and what a process's environment says about its ranks. Imports nothing of this package: the
+doctor's probe runs it on nodes whose environment may be broken."""
 
 from __future__ import annotations
 
@@ -21,3 +22,22 @@ def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
         for name, value in environment.items()
         if not _INHERITED.fullmatch(name) and name not in _RANK_VARIABLES
     }
+
+
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0  # batch script, interactive shell and the like have no task of an srun
+
+
+def rank_of(environment: Mapping[str, str]) -> tuple[int, int, int] | None:
+    """(rank, world size, local rank) where torchrun, or an srun of several tasks, started this process; else None.
+
+    torchrun's variables win. Of Slurm's, only those of the step count: a batch script and a shell inside an allocation
+    have SLURM_NTASKS (and often SLURM_PROCID = 0) of the whole job, whose other tasks nobody starts.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        rank = int(environment["RANK"])
+        return rank, int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", rank))
+    step = environment.get("SLURM_STEP_ID", "")
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and step.isdecimal() and int(step) < _FIRST_SPECIAL_STEP and "SLURM_PROCID" in environment:
+        return int(environment["SLURM_PROCID"]), tasks, int(environment.get("SLURM_LOCALID", "0"))
+    return None

@@ -70,13 +70,20 @@ def _explain(error: ValidationError) -> list[str]:
         where = ".".join(str(part) for part in item["loc"]) or "the file"
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(str(item["loc"][-1]), _known_keys(item["loc"][:-1]), n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "remove it"
-            message = f"unknown key: {hint}"
+            message = f"unknown key: {_hint(item['loc'])}"
         elif item["type"] != "missing" and item["loc"]:
             message += f" (got {item['input']!r})"
         lines.append(f"  {where}: {message}")
     return lines
+
+
+def _hint(location: Sequence[int | str]) -> str:
+    *path, key = map(str, location)
+    homes = [name for name in RunConfig.model_fields if path and key in _known_keys([name])]
+    if len(path) == 1 and homes:
+        return f"it belongs to [{homes[0]}] and means nothing in [{path[0]}]: remove it"
+    close = difflib.get_close_matches(key, _known_keys(path), n=1)
+    return f"did you mean {close[0]!r}?" if close else "remove it"
 
 
 def dump_config(config: RunConfig, path: Path) -> None:

@@ -195,7 +195,7 @@ class SamplingSection(Section):
                 )
 
 
-class ServerSection(Section):
+class VllmSection(Section):
     """One kind of vLLM server (rollout or judge). With `urls` set nothing is started: those servers are used."""
 
     urls: tuple[str, ...] = ()
@@ -203,12 +203,6 @@ class ServerSection(Section):
     token_variable: str = "R1REWARD_SERVER_TOKEN"  # environment variable with the bearer token of the servers at `urls`
     model_path: Path | None = None  # judge: its HF folder; rollout: None means model.path
     count: PositiveInt = 1
-    sender_host: str = "127.0.0.1"  # address of the trainer's main rank as the servers see it, for weight pushes
-    weight_transport: Literal["auto", "gloo", "nccl", "ipc"] = "auto"  # auto: nccl on GPUs, else gloo
-    weight_bucket_bytes: PositiveInt = 64 << 20  # tensors travel in pieces of this size
-    weights_once_per_host: bool = True  # gloo: of the workers on one machine one receives, for all of them
-    push_timeout_s: Annotated[float, Field(gt=0)] = 600.0  # one stage of a weight push, on the slowest server
-    keep_snapshot: bool = True  # a host copy of the last pushed weights, so that a restarted server gets them at once
     gpu_ids: tuple[int, ...] = ()  # GPUs shared out among started servers, tensor_parallel_size each; (): all visible
     tensor_parallel_size: PositiveInt = 1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -234,7 +228,18 @@ class ServerSection(Section):
     extra_args: tuple[str, ...] = ()
 
 
-class JudgeSection(ServerSection):
+class ServerSection(VllmSection):
+    """Rollout servers: the trainer pushes weights to them."""
+
+    sender_host: str = "127.0.0.1"  # address of the trainer's main rank as the servers see it, for weight pushes
+    weight_transport: Literal["auto", "gloo", "nccl", "ipc"] = "auto"  # auto: nccl on GPUs, else gloo
+    weight_bucket_bytes: PositiveInt = 64 << 20  # tensors travel in pieces of this size
+    weights_once_per_host: bool = True  # gloo: of the workers on one machine one receives, for all of them
+    push_timeout_s: Annotated[float, Field(gt=0)] = 600.0  # one stage of a weight push, on the slowest server
+    keep_snapshot: bool = True  # a host copy of the last pushed weights, so that a restarted server gets them at once
+
+
+class JudgeSection(VllmSection):
     model: str | None = None  # name at the endpoint; None: the first that /v1/models lists
     api_key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key of a remote endpoint
     temperature: Annotated[float, Field(ge=0)] = 0.0

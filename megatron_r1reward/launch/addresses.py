@@ -10,6 +10,7 @@ from megatron_r1reward.cluster.placement import ServerKind, Stage, servers_of
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE
 from megatron_r1reward.run_dir import Address, RunDir
+from megatron_r1reward.servers.component import ComponentServer
 
 
 def node_address() -> str:
@@ -30,35 +31,19 @@ def node_address() -> str:
     raise ValueError(f"none of the names {names} of this node can be resolved: add it to DNS or to /etc/hosts")
 
 
-def missing(config: RunConfig, stage: Stage, run: RunDir) -> list[str]:
-    """Servers of the stage that have not published their address yet."""
-    wanted = [f"{kind}-{index}" for kind, count in servers_of(config, stage).items() for index in range(count)]
-    return [name for name in wanted if not run.address(name).exists()]
-
-
 def connected(config: RunConfig, stage: Stage) -> RunConfig:
-    """The configuration with the URLs of the servers that the supervisor started for it.
+    """The configuration with the addresses that only the supervised life knows. Rollout servers and judges that belong
+    to it are not among them: `components` finds them, and where they are may change.
 
     Raises:
         ValueError: a shared judge is asked for that is not running.
     """
-    run = RunDir(root=config.run.output_dir)
-    wanted = servers_of(config, stage)
-    rollout, judge, annotate = config.rollout, config.judge, config.annotate
-    rollout = rollout.model_copy(update={"sender_host": node_address()})
-    if wanted["rollout"] and stage == "annotate":
-        annotate = annotate.model_copy(
-            update={"url": _urls(run, "rollout")[0] + "/v1", "api_key_variable": TOKEN_VARIABLE}
-        )
-    elif wanted["rollout"]:
-        rollout = rollout.model_copy(update={"urls": _urls(run, "rollout"), "token_variable": TOKEN_VARIABLE})
-    if wanted["judge"]:
-        judge = judge.model_copy(update={"urls": _urls(run, "judge"), "api_key_variable": TOKEN_VARIABLE})
-    elif stage == "rl" and config.reward.use_judge and not judge.urls and config.cluster.shared_judge is not None:
-        judge = judge.model_copy(
-            update={"urls": shared_judge_urls(config.cluster.shared_judge), "api_key_variable": TOKEN_VARIABLE}
-        )
-    return config.model_copy(update={"rollout": rollout, "judge": judge, "annotate": annotate})
+    judge = config.judge
+    rollout = config.rollout.model_copy(update={"sender_host": node_address()})
+    shared = config.cluster.shared_judge
+    if stage == "rl" and config.reward.use_judge and not judge.urls and shared is not None:
+        judge = judge.model_copy(update={"urls": shared_judge_urls(shared), "api_key_variable": TOKEN_VARIABLE})
+    return config.model_copy(update={"rollout": rollout, "judge": judge})
 
 
 def shared_judge_urls(root: Path) -> tuple[str, ...]:
@@ -71,6 +56,14 @@ def shared_judge_urls(root: Path) -> tuple[str, ...]:
     if not run.addresses("judge") or run.exit_report.exists():
         raise ValueError(f"cluster.shared_judge {root}: no judge is running there; submit slurm/judge.sh first")
     return _urls(run, "judge")
+
+
+def components(config: RunConfig, stage: Stage, kind: ServerKind, *, token: str | None) -> list[ComponentServer]:
+    """The servers of one kind that the supervisor has started for this stage, in the order of their numbers."""
+    run = RunDir(root=config.run.output_dir)
+    section = config.judge if kind == "judge" else config.rollout
+    count = servers_of(config, stage)[kind]
+    return [ComponentServer(run, f"{kind}-{index}", section, token=token) for index in range(count)]
 
 
 def _urls(run: RunDir, kind: ServerKind) -> tuple[str, ...]:

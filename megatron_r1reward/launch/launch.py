@@ -8,18 +8,29 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_r1reward.cluster.placement import DRIVERS, Node, Placement, Site, Stage, describe, place
+from megatron_r1reward.cluster.placement import (
+    DRIVERS,
+    Node,
+    Placement,
+    Site,
+    Stage,
+    describe,
+    place,
+    servers_of,
+)
 from megatron_r1reward.cluster.slurm import SlurmJob, is_running
+from megatron_r1reward.cluster.step_environment import rank_of
 from megatron_r1reward.config.load import load_config
 from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.launch.addresses import components
 from megatron_r1reward.launch.local_steps import LocalLauncher, count_gpus
 from megatron_r1reward.launch.slurm_steps import SlurmLauncher
 from megatron_r1reward.launch.stage_models import check_models
 from megatron_r1reward.launch.steps import StepLauncher
-from megatron_r1reward.launch.supervisor import Plan, Supervisor
+from megatron_r1reward.launch.supervisor import Closeable, Plan, Supervisor
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE, new_token, token_from
 from megatron_r1reward.run_dir import EXIT_REQUEUE, ExitReport, RunDir, RunInfo
 
@@ -57,6 +68,14 @@ def launch(stage: Stage, run_file: Path, overrides: Sequence[str], *, local: boo
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
+
+
+def needs_supervisor(config: RunConfig, stage: Stage) -> bool:
+    """Whether the stage consists of several processes on this machine, and nobody (torchrun, srun) has started them."""
+    if rank_of(os.environ) is not None:
+        return False
+    ranks = config.run.local_ranks if DRIVERS[stage] == "trainer" else 1
+    return stage == "rl" or ranks > 1 or sum(servers_of(config, stage).values()) > 0
 
 
 def _supervise(
@@ -97,6 +116,7 @@ def _supervise(
         resumes=DRIVERS[stage] == "trainer",
         requeues=stage != "eval",
         finished=lambda: DRIVERS[stage] != "trainer" or run.done.exists(),
+        watch=_watcher(config, stage, token),
     )
     report = Supervisor(run, config.cluster, plan, launcher).run()
     _tell(report, run)
@@ -125,6 +145,25 @@ def _server_token(config: RunConfig, stage: Stage) -> str:
     return token or new_token()
 
 
+def _watcher(config: RunConfig, stage: Stage, token: str) -> Callable[[], Closeable] | None:
+    """Looks after the servers of a stage without a driver: judges that other jobs use."""
+    if stage != "judge":
+        return None
+
+    def watch() -> Closeable:
+        from megatron_r1reward.servers.group import ServerGroup  # needs httpx, which other supervisors do without
+
+        return ServerGroup(
+            config.judge,
+            name="judge",
+            servers=components(config, stage, "judge", token=token),
+            served_name=config.judge.model or "judge",
+            status_file=RunDir(root=config.run.output_dir).live / "judge-servers.json",
+        )
+
+    return watch
+
+
 class _Commands:
     """The command line of each component."""
 
@@ -137,11 +176,11 @@ class _Commands:
         self._stage: Stage = stage
         self._life = info.life
 
-    def __call__(self, placement: Placement) -> list[str]:
+    def __call__(self, placement: Placement, start: int) -> list[str]:
         if placement.kind == "driver":
             return [*self._cli, "worker", self._stage, *self._rest]
-        which = ["--life", str(self._life), self._stage, placement.kind, str(placement.index)]
-        return [*self._cli, "server", *which, *self._rest]
+        which = ["--life", str(self._life), "--start", str(start)]
+        return [*self._cli, "server", *which, self._stage, placement.kind, str(placement.index), *self._rest]
 
 
 def _this_machine() -> Site:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_r1reward.cluster import commands
 from megatron_r1reward.cluster.placement import Placement
 from megatron_r1reward.launch.steps import StepEnd, code_of, name_of
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE
 from megatron_r1reward.processes import die_with_parent
 from megatron_r1reward.run_dir import RunDir
+from megatron_r1reward.servers.keeper import descendants
+
+_FAMILY_GRACE_S = 8.0
 
 
 class LocalStep:
@@ -58,14 +63,38 @@ class LocalStep:
         for process in self._processes:
             if process.poll() is None:
                 process.send_signal(number)
+                if number == signal.SIGCONT:
+                    _send(number, descendants(process.pid))
 
     def kill(self) -> None:
+        family: set[int] = set()
         for process in self._processes:
             if process.poll() is None:
+                family |= descendants(process.pid)
                 process.kill()
             process.wait()
+        # A server's keeper sees that and ends vLLM, workers and their memory; whatever cannot is killed as well.
+        _send(signal.SIGCONT, family)
+        deadline = time.monotonic() + _FAMILY_GRACE_S
+        while (family := {pid for pid in family if _is_there(pid)}) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        _send(signal.SIGKILL, family)
         for tee in self._tees:
             tee.join(timeout=5)
+
+
+def _send(number: signal.Signals, pids: set[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _is_there(pid: int) -> bool:
+    """Whether it still runs; one that nobody has waited for is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 class LocalLauncher:
@@ -140,7 +169,5 @@ def count_gpus() -> int:
     outer = os.environ.get("CUDA_VISIBLE_DEVICES")
     if outer is not None:
         return len([name for name in outer.split(",") if name.strip() and name.strip() != "-1"])
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    listing = commands.run(["nvidia-smi", "-L"], timeout_s=60)
     return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())

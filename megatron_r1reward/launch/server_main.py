@@ -6,17 +6,20 @@ import logging
 import os
 import signal
 import time
+from pathlib import Path
 from types import FrameType
+from urllib.parse import urlsplit
 
 from megatron_r1reward.cluster.placement import ServerKind, Stage
 from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.data.stage_data import image_folders
 from megatron_r1reward.launch.addresses import node_address
-from megatron_r1reward.launch.paths import media_root
 from megatron_r1reward.launch.steps import code_of, name_of
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE, token_from
 from megatron_r1reward.run_dir import Address, RunDir
-from megatron_r1reward.servers.process import ServerError, VllmServer
-from megatron_r1reward.servers.server_devices import weight_transport
+from megatron_r1reward.servers.build import SERVED_NAME, common_folder, judge_server, rollout_server
+from megatron_r1reward.servers.member import ServerError
+from megatron_r1reward.servers.process import VllmServer
 
 log = logging.getLogger(__name__)
 _POLL_INTERVAL_S = 0.2
@@ -31,8 +34,12 @@ def _end(number: int, frame: FrameType | None) -> None:
     raise _ToldToEndError
 
 
-def serve(config: RunConfig, stage: Stage, kind: ServerKind, index: int, *, life: int) -> int:
-    """Run server `index` of its kind until SIGTERM (returns 0) or its death (returns its exit code, never 0)."""
+def serve(config: RunConfig, stage: Stage, kind: ServerKind, index: int, *, life: int, start: int) -> int:
+    """Run server `index` of its kind until SIGTERM (returns 0) or its death (returns its exit code, never 0).
+
+    Args:
+        start: how often it was started in this life before. It is then where it was, if its port is free.
+    """
     run = RunDir(root=config.run.output_dir)
     name = f"{kind}-{index}"
     signal.signal(signal.SIGTERM, _end)
@@ -41,11 +48,18 @@ def serve(config: RunConfig, stage: Stage, kind: ServerKind, index: int, *, life
     )
     server = None
     try:
-        server = _server(config, stage, kind, run, life, name)
+        earlier = Address.read(run.address(name)) if start else None
+        port = (urlsplit(earlier.url).port or 0) if earlier is not None and earlier.host == node_address() else 0
+        server = _server(config, stage, kind, index, run.log(life, f"{name}.vllm"), port)
         server.start()
         server.wait_ready(log.info)
         address = Address(
-            component=name, url=server.url, served_name=server.served_name, host=node_address(), ready_at=time.time()
+            component=name,
+            url=server.url,
+            served_name=server.served_name,
+            host=node_address(),
+            ready_at=time.time(),
+            start=start,
         )
         address.write(run.address(name))
         while server.alive:
@@ -70,32 +84,24 @@ def _death(server: VllmServer | None) -> int:
     return code
 
 
-def _server(config: RunConfig, stage: Stage, kind: ServerKind, run: RunDir, life: int, name: str) -> VllmServer:
-    log_path = run.log(life, f"{name}.vllm")
+def _server(config: RunConfig, stage: Stage, kind: ServerKind, index: int, log_path: Path, port: int) -> VllmServer:
+    host = node_address()
     token = token_from(TOKEN_VARIABLE)  # the supervisor's, so that the driver knows it
     if kind == "judge":
-        path = config.judge.model_path
-        assert path is not None, "checked when components were placed"
-        return VllmServer(
-            config.judge,
-            model_path=path,
-            log_path=log_path,
-            served_name=config.judge.model or "judge",
-            host=node_address(),
-            token=token,
-        )
-    colocated = stage == "rl" and config.cluster.layout == "colocated"
-    return VllmServer(
+        return judge_server(config.judge, index, log_path=log_path, host=host, token=token, port=port)
+    return rollout_server(
         config.rollout,
-        model_path=config.rollout.model_path or config.model.path,
+        index,
+        model_path=config.model.path,
         log_path=log_path,
-        served_name=config.annotate.model if stage == "annotate" else "policy",
-        host=node_address(),
-        token=token,
-        weight_transfer=weight_transport(config.rollout, colocated=colocated) if stage == "rl" else None,
-        sleep_mode=colocated,
+        takes_weights=stage == "rl",
+        colocated=stage == "rl" and config.cluster.layout == "colocated",
+        served_name=config.annotate.model if stage == "annotate" else SERVED_NAME,
         in_flight=stage == "rl" and config.asynchrony.mode == "in_flight",
         sampled_log_probs=stage == "rl" and config.sampling.tempered,
-        media_root=media_root(config),
+        media_root=common_folder(image_folders(config)),
         pixels=(config.data.min_pixels, config.data.max_pixels),
+        host=host,
+        token=token,
+        port=port,
     )

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 # $1: where the first task publishes the step's id. Signals go to steps: SIGTERM to srun would kill the tasks at once.
 # $2: the step's job, which in a heterogeneous job is not what SLURM_JOB_ID says.
-# $3: which of the visible GPUs to keep ("3-4"), for steps that share a node's GPUs.
+# $3: which of the visible GPUs to keep ("3,4"), for steps that share a node's GPUs.
 _BEGIN = """
 if [ "$SLURM_PROCID" = 0 ]; then printf "%s.%s\\n" "$2" "$SLURM_STEP_ID" >"$1.tmp" && mv "$1.tmp" "$1"; fi
 if [ -n "$3" ]; then CUDA_VISIBLE_DEVICES=$(printf %s "$CUDA_VISIBLE_DEVICES" | cut -d, -f"$3"); fi
@@ -36,18 +36,21 @@ _PROBE_TIMEOUT_S = 30.0
 class SlurmStep:
     """One srun and the step that it holds."""
 
-    def __init__(self, name: str, process: subprocess.Popen[bytes], step_file: Path, messages: Path) -> None:
+    def __init__(
+        self, name: str, process: subprocess.Popen[bytes], step_file: Path, messages: Path, begin: int
+    ) -> None:
         self.name = name
         self._process = process
         self._step_file = step_file
         self._messages = messages
+        self._begin = begin
 
     def poll(self) -> StepEnd | None:
         returncode = self._process.poll()
         if returncode is None:
             return None
         code = code_of(returncode)
-        first = first_failure(self._messages.read_text(errors="replace"))
+        first = first_failure(self._messages.read_bytes()[self._begin :].decode(errors="replace"))
         if code and first is not None:
             return first
         return StepEnd(code=code, what=f"its srun {name_of(code)}")
@@ -112,9 +115,10 @@ class SlurmLauncher:
         step_file = self._run.step_id(part.name)
         job = self._job.id_of_group(placement.group)
         shares = placement.overlap and placement.kind != "driver"
-        keep = f"{placement.gpu_ids[0] + 1}-{placement.gpu_ids[-1] + 1}" if shares else ""
+        keep = ",".join(str(gpu + 1) for gpu in placement.gpu_ids) if shares else ""
         messages = log.with_suffix(".srun.log")
-        with messages.open("wb") as handle:
+        with messages.open("ab") as handle:
+            begin = handle.tell()  # what was said about an earlier start of it is another step's
             process = subprocess.Popen(
                 [*self.srun(placement, log), "sh", "-c", _BEGIN, "step", str(step_file), job, keep, *command],
                 env=clean_environment(os.environ) | {TOKEN_VARIABLE: self._token},
@@ -123,7 +127,7 @@ class SlurmLauncher:
                 stderr=handle,
                 start_new_session=True,  # a Ctrl-C meant for the supervisor must not reach srun
             )
-        return SlurmStep(part.name, process, step_file, messages)
+        return SlurmStep(part.name, process, step_file, messages, begin)
 
     def srun(self, placement: Placement, log: Path) -> list[str]:
         """srun's own arguments for one step."""

@@ -1,4 +1,6 @@
-"""The servers that a stage needs beside it: started on this machine, or reached by URL."""
+"""The servers that a stage needs beside it: components of its life (`components`), reached by URL, or, where there is
+no supervisor (a launcher of the user's, `r1reward serve`, Python), children of this process. All three are looked after
+by the same `servers.recovery`."""
 
 from __future__ import annotations
 
@@ -9,13 +11,18 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_r1reward.cluster.placement import ServerKind, Stage
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.stage_data import image_folders
+from megatron_r1reward.launch.addresses import components
 from megatron_r1reward.model_folder.examine import load_tokenizer
+from megatron_r1reward.network.tokens import TOKEN_VARIABLE, token_from
 from megatron_r1reward.reward.consistency import ConsistencyJudge
 from megatron_r1reward.reward.verdict_cache import VerdictCache
-from megatron_r1reward.rollout.open_pool import build_servers, open_rollout_pool
+from megatron_r1reward.rollout.open_pool import open_rollout_pool
 from megatron_r1reward.rollout.pool import RolloutPool
+from megatron_r1reward.servers.build import judge_server, rollout_server
+from megatron_r1reward.servers.component import ComponentServer
 from megatron_r1reward.servers.group import ServerGroup
 from megatron_r1reward.servers.process import VllmServer, start_servers
 
@@ -28,25 +35,26 @@ class RlServices:
 
     pool: RolloutPool
     judge: ConsistencyJudge | None
-    judge_servers: ServerGroup | None = None  # those that were started here
+    judge_servers: ServerGroup | None = None  # those that are ours to start again
 
 
 @contextmanager
-def open_rl_services(config: RunConfig) -> Iterator[RlServices]:
-    """Start (or connect to) rollout and judge servers side by side; all that was started is stopped at the end.
+def open_rl_services(config: RunConfig, *, supervised: bool = False) -> Iterator[RlServices]:
+    """Rollout servers and judge: those that the supervisor of this life runs, those at URLs, or else started here, side
+    by side, and stopped at the end.
 
     Raises:
         ValueError: a judge is asked for, but neither judge.urls nor judge.model_path is set.
         ServerError: a server did not start.
     """
     with ExitStack() as stack:
-        judges = _judge_servers(config)
-        for server in judges:
-            stack.callback(server.close)
-            server.start()
-        pool = stack.enter_context(_open_pool(config, takes_weights=True))
+        judges = _start_judges(config, stack) if config.reward.use_judge and not supervised else []
+        pool = stack.enter_context(_open_pool(config, "rl", supervised))
         pool.sleep()  # colocated: the trainer builds its state now, and its first push wakes them
-        judge, group = stack.enter_context(_open_judge(config, judges)) if config.reward.use_judge else (None, None)
+        judge, group = None, None
+        if config.reward.use_judge:
+            running = _components(config, "rl", "judge") if supervised else []
+            judge, group = stack.enter_context(_open_judge(config, judges, running))
         yield RlServices(pool=pool, judge=judge, judge_servers=group)
 
 
@@ -54,27 +62,28 @@ def open_rl_services(config: RunConfig) -> Iterator[RlServices]:
 def open_judge(config: RunConfig) -> Iterator[ConsistencyJudge | None]:
     """The judge alone; None when the reward does without."""
     with ExitStack() as stack:
-        judges = _judge_servers(config)
-        for server in judges:
-            stack.callback(server.close)
-            server.start()
-        yield stack.enter_context(_open_judge(config, judges))[0] if config.reward.use_judge else None
+        if not config.reward.use_judge:
+            yield None
+            return
+        yield stack.enter_context(_open_judge(config, _start_judges(config, stack), []))[0]
 
 
 @contextmanager
-def _open_judge(config: RunConfig, servers: list[VllmServer]) -> Iterator[tuple[ConsistencyJudge, ServerGroup | None]]:
+def _open_judge(
+    config: RunConfig, started: list[VllmServer], running: list[ComponentServer]
+) -> Iterator[tuple[ConsistencyJudge, ServerGroup | None]]:
     section = config.judge
     cache = section.cache or config.run.output_dir / "judge-verdicts.sqlite"
     with closing(VerdictCache(cache)) as verdicts:
-        if section.urls:
+        if not started and not running:
             yield ConsistencyJudge(section, section.urls, cache=verdicts), None
             return
-        for server in servers:
+        for server in started:
             server.wait_ready(log.info)
         group = ServerGroup(
             section,
             name="judge",
-            servers=servers,
+            servers=running or started,
             served_name=section.model or "judge",
             status_file=_live_dir(config) / "judge-servers.json",
         )
@@ -83,22 +92,32 @@ def _open_judge(config: RunConfig, servers: list[VllmServer]) -> Iterator[tuple[
 
 
 @contextmanager
-def open_evaluation_pool(config: RunConfig) -> Iterator[RolloutPool]:
+def open_evaluation_pool(config: RunConfig, *, supervised: bool = False) -> Iterator[RolloutPool]:
     """Rollout servers of `model.path` whose weights do not change."""
-    with _open_pool(config, takes_weights=False) as pool:
+    with _open_pool(config, "eval", supervised) as pool:
         yield pool
 
 
 @contextmanager
-def open_annotator(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Base URL and key of the annotator: `annotate.url`, or `model.path` served here."""
+def open_annotator(config: RunConfig, *, supervised: bool = False) -> Iterator[tuple[str, str]]:
+    """Base URL and key of the annotator: `annotate.url`, or a server of `model.path`. Started again, that one is where
+    it was, unless somebody has taken its port."""
     if config.annotate.url is not None:
         yield config.annotate.url, os.environ.get(config.annotate.api_key_variable, "none")
         return
-    server = VllmServer(
+    if supervised:
+        (running,) = _components(config, "annotate", "rollout")
+        status = _live_dir(config) / "rollout-servers.json"
+        section, name = config.rollout, config.annotate.model
+        with closing(ServerGroup(section, name="rollout", servers=[running], served_name=name, status_file=status)):
+            yield f"{running.url}/v1", running.token or "none"
+        return
+    server = rollout_server(
         config.rollout,
+        0,
         model_path=config.model.path,
         log_path=_log_dir(config) / "annotator.log",
+        takes_weights=False,
         served_name=config.annotate.model,
         pixels=(config.data.min_pixels, config.data.max_pixels),
     )
@@ -109,22 +128,25 @@ def open_annotator(config: RunConfig) -> Iterator[tuple[str, str]]:
         server.close()
 
 
-def _judge_servers(config: RunConfig) -> list[VllmServer]:
-    section = config.judge
-    if not config.reward.use_judge or section.urls:
+def _start_judges(config: RunConfig, stack: ExitStack) -> list[VllmServer]:
+    """The judges of this process, starting; closed with `stack`. None where they are reached by URL."""
+    if config.judge.urls:
         return []
-    if section.model_path is None:
-        raise ValueError("reward.use_judge is true: set judge.model_path or judge.urls, or reward.use_judge = false")
-    return build_servers(
-        section,
-        name="judge",
-        log_dir=_log_dir(config),
-        model_path=section.model_path,
-        served_name=section.model or "judge",
-    )
+    servers = []
+    for index in range(config.judge.count):
+        server = judge_server(config.judge, index, log_path=_log_dir(config) / f"judge-{index}.log")
+        stack.callback(server.close)
+        server.start()
+        servers.append(server)
+    return servers
 
 
-def _open_pool(config: RunConfig, *, takes_weights: bool) -> RolloutPool:
+def _components(config: RunConfig, stage: Stage, kind: ServerKind) -> list[ComponentServer]:
+    return components(config, stage, kind, token=token_from(TOKEN_VARIABLE))
+
+
+def _open_pool(config: RunConfig, stage: Stage, supervised: bool) -> RolloutPool:
+    takes_weights = stage == "rl"
     return open_rollout_pool(
         config.rollout,
         model_path=config.model.path,
@@ -138,6 +160,7 @@ def _open_pool(config: RunConfig, *, takes_weights: bool) -> RolloutPool:
         sleep_level=config.cluster.sleep_level if takes_weights and config.cluster.layout == "colocated" else None,
         status_file=_live_dir(config) / "rollout-servers.json",
         progress=log.info,
+        components=_components(config, stage, "rollout") if supervised else (),
     )
 
 

@@ -1,4 +1,4 @@
-"""What the subcommands with servers do: open what the stage needs, run it, close everything. SFT is `cold_start`."""
+"""What the subcommands with servers do: open what the stage needs, run it, close everything."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from megatron_r1reward.launch.addresses import connected
 from megatron_r1reward.launch.stage_models import check_models
 from megatron_r1reward.launch.stage_servers import open_annotator, open_evaluation_pool, open_rl_services
 from megatron_r1reward.model_folder.examine import load_tokenizer
-from megatron_r1reward.network.tokens import TOKEN_VARIABLE
 from megatron_r1reward.processes import quick_imports
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.pool import RolloutPool
@@ -41,13 +40,14 @@ def rl(config: RunConfig, *, rendezvous: Path | None = None, supervised: bool = 
     config.sampling.check_for_rl()
     check_models(config, "rl")
     with quick_imports():  # megatron-core, which the other stages do without
-        from megatron_r1reward.launch.ranks import ranks
+        from megatron_r1reward.launch.trainer_ranks import ranks
         from megatron_r1reward.training import rl as rl_stage
 
     with ranks(config, rendezvous) as topology, ExitStack() as stack:
         services = None
         if topology.is_main and config.rl.replay is None:
-            opened = stack.enter_context(open_rl_services(connected(config, "rl") if supervised else config))
+            ours = connected(config, "rl") if supervised else config
+            opened = stack.enter_context(open_rl_services(ours, supervised=supervised))
             services = rl_stage.Services(
                 pool=opened.pool,
                 scorer=RewardScorer(config.reward, opened.judge),
@@ -70,7 +70,7 @@ def _heldout_probe(config: RunConfig, pool: RolloutPool) -> Callable[[], float] 
     return probe
 
 
-def annotate(config: RunConfig) -> None:
+def annotate(config: RunConfig, *, supervised: bool = False) -> None:
     """Difficulty of every training preference, and the hard set that RL trains on."""
     from megatron_r1reward.evaluation.annotate import annotate as annotate_preferences  # openai loads for seconds
 
@@ -81,7 +81,7 @@ def annotate(config: RunConfig) -> None:
     preferences = read_training_preferences(config, "annotate").preferences
     preferences = seeded_sample(preferences, section.max_rows, seed=config.run.seed)
     with (
-        open_annotator(config) as (url, api_key),
+        open_annotator(config, supervised=supervised) as (url, api_key),
         tqdm(total=len(preferences), desc="annotate", unit="sample") as progress,
     ):
         records = annotate_preferences(
@@ -107,7 +107,7 @@ def annotate(config: RunConfig) -> None:
 
 def _served_here(config: RunConfig) -> dict[str, object]:
     """What the name of a model of ours does not say; of a remote one nothing more is known."""
-    if config.annotate.url is not None and config.annotate.api_key_variable != TOKEN_VARIABLE:
+    if config.annotate.url is not None:
         return {}
     return {
         "weights": model_identity(config.model.path),
@@ -117,14 +117,17 @@ def _served_here(config: RunConfig) -> dict[str, object]:
     }
 
 
-def evaluate(config: RunConfig) -> None:
-    """Held-out accuracy of `model.path`, and with shuffled images where the run file asks for that control."""
+def evaluate(config: RunConfig, *, supervised: bool = False) -> None:
+    """Held-out accuracy of `model.path`, and with shuffled images where the run file asks for that control.
+
+    With `supervised` the servers are components of this life.
+    """
     check_models(config, "eval")
     output = config.run.output_dir
     output.mkdir(parents=True, exist_ok=True)
     section = config.evaluation
     pairs = _heldout(config)
-    with open_evaluation_pool(config) as pool:
+    with open_evaluation_pool(config, supervised=supervised) as pool:
         result = _evaluate(
             config,
             pool,

@@ -23,7 +23,7 @@ def run_driver(config: RunConfig, stage: Stage) -> None:
     rendezvous = rendezvous_path(config)
     if stage == "sft":
         with quick_imports():
-            from megatron_r1reward.launch.cold_start import sft
+            from megatron_r1reward.launch.trainer_ranks import sft
 
         sft(config, rendezvous=rendezvous)
         return
@@ -35,18 +35,18 @@ def run_driver(config: RunConfig, stage: Stage) -> None:
         case "rl":
             stages.rl(config, rendezvous=rendezvous, supervised=True)
         case "eval":
-            stages.evaluate(connected(config, stage))
+            stages.evaluate(connected(config, stage), supervised=True)
         case "annotate":
-            stages.annotate(connected(config, stage))
+            stages.annotate(connected(config, stage), supervised=True)
         case "judge":
             raise AssertionError("a judge has no driver")
 
 
-def run_server(config: RunConfig, stage: Stage, kind: ServerKind, index: int, *, life: int) -> int:
+def run_server(config: RunConfig, stage: Stage, kind: ServerKind, index: int, *, life: int, start: int) -> int:
     """Its exit code."""
     from megatron_r1reward.launch.server_main import serve
 
-    return serve(config, stage, kind, index, life=life)
+    return serve(config, stage, kind, index, life=life, start=start)
 
 
 def rendezvous_path(config: RunConfig) -> Path:

@@ -1,7 +1,8 @@
 """Starts the components of a stage, watches them, ends them together, and says why.
 
 A server's address is awaited before the driver (the trainer, say) starts, so nothing waits in a collective for a model
-that is still loading. Whatever ends, everything ends: a job never idles on a component that is gone.
+that is still loading. A server that was in service and ends is started again (`server_lives`). Whatever else ends, all
+ends: a job never idles on a component that is gone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from megatron_r1reward.cluster.placement import Placement
 from megatron_r1reward.cluster.server_health import unhealthy
@@ -23,6 +25,7 @@ from megatron_r1reward.launch.exit_report import (
     another_turn,
     write_report,
 )
+from megatron_r1reward.launch.server_lives import ServerLives
 from megatron_r1reward.launch.steps import RunningStep, StepEnd, StepLauncher
 from megatron_r1reward.launch.walltime import WalltimeGuard, WalltimeWatch
 from megatron_r1reward.run_dir import (
@@ -37,12 +40,16 @@ from megatron_r1reward.run_dir import (
 )
 
 log = logging.getLogger(__name__)
-Command = Callable[[Placement], Sequence[str]]
+Command = Callable[[Placement, int], Sequence[str]]  # of a component's n-th start in this life
 
 _POLL_INTERVAL_S = 0.2
 _SETTLE_S = 1.0  # what dies within this time of the first death is looked at together with it
 _STEP_START_TIMEOUT_S = 180.0  # from srun to the first task
 _STACK_DUMP_S = 5.0
+
+
+class Closeable(Protocol):
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +63,7 @@ class Plan:
     resumes: bool  # the driver writes heartbeats, saves when asked to, and continues where an earlier life stopped
     requeues: bool  # whether another turn brings the stage further
     finished: Callable[[], bool]  # asked when the driver has left with exit code 0
+    watch: Callable[[], Closeable] | None = None  # begins to look after the servers where no driver does
 
 
 class Supervisor:
@@ -67,7 +75,10 @@ class Supervisor:
         self._plan = plan
         self._launcher = launcher
         self._driver = next((p.component.name for p in plan.placements if p.kind == "driver"), None)
+        self._placements = {placement.component.name: placement for placement in plan.placements}
         self._steps: dict[str, RunningStep] = {}
+        self._servers = ServerLives(run, self._steps, self._start, grace_s=section.grace_s)
+        self._watch: Closeable | None = None
         self._started: dict[str, float] = {}
         self._signals: list[signal.Signals] = []
         self._stop_requested = False
@@ -85,6 +96,8 @@ class Supervisor:
                 raise AssertionError("a life ends with a reason")
             except LifeEndedError as end:
                 report = self._verdict(end)
+            if self._watch is not None:
+                self._watch.close()  # it would take servers that are told to end for sick ones
             self._stop_all()
         finally:
             for step in self._steps.values():
@@ -116,22 +129,23 @@ class Supervisor:
         self._signals.append(signal.Signals(number))
 
     def _live(self) -> None:
-        servers = [placement for placement in self._plan.placements if placement.kind != "driver"]
-        drivers = [placement for placement in self._plan.placements if placement.kind == "driver"]
-        for placement in servers:
-            self._start(placement)
-        self._await_servers([placement.component.name for placement in servers])
-        for placement in drivers:
-            self._start(placement)
+        servers = [name for name, placement in self._placements.items() if placement.kind != "driver"]
+        for name in servers:
+            self._start(name)
+        self._await_servers(servers)
+        if self._plan.watch is not None:
+            self._watch = self._plan.watch()
+        if self._driver is not None:
+            self._start(self._driver)
         while True:
             self._check()
             time.sleep(_POLL_INTERVAL_S)
 
-    def _start(self, placement: Placement) -> None:
-        name = placement.component.name
+    def _start(self, name: str, start: int = 0) -> None:
+        placement = self._placements[name]
         log.info("starting %s on %s", name, ",".join(placement.component.nodes))
         self._started[name] = time.time()
-        command = self._plan.command(placement)
+        command = self._plan.command(placement, start)
         self._steps[name] = self._launcher.start(placement, command, self._run.log(self._plan.info.life, name))
 
     def _await_servers(self, names: Sequence[str]) -> None:
@@ -156,6 +170,7 @@ class Supervisor:
                     )
                 log.info("%s is ready at %s", name, address.url)
                 waiting.remove(name)
+                self._servers.in_service.add(name)
             time.sleep(_POLL_INTERVAL_S)
 
     # --- one look at everything ---
@@ -163,9 +178,11 @@ class Supervisor:
     def _check(self) -> None:
         """Raises LifeEndedError when there is a reason."""
         self._check_signals()
-        ended = {name: end for name, step in self._steps.items() if (end := step.poll()) is not None}
+        ended: dict[str, StepEnd] = {}
+        self._poll_into(ended)
         if ended:
             self._explain(ended)
+        self._servers.obey()
         heartbeat = self._heartbeat()
         self._check_time(heartbeat)
         self._check_progress(heartbeat)
@@ -236,7 +253,7 @@ class Supervisor:
     # --- what an end means ---
 
     def _explain(self, ended: dict[str, StepEnd]) -> None:
-        """Find the root cause among the steps that have ended; always raises."""
+        """Find the root cause among the steps that have ended; returns where only servers did that may start again."""
         if self._driver in ended and ended[self._driver].code == 0:
             self._driver_left(self._driver)
         settle = time.time() + _SETTLE_S
@@ -244,13 +261,18 @@ class Supervisor:
             self._check_signals()
             time.sleep(_POLL_INTERVAL_S)
         self._poll_into(ended)
-        if ended.keys() == {self._driver}:
+        if ended.keys() == {self._driver} and not self._servers.down:
             self._blame_sick_server(ended)
         lost = self._launcher.lost_nodes()
         self._check_signals()  # the steps of a cancelled job may hear of it first
         if lost:
             raise LifeEndedError("requeue", EXIT_LOST_NODE, f"node(s) {','.join(lost)} do not answer any more")
+        if ended.keys() <= self._servers.in_service:
+            for name, end in ended.items():
+                self._servers.note(name, end)
+            return
         # A trainer that loses its server fails too; a server does not mind losing its trainer.
+        ended |= {name: end for name, end in self._servers.down.items() if name not in ended}
         name = min(ended, key=lambda name: name == self._driver)
         end = ended[name]
         if end.code == 0:
@@ -259,14 +281,15 @@ class Supervisor:
 
     def _poll_into(self, ended: dict[str, StepEnd]) -> None:
         for name, step in self._steps.items():
-            if name not in ended and (end := step.poll()) is not None:
+            if name not in ended and name not in self._servers.down and (end := step.poll()) is not None:
                 ended[name] = end
 
     def _blame_sick_server(self, ended: dict[str, StepEnd]) -> None:
         """A server that has stopped answering, but takes a while to end, is why the driver failed."""
         for name in self._steps:
             address = Address.read(self._run.address(name))
-            if address is None or unhealthy(address.url, attempts=1) is None:
+            down = name in self._servers.down
+            if down or address is None or unhealthy(address.url, attempts=1) is None:
                 continue
             deadline = time.time() + self._section.grace_s
             while name not in ended and time.time() < deadline:
@@ -291,6 +314,7 @@ class Supervisor:
     def _stop_all(self) -> None:
         """SIGTERM to every step, then the hard way."""
         for step in self._steps.values():
+            step.signal(signal.SIGCONT)  # what is stopped hears nothing else
             step.signal(signal.SIGTERM)
         deadline = time.time() + self._section.grace_s
         while any(step.running for step in self._steps.values()) and time.time() < deadline:

@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megatron_r1reward.cluster.step_environment import rank_of
 from megatron_r1reward.config.schema import ParallelSection
 from megatron_r1reward.parallel import cpu
 from megatron_r1reward.parallel.apex import check_apex
@@ -70,17 +71,9 @@ class _Launch:
 
 
 def _launch_from_environment() -> _Launch:
-    """torchrun's variables win over Slurm's; neither means a single process."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        return _Launch(rank=rank, world_size=world, local_rank=int(os.environ.get("LOCAL_RANK", rank)))
-    if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        return _Launch(
-            rank=int(os.environ["SLURM_PROCID"]),
-            world_size=int(os.environ["SLURM_NTASKS"]),
-            local_rank=int(os.environ["SLURM_LOCALID"]),
-        )
-    return _Launch(rank=0, world_size=1, local_rank=0)
+    """Neither torchrun's variables nor those of an srun: a single process."""
+    rank, world_size, local_rank = rank_of(os.environ) or (0, 1, 0)
+    return _Launch(rank=rank, world_size=world_size, local_rank=local_rank)
 
 
 def _init_process_group(launch: _Launch, rendezvous: Rendezvous | None, timeout: timedelta) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_r1reward.config.schema import ServerSection
+from megatron_r1reward.config.schema import VllmSection
 from megatron_r1reward.planner import flops
 from megatron_r1reward.planner.catalog import Model
 from megatron_r1reward.planner.devices import Device
@@ -47,7 +47,7 @@ class Server:
     problem: str | None
 
 
-def plan_server(kind: str, section: ServerSection, model: Model, device: Device, *, count: int) -> Server:
+def plan_server(kind: str, section: VllmSection, model: Model, device: Device, *, count: int) -> Server:
     """Memory of one server of `section` and what keeps it from starting."""
     text, tp = model.shape.text, section.tensor_parallel_size
     width = 4 if section.dtype == "float32" else 2
@@ -73,7 +73,7 @@ def _widest(model: Model) -> int:
     return text.experts.ffn * text.experts.top_k if text.experts else text.ffn
 
 
-def _problem(kind: str, section: ServerSection, model: Model, device: Device, memory: ServerMemory) -> str | None:
+def _problem(kind: str, section: VllmSection, model: Model, device: Device, memory: ServerMemory) -> str | None:
     text, tp = model.shape.text, section.tensor_parallel_size
     if text.heads % tp or model.shape.vision.heads % tp:
         legal = next(n for n in range(tp, 0, -1) if text.heads % n == 0 and model.shape.vision.heads % n == 0)
@@ -95,7 +95,7 @@ def _problem(kind: str, section: ServerSection, model: Model, device: Device, me
     return None
 
 
-def decode_step(section: ServerSection, model: Model, device: Device, *, sequences: float, context: float) -> float:
+def decode_step(section: VllmSection, model: Model, device: Device, *, sequences: float, context: float) -> float:
     """Seconds of one decoding step of `sequences` sequences: weights and cache are read once."""
     text, tp = model.shape.text, section.tensor_parallel_size
     weights = sum(by_component(all_tensors(model.shape)).values()) * 2 / tp
@@ -104,7 +104,7 @@ def decode_step(section: ServerSection, model: Model, device: Device, *, sequenc
 
 
 def generation_seconds(
-    section: ServerSection,
+    section: VllmSection,
     server: Server,
     device: Device,
     workload: Workload,

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.rollout.banned import banned_token_ids
 from megatron_r1reward.rollout.client import PolicyTokenizer
-from megatron_r1reward.rollout.pool import SERVED_NAME, RolloutPool
-from megatron_r1reward.servers.process import Report, VllmServer, start_servers
+from megatron_r1reward.rollout.pool import RolloutPool
+from megatron_r1reward.servers.build import common_folder, rollout_server
+from megatron_r1reward.servers.component import ComponentServer
+from megatron_r1reward.servers.member import Report
+from megatron_r1reward.servers.process import VllmServer, start_servers
 from megatron_r1reward.servers.server_devices import weight_transport
 from megatron_r1reward.servers.sleep import SleepLevel
 from megatron_r1reward.weight_sync.shared_memory_sender import IpcTransport
@@ -39,32 +40,6 @@ def build_transport(section: ServerSection, *, colocated: bool = False) -> Trans
     )
 
 
-def build_servers(section: ServerSection, *, name: str, log_dir: Path, **options: Any) -> list[VllmServer]:
-    """`section.count` servers, not started; server i logs to <name>-<i>.log and gets its share of `gpu_ids`.
-
-    Args:
-        options: further arguments of `VllmServer`.
-
-    Raises:
-        ValueError: `gpu_ids` are too few.
-    """
-    size = section.tensor_parallel_size
-    if section.gpu_ids and len(section.gpu_ids) < section.count * size:
-        raise ValueError(
-            f"{name}.gpu_ids names {len(section.gpu_ids)} GPUs, but {section.count} servers with tensor_parallel_size "
-            f"{size} need {section.count * size}"
-        )
-    return [
-        VllmServer(
-            section,
-            log_path=log_dir / f"{name}-{index}.log",
-            gpu_ids=section.gpu_ids[index * size : (index + 1) * size],
-            **options,
-        )
-        for index in range(section.count)
-    ]
-
-
 def open_rollout_pool(
     section: ServerSection,
     *,
@@ -79,10 +54,13 @@ def open_rollout_pool(
     sleep_level: SleepLevel | None = None,
     status_file: Path | None = None,
     progress: Report | None = None,
+    components: Sequence[ComponentServer] = (),
 ) -> RolloutPool:
-    """Use the servers at `section.urls`, or start `section.count` of them; returns when all have completed a request.
+    """Use `components` or the servers at `section.urls`, or start `section.count` of them; returns when all have
+    completed a request.
 
     Args:
+        components: servers that the supervisor of this life has started.
         model_path: HF folder of the policy.
         log_dir: server i writes to rollout-<i>.log in it.
         media_roots: folders that images must be in; none: text only. vLLM gets the one folder above all of them.
@@ -101,37 +79,39 @@ def open_rollout_pool(
             "--logprobs-mode processed_logprobs, or their log-probs are not those of what they sample"
         )
     colocated = sleep_level is not None
-    servers = []
-    if not section.urls:
-        servers = build_servers(
-            section,
-            name="rollout",
-            log_dir=log_dir,
-            model_path=policy_path,
-            served_name=SERVED_NAME,
-            weight_transfer=weight_transport(section, colocated=colocated) if takes_weights else None,
-            sleep_mode=colocated,
-            in_flight=in_flight,
-            sampled_log_probs=sampled_log_probs,
-            media_root=_common_folder(media_roots),
-            pixels=pixels,
-        )
+    started: list[VllmServer] = []
+    if not section.urls and not components:
+        started = [
+            rollout_server(
+                section,
+                index,
+                model_path=policy_path,
+                log_path=log_dir / f"rollout-{index}.log",
+                takes_weights=takes_weights,
+                colocated=colocated,
+                in_flight=in_flight,
+                sampled_log_probs=sampled_log_probs,
+                media_root=common_folder(media_roots),
+                pixels=pixels,
+            )
+            for index in range(section.count)
+        ]
     transport = build_transport(section, colocated=colocated) if takes_weights else None
     try:
-        start_servers(servers, progress)
+        start_servers(started, progress)
         pool = RolloutPool(
             section,
             urls=section.urls,
             tokenizer=tokenizer,
             banned_ids=banned_token_ids(policy_path),
-            servers=servers,
+            servers=components or started,
             transport=transport,
             media_roots=media_roots,
             status_file=status_file,
             sleep_level=sleep_level,
         )
     except BaseException:
-        for server in servers:
+        for server in started:
             server.close()
         raise
     try:
@@ -140,7 +120,3 @@ def open_rollout_pool(
         pool.close()
         raise
     return pool
-
-
-def _common_folder(roots: Sequence[Path]) -> Path | None:
-    return Path(os.path.commonpath([root.resolve() for root in roots])) if roots else None

@@ -25,9 +25,9 @@ from megatron_r1reward.rollout.client import (
     ServerUnavailableError,
     UnfinishedError,
 )
+from megatron_r1reward.servers.build import SERVED_NAME
 from megatron_r1reward.servers.group import ServerGroup
-from megatron_r1reward.servers.member import Member, ServerStatus
-from megatron_r1reward.servers.process import ServerError, VllmServer
+from megatron_r1reward.servers.member import Member, Server, ServerError, ServerStatus
 from megatron_r1reward.servers.router import NoServerError
 from megatron_r1reward.servers.sleep import Colocation, SleepLevel
 from megatron_r1reward.types import Prompt, Rollout, TensorMeta
@@ -38,8 +38,6 @@ from megatron_r1reward.weight_sync.weights import WeightPushError
 Progress = Callable[[int, int], None]  # (prompts done, prompts in all); called on the pool's thread
 # (place of the prompt, its samples without the quarantined ones; none: it failed); called on the pool's thread
 Arrived = Callable[[int, Sequence[Rollout]], None]
-
-SERVED_NAME = "policy"
 
 
 class StaleWeightsError(ServerUnavailableError):
@@ -86,7 +84,7 @@ class RolloutPool:
         urls: Sequence[str] = (),
         tokenizer: PolicyTokenizer,
         banned_ids: Iterable[int],
-        servers: Sequence[VllmServer] = (),
+        servers: Sequence[Server] = (),
         transport: Transport | None = None,
         media_roots: Sequence[Path] | None = None,
         status_file: Path | None = None,

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from megatron_r1reward.config.schema import ServerSection
+from megatron_r1reward.config.schema import VllmSection
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE
 from megatron_r1reward.servers.vllm_main import FORK_FLAG
 
@@ -35,7 +35,7 @@ _KEEP_FREED_MEMORY = "glibc.malloc.mmap_threshold=1099511627776:glibc.malloc.tri
 
 
 def server_command(
-    section: ServerSection,
+    section: VllmSection,
     *,
     model_path: Path,
     port: int,
@@ -106,7 +106,7 @@ def server_command(
 
 
 def server_environment(
-    section: ServerSection,
+    section: VllmSection,
     *,
     token: str,
     developer_routes: bool = False,
@@ -144,5 +144,5 @@ def server_environment(
     return environment
 
 
-def _forks_engine_core(section: ServerSection, on_cpu: bool) -> bool:
+def _forks_engine_core(section: VllmSection, on_cpu: bool) -> bool:
     return on_cpu and section.num_threads == 1 and section.tensor_parallel_size == 1

@@ -7,11 +7,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_r1reward.config.schema import ServerSection
+from megatron_r1reward.config.schema import VllmSection
 from megatron_r1reward.network.loop import EventLoopThread
 from megatron_r1reward.network.tokens import token_from
-from megatron_r1reward.servers.member import Member, ServerStatus
-from megatron_r1reward.servers.process import ServerError, VllmServer
+from megatron_r1reward.servers.member import Member, Server, ServerError, ServerStatus
 from megatron_r1reward.servers.recovery import Admit, Supervisor
 from megatron_r1reward.servers.router import Router
 from megatron_r1reward.servers.server_status import write_status
@@ -27,7 +26,7 @@ class ServerGroup:
     """Servers under supervision. Methods without `async` may be called from any thread.
 
     Args:
-        servers: ours, in the order of their numbers, already started and ready; restarted when sick, closed with
+        servers: ours, in the order of their numbers, already started and ready; started again when sick, closed with
             the group. Empty: those at `section.urls`.
         admit: what a server needs before it (again) gets work.
         status_file: the state of each server (JSON) for `r1reward servers`, written at every change and health check.
@@ -35,11 +34,11 @@ class ServerGroup:
 
     def __init__(
         self,
-        section: ServerSection,
+        section: VllmSection,
         *,
         name: str,
         urls: Sequence[str] = (),
-        servers: Sequence[VllmServer] = (),
+        servers: Sequence[Server] = (),
         served_name: str | None,
         admit: Admit = _admit_everybody,
         status_file: Path | None = None,

@@ -3,13 +3,48 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
-from megatron_r1reward.servers.process import VllmServer
+Report = Callable[[str], None]  # takes a line for the user
 
 # starting -> ready <-> quarantined -> restarting -> quarantined; retired is final
 State = Literal["starting", "ready", "quarantined", "restarting", "retired"]
+
+
+class ServerError(RuntimeError):
+    """A server did not start, or died. The message names the log and ends with its last lines."""
+
+
+class Server(Protocol):
+    """A server that is ours to start again: a child of this process (`VllmServer`) or a job step of the life that it is
+    part of (`ComponentServer`)."""
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def token(self) -> str | None: ...
+
+    @property
+    def alive(self) -> bool:
+        """False once its process has ended."""
+
+    def restart(self, reason: str = "") -> None:
+        """End what is left of it, even if it hangs, and start a new one; returns at once."""
+
+    def wait_ready(self) -> None:
+        """Block until the new one has completed a request. ServerError when it did not."""
+
+    def stop(self, *, grace_s: float = ...) -> None:
+        """End it; its memory is free when this returns."""
+
+    def give_up(self, reason: str) -> None:
+        """It will not be started again."""
+
+    def close(self) -> None:
+        """Nobody needs it any more; whoever waits in `wait_ready` leaves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +72,14 @@ class Member:
     name: str
     fixed_url: str = ""  # of a server that is not ours
     token: str | None = None
-    server: VllmServer | None = None
+    server: Server | None = None
     state: State = "starting"
     incarnation: int = 0  # counts the lives of its process
     requests: int = 0
     failures: int = 0
     failures_in_a_row: int = 0
     missed_health_checks: int = 0
+    passed_health_checks: int = 0  # in a row, without a failed request
     restarts: int = 0
     restarts_in_a_row: int = 0
     last_error: str = ""

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 import httpx
 
-from megatron_r1reward.config.schema import ServerSection
+from megatron_r1reward.cluster.server_health import unhealthy
+from megatron_r1reward.config.schema import VllmSection
 from megatron_r1reward.network.tokens import bearer, new_token
 from megatron_r1reward.servers.command import WeightTransport, server_command, server_environment
 from megatron_r1reward.servers.keeper import KEEPER_GRACE_S, ScratchFolder, remove_unmapped, shared_memory_of
+from megatron_r1reward.servers.member import Report, ServerError
 from megatron_r1reward.servers.server_devices import sees_gpu
-from megatron_r1reward.servers.server_log import address_in_use, explain
-
-Report = Callable[[str], None]  # takes a line for the user
 
 _SIGTERM_GRACE_S = KEEPER_GRACE_S + 5.0
 _POLL_INTERVAL_S = 0.2
+_ERROR = re.compile(r"\b\w+(?:Error|Exception|Interrupt): .*")
+_ENGINE = "(EngineCore"
+_NOISE = re.compile(r"nanobind|- leaked|skipped remainder")  # printed by triton's bindings at every exit
+_TAIL_LINES = 25
+_ADDRESS_IN_USE = re.compile(rb"\[Errno 98\]|Address already in use|address already in use")
 _PORT_ATTEMPTS = 3
-_HEALTH_TIMEOUT_S = 5.0
-
-
-class ServerError(RuntimeError):
-    """A server did not start, or died. The message names the log and ends with its last lines."""
+ONE_TOKEN = {"prompt": "ready?", "max_tokens": 1, "temperature": 0}  # a server that completes this is ready
 
 
 class VllmServer:
@@ -39,12 +40,12 @@ class VllmServer:
     Use as a context manager, or `start()` several, then `wait_ready()` on each, and `stop()`; see `start_servers`.
     Arguments are those of `server_command`. The port is the kernel's choice and reserved; should somebody else take
     it all the same, the server starts on another one, so `url` is known for sure only when `wait_ready` has returned.
-    `token` is what requests must carry; None makes a new one.
+    `token` is what requests must carry; None makes a new one. `port` is tried first, if it is not 0.
     """
 
     def __init__(
         self,
-        section: ServerSection,
+        section: VllmSection,
         *,
         model_path: Path,
         log_path: Path,
@@ -59,6 +60,7 @@ class VllmServer:
         in_flight: bool = False,
         sampled_log_probs: bool = False,
         token: str | None = None,
+        port: int = 0,
     ) -> None:
         if not (model_path / "config.json").is_file():
             raise ValueError(f"model path {model_path} has no config.json: give a Hugging Face checkpoint folder")
@@ -86,15 +88,20 @@ class VllmServer:
         self._shared_memory: frozenset[Path] = frozenset()
         self._log_start = 0  # an earlier life's lines are not this one's
         self._reservation: socket.socket | None = None
-        self._reserve_port()
+        self._reserve_port(port)
 
-    def _reserve_port(self) -> None:
+    def _reserve_port(self, wanted: int = 0) -> None:
         """Bound but never listening: nobody else is given the port before the server has it, nor between restarts."""
         if self._reservation is not None:
             self._reservation.close()
         reservation = socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET, socket.SOCK_STREAM)
         reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        reservation.bind((self._host, 0))
+        try:
+            reservation.bind((self._host, wanted))
+        except OSError:
+            if not wanted:
+                raise
+            reservation.bind((self._host, 0))
         self._reservation = reservation
         self.port: int = reservation.getsockname()[1]
         self._command = server_command(
@@ -150,7 +157,7 @@ class VllmServer:
                 start_new_session=True,
             )
 
-    def restart(self) -> None:
+    def restart(self, reason: str = "") -> None:
         """End what is left of the process, even if it hangs, and start a new one on the same port; returns at once."""
         self.stop(grace_s=0.0)
         self.start()
@@ -178,7 +185,7 @@ class VllmServer:
         started = time.monotonic()
         limit_s = self._section.startup_timeout_s
         with httpx.Client(timeout=limit_s, trust_env=False, headers=bearer(self.token)) as http:
-            while not self._answers_health(http):
+            while unhealthy(self.url, attempts=1) is not None:
                 self.check_alive()
                 if time.monotonic() - started > limit_s:
                     raise ServerError(self._describe(f"was not ready after {limit_s:g} s"))
@@ -219,6 +226,10 @@ class VllmServer:
             assert self._scratch is not None
             self._scratch.remove()
 
+    def give_up(self, reason: str) -> None:
+        """It hangs or fails for good: end what is left."""
+        self.stop(grace_s=0.0)
+
     def close(self) -> None:
         """`stop`, and give the port back."""
         self.stop()
@@ -235,16 +246,9 @@ class VllmServer:
     ) -> None:
         self.close()
 
-    def _answers_health(self, http: httpx.Client) -> bool:
-        try:
-            return http.get(f"{self.url}/health", timeout=_HEALTH_TIMEOUT_S).is_success
-        except httpx.TransportError:  # not listening yet, or somebody else is
-            return False
-
     def _complete_one_request(self, http: httpx.Client) -> None:
-        body = {"model": self.served_name, "prompt": "ready?", "max_tokens": 1, "temperature": 0}
         try:
-            response = http.post(f"{self.url}/v1/completions", json=body)
+            response = http.post(f"{self.url}/v1/completions", json=ONE_TOKEN | {"model": self.served_name})
         except httpx.TransportError as error:
             raise ServerError(self._describe(f"broke off its first request ({error})")) from error
         if response.is_error:
@@ -266,3 +270,30 @@ def start_servers(servers: Iterable[VllmServer], progress: Report | None = None)
         for server in servers:
             server.stop()
         raise
+
+
+def explain(log_path: Path, start: int = 0) -> str:
+    """The likely cause of death and the last lines of a vLLM log.
+
+    An error appears once per layer that it passes through. If the engine process reported any, its last one is the
+    cause (earlier ones may have been survived); otherwise the API process failed, and its first one is.
+
+    Args:
+        start: byte at which the server's life begins in the log.
+    """
+    with log_path.open("rb") as log:
+        log.seek(start)
+        lines = [line for line in log.read().decode(errors="replace").splitlines() if not _NOISE.search(line)]
+    errors = [(line, match[0]) for line in lines if "WARNING" not in line and (match := _ERROR.search(line))]
+    of_engine = [error for line, error in errors if line.startswith(_ENGINE)][-1:]
+    of_anyone = [error for _, error in errors[:1]]
+    cause = (of_engine or of_anyone or ["the log shows no error"])[0]
+    tail = "\n".join(f"  | {line}" for line in lines[-_TAIL_LINES:])
+    return f"{cause}\nthe end of its log {log_path}:\n{tail}"
+
+
+def address_in_use(log_path: Path, start: int = 0) -> bool:
+    """Whether a server found its port taken; `start` as in `explain`."""
+    with log_path.open("rb") as log:
+        log.seek(start)
+        return _ADDRESS_IN_USE.search(log.read()) is not None

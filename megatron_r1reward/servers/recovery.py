@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import httpx
 
-from megatron_r1reward.config.schema import ServerSection
+from megatron_r1reward.config.schema import VllmSection
 from megatron_r1reward.network.tokens import bearer
-from megatron_r1reward.servers.member import Member
-from megatron_r1reward.servers.process import ServerError
+from megatron_r1reward.servers.member import Member, ServerError
+from megatron_r1reward.servers.process import ONE_TOKEN
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +20,8 @@ Admit = Callable[[Member], Awaitable[None]]  # last step before service, e.g. cu
 _PROBE_PAUSE_S = 0.5
 _PROBE_PAUSE_MAX_S = 10.0
 _HOLD_POLL_S = 0.02
+_ENDED = "its process has ended"
+_WELL_CHECKS = 10  # passed health checks in a row, without a failed request, after which restarts are forgiven
 
 
 class AdmissionError(RuntimeError):
@@ -32,8 +34,9 @@ class Supervisor:
     A server leaves service ("quarantined") after `request_failures` failed requests in a row, after `health_failures`
     missed health checks in a row, or at once when its process ends. It comes back when it completes a one-token
     request and `admit` has succeeded. If the probe fails and the server is ours, it is killed and started again, at
-    most `max_restarts` times without serving a request in between; after that it is retired. A server that is not ours
-    is retired when it has not come back within `startup_timeout_s`.
+    most `max_restarts` times without serving a request, or being well for a while, in between; after that it is
+    retired, which for a job step ends the life. A server that is not ours is retired when it has not come back within
+    `startup_timeout_s`.
 
     Args:
         changed: called after every change of state.
@@ -42,7 +45,7 @@ class Supervisor:
     def __init__(
         self,
         members: Sequence[Member],
-        section: ServerSection,
+        section: VllmSection,
         *,
         served_name: str | None,
         admit: Admit,
@@ -142,13 +145,16 @@ class Supervisor:
     async def _check(self, member: Member) -> None:
         incarnation = member.incarnation
         if member.server is not None and not member.server.alive:
-            self.quarantine(member, "its process has ended", hung=True)
+            self.quarantine(member, _ENDED, hung=True)
             return
         problem = await self._problem(member, "GET", "/health", None, self._section.health_timeout_s)
         if member.state != "ready" or member.incarnation != incarnation:
             return
         if problem is None:
             member.missed_health_checks = 0
+            member.passed_health_checks = 0 if member.failures_in_a_row else member.passed_health_checks + 1
+            if member.passed_health_checks >= _WELL_CHECKS:
+                member.restarts_in_a_row = 0
             return
         member.failures += 1
         member.missed_health_checks += 1
@@ -169,7 +175,8 @@ class Supervisor:
                 problem = await self._readmit(member)
                 if problem is None:
                     return
-                member.last_error = problem
+                if problem != _ENDED or not member.restarts_in_a_row:  # a restart that failed said more
+                    member.last_error = problem
                 if member.server is not None and not member.waits_for_weights:
                     await self._restart(member)
                     continue
@@ -178,7 +185,7 @@ class Supervisor:
             if member.waits_for_weights:
                 began = time.monotonic()
             elif time.monotonic() - began > self._section.startup_timeout_s:
-                self._retire(member)
+                await self._retire(member)
                 continue
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _PROBE_PAUSE_MAX_S)
@@ -186,7 +193,7 @@ class Supervisor:
     async def _readmit(self, member: Member) -> str | None:
         """Probe and admit; None when the member is in service, else what stands in the way."""
         if member.server is not None and not member.server.alive:
-            return "its process has ended"
+            return _ENDED
         problem = await self._problem(member, "GET", "/health", None, self._section.health_timeout_s)
         if problem is not None:
             return problem
@@ -195,8 +202,7 @@ class Supervisor:
         except AdmissionError as error:
             return str(error)
         # Only now: a server that is paused after a broken push completes nothing.
-        body = {"prompt": "ready?", "max_tokens": 1, "temperature": 0}
-        body |= {} if self._served_name is None else {"model": self._served_name}
+        body = ONE_TOKEN | ({} if self._served_name is None else {"model": self._served_name})
         problem = await self._problem(member, "POST", "/v1/completions", body, self._section.probe_timeout_s)
         if problem is not None:
             return problem
@@ -204,7 +210,7 @@ class Supervisor:
             await self._admit(member)  # costs nothing, unless there was a push in between
         except AdmissionError as error:
             return str(error)
-        member.failures_in_a_row = member.missed_health_checks = 0
+        member.failures_in_a_row = member.missed_health_checks = member.passed_health_checks = 0
         member.state = "ready"
         log.info("server %s (%s) is in service", member.name, member.url)
         self._changed()
@@ -213,7 +219,7 @@ class Supervisor:
     async def _restart(self, member: Member) -> None:
         assert member.server is not None
         if member.restarts_in_a_row >= self._section.max_restarts:
-            self._retire(member)
+            await self._retire(member)
             return
         member.state = "restarting"
         member.restarts += 1
@@ -225,18 +231,22 @@ class Supervisor:
         member.withdraw()
         self._changed()
         try:
-            await asyncio.to_thread(member.server.restart)
+            await asyncio.to_thread(member.server.restart, member.last_error)
             await asyncio.to_thread(member.server.wait_ready)
         except ServerError as error:
             member.last_error = str(error)
         member.state = "quarantined"
         self._changed()
 
-    def _retire(self, member: Member) -> None:
+    async def _retire(self, member: Member) -> None:
         member.state = "retired"
         member.withdraw()
         log.error("server %s is given up after %d restarts: %s", member.name, member.restarts, member.last_error)
         self._changed()
+        if member.server is not None:
+            await asyncio.to_thread(
+                member.server.give_up, f"given up after {member.restarts} restarts: {member.last_error}"
+            )
 
     async def _problem(self, member: Member, method: str, path: str, body: object, timeout_s: float) -> str | None:
         """None when the member answers 2xx in time, else what it did instead."""

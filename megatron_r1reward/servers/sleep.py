@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from megatron_r1reward.servers.group import ServerGroup
-from megatron_r1reward.servers.process import ServerError
+from megatron_r1reward.servers.member import ServerError
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,8 @@ from megatron_r1reward.config.schema import JudgeSection, SamplingSection
 from megatron_r1reward.network.tokens import bearer
 from megatron_r1reward.reward.consistency import ConsistencyJudge
 from megatron_r1reward.rollout.banned import banned_token_ids
-from megatron_r1reward.rollout.pool import SERVED_NAME, GenerateResult, RolloutPool
+from megatron_r1reward.rollout.pool import GenerateResult, RolloutPool
+from megatron_r1reward.servers.build import SERVED_NAME
 from megatron_r1reward.servers.group import ServerGroup
 from megatron_r1reward.servers.keeper import shared_memory_of
 from megatron_r1reward.servers.member import Member

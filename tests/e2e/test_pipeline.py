@@ -20,6 +20,8 @@ from waiting import wait_until
 from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.demo.pipeline import run_demo
 from megatron_r1reward.monitor.sinks import read_rows
+from megatron_r1reward.run_dir import Address, ExitReport, RunDir
+from megatron_r1reward.servers.keeper import descendants
 from megatron_r1reward.servers.process import VllmServer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]  # the first test runs the whole pipeline
@@ -91,6 +93,68 @@ def test_the_judge_is_asked_only_about_right_answers(finished: Path) -> None:
         right = round(row["reward/result"] * 16)
         assert row["judge/asked"] == right
         assert row["judge/consistent"] + row["judge/inconsistent"] + row["judge/unknown"] == right
+
+
+def test_servers_that_hang_and_die_in_the_middle_of_a_run(finished: Path, tmp_path: Path) -> None:
+    """The only rollout server hangs while the judge dies, then its whole step is killed: the run goes on with the
+    current weights and ends with the number of steps that was asked for."""
+    run = RunDir(root=tmp_path / "rl")
+    overrides = {
+        "run.output_dir": run.root,
+        "model.path": finished / "sft" / "hf",
+        "judge.model_path": finished / "judge" / "hf",
+        "data.train": finished / "data" / "pool.jsonl",
+        "data.select": finished / "annotate" / "hard.json",
+        "evaluation.data": finished / "data" / "heldout.jsonl",
+        "rl.steps": 5,
+        "rl.rollout_batch_size": 16,
+        "rl.train_batch_size": 8,
+        "rl.heldout_every": 100,
+        "rollout.count": 1,
+        "rollout.health_interval_s": 0.5,
+        "rollout.health_failures": 2,
+        "judge.health_interval_s": 0.5,
+    }
+    command = [sys.executable, "-m", "megatron_r1reward.cli", "rl", str(RECIPES / "rl.toml")]
+    process = subprocess.Popen([*command, *(f"{key}={value}" for key, value in overrides.items())])
+
+    def step_of(name: str) -> int:
+        return int(run.step_id(name).read_text().split()[1])
+
+    def vllm_of(name: str) -> list[int]:
+        """Its keeper first, then the API server."""
+        found = sorted(descendants(step_of(name)))
+        assert found, f"{name} has no processes"
+        return found
+
+    def wait_for(condition) -> None:
+        wait_until(lambda: condition() or process.poll() is not None, RUN_S)
+        assert process.poll() is None, "the run has ended before that"
+
+    def start_of(name: str) -> int:
+        address = Address.read(run.address(name))
+        return -1 if address is None else address.start
+
+    try:
+        wait_for(lambda: max(rows(run.root), default=0) >= 1)
+        os.kill(vllm_of("judge-0")[1], signal.SIGKILL)
+        for pid in vllm_of("rollout-0"):
+            os.kill(pid, signal.SIGSTOP)
+        wait_for(lambda: start_of("rollout-0") == 1)
+        wait_for(lambda: start_of("judge-0") == 1)
+        family = vllm_of("rollout-0")
+        os.kill(step_of("rollout-0"), signal.SIGKILL)
+        assert process.wait(RUN_S) == 0
+    finally:
+        process.terminate()
+        process.wait(120)
+    metrics = rows(run.root)
+    assert list(metrics) == [1, 2, 3, 4, 5]
+    assert all(row["rollout/failed"] == 0 and row["mismatch/max_abs"] < 1e-3 for row in metrics.values())
+    assert sum(row["rollout/retried"] for row in metrics.values()) > 0
+    assert metrics[5]["servers/restarts"] == start_of("rollout-0") == 2
+    assert ExitReport.read(run.exit_report).outcome == "done"
+    assert not [pid for pid in family if Path(f"/proc/{pid}").exists()], "vLLM has outlived its step"
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from waiting import wait_until
 from megatron_r1reward.config.schema import SamplingSection
 from megatron_r1reward.rollout.banned import banned_token_ids
 from megatron_r1reward.rollout.client import RolloutClient
-from megatron_r1reward.rollout.pool import SERVED_NAME, GenerateResult, RolloutPool
+from megatron_r1reward.rollout.pool import GenerateResult, RolloutPool
+from megatron_r1reward.servers.build import SERVED_NAME
 from megatron_r1reward.types import Prompt, Rollout
 
 pytestmark = pytest.mark.e2e

@@ -17,7 +17,8 @@ from megatron_r1reward.demo.tiny_models import write_tiny_checkpoint
 from megatron_r1reward.network.tokens import bearer
 from megatron_r1reward.rollout.banned import banned_token_ids
 from megatron_r1reward.rollout.open_pool import build_transport
-from megatron_r1reward.rollout.pool import SERVED_NAME, RolloutPool
+from megatron_r1reward.rollout.pool import RolloutPool
+from megatron_r1reward.servers.build import SERVED_NAME
 from megatron_r1reward.servers.keeper import shared_memory_of
 from megatron_r1reward.servers.process import VllmServer, start_servers
 from megatron_r1reward.types import Prompt

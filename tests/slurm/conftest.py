@@ -40,6 +40,7 @@ SCENARIOS: dict[str, Callable[[Bench], Any]] = {
         stories.out_of_time_then_cancelled,
         stories.rl_heterogeneous,
         recipe_runs.nemo_local,
+        stories.rl_servers_hang_and_die,
         stories.rl_colocated_server_dies,
         stories.rl_local,
         stories.crashed_in_a_chain,
@@ -49,7 +50,7 @@ SCENARIOS: dict[str, Callable[[Bench], Any]] = {
     )
 }
 COMPARED = ("preempted", "node_lost", "out_of_time_then_cancelled")
-COMPARED += ("rl_local", "rl_heterogeneous", "rl_colocated_server_dies")
+COMPARED += ("rl_local", "rl_heterogeneous", "rl_servers_hang_and_die", "rl_colocated_server_dies")
 # Whose end a scenario begins with or is compared with.
 NEEDS = {**dict.fromkeys(COMPARED, "reference"), "nemo_local": "nemo_slurm"}
 

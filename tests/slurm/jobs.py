@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from megatron_r1reward.run_dir import ExitReport, RunDir
+from megatron_r1reward.run_dir import Address, ExitReport, RunDir
 
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE_S = 900.0  # for one event; machines that also do other things are slow at importing torch eight times
@@ -89,6 +89,11 @@ class Job:
         path = self.run.root / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         return {row["step"]: row for row in map(json.loads, lines)}
+
+    def started(self, server: str) -> int:
+        """Which start of this server of its present life is ready; -1 before the first one is."""
+        address = Address.read(self.run.address(server))
+        return -1 if address is None else address.start
 
     def report(self) -> ExitReport:
         report = ExitReport.read(self.run.exit_report)

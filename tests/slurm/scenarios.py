@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -203,15 +204,33 @@ class Colocated:
 
 
 def rl_colocated_server_dies(bench: Bench) -> Colocated:
-    """The rollout server sleeps on the trainer's GPUs; the judge, elsewhere, dies after three steps."""
+    """The rollout server sleeps on the trainer's GPUs; the judge, elsewhere, dies after three steps, and that is once
+    more than is allowed."""
     bench.wait_for_hard_set()
     with _with_servers:
-        job = bench.rl("rl-colocated", "rl.steps=500", "cluster.layout=colocated")
+        job = bench.rl("rl-colocated", "rl.steps=500", "cluster.layout=colocated", "judge.max_restarts=0")
         job.wait_step(3)
         trainer = job.gpus("worker", "rl")
         rollout = job.gpus("server", "rollout")
         job.kill_one(signal.SIGKILL, "megatron_r1reward.servers.vllm_main", "judge")
         return Colocated(job=job.wait(), trainer=trainer, rollout=rollout)
+
+
+def rl_servers_hang_and_die(bench: Bench) -> Job:
+    """The only rollout server hangs while the judge's vLLM dies; later the rollout server's whole step is killed."""
+    bench.wait_for_hard_set()
+    limits = ("rollout.health_interval_s=1", "rollout.health_failures=2", "judge.health_interval_s=1")
+    with _with_servers:
+        job = bench.rl("rl-mended", "rl.steps=6", *limits)
+        job.wait_step(1)
+        job.kill_one(signal.SIGKILL, "megatron_r1reward.servers.vllm_main", "judge")
+        for pid in job.processes("megatron_r1reward.servers.vllm_main", "policy"):
+            os.kill(pid, signal.SIGSTOP)
+        for name in ("rollout-0", "judge-0"):
+            until(lambda: job.started(name) == 1, f"{name} of job {job.id} started again\n{job.output()}")  # noqa: B023
+        for pid in job.processes("server", "rollout"):
+            os.kill(pid, signal.SIGKILL)
+        return job.wait()
 
 
 def rl_heterogeneous(bench: Bench) -> Job:

@@ -160,8 +160,21 @@ def test_a_colocated_server_sleeps_on_the_gpus_of_the_trainer(ended: Colocated, 
     assert_same_training(rows, finished.rows())
 
 
+@pytest.mark.scenario("rl_servers_hang_and_die")
+def test_servers_that_hang_or_die_are_started_again_and_the_training_is_the_same(ended: Job, finished: Job) -> None:
+    assert (ended.state, ended.exit_code) == ("COMPLETED", 0), ended.output()
+    rows = ended.rows()
+    assert list(rows) == [1, 2, 3, 4, 5, 6]
+    assert all(row["rollout/failed"] == 0 and row["mismatch/max_abs"] < 1e-3 for row in rows.values())
+    assert sum(row["rollout/retried"] for row in rows.values()) > 0
+    assert (rows[6]["servers/restarts"], ended.started("rollout-0"), ended.started("judge-0")) == (2, 2, 1)
+    # What the judge was not there for counts as no verdict, so only what does not depend on it can be compared.
+    assert rows[1]["loss"] == pytest.approx(finished.rows()[1]["loss"], rel=1e-6)
+    assert_servers_are_gone(ended)
+
+
 @pytest.mark.scenario("rl_colocated_server_dies")
-def test_a_server_that_dies_is_named_as_the_cause(ended: Colocated) -> None:
+def test_a_server_that_cannot_be_mended_is_named_as_the_cause(ended: Colocated) -> None:
     job = ended.job
     assert (job.state, job.exit_code) == ("FAILED", 137), job.output()  # 128 + SIGKILL
     report = job.report()

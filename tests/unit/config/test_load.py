@@ -47,6 +47,17 @@ def test_overrides_apply_left_to_right(run_file):
         ("rl.dynamic_sampling_rounds=2", "algorithm.samples_per_prompt is 1"),
         ("asynchrony.mode=in_flight", "set algorithm.truncated_importance_sampling"),
         ("nonsense", "section.key=value"),
+        *(
+            (f"judge.{key}=1", f"judge.{key}: unknown key: it belongs to [rollout] and means nothing in [judge]")
+            for key in (
+                "sender_host",
+                "weight_transport",
+                "weight_bucket_bytes",
+                "weights_once_per_host",
+                "push_timeout_s",
+                "keep_snapshot",
+            )
+        ),
     ],
 )
 def test_bad_values_name_the_key_and_the_fix(run_file, override, message):

@@ -16,7 +16,7 @@ from megatron_r1reward.data.packing import expand_images
 from megatron_r1reward.data.pixels import ImageProcessor
 from megatron_r1reward.data.prompt import PromptBuilder
 from megatron_r1reward.data.stage_data import RowLimits, image_folders, read_stage, read_training_preferences
-from megatron_r1reward.launch.paths import media_root
+from megatron_r1reward.servers.build import common_folder
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_servers_may_read_what_links_lead_to(make, tmp_path: Path) -> None:
     (tmp_path / "a.png").unlink()
     (tmp_path / "a.png").symlink_to(scratch / "blob")
     assert scratch in image_folders(config)
-    assert media_root(config) == tmp_path.parent
+    assert common_folder(image_folders(config)) == tmp_path.parent
     assert len(read_training_preferences(config, "rl").preferences) == 1
     row = json.loads((tmp_path / "train.jsonl").read_text())
     (tmp_path / "train.jsonl").write_text(json.dumps({**row, "image": str(scratch / "blob")}) + "\n")

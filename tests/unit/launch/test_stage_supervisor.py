@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,13 +18,15 @@ import pytest
 from waiting import wait_until
 
 from megatron_r1reward.cluster.placement import Placement
-from megatron_r1reward.config.schema import ClusterSection
+from megatron_r1reward.config.schema import ClusterSection, ServerSection
 from megatron_r1reward.launch import supervisor
 from megatron_r1reward.launch.exit_report import EXIT_LOST_NODE, EXIT_STALLED, EXIT_TIME, EXIT_UNFINISHED
 from megatron_r1reward.launch.local_steps import LocalLauncher
 from megatron_r1reward.launch.supervisor import Plan, Supervisor
 from megatron_r1reward.launch.walltime import WalltimeGuard
 from megatron_r1reward.run_dir import Address, Component, ExitReport, Heartbeat, RunDir, RunInfo
+from megatron_r1reward.servers.component import ComponentServer
+from megatron_r1reward.servers.group import ServerGroup
 
 BEAT = """
 import json, os, signal, sys, time
@@ -46,6 +49,7 @@ class OneLife:
         self.run.live.mkdir(parents=True)
         self.section = ClusterSection(**{"grace_s": 2, **section})
         self.ends, self.life, self.launcher = ends, life, launcher
+        self.watch: Callable[[], ServerGroup] | None = None
 
     def __call__(self, trainer: str, *, tasks: int = 1, server: str | None = None, resumes: bool = True) -> ExitReport:
         texts = {"trainer": BEAT + trainer}
@@ -57,12 +61,13 @@ class OneLife:
             stage="rl", life=self.life, launcher="local", host="h", pid=os.getpid(), started=time.time(), ends=self.ends
         )
 
-        def command(placement: Placement) -> list[str]:
-            return [sys.executable, "-c", texts[placement.component.name].replace("{live}", str(self.run.live))]
+        def command(placement: Placement, start: int) -> list[str]:
+            text = texts[placement.component.name].replace("{live}", str(self.run.live))
+            return [sys.executable, "-c", text.replace("{start}", str(start))]
 
         plan = Plan(
             info=info, placements=tuple(placements), command=command, startup_timeout_s=120, resumes=resumes,
-            requeues=resumes, finished=self.run.done.exists,
+            requeues=resumes, finished=self.run.done.exists, watch=self.watch,
         )  # fmt: skip
         return Supervisor(self.run, self.section, plan, self.launcher(self.run, token="secret")).run()
 
@@ -140,17 +145,64 @@ def test_a_server_that_dies_with_the_trainer_is_the_cause(
     assert (report.code, report.component) == (9, "rollout-0")
 
 
-def test_a_server_that_dies_alone_ends_the_life(tmp_path: Path, server_url: str) -> None:
-    """It is not started again, not even where its memory is the trainer's at that time (colocated)."""
-    life = OneLife(tmp_path)
-    publish(life.run, server_url)
+# A server that answers /health and completes requests, and what it does once it has published its address.
+SERVER = """
+import json, os, signal, sys, threading, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        self.send_response(200); self.send_header("content-length", "2"); self.end_headers(); self.wfile.write(b"{}")
+    do_POST = do_GET
+    def log_message(self, *args): pass
+http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+threading.Thread(target=http.serve_forever, daemon=True).start()
+print("start {start}", flush=True)
+row = dict(component="rollout-0", url=f"http://127.0.0.1:{http.server_port}", served_name="policy", host="h",
+           ready_at=time.time(), start={start})
+open("{live}/a", "w").write(json.dumps(row)); os.rename("{live}/a", "{live}/rollout-0.address.json")
+"""
+BEGUN = "while not os.path.exists('{live}/begun'): time.sleep(0.02)\n"
+WAITS_FOR_NEW = (
+    "open('{live}/begun', 'w')\n"
+    "def start(): return json.load(open('{live}/rollout-0.address.json'))['start']\n"
+    "while start() < 1 or '\"ready\"' not in open('{live}/rollout-servers.json').read(): time.sleep(0.05)\n"
+    "open('{live}/../DONE', 'w')"
+)
+
+
+def life_with_server(root: Path, **limits: float) -> OneLife:
+    """The group of servers that a driver would have is in this process."""
+    life = OneLife(root)
+    section = ServerSection(health_interval_s=0.1, health_timeout_s=3.0, health_failures=1, **limits)
+
+    def watch() -> ServerGroup:
+        server = ComponentServer(life.run, "rollout-0", section, token=None)
+        status = life.run.live / "rollout-servers.json"
+        return ServerGroup(section, name="rollout", servers=[server], served_name="policy", status_file=status)
+
+    life.watch = watch
+    return life
+
+
+@pytest.mark.parametrize("accident", ["sys.exit(9)", "os.kill(os.getpid(), 9)", "os.kill(os.getpid(), signal.SIGSTOP)"])
+def test_a_server_that_dies_or_hangs_is_started_again(tmp_path: Path, accident: str) -> None:
+    life = life_with_server(tmp_path)
+    report = life(WAITS_FOR_NEW, server=f"{SERVER}{BEGUN}if {{start}} == 0: {accident}\n{FOR_EVER}", resumes=False)
+    assert report.outcome == "done", report
+    log = (tmp_path / "logs-0" / "rollout-0.log").read_text()
+    assert [line for line in log.splitlines() if line.startswith("start")] == ["start 0", "start 1"], "one log"
+
+
+def test_what_cannot_be_mended_ends_the_life_with_its_reason(tmp_path: Path) -> None:
+    life = life_with_server(tmp_path, max_restarts=2)
     report = life(
-        f"open('{{live}}/began', 'w'); {FOR_EVER}",
-        server="import os, time, sys; print('began')\n"
-        "while not os.path.exists('{live}/began'): time.sleep(0.02)\nsys.exit(9)",
+        f"open('{{live}}/begun', 'w'); {FOR_EVER}",
+        server=f"import sys, os, time\nif {{start}}: print('no memory'); sys.exit(7)\n{SERVER}{BEGUN}sys.exit(9)",
     )
-    assert (report.outcome, report.code, report.component) == ("failed", 9, "rollout-0")
-    assert report.log_tail == ("began",)
+    assert (report.outcome, report.code, report.component) == ("failed", 7, "rollout-0")
+    assert report.reason.startswith("rollout-0 given up after 2 restarts: rollout-0: exited with code 7")
+    assert report.log_tail[-1] == "no memory"
 
 
 def test_an_address_that_cannot_be_reached_is_said(tmp_path: Path, monkeypatch) -> None:

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from megatron_r1reward.cli import app
 from megatron_r1reward.config.schema import ServerSection
-from megatron_r1reward.rollout.open_pool import build_servers, build_transport
+from megatron_r1reward.rollout.open_pool import build_transport
+from megatron_r1reward.servers.build import rollout_server
 from megatron_r1reward.servers.keeper import shared_memory_of
 from megatron_r1reward.servers.member import Member
 from megatron_r1reward.servers.server_devices import weight_transport
@@ -30,14 +31,14 @@ def model(tmp_path: Path) -> Path:
 
 def test_gpus_are_shared_out(model: Path) -> None:
     section = ServerSection(count=2, tensor_parallel_size=2, gpu_ids=(4, 5, 6, 7))
-    servers = build_servers(section, name="rollout", log_dir=model, model_path=model, on_cpu=False)
+    options = {"model_path": model, "takes_weights": False, "on_cpu": False}
+    servers = [rollout_server(section, index, log_path=model / f"{index}.log", **options) for index in range(2)]
     assert [server._environment["CUDA_VISIBLE_DEVICES"] for server in servers] == ["4,5", "6,7"]
-    assert [server.log_path.name for server in servers] == ["rollout-0.log", "rollout-1.log"]
     assert len({server.token for server in servers}) == 2
     for server in servers:
         server.close()
     with pytest.raises(ValueError, match=r"names 4 GPUs, but 3 servers with tensor_parallel_size 2 need 6"):
-        build_servers(section.model_copy(update={"count": 3}), name="rollout", log_dir=model, model_path=model)
+        rollout_server(section.model_copy(update={"count": 3}), 0, log_path=model / "log", **options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")

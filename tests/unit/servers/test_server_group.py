@@ -8,7 +8,7 @@ import pytest
 
 from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.servers.group import ServerGroup
-from megatron_r1reward.servers.process import ServerError
+from megatron_r1reward.servers.member import ServerError
 
 
 def test_a_refused_token_is_an_error_at_once_that_names_the_variable(fake_vllm) -> None:

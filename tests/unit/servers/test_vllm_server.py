@@ -16,8 +16,8 @@ from waiting import wait_until
 from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.rollout.banned import banned_token_ids
 from megatron_r1reward.servers.command import server_command, server_environment
-from megatron_r1reward.servers.process import ServerError, VllmServer, start_servers
-from megatron_r1reward.servers.server_log import explain
+from megatron_r1reward.servers.member import ServerError
+from megatron_r1reward.servers.process import VllmServer, explain, start_servers
 
 
 def command(section: ServerSection, **options: object) -> list[str]:

@@ -1,7 +1,11 @@
-"""The process group around a trainer stage."""
+"""A trainer stage on every rank: joining the others, and what `r1reward sft` does then.
+
+RL, which has servers besides, is in `stages`: their clients take every rank seconds to import.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -9,9 +13,12 @@ from pathlib import Path
 
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.launch.addresses import node_address
+from megatron_r1reward.launch.stage_models import check_models
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.parallel.rendezvous import Rendezvous
 from megatron_r1reward.parallel.setup import Topology
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -28,3 +35,15 @@ def ranks(config: RunConfig, rendezvous: Path | None) -> Iterator[Topology]:
         yield topology
     finally:
         setup.shutdown()
+
+
+def sft(config: RunConfig, *, rendezvous: Path | None = None) -> bool:
+    """Stage 1, on every rank. False: it has saved and stopped on request."""
+    check_models(config, "sft")
+    from megatron_r1reward.training import sft as sft_stage
+
+    with ranks(config, rendezvous) as topology:
+        folder = sft_stage.run(config, topology)
+    if folder is not None:
+        log.info("SFT finished: %s", folder)
+    return folder is not None
