@@ -108,13 +108,13 @@ class PackedBatch:
     input_ids: torch.Tensor  # int64 [1, T]
     position_ids: torch.Tensor  # int64 [3, 1, T]: temporal, height, width (M-RoPE), computed per sequence
     cu_seqlens: torch.Tensor  # int32 [S + 1]
-    max_seqlen: int
+    bounds: tuple[int, ...]  # the same numbers on the host, so that nothing has to be read from the device
     response_positions: torch.Tensor  # int64 [R]
     targets: torch.Tensor  # int64 [R]
     response_sequence: torch.Tensor  # int64 [R]
     sequence_indices: tuple[int, ...]  # S indices into the global list of sequences
     pixel_values: torch.Tensor | None  # float32 [P, patch_dim], patches of the distinct images; None without images
-    image_grid_thw: torch.Tensor | None  # int64 [I, 3]
+    image_grid_thw: torch.Tensor | None  # int64 [I, 3], on the CPU: the layout of patches is computed there
     # int64 [image tokens]: row of the I images' embeddings at each placeholder; None: every image stands once, in order
     image_rows: torch.Tensor | None = None
 

@@ -6,6 +6,7 @@ keeps two cores from fighting.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -26,7 +27,14 @@ def _asked(config: pytest.Config, folder: Path) -> bool:
     return any(folder.is_relative_to(path) or path.is_relative_to(folder) for path in given)
 
 
+def _gpus_are_wanted(config: pytest.Config) -> bool:
+    start, folder = config.invocation_params.dir, TESTS / "gpu"
+    return any((start / argument.partition("::")[0]).resolve().is_relative_to(folder) for argument in config.args)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if not _gpus_are_wanted(config):  # ranks are forked, and meet over gloo: with a CUDA build of torch, too
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if any(_asked(config, TESTS / folder) for folder in KERNEL_TESTS):
         import interpreted_triton  # noqa: F401
 

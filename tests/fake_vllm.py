@@ -13,9 +13,8 @@ from waiting import Door
 
 from megatron_r1reward.types import Prompt
 from megatron_r1reward.weight_sync.admin_api import ControlPlane
-from megatron_r1reward.weight_sync.buckets import WeightUpdate
-from megatron_r1reward.weight_sync.snapshot import BucketSource
-from megatron_r1reward.weight_sync.transport import Transport
+from megatron_r1reward.weight_sync.buckets import BucketSource, WeightUpdate
+from megatron_r1reward.weight_sync.protocol import Transport
 
 MEMORY = {"weights", "kv_cache"}
 NEEDS_WEIGHTS = {"/start_weight_update", "/update_weights", "/finish_weight_update"}
@@ -68,7 +67,7 @@ class FakeVllm:
         if self.resident != MEMORY:
             return 500, json.dumps({"error": {"message": f"only {self.resident} is resident"}})
         params = body["sampling_params"]
-        answer = {"choices": [_choice(index, params["seed"] + index, self.version) for index in range(params["n"])]}
+        answer = {"choices": [self.choice(index, params["seed"] + index) for index in range(params["n"])]}
         if isinstance(self.fault, int):
             return self.fault, json.dumps({"error": {"message": f"fault {self.fault}"}})
         if self.fault == "hang":
@@ -82,6 +81,10 @@ class FakeVllm:
         elif self.fault == "no log-prob":
             answer["choices"][0]["logprobs"]["content"][0]["logprob"] = -9999.0
         return 200, json.dumps(answer)
+
+    def choice(self, index: int, seed: int) -> dict[str, Any]:
+        """One sample of an answer."""
+        return _choice(index, seed, self.version)
 
     def _administer(self, path: str, query: dict[str, list[str]], body: dict[str, Any]) -> tuple[int, str]:
         if path in self.refused or (path in NEEDS_WEIGHTS and "weights" not in self.resident):

@@ -157,7 +157,7 @@ def video_batch(
             merge_size=2,
         )[:, None],
         cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
-        max_seqlen=len(ids),
+        bounds=(0, len(ids)),
         response_positions=response - 1,
         targets=torch.tensor(ids[prompt_length:]),
         response_sequence=torch.zeros(len(response), dtype=torch.int64),

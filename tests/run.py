@@ -59,9 +59,10 @@ UNITS = (
 # The longest first: a suite begins when there is a place and memory for it.
 ALL = (
     Suite(name="slurm", arguments=("tests/slurm",), memory_gib=9),
-    Suite(name="servers", arguments=("tests/e2e", "tests/gpu"), memory_gib=7),
+    Suite(name="servers", arguments=("tests/e2e",), memory_gib=7),
     Suite(name="ranks", arguments=("tests/parallel",), memory_gib=4),
     *UNITS,
+    Suite(name="gpu", arguments=("tests/gpu",), memory_gib=2),  # the only ones that see GPUs
 )
 AT_ONCE = 3
 

@@ -96,18 +96,26 @@ def random_state(data: Any = None) -> ShardedObject:
 def collect_random_state() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "cuda": _cuda_state(),
         "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),
     }
 
 
+def _cuda_state() -> torch.Tensor | None:
+    return torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+
+
 def _restore_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+    saved_on, here = ("a CPU" if cuda is None else "a GPU" for cuda in (state["cuda"], _cuda_state()))
+    if saved_on == here:
+        if state["cuda"] is not None:
+            torch.cuda.set_rng_state(state["cuda"])
+        tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+    else:
+        log.warning("saved on %s, resumed on %s: the device's random states are not restored", saved_on, here)
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
 

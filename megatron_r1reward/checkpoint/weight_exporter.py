@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import fp8_utils, parallel_state
 
 from megatron_r1reward.model_folder.weight_table import Entry, WeightTable, global_name
 from megatron_r1reward.parallel.chunks import chunks_of
@@ -165,7 +165,7 @@ class WeightExporter:
         group = self._groups[bucket.is_expert]
         if bucket.owner == self._leaders[bucket.is_expert]:
             if group.size() > 1:
-                flat = torch.cat([self._local[entry.megatron].detach().reshape(-1) for entry in bucket.entries])
+                flat = torch.cat([_values(self._local[entry.megatron]).reshape(-1) for entry in bucket.entries])
                 flight.shards = [torch.empty_like(flat) for _ in range(group.size())]
                 flight.work = dist.all_gather(flight.shards, flat, group=group, async_op=True)
         elif self._topology.rank == MAIN_RANK:
@@ -199,7 +199,7 @@ class WeightExporter:
 
     def _unshard(self, flight: _InFlight) -> list[torch.Tensor]:
         entries = flight.bucket.entries
-        local = [self._local[entry.megatron].detach() for entry in entries]
+        local = [_values(self._local[entry.megatron]) for entry in entries]
         if flight.shards is None:
             return local
         sizes = [x.numel() for x in local]
@@ -208,6 +208,12 @@ class WeightExporter:
             entry.layout.unshard([piece.view(x.shape) for piece in parts])
             for entry, x, parts in zip(entries, local, pieces, strict=True)
         ]
+
+
+def _values(parameter: torch.Tensor) -> torch.Tensor:
+    """The numbers of a parameter; of an FP8 parameter (`precision.fp8_param_gather`) in the dtype that it says."""
+    values = parameter.detach()
+    return fp8_utils.dequantize_fp8_tensor(values) if fp8_utils.is_float8tensor(values) else values
 
 
 def export_hf_tensors(

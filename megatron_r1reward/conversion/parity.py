@@ -18,6 +18,7 @@ from megatron_r1reward.conversion.weight_source import FORMAT_FILE, WeightSource
 from megatron_r1reward.data.packing import Packer
 from megatron_r1reward.data.pixels import ImageProcessor
 from megatron_r1reward.model_folder.examine import load_tokenizer
+from megatron_r1reward.models.base import on_device
 from megatron_r1reward.models.registry import family_of, load_hf_config
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.types import Prompt, Sequence
@@ -57,7 +58,7 @@ def _sample(hf_folder: Path, image: Path) -> tuple[Packer, Sequence]:
         positions=family_of(config).positions,
         pad_token_id=tokenizer.pad_token_id or 0,
         token_budget=1 << 20,
-        device=torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu"),
+        device=setup.device_of(),
     )
     text = f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
     rows, columns = np.mgrid[0:112, 0:168]
@@ -80,7 +81,7 @@ def _megatron(folder: Path, hf_folder: Path, packer: Packer, sequence: Sequence)
     config = load_hf_config(hf_folder)
     family = family_of(config)
     configs = family.build_configs(config, ParallelSection(), torch.float32, PrecisionSection(), MoeSection())
-    model = family.build_model(configs, topology).eval()
+    model = on_device(family.build_model(configs, topology), topology.device, torch.float32).eval()
     if (folder / FORMAT_FILE).is_file():
         load_weights(folder, model)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 
 from megatron_r1reward.data.pixels import ImageProcessor, ProcessedImage
 from megatron_r1reward.models.registry import Positions
+from megatron_r1reward.parallel.transfer import to_device
 from megatron_r1reward.types import PackedBatch, Prompt, Sequence
 
 
@@ -105,13 +105,13 @@ class Packer:
         targets = [token for sequence in chosen for token in sequence.token_ids[sequence.prompt_length :]]
         owners = [i for i, sequence in zip(indices, chosen, strict=True) for _ in range(sequence.response_length)]
         return PackedBatch(
-            input_ids=torch.tensor([token_ids], device=self.device),
-            position_ids=torch.cat(positions, dim=1)[:, None].to(self.device),
-            cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=self.device),
-            max_seqlen=max(end - start for start, end in itertools.pairwise(bounds)),
-            response_positions=torch.cat([torch.empty(0, dtype=torch.int64), *rows]).to(self.device),
-            targets=torch.tensor(targets, dtype=torch.int64, device=self.device),
-            response_sequence=torch.tensor(owners, dtype=torch.int64, device=self.device),
+            input_ids=self._placed(torch.tensor([token_ids])),
+            position_ids=self._placed(torch.cat(positions, dim=1)[:, None]),
+            cu_seqlens=self._placed(torch.tensor(bounds, dtype=torch.int32)),
+            bounds=tuple(bounds),
+            response_positions=self._placed(torch.cat([torch.empty(0, dtype=torch.int64), *rows])),
+            targets=self._placed(torch.tensor(targets, dtype=torch.int64)),
+            response_sequence=self._placed(torch.tensor(owners, dtype=torch.int64)),
             sequence_indices=tuple(indices),
             **self._images(chosen),
         )
@@ -127,12 +127,15 @@ class Packer:
         if len(distinct) < len(paths):
             lengths = [self.image_processor.num_tokens(image) for image in images]
             spans = dict(zip(distinct, torch.arange(sum(lengths)).split(lengths), strict=True))
-            rows = torch.cat([spans[path] for path in paths]).to(self.device)
+            rows = self._placed(torch.cat([spans[path] for path in paths]))
         return {
-            "pixel_values": torch.cat([image.pixel_values for image in images]).to(self.device),
-            "image_grid_thw": torch.tensor([image.grid for image in images], device=self.device),
+            "pixel_values": self._placed(torch.cat([image.pixel_values for image in images])),
+            "image_grid_thw": torch.tensor([image.grid for image in images]),
             "image_rows": rows,
         }
+
+    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
+        return to_device(tensor, self.device)
 
     def _positions(self, sequence: Sequence, images: SequenceOf[ProcessedImage]) -> torch.Tensor:
         return self.positions(

@@ -95,8 +95,9 @@ def check_variables(
         findings.append(
             warning(
                 "network.allocator",
-                "expandable_segments is on: vLLM's sleep mode (the colocated layout) refuses to start with it",
-                "unset PYTORCH_CUDA_ALLOC_CONF, or set it for the trainer only",
+                "expandable_segments is on: servers open the memory of CUDA IPC pushes (rollout.weight_transport "
+                "'ipc') several times slower; vLLM's sleep mode turns it off for itself",
+                "unset PYTORCH_CUDA_ALLOC_CONF, or push weights by 'nccl' or 'gloo'",
             )
         )
     proxies = [name for name in environment if name.lower() in ("http_proxy", "all_proxy") and environment[name]]

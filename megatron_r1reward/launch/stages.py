@@ -53,6 +53,7 @@ def rl(config: RunConfig, *, rendezvous: Path | None = None, supervised: bool = 
                 scorer=RewardScorer(config.reward, opened.judge),
                 probe=_heldout_probe(config, opened.pool),
             )
+        topology.from_main(None)  # colocated: no rank takes memory before the servers sleep
         folder = rl_stage.run(config, topology, services)
     if folder is not None:
         log.info("RL finished: %s", folder)

@@ -30,7 +30,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:  # only layouts with values need it, and it takes seconds to import
@@ -324,3 +324,35 @@ def _global_expert(experts: Any, parts: list[str]) -> list[str]:
     grouped = re.fullmatch(r"(weight|bias)(\d+)", parts[-1])
     assert grouped is not None, parts
     return ["local_experts", str(first + int(grouped[2])), *parts[:-1], grouped[1]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole(Layout):
+    """A layout whose tensor every tensor-parallel rank holds whole."""
+
+    layout: Layout
+
+    def merge_views(self, parts: Tensors) -> Views:
+        return self.layout.merge_views(parts)
+
+    def split_views(self, full: torch.Tensor) -> list[Views]:
+        return self.layout.split_views(full)
+
+    def shard(self, full: torch.Tensor, size: int, rank: int) -> torch.Tensor:
+        return full
+
+    def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
+        return shards[0]
+
+
+def adapt_table(table: WeightTable, *, transformer_impl: str, whole_vision: bool) -> WeightTable:
+    """The family's table for this run: Transformer Engine's parameter names, which are those of checkpoints, and whole
+    vision weights on every rank."""
+    adapted = []
+    for entry in table:
+        if whole_vision and entry.megatron.startswith("vision."):
+            entry = replace(entry, layout=Whole(layout=entry.layout))
+        if transformer_impl == "transformer_engine" and entry.saved_as is not None:
+            entry = replace(entry, megatron=entry.saved_as)
+        adapted.append(entry)
+    return replace(table, entries=tuple(adapted))

@@ -83,3 +83,52 @@ class VisionLanguageModel(MegatronModule):
         rows_4A = torch.stack([output.log_probs, output.entropy, output.loss, output.flags.float()])
         log_probs_R, entropy_R, loss_R, flags_R = split.collect(rows_4A, here_A, batch.targets.numel())
         return replace(output, log_probs=log_probs_R, entropy=entropy_R, loss=loss_R, flags=flags_R.int())
+
+
+def on_device(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """The model, moved to the device, with parameters of `dtype`.
+
+    megatron-core builds norms, rotary frequencies and routers on the CPU, and routers in float32. Its own wrapper for
+    16 bit rounds buffers as well: rotary frequencies would be wrong by 0.2 rad within a picture. FP8 parameters, which
+    say that they are of `dtype`, are left alone: a conversion would quantize them again.
+    """
+    model.to(device)
+    for parameter in model.parameters():
+        if parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def place_images(
+    embedding_T1H: torch.Tensor,
+    images_MH: torch.Tensor,
+    batch: PackedBatch,
+    split: ContextSplit | None,
+    *,
+    placeholders: tuple[int, ...],
+) -> torch.Tensor:
+    """Replace the embeddings of image (and video) placeholders by the images' embeddings.
+
+    Args:
+        embedding_T1H: embeddings of this context-parallel rank's tokens.
+        images_MH: embeddings of the batch's distinct images, in order.
+        split: this rank's share of the row; None: all of it.
+        placeholders: token ids that stand for images and video frames.
+
+    Raises:
+        ValueError: the placeholders are not as many as the images' tokens.
+    """
+    ids_T, rows_K = batch.input_ids[0], batch.image_rows
+    is_image_T = torch.zeros_like(ids_T, dtype=torch.bool)
+    for token_id in placeholders:
+        is_image_T |= ids_T == token_id
+    needed, available = int(is_image_T.sum()), images_MH.shape[0] if rows_K is None else len(rows_K)
+    if needed != available:
+        raise ValueError(f"{needed} image tokens in the batch, but its images have {available}")
+    if split is not None:
+        slot_T = is_image_T.cumsum(0) - 1  # which placeholder a position is
+        is_image_T = is_image_T[split.positions]
+        slot_K = slot_T[split.positions][is_image_T]
+        rows_K = slot_K if rows_K is None else rows_K[slot_K]
+    values_KH = images_MH if rows_K is None else images_MH.index_select(0, rows_K)
+    return embedding_T1H.masked_scatter(is_image_T[:, None, None], values_KH.to(embedding_T1H.dtype))

@@ -8,6 +8,7 @@ Transformer Engine and megatron-core's rotary embedding expect of packed sequenc
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +16,18 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 
+from megatron_r1reward.parallel.transfer import to_device
 
-def zigzag_positions(cu_seqlens: torch.Tensor, size: int, rank: int) -> torch.Tensor:
-    """Positions in the packed row of the tokens that `rank` of `size` holds, in its order: int64 [T / size].
+
+def zigzag_positions(bounds: Sequence[int], size: int, rank: int) -> torch.Tensor:
+    """Positions in the packed row of the tokens that `rank` of `size` holds: int64 [T / size], on the CPU.
+
+    Args:
+        bounds: of the S sequences, S + 1 numbers.
 
     Raises:
         ValueError: a sequence does not divide into 2 * size chunks.
     """
-    bounds = cu_seqlens.tolist()
     parts = []
     for start, end in itertools.pairwise(bounds):
         if (end - start) % (2 * size):
@@ -33,7 +38,7 @@ def zigzag_positions(cu_seqlens: torch.Tensor, size: int, rank: int) -> torch.Te
         chunk = (end - start) // (2 * size)
         for number in (rank, 2 * size - 1 - rank):
             parts.append(torch.arange(start + number * chunk, start + (number + 1) * chunk))
-    return torch.cat(parts).to(cu_seqlens.device)
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +46,14 @@ class ContextSplit:
     """This rank's share of one packed row of T tokens.
 
     `positions` int64 [T / size]: global positions of the local tokens. `local_index` int64 [T]: where a global position
-    is found locally, -1 where another rank holds it.
+    is found locally, -1 where another rank holds it. `gathered_order` int64 [T]: puts the tokens of all ranks, back to
+    back in rank order, into the order of the row.
     """
 
     group: dist.ProcessGroup
     positions: torch.Tensor
     local_index: torch.Tensor
+    gathered_order: torch.Tensor
 
     def rows(self, positions_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Which of `positions_R` are here, as indices into it, and their local indices."""
@@ -64,19 +71,24 @@ class ContextSplit:
         return reduce_from_tensor_model_parallel_region(full_XR, group=self.group)
 
 
-def split_context(cu_seqlens: torch.Tensor, group: dist.ProcessGroup) -> ContextSplit | None:
-    """The share of this rank of `group`; None when the group has one rank."""
+def split_context(bounds: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> ContextSplit | None:
+    """The share of this rank of `group`, on `device`; None when the group has one rank."""
     if group.size() == 1:
         return None
-    positions = zigzag_positions(cu_seqlens, group.size(), group.rank())
-    local_index = torch.full((int(cu_seqlens[-1]),), -1, dtype=torch.int64, device=positions.device)
-    local_index[positions] = torch.arange(len(positions), device=positions.device)
-    return ContextSplit(group=group, positions=positions, local_index=local_index)
+    positions = zigzag_positions(bounds, group.size(), group.rank())
+    local_index = torch.full((bounds[-1],), -1, dtype=torch.int64)
+    local_index[positions] = torch.arange(len(positions))
+    return ContextSplit(
+        group=group,
+        positions=to_device(positions, device),
+        local_index=to_device(local_index, device),
+        gathered_order=to_device(gathered_order(bounds, group.size()), device),
+    )
 
 
-def gathered_order(cu_seqlens: torch.Tensor, size: int) -> torch.Tensor:
-    """Index that puts rank-major gathered tokens back into sequence order: int64 [T]."""
-    return torch.argsort(torch.cat([zigzag_positions(cu_seqlens, size, rank) for rank in range(size)]))
+def gathered_order(bounds: Sequence[int], size: int) -> torch.Tensor:
+    """Index that puts rank-major gathered tokens back into sequence order: int64 [T], on the CPU."""
+    return torch.argsort(torch.cat([zigzag_positions(bounds, size, rank) for rank in range(size)]))
 
 
 def assign_images(patches: list[int], ranks: int) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 megatron-core assumes CUDA by name (`torch.cuda.current_device()`, `device="cuda"`, `.cuda()`, CUDA RNG states). This
 module answers those calls with their CPU meaning. Nothing of megatron-core is edited or re-implemented, and
-`install()` does nothing when a GPU is present. Five kinds of interception:
+`install()` does nothing of this when a GPU is present. Five kinds of interception:
 
 A. functions of `torch.cuda` that megatron-core calls by name;
 B. a `TorchFunctionMode` that maps `device="cuda"`, `Tensor.cuda()`, `Tensor.to("cuda")`, `pin_memory` and the
@@ -11,7 +11,12 @@ C. the RNG state getters of its CUDA RNG tracker;
 D. gloo's `isend`, which keeps the tensor object but not its storage alive, while pipeline schedules free it;
 E. the sizes of expert-parallel exchanges, which become plain numbers only on their way from the GPU to the CPU.
 
+With and without a GPU: an Adam whose state can be resumed, where Transformer Engine and Apex are absent.
+
 The mode is thread-local and survives `fork`; spawned processes call `install()` again.
+
+`DEVICE` is what "cuda" means here. It is a variable for the tests' sake: they put a second device there, whose tensors
+refuse to meet those of the CPU, so that what a GPU would refuse fails on a machine without one.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ import torch
 import torch.distributed
 from torch.overrides import TorchFunctionMode
 
-_CPU = torch.device("cpu")
+DEVICE = torch.device("cpu")
 _installed: list[TorchFunctionMode] = []  # the entered mode; non-empty once installed in this process
 
 
@@ -48,16 +53,19 @@ class _CudaMeansCpu(TorchFunctionMode):
         kwargs = kwargs or {}
         if kwargs:
             if _names_cuda(kwargs.get("device")):
-                kwargs = {**kwargs, "device": _CPU}
+                kwargs = {**kwargs, "device": DEVICE}
             if kwargs.get("pin_memory"):
                 kwargs = {**kwargs, "pin_memory": False}
-        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
+        if func is torch.Tensor.pin_memory:
             return args[0]
+        if func is torch.Tensor.cuda:
+            return args[0].to(DEVICE)
         if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
-            args = (args[0], _CPU, *args[2:])
+            args = (args[0], DEVICE, *args[2:])
         result = func(*args, **kwargs)
         if func is torch.Tensor.type and len(args) == 1 and not kwargs and _called_from_megatron():
-            return result.replace("torch.", "torch.cuda.", 1)
+            on_device = args[0].device == DEVICE
+            return f"torch.cuda.{result.rsplit('.', 1)[1]}" if on_device else result
         return result
 
 
@@ -95,7 +103,7 @@ def _set_rng_state(state: torch.Tensor, *args: object, **kwargs: object) -> None
 
 def _replace_cuda_functions() -> None:
     replacements: dict[str, object] = {
-        "current_device": lambda: _CPU,
+        "current_device": lambda: DEVICE,
         "synchronize": lambda *args, **kwargs: None,
         "set_device": lambda *args, **kwargs: None,
         "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
@@ -143,28 +151,36 @@ def _exchange_sizes_as_numbers() -> None:
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
     def on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+        if not torch.is_tensor(tensor):
+            return tensor
+        return tensor.cpu().numpy() if as_numpy else tensor.cpu()
 
     token_dispatcher.maybe_move_tensor_to_cpu = on_cpu
 
 
-def _use_production_optimizer_branch() -> None:
-    """megatron-core's branch for plain `torch.optim.Adam` cannot resume a DistributedOptimizer; the branch for Apex/TE
-    can. `CpuFusedAdam` has their state layout."""
+def _use_an_adam_that_can_resume() -> None:
+    """Where neither Transformer Engine nor Apex is installed, on a CPU or a GPU: megatron-core's branch for plain
+    `torch.optim.Adam` saves a DistributedOptimizer and cannot resume it; the branch for their Adam can.
+    `PlainFusedAdam` has its state layout."""
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
 
-    from megatron_r1reward.parallel.cpu_adam import CpuFusedAdam
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    from megatron_r1reward.parallel.plain_adam import PlainFusedAdam
 
-    optimizer.Adam = distrib_optimizer.Adam = CpuFusedAdam
+    optimizer.Adam = distrib_optimizer.Adam = PlainFusedAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_TE_OPTIMIZER = True
 
 
 def install() -> None:
-    """Adapt megatron-core to the CPU for this process; does nothing with a GPU or when already installed."""
-    if _installed or torch.cuda.is_available():
+    """Adapt megatron-core to the CPU for this process, once; with a GPU only its optimizer needs something."""
+    if _installed:
+        return
+    if torch.cuda.is_available():
+        _use_an_adam_that_can_resume()
         return
     _replace_cuda_functions()
     _import_megatron_without_compile()
@@ -175,7 +191,7 @@ def install() -> None:
     rng._set_cuda_rng_state = _set_rng_state
     _send_an_alias()
     _exchange_sizes_as_numbers()
-    _use_production_optimizer_branch()
+    _use_an_adam_that_can_resume()
     mode = _CudaMeansCpu()
     mode.__enter__()
     _installed.append(mode)

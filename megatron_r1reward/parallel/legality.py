@@ -39,8 +39,10 @@ def layout_problem(shape: ModelShape, parallel: ParallelSection, world_size: int
     needed = chunks - (parallel.vision_placement == "own_stage")
     if needed > text.layers:
         return f"{chunks} pipeline chunks are more than the {text.layers} layers can fill"
-    if cp > 1 and parallel.context_parallel_comm == "a2a" and (text.heads // tp) % cp:
-        return f"context_parallel_comm 'a2a' cuts {text.heads // tp} heads per rank into {cp}"
+    if cp > 1 and parallel.context_parallel_comm == "a2a":
+        for name, heads in (("attention", text.heads), ("key and value", max(groups, tp))):
+            if (heads // tp) % cp:
+                return f"context_parallel_comm 'a2a' cuts {heads // tp} {name} heads per rank into {cp}"
     if world_size is not None and world_size % (tp * pp * cp):
         return (
             f"{world_size} ranks cannot hold replicas of tensor_model_parallel_size {tp} x "

@@ -41,6 +41,7 @@ class Device:
     name: str
     capability: tuple[int, int] | None
     transformer_engine: tuple[int, int] | None
+    flash_attention: bool = False
 
 
 def this_device() -> Device:
@@ -52,7 +53,10 @@ def this_device() -> Device:
     if not torch.cuda.is_available():
         return Device(name="a CPU", capability=None, transformer_engine=version)
     return Device(
-        name=torch.cuda.get_device_name(), capability=torch.cuda.get_device_capability(), transformer_engine=version
+        name=torch.cuda.get_device_name(),
+        capability=torch.cuda.get_device_capability(),
+        transformer_engine=version,
+        flash_attention=importlib.util.find_spec("flash_attn") is not None,
     )
 
 
@@ -72,6 +76,11 @@ def precision_problem(
             )
         if device.capability is None:
             return f"transformer_impl 'transformer_engine' needs a CUDA device, this is {device.name}: use 'local'"
+        if section.deterministic and not device.flash_attention:
+            return (
+                "deterministic with transformer_impl 'transformer_engine': its own attention of packed sequences has "
+                "no deterministic backward for every size; install flash-attn, or use transformer_impl 'local'"
+            )
     if section.fp8 is None:
         if section.fp8_param_gather or section.first_last_layers_bf16:
             return "fp8_param_gather and first_last_layers_bf16 qualify FP8, but precision.fp8 is not set: set fp8"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,9 +16,12 @@ import torch.distributed as dist
 from megatron_r1reward.cluster.step_environment import rank_of
 from megatron_r1reward.config.schema import ParallelSection
 from megatron_r1reward.parallel import cpu
-from megatron_r1reward.parallel.apex import check_apex
 from megatron_r1reward.parallel.precision import set_deterministic
 from megatron_r1reward.parallel.rendezvous import Rendezvous
+
+Value = TypeVar("Value")
+Apex = Literal["absent", "nvidia", "unrelated"]
+_WAIT_FOR_MAIN = timedelta(days=7)  # servers start, rollouts are sampled; a supervisor watches over the main rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +42,20 @@ class Topology:
     virtual_pipeline_parallel_size: int = 1
     context_parallel_rank: int = 0
     context_parallel_size: int = 1
+    on_host: dist.ProcessGroup | None = None  # all ranks, through their hosts; None with a single rank
+
+    def from_main(self, value: Value) -> Value:
+        """The main rank's `value`, any object, on every rank; collective.
+
+        The others wait on their hosts, for as long as it takes: in a collective of the device a kernel would spin until
+        the main rank comes, beside servers that share the device, and end with that group's time-out. A main rank that
+        dies closes its connections, which ends the wait with an error.
+        """
+        if self.on_host is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.on_host, device=torch.device("cpu"))
+        return box[0]
 
     def holds_first_layer(self, chunk: int) -> bool:
         """Whether model chunk `chunk` of this rank embeds tokens and images."""
@@ -76,6 +97,26 @@ def _launch_from_environment() -> _Launch:
     return _Launch(rank=rank, world_size=world_size, local_rank=local_rank)
 
 
+def device_of(local_rank: int = 0) -> torch.device:
+    """Where rank `local_rank` of this machine keeps its model: a GPU of its own, where there are any. It is the only
+    one that the rank sees where Slurm shows each task its own.
+
+    Raises:
+        ValueError: there are fewer GPUs than ranks on this machine.
+    """
+    if not torch.cuda.is_available():
+        return cpu.DEVICE
+    visible = torch.cuda.device_count()
+    if visible == 1:
+        return torch.device("cuda", 0)
+    if local_rank >= visible:
+        raise ValueError(
+            f"rank {local_rank} of this machine sees {visible} GPUs: start at most {visible} ranks here, or show every "
+            "rank its own (srun --gpus-per-task=1)"
+        )
+    return torch.device("cuda", local_rank)
+
+
 def _init_process_group(launch: _Launch, rendezvous: Rendezvous | None, timeout: timedelta) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if launch.world_size == 1:
@@ -89,6 +130,37 @@ def _init_process_group(launch: _Launch, rendezvous: Rendezvous | None, timeout:
         if name not in os.environ:
             raise ValueError(f"{launch.world_size} ranks but {name} is not set: start with torchrun or set it")
     dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+
+
+def identify_apex() -> Apex:
+    """Which `apex` is installed, without importing it: the unrelated one fails or has effects when imported.
+
+    NVIDIA's build serves megatron-core's fused optimizer where Transformer Engine is absent; another project owns the
+    name on the package registry, and `pip install apex` installs that one.
+    """
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return "absent"
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    if any((folder / "multi_tensor_apply").is_dir() and (folder / "optimizers").is_dir() for folder in folders):
+        return "nvidia"
+    return "unrelated"
+
+
+def check_apex() -> Apex:
+    """The installed kind; ValueError for the unrelated package, because megatron-core would import it by mistake."""
+    kind = identify_apex()
+    if kind == "unrelated":
+        try:
+            metadata = importlib.metadata.metadata("apex")
+            named = f"{metadata['Name']} {metadata['Version']}: {metadata['Summary']}"
+        except importlib.metadata.PackageNotFoundError:
+            named = "no package metadata"
+        raise ValueError(
+            f"the installed package 'apex' ({named}) is not NVIDIA's Apex but an unrelated one of that name. "
+            "Uninstall it (pip uninstall apex); Apex itself is optional and is built from NVIDIA's sources"
+        )
+    return kind
 
 
 def check_world_size(section: ParallelSection, world_size: int) -> None:
@@ -139,8 +211,9 @@ def initialize(
 
     launch = _launch_from_environment()
     check_world_size(section, launch.world_size)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(launch.local_rank)
+    device = device_of(launch.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if not dist.is_initialized():
         _init_process_group(launch, rendezvous, timeout)
     virtual = section.virtual_pipeline_model_parallel_size
@@ -157,7 +230,7 @@ def initialize(
     return Topology(
         rank=rank,
         world_size=dist.get_world_size(),
-        device=torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu"),
+        device=device,
         tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_parallel_size=section.tensor_model_parallel_size,
         pipeline_parallel_rank=parallel_state.get_pipeline_model_parallel_rank(),
@@ -168,6 +241,7 @@ def initialize(
         virtual_pipeline_parallel_size=virtual,
         context_parallel_rank=parallel_state.get_context_parallel_rank(),
         context_parallel_size=section.context_parallel_size,
+        on_host=dist.new_group(backend="gloo", timeout=_WAIT_FOR_MAIN) if launch.world_size > 1 else None,
     )
 
 

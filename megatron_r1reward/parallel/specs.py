@@ -10,11 +10,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+    _yarn_get_concentration_factor_from_config,
+)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -26,8 +32,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch.nn.attention.bias import causal_lower_right
 
-from megatron_r1reward.parallel.context import gathered_order
+from megatron_r1reward.parallel.context import ContextSplit
 
 
 class TorchNorm:
@@ -44,12 +51,64 @@ class TorchNorm:
         return norm
 
 
+@dataclass
+class PackedRow(PackedSeqParams):
+    """megatron-core's description of packed sequences (THD), with their bounds as numbers on the host: what is read
+    from the device in a layer makes the host wait for it, layer by layer."""
+
+    bounds: tuple[int, ...] = ()  # S + 1
+    gathered_order: torch.Tensor | None = None  # under context parallelism: see `ContextSplit`
+
+
+def packed(cu_seqlens: torch.Tensor, bounds: Sequence[int], split: ContextSplit | None = None) -> PackedRow:
+    """THD parameters for self-attention; cu_seqlens int32 [S + 1] on the device, `bounds` the same on the host."""
+    longest = max(end - start for start, end in itertools.pairwise(bounds))
+    return PackedRow(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        bounds=tuple(bounds),
+        gathered_order=None if split is None else split.gathered_order,
+    )
+
+
+class PackedSelfAttention(SelfAttention):
+    """Self-attention of packed sequences whose rows are all turned at once, by the angles of the rank's own rows.
+
+    megatron-core cuts packed rows into sequences for that, in every layer, for queries and for keys, and reads the
+    bounds from the device each time: some 57,000 waits in one forward of a tower with many windows.
+    """
+
+    _angles: torch.Tensor | None = None  # [T, 1, 1, dim], within a forward
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: Any, *args: Any, rotary_pos_emb: Any = None, **kwargs: Any
+    ) -> Any:
+        self._angles = rotary_pos_emb
+        try:
+            return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=None, **kwargs)
+        finally:
+            self._angles = None
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        query_T1LD, key_T1GD, value_T1GD = super().get_query_key_value_tensors(*args, **kwargs)
+        if self._angles is not None:
+            scale = _yarn_get_concentration_factor_from_config(self.config)
+            query_T1LD, key_T1GD = (
+                apply_rotary_pos_emb(x, self._angles, self.config, mscale=scale, cp_group=self.pg_collection.cp)
+                for x in (query_T1LD, key_T1GD)
+            )
+        return query_T1LD, key_T1GD, value_T1GD
+
+
 class PackedAttention(MegatronModule):
     """Scaled dot-product attention over packed sequences (THD), causal or bidirectional, with grouped queries.
 
-    One fused call per sequence, or one for all where they are equally long: no [T, T] mask is formed, nothing is
-    padded. Under context parallelism keys and values are gathered over the group, and each of a rank's two chunks of a
-    sequence attends to the keys up to its own end.
+    One fused call for each run of equally long sequences (the windows of a picture are at most four runs): no [T, T]
+    mask is formed, nothing is padded. Under context parallelism keys and values are gathered over the group, and each
+    of a rank's two chunks of a sequence attends to the keys up to its own end.
     """
 
     def __init__(
@@ -76,49 +135,50 @@ class PackedAttention(MegatronModule):
         attention_mask: torch.Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedRow | None = None,
     ) -> torch.Tensor:
         """query [T, heads, dim]; key, value [T, groups, dim] -> [T, heads, dim]; T is this rank's share of tokens."""
         assert packed_seq_params is not None, "sequences are always packed"
         causal = (attn_mask_type or self.attn_mask_type) in (AttnMaskType.causal, AttnMaskType.padding_causal)
         if self.context_group is not None and self.context_group.size() > 1:
             assert causal, "only causal attention is context parallel"
-            return self._attend_in_context(query, key, value, packed_seq_params.cu_seqlens_q)
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+            return self._attend_in_context(query, key, value, packed_seq_params)
+        lengths = [end - start for start, end in itertools.pairwise(packed_seq_params.bounds)]
+        runs = [(length, len(list(equal))) for length, equal in itertools.groupby(lengths)]
 
-        def attend(q_SLHD: torch.Tensor, k_SLGD: torch.Tensor, v_SLGD: torch.Tensor) -> torch.Tensor:
-            q, k, v = (x.transpose(1, 2) for x in (q_SLHD, k_SLGD, v_SLGD))
+        def attend(length: int, count: int, *run_XLD: torch.Tensor) -> torch.Tensor:
+            q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in run_XLD)
             gqa = q.shape[1] != k.shape[1]
             output = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=self.scale, enable_gqa=gqa)
             return output.transpose(1, 2).flatten(0, 1)
 
-        if len(set(lengths)) == 1:  # e.g. full attention windows: one batched call
-            return attend(*(x.unflatten(0, (len(lengths), lengths[0])) for x in (query, key, value)))
-        # split, not slices: its backward is one concatenation instead of a zero-filled tensor per sequence
-        sequences = zip(*(x.unsqueeze(0).split(lengths, dim=1) for x in (query, key, value)), strict=True)
-        return torch.cat([attend(*sequence) for sequence in sequences])
+        # split, not slices: its backward is one concatenation instead of a zero-filled tensor per run
+        rows = [length * count for length, count in runs]
+        parts = zip(runs, *(x.split(rows) for x in (query, key, value)), strict=True)
+        outputs = [attend(*run, *part) for run, *part in parts]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _attend_in_context(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, where: PackedRow
     ) -> torch.Tensor:
         group = self.context_group
-        assert group is not None
+        assert group is not None and where.gathered_order is not None
         size, rank = group.size(), group.rank()
         gathered = gather_from_sequence_parallel_region(
             torch.cat([key, value], dim=-1).contiguous(), tensor_parallel_output_grad=True, group=group
         )
-        key, value = gathered.index_select(0, gathered_order(cu_seqlens, size)).split(key.shape[-1], dim=-1)
+        key, value = gathered.index_select(0, where.gathered_order).split(key.shape[-1], dim=-1)
         gqa = query.shape[1] != key.shape[1]
         outputs, begin = [], 0
-        bounds = cu_seqlens.tolist()
-        for start, end in itertools.pairwise(bounds):
+        for start, end in itertools.pairwise(where.bounds):
             chunk = (end - start) // (2 * size)
             for number in (rank, 2 * size - 1 - rank):
                 seen = (number + 1) * chunk
                 q = query[begin : begin + chunk].transpose(0, 1)[None]
                 k, v = (x[start : start + seen].transpose(0, 1)[None] for x in (key, value))
-                # The chunk's last token sees all `seen` keys: the causal triangle is aligned to the lower right.
-                mask = torch.ones(chunk, seen, dtype=torch.bool, device=query.device).tril(diagonal=seen - chunk)
+                # The chunk's last token sees all `seen` keys. As a bias of torch's own, not as a tensor: a GPU then has
+                # fused kernels for it.
+                mask: Any = causal_lower_right(chunk, seen)
                 output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=gqa)
                 outputs.append(output[0].transpose(0, 1))
                 begin += chunk
@@ -134,22 +194,10 @@ def final_norm(transformer_impl: str) -> Any:
     return TorchNorm
 
 
-def packed(cu_seqlens: torch.Tensor) -> PackedSeqParams:
-    """THD parameters for self-attention; cu_seqlens int32 [S + 1]."""
-    longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
-
-
 def layer_spec(
     attn_mask_type: AttnMaskType,
     *,
-    self_attention: type[SelfAttention] = SelfAttention,
+    self_attention: type[SelfAttention] = PackedSelfAttention,
     transformer_impl: str = "local",
 ) -> ModuleSpec:
     """One transformer layer: pre-norm attention and a gated MLP."""

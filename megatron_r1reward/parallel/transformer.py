@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_r1reward.config.schema import ParallelSection
 from megatron_r1reward.model_folder.shape import ModelShape, Rope
+from megatron_r1reward.parallel import cpu
 from megatron_r1reward.parallel.legality import pipeline_layout
 
 
@@ -24,7 +25,7 @@ def common_arguments(dtype: torch.dtype) -> dict[str, Any]:
         # Weights are always overwritten by a checkpoint, but skipping initialization would also skip the
         # tensor-parallel attributes that gradient clipping relies on.
         perform_initialization=True,
-        use_cpu_initialization=not torch.cuda.is_available(),
+        use_cpu_initialization=cpu.DEVICE.type == "cpu" and not torch.cuda.is_available(),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,

@@ -60,7 +60,7 @@ class VisionSharding:
     def encode(
         self, tower: Tower, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, *, unit: int
     ) -> torch.Tensor:
-        """Embeddings of all images, in their order: [P, patch_dim], [I, 3] -> [P / unit, H]."""
+        """Embeddings of all images, in their order: [P, patch_dim], [I, 3] (on the CPU) -> [P / unit, H]."""
         if not self.image_sharded or self.both.size() == 1:
             return tower.encode(pixel_values, image_grid_thw)
         patches = image_grid_thw.prod(dim=1).tolist()
@@ -82,7 +82,7 @@ class VisionSharding:
     def blank(self, tower: Tower, patch_dim: int, *, unit: int, like: torch.Tensor) -> torch.Tensor:
         """Embedding [1, H] of the smallest image, all black: it reaches every parameter of the tower."""
         side = math.isqrt(unit)
-        grid = torch.tensor([[1, side, side]], device=like.device)
+        grid = torch.tensor([[1, side, side]])
         return tower.encode(like.new_zeros(unit, patch_dim, dtype=torch.float32), grid)
 
 

@@ -16,10 +16,9 @@ from megatron_r1reward.servers.member import Report
 from megatron_r1reward.servers.process import VllmServer, start_servers
 from megatron_r1reward.servers.server_devices import weight_transport
 from megatron_r1reward.servers.sleep import SleepLevel
+from megatron_r1reward.weight_sync.broadcast_sender import GlooTransport, NcclTransport
+from megatron_r1reward.weight_sync.protocol import Transport
 from megatron_r1reward.weight_sync.shared_memory_sender import IpcTransport
-from megatron_r1reward.weight_sync.transport import Transport
-from megatron_r1reward.weight_sync.weights_gloo import GlooTransport
-from megatron_r1reward.weight_sync.weights_nccl import NcclTransport
 
 log = logging.getLogger(__name__)
 

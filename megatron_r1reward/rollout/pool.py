@@ -31,9 +31,9 @@ from megatron_r1reward.servers.member import Member, Server, ServerError, Server
 from megatron_r1reward.servers.router import NoServerError
 from megatron_r1reward.servers.sleep import Colocation, SleepLevel
 from megatron_r1reward.types import Prompt, Rollout, TensorMeta
+from megatron_r1reward.weight_sync import WeightPushError
 from megatron_r1reward.weight_sync.fleet import PoolPusher
-from megatron_r1reward.weight_sync.transport import Transport
-from megatron_r1reward.weight_sync.weights import WeightPushError
+from megatron_r1reward.weight_sync.protocol import Transport
 
 Progress = Callable[[int, int], None]  # (prompts done, prompts in all); called on the pool's thread
 # (place of the prompt, its samples without the quarantined ones; none: it failed); called on the pool's thread

@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from megatron_r1reward.config.schema import ModelSection, RunConfig
+from megatron_r1reward.config.schema import ClusterSection, ModelSection, RunConfig
 from megatron_r1reward.parallel.chunks import chunks_of, join_chunks
 
 
@@ -39,19 +39,31 @@ def freeze(chunk: torch.nn.Module, section: ModelSection) -> None:
         chunk.language_model.requires_grad_(False)
 
 
-def wrap_data_parallel(
-    chunks: Sequence[torch.nn.Module], language: TransformerConfig, config: RunConfig
-) -> torch.nn.Module:
-    """The chunks in megatron-core's DistributedDataParallel, as one module."""
+def gathers_mxfp8(config: RunConfig) -> bool:
+    """Parameters in MXFP8 have no buffer of their own to be gathered in: megatron-core has to be told to gather them
+    in that of the gradients."""
+    section = config.precision
+    return section.fp8 is not None and section.fp8_recipe == "mxfp8" and section.fp8_param_gather
+
+
+def ddp_config(config: RunConfig) -> DistributedDataParallelConfig:
     parallel = config.parallel
-    ddp = DistributedDataParallelConfig(
+    return DistributedDataParallelConfig(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         bucket_size=parallel.ddp_bucket_size,
         fp8_param_gather=config.precision.fp8_param_gather,
+        reuse_grad_buf_for_mxfp8_param_ag=gathers_mxfp8(config),
     )
+
+
+def wrap_data_parallel(
+    chunks: Sequence[torch.nn.Module], language: TransformerConfig, config: RunConfig
+) -> torch.nn.Module:
+    """The chunks in megatron-core's DistributedDataParallel, as one module."""
+    parallel, ddp = config.parallel, ddp_config(config)
     wrapped = [
         # Only the first chunk's buckets overlap usefully; megatron-core's own trainer makes the same choice.
         DistributedDataParallel(language, ddp, chunk, disable_bucketing=number > 0)
@@ -101,3 +113,11 @@ def synchronize_parameters(model: torch.nn.Module) -> None:
     for chunk in chunks_of(model):
         if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
+
+
+def make_room_for_servers(cluster: ClusterSection) -> None:
+    """Give cached device memory back before colocated servers wake; collective. Nothing happens in the split layout."""
+    if cluster.layout != "colocated":
+        return
+    torch.cuda.empty_cache()  # does nothing without a GPU
+    dist.barrier()  # a server wakes on every rank's device

@@ -7,9 +7,6 @@ import socket
 import time
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.run_dir import Heartbeat, Phase, RunDir, exists_on_shared
 
@@ -78,11 +75,7 @@ class RunControl:
     def stop_requested(self) -> bool:
         """Whether to save and stop now; the main rank looks, and all ranks learn the same answer. Collective."""
         wanted = self._topology.is_main and exists_on_shared(self._run.stop)
-        if self._topology.world_size == 1:
-            return wanted
-        flag = torch.tensor([int(wanted)], dtype=torch.int32, device=self._topology.device)
-        dist.broadcast(flag, src=0)
-        return bool(flag.item())
+        return self._topology.from_main(wanted)
 
     def _beat(self, phase: Phase, *, force: bool = False) -> None:
         now = time.time()

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_r1reward.config.schema import RunConfig
@@ -34,8 +33,7 @@ from megatron_r1reward.reward.consistency import JudgeDownError
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.training import alarms, resume
-from megatron_r1reward.training.colocated import make_room_for_servers
-from megatron_r1reward.training.data_parallel import synchronize_parameters
+from megatron_r1reward.training.data_parallel import make_room_for_servers, synchronize_parameters
 from megatron_r1reward.training.heartbeat import RunControl
 from megatron_r1reward.training.policy_update import update_policy
 from megatron_r1reward.training.producer import RolloutProducer
@@ -89,6 +87,7 @@ def train_step(state: TrainState, main: MainRank | None, timer: PhaseTimer) -> d
     with timer.phase("wait"):
         if main is not None:
             main.producer.before_push()
+        state.topology.from_main(None)  # no rank waits in a collective of the device while responses are sampled
     with timer.phase("push"):
         push_weights(state, None if main is None else main.services)
     return metrics
@@ -96,7 +95,7 @@ def train_step(state: TrainState, main: MainRank | None, timer: PhaseTimer) -> d
 
 def take_rollouts(state: TrainState, main: MainRank | None) -> tuple[Sequence[ScoredRollout], dict[str, float]]:
     """This step's scored rollouts from the main rank; every rank gets them."""
-    message: list[Any] = [None]
+    message: Any = None
     if main is not None:
         try:
             batch = main.producer.take(state.step)
@@ -105,14 +104,13 @@ def take_rollouts(state: TrainState, main: MainRank | None) -> tuple[Sequence[Sc
                 pool.sleep()  # colocated servers leave the device to the trainer
             if main.recorder is not None:
                 main.recorder.write(batch)
-            message = [(batch.scored, step_metrics(batch, pool))]
+            message = (batch.scored, step_metrics(batch, pool))
         except (JudgeDownError, ValueError) as error:  # all ranks save together, or complain together
-            message = [error]
-    if state.topology.world_size > 1:
-        dist.broadcast_object_list(message, src=0)
-    if isinstance(message[0], Exception):
-        raise message[0]
-    return message[0]
+            message = error
+    message = state.topology.from_main(message)
+    if isinstance(message, Exception):
+        raise message
+    return message
 
 
 def push_weights(state: TrainState, services: Services | None) -> None:
@@ -145,13 +143,7 @@ def prepare(config: RunConfig, topology: Topology) -> TrainState:
     config.sampling.check_for_rl()
     updates = config.rl.steps * config.rl.rollout_batch_size // config.rl.train_batch_size
     with_reference = config.algorithm.needs_reference
-    state = build_state(config, topology, optimizer_steps=updates, with_reference=with_reference, sampled=True)
-    if state.hf_config.model_type == "qwen3_vl_moe" and topology.device.type == "cpu":
-        raise ValueError(
-            f"{config.model.path} has experts: vLLM on a CPU samples from other weights after a push of them "
-            "(measured); run RL of a mixture of experts on GPUs"
-        )
-    return state
+    return build_state(config, topology, optimizer_steps=updates, with_reference=with_reference, sampled=True)
 
 
 def run(config: RunConfig, topology: Topology, services: Services | None) -> Path | None:

@@ -138,11 +138,13 @@ def add_advantages(state: TrainState, batch: RolloutBatch) -> RolloutBatch:
         kl_coefficient=algorithm.kl_coefficient,
         gamma=algorithm.gamma,
     )
+    # On the device: its groups take no tensors of the host.
+    returns_R = returns_R.to(state.topology.device)
     result = normalize_and_filter(returns_R, algorithm, group=_data_parallel_group(state))
     return replace(
         batch,
-        advantages=result.advantages,
-        filtered=result.filtered_mask,
+        advantages=result.advantages.cpu(),
+        filtered=result.filtered_mask.cpu(),
         returns_mean=result.mean,
         returns_std=result.std,
     )

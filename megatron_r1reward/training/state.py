@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer.module import Float16Module, MegatronModule
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from megatron_r1reward.checkpoint.dist import load_weights
@@ -21,15 +20,21 @@ from megatron_r1reward.data.pixels import ImageProcessor
 from megatron_r1reward.kernels.lm_head import HeadOptions
 from megatron_r1reward.kernels.policy_loss.row_kernels import PolicyLossOptions
 from megatron_r1reward.model_folder.examine import load_tokenizer
-from megatron_r1reward.model_folder.weight_table import WeightTable
+from megatron_r1reward.model_folder.weight_table import WeightTable, adapt_table
+from megatron_r1reward.models.base import on_device
 from megatron_r1reward.models.head import configure_heads
 from megatron_r1reward.models.registry import family_of, load_hf_config
-from megatron_r1reward.models.table import adapt_table
 from megatron_r1reward.parallel.chunks import chunks_of, join_chunks
 from megatron_r1reward.parallel.legality import row_multiple, sequence_multiple
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.rollout.banned import banned_token_ids
-from megatron_r1reward.training.data_parallel import check_freezing, finalize_gradients, freeze, wrap_data_parallel
+from megatron_r1reward.training.data_parallel import (
+    check_freezing,
+    finalize_gradients,
+    freeze,
+    gathers_mxfp8,
+    wrap_data_parallel,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -84,8 +89,11 @@ def build_state(
         whole_vision=config.parallel.vision == "image_sharded",
     )
 
-    def load_policy() -> tuple[list[MegatronModule], list[torch.nn.Module]]:
-        chunks = [family.build_model(configs, topology, n) for n in range(topology.virtual_pipeline_parallel_size)]
+    def load_policy() -> list[torch.nn.Module]:
+        chunks = [
+            on_device(family.build_model(configs, topology, n), topology.device, dtype)
+            for n in range(topology.virtual_pipeline_parallel_size)
+        ]
         if config.checkpoint.init_from is not None:
             load_weights(config.checkpoint.init_from, join_chunks(chunks))
         else:
@@ -94,17 +102,17 @@ def build_state(
         loss = PolicyLossOptions.from_config(config.algorithm) if sampled and config.algorithm.fused_loss else None
         for chunk in chunks:
             configure_heads(chunk, _head_options(config, sampled), device=topology.device, dtype=dtype, loss=loss)
-        wrapped = [Float16Module(configs.language, chunk) if dtype == torch.bfloat16 else chunk for chunk in chunks]
-        return chunks, wrapped
+        return chunks
 
-    chunks, wrapped = load_policy()
+    chunks = load_policy()
+    # Before the optimizer and DDP put their functions into the configuration, which layers with experts copy.
+    reference = join_chunks(load_policy()).requires_grad_(False) if with_reference else None
     for chunk in chunks:
         freeze(chunk, config.model)
-    model = wrap_data_parallel(wrapped, configs.language, config)
+    model = wrap_data_parallel(chunks, configs.language, config)
     optimizer = get_megatron_optimizer(_optimizer_config(config, dtype), chunks_of(model))
     configs.language.finalize_model_grads_func = finalize_gradients
     configs.language.grad_scale_func = optimizer.scale_loss
-    reference = join_chunks(load_policy()[1]).requires_grad_(False) if with_reference else None
     tokenizer = load_tokenizer(config.model.path)
     return TrainState(
         config=config,
@@ -168,6 +176,7 @@ def _optimizer_config(config: RunConfig, dtype: torch.dtype) -> OptimizerConfig:
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,
         fp8_recipe=config.precision.fp8_recipe if config.precision.fp8 else None,
+        reuse_grad_buf_for_mxfp8_param_ag=gathers_mxfp8(config),
     )
 
 

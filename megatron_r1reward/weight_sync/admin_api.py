@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from megatron_r1reward.network.tokens import bearer
-from megatron_r1reward.weight_sync.weights import WeightPushError
+from megatron_r1reward.weight_sync import WeightPushError
 
 
 @dataclass(frozen=True, kw_only=True)

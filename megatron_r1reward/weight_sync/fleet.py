@@ -14,12 +14,10 @@ from megatron_r1reward.servers.group import ServerGroup
 from megatron_r1reward.servers.member import Member
 from megatron_r1reward.servers.recovery import AdmissionError
 from megatron_r1reward.types import Rollout, TensorMeta
+from megatron_r1reward.weight_sync import WeightPushError
 from megatron_r1reward.weight_sync.admin_api import ControlPlane, Target
-from megatron_r1reward.weight_sync.buckets import WeightUpdate
-from megatron_r1reward.weight_sync.protocol import Failures, WeightPush
-from megatron_r1reward.weight_sync.snapshot import Recording, WeightSnapshot
-from megatron_r1reward.weight_sync.transport import Transport
-from megatron_r1reward.weight_sync.weights import WeightPushError
+from megatron_r1reward.weight_sync.buckets import Recording, WeightSnapshot, WeightUpdate
+from megatron_r1reward.weight_sync.protocol import Failures, Transport, WeightPush
 
 log = logging.getLogger(__name__)
 

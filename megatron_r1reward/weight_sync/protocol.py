@@ -1,23 +1,73 @@
-"""vLLM's protocol around a transport: pause -> start -> buckets -> finish -> verify -> resume, on all at once."""
+"""What a weight transport does, and vLLM's protocol around it, on all servers at once:
+
+pause -> start -> buckets (a transport: broadcast_sender, shared_memory_sender) -> finish -> verify -> resume
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
+from megatron_r1reward.weight_sync import WeightPushError
 from megatron_r1reward.weight_sync.admin_api import ControlPlane, Target
-from megatron_r1reward.weight_sync.buckets import UpdateMessage, WeightUpdate
-from megatron_r1reward.weight_sync.snapshot import BucketSource
-from megatron_r1reward.weight_sync.transport import Transport
-from megatron_r1reward.weight_sync.weights import WeightPushError
+from megatron_r1reward.weight_sync.buckets import BucketSource, UpdateMessage, WeightUpdate
 
 log = logging.getLogger(__name__)
 Failures = dict[Target, str]
 
 _ABANDON = {"update_info": asdict(UpdateMessage(abandon=True))}
 _HEALTH_TIMEOUT_S = 5.0
+
+
+class Transport(ABC):
+    """Carries the buckets of one update to every worker of every server.
+
+    The life of a connection: connect -> send, send, ... -> disconnect; a failed send is followed by disconnect.
+    `WeightPush` puts the steps of vLLM's protocol around it.
+    """
+
+    device: torch.device  # where it takes buckets from
+    needs_memory_file = False  # whether the buckets must lie in a snapshot that other processes can open
+
+    @abstractmethod
+    def connect(self, control: ControlPlane, source: BucketSource) -> None:
+        """Open the way to every worker of `control.targets`.
+
+        Raises:
+            WeightPushError: a server refused, or did not come in time.
+        """
+
+    @abstractmethod
+    def send(self, control: ControlPlane, update: WeightUpdate, source: BucketSource) -> None:
+        """Deliver all buckets; returns when every worker has received, verified and loaded them.
+
+        Raises:
+            WeightPushError: a server refused, or was lost.
+        """
+
+    @abstractmethod
+    def disconnect(self) -> None:
+        """Close the way, at any time, even if never connected; workers that wait for data notice soon."""
+
+    def close(self) -> None:
+        """Disconnect for good."""
+        self.disconnect()
+
+
+def wait_for(ours: Future[Any], theirs: Iterator[Future[Any]] | list[Future[Any]]) -> Any:
+    """The result of our end of an exchange; raises at once when one of the servers' ends fails."""
+    pending: set[Future[Any]] = {ours, *theirs}
+    while not ours.done():
+        done, pending = wait(pending, return_when=FIRST_COMPLETED)
+        for call in done:
+            call.result()
+    return ours.result()
 
 
 class WeightPush:

@@ -6,14 +6,16 @@ Handles travel as JSON (numbers and base64), so nothing is unpickled; vLLM's own
 from __future__ import annotations
 
 import base64
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from megatron_r1reward.weight_sync.weights import WeightPushError
+from megatron_r1reward.weight_sync import WeightPushError
 
+log = logging.getLogger(__name__)
 IPC_ADVICE = "rollout.weight_transport 'ipc' needs servers on the trainer's machine; use 'gloo' or 'nccl'"
 
 
@@ -34,9 +36,25 @@ class MemoryFile:
         os.ftruncate(self._descriptor, num_bytes)
         self.path = f"/proc/{os.getpid()}/fd/{self._descriptor}"
         self.tensor = open_memory_file(self.path, num_bytes, "is /proc mounted?")
+        self._is_pinned = False
+
+    def pin(self) -> None:
+        """Let a GPU copy to and from it by itself: several times the speed of pageable memory, and the host goes on."""
+        code = torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), self.tensor.numel(), 0)
+        self._is_pinned = int(code) == 0
+        if not self._is_pinned:
+            log.warning(
+                "%.1f GB of host memory for weights cannot be pinned (CUDA error %d): pushes are slower. Raise the "
+                "limit of locked memory (ulimit -l)",
+                self.tensor.numel() / 1e9,
+                int(code),
+            )
 
     def close(self) -> None:
         """Give the descriptor back; the memory lives until the last mapping is gone."""
+        if self._is_pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())
+            self._is_pinned = False
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

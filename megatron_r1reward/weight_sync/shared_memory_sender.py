@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from megatron_r1reward.weight_sync.admin_api import ControlPlane
-from megatron_r1reward.weight_sync.buckets import UpdateMessage, WeightUpdate
+from megatron_r1reward.weight_sync.buckets import BucketSource, UpdateMessage, WeightUpdate
+from megatron_r1reward.weight_sync.protocol import Transport
 from megatron_r1reward.weight_sync.shared_memory import MemoryFile, SharedBuffer, export_cuda
-from megatron_r1reward.weight_sync.snapshot import BucketSource
-from megatron_r1reward.weight_sync.transport import Transport
 
 
 class IpcTransport(Transport):

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from megatron_r1reward.weight_sync.broadcast_group import Rendezvous
+from megatron_r1reward.weight_sync import WeightPushError
+from megatron_r1reward.weight_sync.broadcast_group import Inlet, Rendezvous
 from megatron_r1reward.weight_sync.buckets import Bucket, UpdateMessage, WeightUpdate, checksums, verify
-from megatron_r1reward.weight_sync.once_per_host import Inlet
 from megatron_r1reward.weight_sync.shared_memory import IPC_ADVICE, SharedBuffer, open_cuda, open_memory_file
-from megatron_r1reward.weight_sync.weights import WeightPushError
 
 
 class _Receiver(WeightTransferEngine[Any, Any]):
@@ -30,9 +30,12 @@ class _Receiver(WeightTransferEngine[Any, Any]):
 
     update_info_cls = UpdateMessage
     supports_draft_weight_update = False
+    _expert_kernels: dict[UnquantizedFusedMoEMethod, Any] | None = None  # those taken out for the update under way
 
     def start_weight_update(self) -> None:
         _forget_partial_layers(self.model)
+        if self.device.type == "cpu":  # those that an abandoned update has taken out are still out
+            self._expert_kernels = (self._expert_kernels or {}) | _take_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: UpdateMessage) -> None:
@@ -52,11 +55,16 @@ class _Receiver(WeightTransferEngine[Any, Any]):
 
     def _load(self, bucket: Bucket, flat: torch.Tensor) -> None:
         """`flat` must not change before the update is finished: incomplete layers keep views of it."""
+        if flat.is_cuda:  # it came on another thread's stream, and may be freed while this one's still reads it
+            flat.record_stream(torch.cuda.current_stream(flat.device))
         self.model.load_weights([(name, tensor.to(self.device)) for name, tensor in bucket.tensors(flat)])
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
         _repack_lm_head(self.model)
+        for method, kernel in (self._expert_kernels or {}).items():
+            method.moe_kernel = method.moe_kernel or kernel  # no new weights came for this layer
+        self._expert_kernels = None
 
 
 class GroupReceiver(_Receiver):
@@ -174,6 +182,20 @@ def _incomplete_layers(model: torch.nn.Module) -> list[str]:
         if started and not isinstance(layer, VocabParallelEmbedding):
             names.append(name)
     return names
+
+
+def _take_expert_kernels(model: torch.nn.Module) -> dict[UnquantizedFusedMoEMethod, Any]:
+    """Take their kernels out of the layers with experts; by the method that has lost one.
+
+    vLLM packs the experts of a layer for a CPU where it builds their kernel, which it does once: weights that come
+    later are read as if they were packed, without an error. A layer without a kernel builds and packs again.
+    """
+    methods = [getattr(layer, "quant_method", None) for layer in model.modules()]
+    taken = {}
+    for method in methods:
+        if isinstance(method, UnquantizedFusedMoEMethod) and method.moe_kernel is not None:
+            taken[method], method.moe_kernel = method.moe_kernel, None
+    return taken
 
 
 def _repack_lm_head(model: torch.nn.Module) -> None:

@@ -33,8 +33,8 @@ from megatron_r1reward.servers.keeper import shared_memory_of
 from megatron_r1reward.servers.member import Member
 from megatron_r1reward.servers.process import VllmServer, start_servers
 from megatron_r1reward.types import Prompt
-from megatron_r1reward.weight_sync.weights import WeightPushError
-from megatron_r1reward.weight_sync.weights_gloo import GlooTransport
+from megatron_r1reward.weight_sync import WeightPushError
+from megatron_r1reward.weight_sync.broadcast_sender import GlooTransport
 
 pytestmark = pytest.mark.e2e
 SECTION = SERVER.model_copy(

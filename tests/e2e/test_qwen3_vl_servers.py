@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from megatron_r1reward.parallel import setup
 from megatron_r1reward.rollout.open_pool import open_rollout_pool
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.types import Prompt, Rollout
+from megatron_r1reward.weight_sync import WeightPushError
 
 pytestmark = pytest.mark.e2e
 TOLERANCE = 1e-3  # float32 on both sides, different kernels
@@ -31,7 +33,7 @@ def topology() -> Iterator[setup.Topology]:
     setup.shutdown()
 
 
-@pytest.fixture(scope="module", params=["qwen3_vl"])
+@pytest.fixture(scope="module", params=["qwen3_vl", "qwen3_vl_moe"])
 def member(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Member:
     folder = tmp_path_factory.mktemp("member") / "checkpoint"
     write_tiny_checkpoint(
@@ -44,7 +46,7 @@ def member(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def pool(member: Member, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutPool]:
     with open_rollout_pool(
-        SERVER,
+        SERVER.model_copy(update={"weight_bucket_bytes": 100_000}),
         model_path=member.folder,
         tokenizer=member.tokenizer,
         log_dir=tmp_path_factory.mktemp("logs"),
@@ -96,3 +98,20 @@ def test_server_and_trainer_agree_before_and_after_a_push(
     assert {span.version for rollout in after.rollouts for span in rollout.weight_spans} == {1}
     assert worst_error(model, member, after.rollouts) < TOLERANCE
     assert worst_error(model, member, before.rollouts) > 0.1, "the push has to change something"
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+    half = len(exporter.metas) // 2
+    with pytest.raises(WeightPushError, match="the trainer broke off"):
+        pool.push_weights(exporter.metas, _broken_off(exporter.tensors(), after=half), version=2)
+    pool.push_weights(exporter.metas, exporter.tensors(), version=3)
+    last = pool.generate(prompts(member, image_paths), SAMPLING, n=2, seed=0)
+    assert {span.version for rollout in last.rollouts for span in rollout.weight_spans} == {3}
+    assert worst_error(model, member, last.rollouts) < TOLERANCE
+    assert worst_error(model, member, after.rollouts) > 0.01
+
+
+def _broken_off(tensors: Iterator[tuple[str, torch.Tensor]], *, after: int) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from islice(tensors, after)
+    raise ConnectionError("the trainer broke off")

@@ -6,10 +6,12 @@ import time
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+import torch
 from reference import PATIENCE_S, SERVER, Reference
 
 from megatron_r1reward.config.schema import SamplingSection
@@ -22,8 +24,8 @@ from megatron_r1reward.servers.build import SERVED_NAME
 from megatron_r1reward.servers.keeper import shared_memory_of
 from megatron_r1reward.servers.process import VllmServer, start_servers
 from megatron_r1reward.types import Prompt
+from megatron_r1reward.weight_sync import WeightPushError
 from megatron_r1reward.weight_sync.admin_api import ControlPlane
-from megatron_r1reward.weight_sync.weights import WeightPushError
 
 pytestmark = pytest.mark.e2e
 SAMPLING = SamplingSection(max_tokens=16)
@@ -171,3 +173,55 @@ def test_one_worker_fails_alone(
     assert {span.version for rollout in result.rollouts for span in rollout.weight_spans} == {version + 1}
     assert max(map(reference.error, result.rollouts)) < 1e-3
     assert pool.status()[0].restarts == 0
+
+
+def test_what_workers_do_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sides that no server takes here: their own memory, one bucket ahead, no repacking, copies that are kept."""
+    from megatron_r1reward.weight_sync import vllm_worker
+
+    gpu = torch.device("cuda", 0)
+    receiver = object.__new__(vllm_worker.GroupReceiver)
+    receiver.device, receiver.model = gpu, torch.nn.Linear(1, 1)
+    receiver.parallel_config = SimpleNamespace(data_parallel_index=0, world_size=1, rank=0)  # type: ignore[assignment]
+
+    joined: list[Any] = []
+    monkeypatch.setattr(vllm_worker.Inlet, "join", lambda *arguments: joined.append(arguments))
+    receiver.init_transfer_engine(SimpleNamespace(rank_offset=3))  # type: ignore[arg-type]
+    assert joined[0][1:] == (3, gpu)
+
+    monkeypatch.setattr(vllm_worker, "initialize_layerwise_reload", lambda _: None)
+    monkeypatch.setattr(vllm_worker, "_take_expert_kernels", lambda _: pytest.fail("a GPU packs no experts"))
+    receiver.start_weight_update()
+
+    class Inlet:
+        asked = 0
+
+        def receive(self, bucket: object) -> torch.Tensor:
+            self.asked += 1
+            return torch.zeros(0)
+
+    monkeypatch.setattr(vllm_worker, "checksums", lambda bucket, flat: flat)
+    inlet = Inlet()
+    coming = receiver._incoming(inlet, ["bucket"] * 5)  # type: ignore[arg-type]
+    next(coming)
+    assert inlet.asked <= 2, "there is room for one more bucket"
+    coming.close()
+
+    kept: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the loader's")
+    flat = SimpleNamespace(is_cuda=True, device=gpu, record_stream=kept.append, clone=lambda: flat)
+    receiver.model = SimpleNamespace(load_weights=lambda tensors: None)  # type: ignore[assignment]
+    receiver._load(SimpleNamespace(tensors=lambda _: ()), flat)  # type: ignore[arg-type]
+    assert kept == ["the loader's"]
+
+    shared = object.__new__(vllm_worker.SharedReceiver)
+    loaded: list[Any] = []
+    copy = SimpleNamespace()
+    staged = SimpleNamespace(is_cuda=True, clone=lambda: copy)
+    shared._shared = type("Staging", (), {"__getitem__": lambda self, _: staged})()
+    monkeypatch.setattr(vllm_worker, "verify", lambda *_: None)
+    monkeypatch.setattr(shared, "_load", lambda bucket, flat: loaded.append(flat))
+    bucket = SimpleNamespace(num_bytes=1, metas=())
+    update = SimpleNamespace(buckets=lambda: [bucket])
+    shared._receive(update, SimpleNamespace(offset=0, checksums=[]))  # type: ignore[arg-type]
+    assert loaded == [copy], "the sender overwrites its staging buffer"

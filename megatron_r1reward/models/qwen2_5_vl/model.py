@@ -8,9 +8,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_r1reward.kernels.linear_policy_loss import PolicyLossOutput
-from megatron_r1reward.models.base import HeadlessGPT, VisionLanguageModel
+from megatron_r1reward.models.base import HeadlessGPT, VisionLanguageModel, place_images
 from megatron_r1reward.models.head import LossRequest, use_response_head
-from megatron_r1reward.models.place_embeddings import place_images
 from megatron_r1reward.models.qwen2_5_vl.config import ModelConfigs
 from megatron_r1reward.models.qwen2_5_vl.rotary import PackedMultimodalRotary, rotary_frequencies
 from megatron_r1reward.models.qwen2_5_vl.vision import VisionTower
@@ -80,12 +79,12 @@ class Qwen25VL(VisionLanguageModel):
         """The last chunk returns float32 [2, R]: log-probs of the response tokens and the entropies of their
         distributions, on every context-parallel rank; or the policy loss that `request` asks for. Other chunks return
         hidden states for the next one."""
-        split = split_context(batch.cu_seqlens, self.context_parallel_group)
+        split = split_context(batch.bounds, self.context_parallel_group, batch.input_ids.device)
         hidden_T1H = self.language_model(
             input_ids=None,
-            position_ids=batch.position_ids,
+            position_ids=batch.position_ids if split is None else batch.position_ids[..., split.positions],
             attention_mask=None,
             decoder_input=self._embed(batch, split) if self.pre_process else None,
-            packed_seq_params=packed(batch.cu_seqlens),
+            packed_seq_params=packed(batch.cu_seqlens, batch.bounds, split),
         )
         return self.response_output(hidden_T1H, batch, split, request) if self.post_process else hidden_T1H

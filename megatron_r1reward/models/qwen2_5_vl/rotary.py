@@ -11,8 +11,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 class PackedMultimodalRotary(MultimodalRotaryEmbedding):
-    """megatron-core 0.16.1 slices the frequencies for context parallelism as one row even when sequences are packed,
-    and slices them again per sequence in attention: silently wrong. Packed rows get the unsliced frequencies."""
+    """megatron-core 0.16.1 slices the frequencies for context parallelism as one row even when sequences are packed:
+    silently wrong. Here a rank gives the positions of its own tokens and gets their frequencies."""
 
     def forward(
         self, position_ids: torch.Tensor, mrope_section: list[int], cp_group: object | None = None

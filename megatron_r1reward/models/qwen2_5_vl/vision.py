@@ -13,29 +13,28 @@ from typing import Any
 import torch
 from megatron.core.models.common.vision_module.vision_module import VisionModule
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
 from megatron_r1reward.models.qwen2_5_vl.config import ModelConfigs
 from megatron_r1reward.parallel.setup import Topology
-from megatron_r1reward.parallel.specs import final_norm, layer_spec, packed
+from megatron_r1reward.parallel.specs import PackedRow, PackedSelfAttention, final_norm, layer_spec, packed
+from megatron_r1reward.parallel.transfer import to_device
 from megatron_r1reward.parallel.vision_sharding import vision_sharding
 
 ROTARY_BASE = 10_000.0
 
 
 @dataclass
-class WindowedSeqParams(PackedSeqParams):
+class WindowedRow(PackedRow):
     """Window bounds for windowed blocks; `frames` holds the bounds for full-attention blocks."""
 
-    frames: PackedSeqParams | None = None
+    frames: PackedRow | None = None
 
 
-class FrameSelfAttention(SelfAttention):
+class FrameSelfAttention(PackedSelfAttention):
     """Self-attention of a full-attention block: attends within frames instead of windows."""
 
     def forward(
@@ -55,15 +54,16 @@ class PatchLayout:
 
     positions: torch.Tensor  # int64 [P, 2]
     window_order: torch.Tensor  # int64 [M]
-    window_bounds: torch.Tensor  # int32 [windows + 1], in patches
-    frame_bounds: torch.Tensor  # int32 [frames + 1], in patches
+    window_bounds: tuple[int, ...]  # windows + 1, in patches
+    frame_bounds: tuple[int, ...]  # frames + 1, in patches
 
 
 def patch_layout(image_grid_thw: torch.Tensor, *, merge_size: int, window_size: int, patch_size: int) -> PatchLayout:
     """Lay out the patches of images with grids `image_grid_thw` [I, 3] (frames, rows, columns of patches).
 
     Patches arrive grouped by merge unit (m x m), as the image processor writes them. Ragged windows at the right and
-    lower edge are simply smaller, which equals the padded construction upstream.
+    lower edge are simply smaller, which equals the padded construction upstream. Within a frame windows of one size
+    stand next to each other: attention is one call for each such run.
     """
     m = merge_size
     window = window_size // merge_size // patch_size
@@ -77,18 +77,25 @@ def patch_layout(image_grid_thw: torch.Tensor, *, merge_size: int, window_size: 
         units = torch.arange(frames * unit_rows * unit_columns).reshape(frames, unit_rows, unit_columns) + first_unit
         for frame in units:
             frame_bounds.append(frame_bounds[-1] + rows * columns)
-            for top in range(0, unit_rows, window):
-                for left in range(0, unit_columns, window):
-                    block = frame[top : top + window, left : left + window].flatten()
-                    order.append(block)
-                    window_bounds.append(window_bounds[-1] + block.numel() * m * m)
+            blocks = [
+                frame[top : top + window, left : left + window].flatten()
+                for top in range(0, unit_rows, window)
+                for left in range(0, unit_columns, window)
+            ]
+            for block in sorted(blocks, key=lambda block: -block.numel()):
+                order.append(block)
+                window_bounds.append(window_bounds[-1] + block.numel() * m * m)
         first_unit += units.numel()
     return PatchLayout(
         positions=torch.cat(positions),
         window_order=torch.cat(order),
-        window_bounds=torch.tensor(window_bounds, dtype=torch.int32),
-        frame_bounds=torch.tensor(frame_bounds, dtype=torch.int32),
+        window_bounds=tuple(window_bounds),
+        frame_bounds=tuple(frame_bounds),
     )
+
+
+def _packed_on(device: torch.device, bounds: tuple[int, ...]) -> PackedRow:
+    return packed(to_device(torch.tensor(bounds, dtype=torch.int32), device), bounds)
 
 
 class VisionTower(VisionModule):
@@ -162,28 +169,21 @@ class VisionTower(VisionModule):
             patch_size=vision.patch_size,
         )
         device = pixel_values.device
-        order = layout.window_order.to(device)
+        order = to_device(layout.window_order, device)
         patches = pixel_values.shape[0]
 
         def to_window_order(x: torch.Tensor) -> torch.Tensor:
             return x.reshape(patches // self.unit, self.unit, -1)[order].reshape(patches, -1)
 
         hidden = to_window_order(self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype)))
-        angles = layout.positions.to(device)[..., None].float() * self.inverse_frequency  # [P, 2, head_dim / 4]
+        angles = to_device(layout.positions, device)[..., None].float() * self.inverse_frequency  # [P, 2, head_dim / 4]
         angles = to_window_order(angles.flatten(1))
-        windows = packed(layout.window_bounds.to(device))
+        windows = _packed_on(device, layout.window_bounds)
         output = self.decoder(
             hidden_states=hidden[:, None, :],
             attention_mask=None,
             rotary_pos_emb=torch.cat([angles, angles], dim=-1)[:, None, None, :],
-            packed_seq_params=WindowedSeqParams(
-                qkv_format=windows.qkv_format,
-                cu_seqlens_q=windows.cu_seqlens_q,
-                cu_seqlens_kv=windows.cu_seqlens_kv,
-                max_seqlen_q=windows.max_seqlen_q,
-                max_seqlen_kv=windows.max_seqlen_kv,
-                frames=packed(layout.frame_bounds.to(device)),
-            ),
+            packed_seq_params=WindowedRow(**vars(windows), frames=_packed_on(device, layout.frame_bounds)),
         )
         merged = self.merger(output.reshape(patches // self.unit, -1))
         return merged[torch.argsort(order)]

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -17,7 +16,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_r1reward.parallel.specs import final_norm, layer_spec
+from megatron_r1reward.parallel.specs import PackedRow, final_norm, layer_spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +29,7 @@ class RouterBalance:
 
 
 @dataclass
-class DecoderSeqParams(PackedSeqParams):
+class DecoderRow(PackedRow):
     """Packed-sequence parameters, and where the deepstack features of `context` go: level i of it belongs to decoder
     layer `first_level + i` and is added to rows `visual_rows` of that layer's output."""
 
@@ -47,7 +46,7 @@ class DeepstackLayer(TransformerLayer):
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        where: DecoderSeqParams = kwargs["packed_seq_params"]
+        where: DecoderRow = kwargs["packed_seq_params"]
         if self.is_moe_layer:  # set here, so that a recomputed forward has its own micro-batch's
             self.mlp.router.balance = where.balance
         hidden_T1H, features_KVH = super().forward(*args, **kwargs)

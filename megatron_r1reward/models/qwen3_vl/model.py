@@ -13,7 +13,7 @@ from megatron_r1reward.models.base import HeadlessGPT, VisionLanguageModel
 from megatron_r1reward.models.head import LossRequest, use_response_head
 from megatron_r1reward.models.qwen2_5_vl.rotary import rotary_frequencies
 from megatron_r1reward.models.qwen3_vl.config import ModelConfigs
-from megatron_r1reward.models.qwen3_vl.layers import DecoderSeqParams, RouterBalance, decoder_layer_spec
+from megatron_r1reward.models.qwen3_vl.layers import DecoderRow, RouterBalance, decoder_layer_spec
 from megatron_r1reward.models.qwen3_vl.rotary import InterleavedMultimodalRotary
 from megatron_r1reward.models.qwen3_vl.vision import VisionTower
 from megatron_r1reward.parallel.context import ContextSplit, split_context
@@ -138,7 +138,7 @@ class Qwen3VL(VisionLanguageModel):
         """The last chunk returns float32 [2, R]: log-probs of the response tokens and the entropies of their
         distributions, on every context-parallel rank; or the policy loss that `request` asks for. Other chunks return
         hidden states for the next one."""
-        split: ContextSplit | None = split_context(batch.cu_seqlens, self.context_parallel_group)
+        split: ContextSplit | None = split_context(batch.bounds, self.context_parallel_group, batch.input_ids.device)
         everything_T = torch.arange(batch.num_tokens, device=batch.input_ids.device)
         positions_T = everything_T if split is None else split.positions
         visual_T = self._is_visual(batch)
@@ -150,11 +150,11 @@ class Qwen3VL(VisionLanguageModel):
             embedding_T1H, features_KVH = None, self._receive(len(mine_T), len(visual_rows_V))
         hidden_T1H = self.language_model(
             input_ids=None,
-            position_ids=batch.position_ids,
+            position_ids=batch.position_ids if split is None else batch.position_ids[..., split.positions],
             attention_mask=None,
             decoder_input=embedding_T1H,
-            packed_seq_params=DecoderSeqParams(
-                **vars(packed(batch.cu_seqlens)),
+            packed_seq_params=DecoderRow(
+                **vars(packed(batch.cu_seqlens, batch.bounds, split)),
                 visual_rows=visual_rows_V,
                 first_level=self.layers.start,
                 balance=_balance(batch, mine_T) if self.config.num_moe_experts else None,

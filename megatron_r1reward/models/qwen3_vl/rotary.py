@@ -12,8 +12,8 @@ from megatron_r1reward.models.qwen2_5_vl.rotary import mrope_positions
 
 class InterleavedMultimodalRotary(MultimodalRotaryEmbedding):
     """Frequency i turns with the temporal, height or width position as i % 3 is 0, 1 or 2, while the axis has
-    frequencies left (`mrope_section`); what is left over is temporal. Packed rows get the frequencies of the whole row,
-    as in the first family: attention cuts them for context parallelism per sequence."""
+    frequencies left (`mrope_section`); what is left over is temporal. Nothing is sliced for context parallelism, as in
+    the first family: a rank gives the positions of its own tokens."""
 
     def forward(
         self, position_ids: torch.Tensor, mrope_section: list[int], cp_group: object | None = None

@@ -7,13 +7,13 @@ which the first decoder layers of the language model add to their outputs.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.models.common.vision_module.vision_module import VisionModule
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
@@ -25,7 +25,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_r1reward.models.qwen3_vl.config import ModelConfigs
 from megatron_r1reward.parallel.setup import Topology
-from megatron_r1reward.parallel.specs import TorchNorm, final_norm, layer_spec, packed
+from megatron_r1reward.parallel.specs import PackedRow, TorchNorm, final_norm, layer_spec, packed
+from megatron_r1reward.parallel.transfer import to_device
 from megatron_r1reward.parallel.vision_sharding import vision_sharding
 
 ROTARY_BASE = 10_000.0
@@ -37,7 +38,7 @@ class PatchLayout:
     merge unit (m x m)."""
 
     positions: torch.Tensor  # int64 [P, 2]: row, column
-    frame_bounds: torch.Tensor  # int32 [frames + 1], in patches
+    frame_bounds: tuple[int, ...]  # frames + 1, in patches
     table_rows: torch.Tensor  # int64 [P, 4]: the four entries of the position table around a patch
     table_weights: torch.Tensor  # float32 [P, 4]: their bilinear weights
 
@@ -65,7 +66,7 @@ def patch_layout(image_grid_thw: torch.Tensor, *, merge_size: int, table_side: i
         frames_of += [rows * columns] * frames
     return PatchLayout(
         positions=torch.cat(positions),
-        frame_bounds=torch.tensor([0, *frames_of]).cumsum(0).int(),
+        frame_bounds=tuple(itertools.accumulate(frames_of, initial=0)),
         table_rows=torch.cat(rows_of),
         table_weights=torch.cat(weights_of),
     )
@@ -79,7 +80,7 @@ def _between(index: torch.Tensor, size: int, side: int) -> tuple[torch.Tensor, t
 
 
 @dataclass
-class TowerSeqParams(PackedSeqParams):
+class TowerRow(PackedRow):
     """Frame bounds, and the number of patches: rows beyond it are tapped features that pass through."""
 
     patches: int = 0
@@ -203,16 +204,18 @@ class VisionTower(VisionModule):
         """The images given, on this rank's part of the tower: [M, (1 + K) * hidden]."""
         device, patches = pixel_values.device, pixel_values.shape[0]
         layout = patch_layout(image_grid_thw, merge_size=self.vision.spatial_merge_size, table_side=self.table_side)
-        table_PKH = self.pos_embed(layout.table_rows.to(device)) * layout.table_weights.to(device)[..., None]
+        table_PKH = self.pos_embed(to_device(layout.table_rows, device))
+        table_PKH = table_PKH * to_device(layout.table_weights, device)[..., None]
         hidden_PH = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype))
         hidden_PH = hidden_PH + table_PKH.sum(1).to(hidden_PH.dtype)
-        angles = (layout.positions.to(device)[..., None].float() * self.inverse_frequency).flatten(1)
-        frames = packed(layout.frame_bounds.to(device))
+        angles = (to_device(layout.positions, device)[..., None].float() * self.inverse_frequency).flatten(1)
+        bounds = to_device(torch.tensor(layout.frame_bounds, dtype=torch.int32), device)
+        frames = packed(bounds, layout.frame_bounds)
         output = self.decoder(
             hidden_states=hidden_PH[:, None],
             attention_mask=None,
             rotary_pos_emb=torch.cat([angles, angles], dim=-1)[:, None, None],
-            packed_seq_params=TowerSeqParams(**vars(frames), patches=patches),
+            packed_seq_params=TowerRow(**vars(frames), patches=patches),
         )
         final, *taps = output[:, 0].split(patches)
         # Decoder layers take the features in the order of the blocks; merger i belongs to the i-th block listed.

@@ -171,6 +171,13 @@ class TestNetwork:
         findings = network.check_variables(environment, self.NAMES, active_infiniband=True)
         assert levels(findings) == {check: level}
 
+    def test_sleep_mode_does_without_expandable_segments(self):
+        """vLLM turns them off for itself; what they cost is time, in CUDA IPC."""
+        environment = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+        (finding,) = network.check_variables(environment, self.NAMES, active_infiniband=True)
+        assert "CUDA IPC" in finding.message
+        assert "refuses" not in finding.message
+
     def test_names(self):
         assert network.check_name("n1", lambda host: "10.0.0.4", several_nodes=True).level == "ok"
         assert network.check_name("n1", lambda host: "127.0.1.1", several_nodes=True).level == "error"

@@ -82,7 +82,7 @@ def packed_twice(ids: list[int], prompt_length: int, positions_3T: torch.Tensor)
         input_ids=torch.tensor([[*text, *ids]]),
         position_ids=torch.cat([torch.arange(len(text)).expand(3, -1), positions_3T], dim=1)[:, None],
         cu_seqlens=torch.tensor([0, len(text), length], dtype=torch.int32),
-        max_seqlen=len(ids),
+        bounds=(0, len(text), length),
         response_positions=response - 1,
         targets=torch.tensor(ids[prompt_length:]),
         response_sequence=torch.ones(len(response), dtype=torch.int64),

@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-from megatron_r1reward.parallel.apex import check_apex, identify_apex
+from megatron_r1reward.parallel.setup import check_apex, identify_apex
 
 
 @pytest.fixture

@@ -9,18 +9,18 @@ from megatron_r1reward.parallel.context import assign_images, gathered_order, zi
 
 
 def test_every_token_is_on_one_rank_and_causal_work_is_equal() -> None:
-    cu_seqlens = torch.tensor([0, 16, 24, 64], dtype=torch.int32)
-    parts = [zigzag_positions(cu_seqlens, 4, rank) for rank in range(4)]
+    bounds = (0, 16, 24, 64)
+    parts = [zigzag_positions(bounds, 4, rank) for rank in range(4)]
     assert torch.equal(torch.cat(parts).sort().values, torch.arange(64))
     within = torch.cat([torch.arange(16), torch.arange(8), torch.arange(40)])  # keys a token attends to, less one
     assert len({int(within[part].sum()) for part in parts}) == 1
-    order = gathered_order(cu_seqlens, 4)
+    order = gathered_order(bounds, 4)
     assert torch.equal(torch.cat(parts)[order], torch.arange(64))
 
 
 def test_lengths_that_do_not_divide_are_named() -> None:
     with pytest.raises(ValueError, match="30 tokens does not divide into 2 x 2 chunks"):
-        zigzag_positions(torch.tensor([0, 30]), 2, 0)
+        zigzag_positions((0, 30), 2, 0)
 
 
 def test_images_are_balanced_and_complete() -> None:

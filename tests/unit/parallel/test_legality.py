@@ -39,7 +39,8 @@ def parallel(**values: object) -> ParallelSection:
         ({"tp": 8}, "does not divide num_attention_heads 28.*tensor_model_parallel_size 4"),
         ({"pp": 29}, "29 pipeline chunks are more than the 28 layers.*pipeline_model_parallel_size 28"),
         ({"pp": 8, "vpp": 4}, "32 pipeline chunks.*nearest legal layout: pipeline_model_parallel_size"),
-        ({"tp": 4, "cp": 2, "context_parallel_comm": "a2a"}, "cuts 7 heads per rank into 2"),
+        ({"tp": 4, "cp": 2, "context_parallel_comm": "a2a"}, "cuts 7 attention heads per rank into 2"),
+        ({"cp": 7, "context_parallel_comm": "a2a"}, "cuts 4 key and value heads per rank into 7"),
     ],
 )
 def test_refusals_give_the_reason_and_the_nearest_legal_layout(values, message) -> None:

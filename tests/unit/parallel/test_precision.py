@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -31,6 +33,12 @@ def test_every_recipe_reaches_megatron_core(recipe, device) -> None:
     assert "first_last_layers_bf16" not in got
 
 
+def test_deterministic_attention_is_flash_attentions() -> None:
+    """Transformer Engine falls back to an attention that knows no packed sequences where it has nothing else."""
+    values = {"transformer_impl": "transformer_engine", "deterministic": True}
+    assert arguments(values, replace(H100, flash_attention=True))["transformer_impl"] == "transformer_engine"
+
+
 def test_first_and_last_layers_in_bf16() -> None:
     got = arguments(FP8 | {"first_last_layers_bf16": True, "layers_at_end_in_bf16": 2}, H100)
     assert (got["num_layers_at_start_in_bf16"], got["num_layers_at_end_in_bf16"]) == (1, 2)
@@ -54,6 +62,7 @@ def test_first_and_last_layers_in_bf16() -> None:
         (FP8, H100, {"sizes": {"intermediate_size per rank": 3420}}, "3420 is not a multiple of 16"),
         (FP8 | {"fp8_recipe": "blockwise"}, H100, {"sizes": {"hidden_size": 2064}}, "multiple of 128"),
         ({"fp8_param_gather": True}, H100, {}, "precision.fp8 is not set"),
+        ({"transformer_impl": "transformer_engine", "deterministic": True}, H100, {}, "install flash-attn"),
     ],
 )
 def test_refusals(values, device, options, message) -> None:

@@ -17,8 +17,8 @@ from megatron_r1reward.rollout.pool import GenerateResult, RolloutPool
 from megatron_r1reward.servers.member import ServerError
 from megatron_r1reward.servers.server_status import read_status
 from megatron_r1reward.types import Prompt, TensorMeta
-from megatron_r1reward.weight_sync.transport import Transport
-from megatron_r1reward.weight_sync.weights import WeightPushError
+from megatron_r1reward.weight_sync import WeightPushError
+from megatron_r1reward.weight_sync.protocol import Transport
 
 SAMPLING = SamplingSection(max_tokens=8)
 FAULTS = [500, 503, "drop", "hang", "garbage", "one sample short", "log-probs of other tokens", "no log-prob"]

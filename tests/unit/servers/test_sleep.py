@@ -19,7 +19,7 @@ from megatron_r1reward.servers.member import ServerError
 from megatron_r1reward.servers.server_devices import weight_transport
 from megatron_r1reward.servers.sleep import NEXT, Colocation, DeviceMemory, Phase, PhaseError, PhaseMachine
 from megatron_r1reward.types import TensorMeta
-from megatron_r1reward.weight_sync.weights import WeightPushError
+from megatron_r1reward.weight_sync import WeightPushError
 
 SAMPLING = SamplingSection(max_tokens=8)
 SECTION = ServerSection(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -10,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_r1reward.weight_sync import broadcast_sender
 from megatron_r1reward.weight_sync.broadcast_group import BroadcastGroup, Rendezvous, listen
 
 TIMEOUT_S = 30.0  # of a receiver that does not notice by itself
@@ -68,3 +70,13 @@ def test_the_sender_notices_who_leaves_long_before_the_time_out() -> None:
         leaving.result(LONG_S)
         with pytest.raises(RuntimeError):
             staying.result(LONG_S)
+
+
+def test_the_end_of_the_process_does_not_wait_for_a_peer() -> None:
+    """A peer that never joins leaves nccl in its start, in a thread that nobody can end."""
+    never = threading.Event()
+    waiting = broadcast_sender._in_thread(never.wait)
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "weights")
+    assert thread.daemon
+    never.set()
+    assert waiting.result(LONG_S)

@@ -13,11 +13,9 @@ import torch.distributed as dist
 from waiting import wait_until
 
 from megatron_r1reward.types import TensorMeta
-from megatron_r1reward.weight_sync import once_per_host
-from megatron_r1reward.weight_sync.broadcast_group import BroadcastGroup, Rendezvous, listen
+from megatron_r1reward.weight_sync import WeightPushError, broadcast_group
+from megatron_r1reward.weight_sync.broadcast_group import BroadcastGroup, Inlet, Rendezvous, listen, open_sender
 from megatron_r1reward.weight_sync.buckets import Bucket, Packer, WeightUpdate, checksums
-from megatron_r1reward.weight_sync.once_per_host import Inlet, open_sender
-from megatron_r1reward.weight_sync.weights import WeightPushError
 
 TIMEOUT_S = 300.0
 
@@ -115,7 +113,7 @@ def test_nothing_gathers_in_the_store(connect: Callable[..., Wire]) -> None:
 
 def test_each_machine_has_one_that_receives(connect: Callable[..., Wire], monkeypatch: pytest.MonkeyPatch) -> None:
     machines = iter(["red", "green", "red", "green"])
-    monkeypatch.setattr(once_per_host, "this_machine", lambda: next(machines))
+    monkeypatch.setattr(broadcast_group, "this_machine", lambda: next(machines))
     wire = connect()
     assert len(in_group(wire)) == 2
     sent = tensors(0, 5, 70)

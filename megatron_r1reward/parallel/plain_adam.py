@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-class CpuFusedAdam(torch.optim.Optimizer):
+class PlainFusedAdam(torch.optim.Optimizer):
     """AdamW (decoupled decay) or Adam. The step lives in the parameter group; the state holds only the moments,
     which is what megatron-core's distributed optimizer saves and reshards."""
 
