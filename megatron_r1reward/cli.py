@@ -244,16 +244,33 @@ def data_digits(
 
 @data_app.command("import")
 def data_import(
-    source: Annotated[Path, typer.Argument(help="JSONL, Parquet file or folder, or saved datasets folder")],
+    source: Annotated[str, typer.Argument(help="file, folder or pattern of files, or a data set's id on the Hub")],
     out: Annotated[Path, typer.Option(help="folder to write")],
+    schema: Annotated[str, typer.Option(help="auto, or the name of a published schema (docs/data.md)")] = "auto",
     image_root: Annotated[Path | None, typer.Option(help="relative image paths are below it")] = None,
+    image_roots: Annotated[list[Path] | None, typer.Option(help="a further folder that images may be in")] = None,
+    split: Annotated[str, typer.Option(help="of a data set on the Hub")] = "train",
+    order: Annotated[str, typer.Option(help="of the two responses: auto, drawn or stored")] = "auto",
+    seed: Annotated[int, typer.Option(help="of the drawn order")] = 0,
 ) -> None:
     """Check a preference data set, write embedded images to files and bad rows to a quarantine file."""
     with user_errors():
         from megatron_r1reward.data.importing import import_preferences
 
-        result = import_preferences(source, out, image_root=image_root)
+        if order not in ("auto", "drawn", "stored"):
+            raise ValueError(f"--order {order!r}: give auto, drawn or stored")
+        result = import_preferences(
+            source,
+            out,
+            schema=schema,
+            image_root=image_root,
+            image_roots=image_roots or (),
+            split=split,
+            order=order,  # type: ignore[arg-type]  # checked above
+            seed=seed,
+        )
         typer.echo(f"{out}: {len(result.preferences)} usable rows, {result.quarantined} quarantined")
+        typer.echo(f"schema, order and counts: {out / 'import.json'}")
         if result.quarantine_path is not None:
             typer.echo(f"reasons: {result.quarantine_path}")
 

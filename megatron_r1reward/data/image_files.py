@@ -41,13 +41,16 @@ _DATA_URL = re.compile(r"data:[^,]*;base64,(?P<payload>.*)", re.DOTALL)
 # i.e. have no file name extension, to be mistaken for an embedded image. Longer texts may be pictures of any format.
 _BASE64_IMAGE = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk|SUkq|TU0A|AAAA)[A-Za-z0-9+/\s]{24,}={0,2}\s*")
 _LONG_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{256,}={0,2}\s*")
+MAX_FRAMES = 32  # of a video, as at the published evaluation
+_VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 _SHOWN = 100  # characters of a path in a message
 
 
 class MediaResolver:
     """Turns an `image` field into absolute paths.
 
-    A field is a path, raw bytes, a base64 string, a data URL, a `{"bytes", "path"}` mapping, or a list of these.
+    A field is a path, raw bytes, a base64 string, a data URL, a `{"bytes", "path"}` mapping, `{"frames": folder}` of a
+    video, or a list of these.
 
     Args:
         roots: relative paths are resolved against the first; every path must be inside one of them as it is written.
@@ -70,7 +73,18 @@ class MediaResolver:
         if value is None:
             return ()
         values = value if isinstance(value, list | tuple) else [value]
-        return tuple(self._resolve_one(item) for item in values)
+        return tuple(path for item in values for path in self._files(item))
+
+    def _files(self, value: Any) -> list[str]:
+        """The file of an image, or some frames of a folder of frames, evenly spaced in the order of their names."""
+        if not isinstance(value, Mapping) or value.get("frames") is None:
+            return [self._resolve_one(value)]
+        path = self._locate(str(value["frames"]), folder=True)
+        names = sorted(name for name in os.listdir(path) if not name.startswith("."))
+        if not names:
+            raise RowError(f"folder of frames {path!r} is empty")
+        number = min(len(names), MAX_FRAMES)
+        return [os.path.join(path, names[round(index)]) for index in np.linspace(0, len(names) - 1, number)]
 
     def _resolve_one(self, value: Any) -> str:
         if isinstance(value, Mapping):
@@ -91,7 +105,7 @@ class MediaResolver:
                 return self._store(_decode_base64(value))
         return self._locate(value)
 
-    def _locate(self, name: str) -> str:
+    def _locate(self, name: str, *, folder: bool = False) -> str:
         if not name.strip():
             raise RowError("image path is empty")
         shown = repr(name if len(name) <= _SHOWN else f"{name[:_SHOWN]}...")
@@ -101,11 +115,13 @@ class MediaResolver:
             # Not resolved: `..` in a row counts as text, links on the disk count as what the user made.
             path = Path(os.path.normpath(self._root / name.removeprefix("file://")))
             inside = any(path.is_relative_to(root) for root in self._allowed)
-            exists, target = path.is_file(), path.resolve()
+            exists, target = path.is_dir() if folder else path.is_file(), path.resolve()
         except (OSError, ValueError, RuntimeError) as error:  # a name too long, a null character, a loop of links
             raise RowError(f"image path {shown} is not usable as a path, nor base64 of a picture") from error
         if not inside:
             raise RowError(f"image {shown} leaves the image root {self._root}; data.image_roots takes further folders")
+        if path.suffix.lower() in _VIDEOS:
+            raise RowError(f"image {shown} is a video: extract its frames into a folder and name that")
         if not exists:
             link = f": it leads to {target}" if target != path else ""
             raise RowError(f"image {shown} is missing under {self._root}{link}")

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from megatron_r1reward.data.identity import ContentKeys
 from megatron_r1reward.data.preference import ReadResult, read_preferences
 from megatron_r1reward.data.prompt import preference_messages
-from megatron_r1reward.files import write_jsonl
+from megatron_r1reward.data.rows import RawRow, hub_rows, is_hub_id, iterate_rows
+from megatron_r1reward.data.schemas import SCHEMAS, Schema, counts_from_zero, detect, nearest
+from megatron_r1reward.files import write_jsonl, write_text
 from megatron_r1reward.types import Preference
 
 log = logging.getLogger(__name__)
+
+Order = Literal["auto", "drawn", "stored"]
 
 
 def preference_row(preference: Preference) -> dict[str, Any]:
@@ -38,18 +45,110 @@ def preference_row(preference: Preference) -> dict[str, Any]:
     }
 
 
-def import_preferences(source: Path, out: Path, *, image_root: Path | None = None) -> ReadResult:
-    """Write `preferences.jsonl`, `media/` (images that were embedded) and `quarantine.jsonl` into `out`.
+def import_preferences(
+    source: str | Path,
+    out: Path,
+    *,
+    schema: str = "auto",
+    image_root: Path | None = None,
+    image_roots: Sequence[Path] = (),
+    split: str = "train",
+    order: Order = "auto",
+    seed: int = 0,
+) -> ReadResult:
+    """Write `preferences.jsonl`, `media/` (images that were embedded), `quarantine.jsonl` and `import.json` into `out`.
+
+    Args:
+        source: what `iterate_rows` takes, or the id of a data set on the Hub.
+        schema: one of `SCHEMAS`; "auto" looks at the first readable row.
+        split: of a data set on the Hub.
+        order: "drawn" draws which response stands first, with as many labels 1 as 2; "stored" keeps the source's order;
+            "auto" draws where the source names its responses by their quality or has one label only.
 
     Raises:
-        ValueError: `source` cannot be read or holds no usable row.
+        ValueError: `source` cannot be read, is of no known schema, or holds no usable row.
     """
     out.mkdir(parents=True, exist_ok=True)
+    path = Path(source)
+
+    def rows() -> Iterator[RawRow]:
+        return hub_rows(str(source), split) if is_hub_id(str(source)) else iterate_rows(path)
+
+    chosen = _schema_of(rows(), schema, source)
+    convert = chosen.convert
+    if chosen.name == "pairwise" and counts_from_zero(row.fields for row in rows()):
+        convert = _from_one(chosen.convert)
     result = read_preferences(
-        source, image_root=image_root, media_dir=out / "media", quarantine=out / "quarantine.jsonl"
+        path,
+        image_root=image_root or (Path.cwd() if is_hub_id(str(source)) else None),
+        image_roots=image_roots,
+        media_dir=out / "media",
+        quarantine=out / "quarantine.jsonl",
+        convert=None if chosen.name == "r1_reward" else convert,
+        rows=rows(),
     )
-    write_jsonl(out / "preferences.jsonl", [preference_row(preference) for preference in result.preferences])
-    return result
+    labels = Counter(preference.label for preference in result.preferences)
+    draw = order == "drawn" or (order == "auto" and (chosen.better_first or len(labels) == 1))
+    preferences, exchanged = _draw_order(result.preferences, seed) if draw else (result.preferences, frozenset[str]())
+    write_jsonl(
+        out / "preferences.jsonl",
+        ({**preference_row(row), "exchanged": row.id in exchanged} for row in preferences),
+    )
+    account = {
+        "source": str(source),
+        "schema": chosen.name,
+        "order": f"drawn, seed {seed}" if draw else "as stored",
+        "rows": len(preferences),
+        "labels": {str(label): sum(row.label == label for row in preferences) for label in (1, 2)},
+        "exchanged": len(exchanged),
+        "text_only": sum(not row.image_paths for row in preferences),
+        "quarantined": result.quarantined,
+    }
+    write_text(out / "import.json", json.dumps(account, indent=2) + "\n")
+    return replace(result, preferences=preferences)
+
+
+def _schema_of(rows: Iterator[RawRow], name: str, source: str | Path) -> Schema:
+    if name != "auto" and name not in SCHEMAS:
+        raise ValueError(f"--schema {name!r}: give auto or one of {', '.join(SCHEMAS)}")
+    fields = next((row.fields for row in rows if row.fields is not None), None)
+    if fields is None:
+        raise ValueError(f"{source}: no readable row")
+    if name == "auto":
+        try:
+            return detect(fields)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+    missing = SCHEMAS[name].missing({column for column, value in fields.items() if value is not None})
+    if missing:
+        columns = sorted(fields)
+        raise ValueError(
+            f"{source}: schema {name} needs {', '.join(missing)}, the first row has {columns}: {nearest(columns)}"
+        )
+    return SCHEMAS[name]
+
+
+def _from_one(convert: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Callable[..., Mapping[str, Any]]:
+    """`convert`, with winners that count from 0 counted from 1."""
+
+    def counted(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        row = convert(fields)
+        try:
+            return {**row, "answer": int(float(row["answer"])) + 1}
+        except (TypeError, ValueError):
+            return row  # a name, or nothing: the reader says what is wrong
+
+    return counted
+
+
+def _draw_order(preferences: Sequence[Preference], seed: int) -> tuple[tuple[Preference, ...], frozenset[str]]:
+    """The preferences, half of them with label 1, and the ids of those whose responses changed places for that."""
+    wanted = np.random.default_rng(seed).permutation(len(preferences)) % 2 + 1
+    exchanged = frozenset(row.id for row, label in zip(preferences, wanted, strict=True) if row.label != label)
+    return tuple(
+        replace(row, responses=row.responses[::-1], label=2 if row.label == 1 else 1) if row.id in exchanged else row
+        for row in preferences
+    ), exchanged
 
 
 def selection(preferences: Iterable[Preference], ids: Collection[str]) -> list[dict[str, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,6 +75,8 @@ def read_preferences(
     quarantine: Path | None = None,
     verify_images: bool = True,
     fits: Callable[[Preference], str] | None = None,
+    convert: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+    rows: Iterable[RawRow] | None = None,
 ) -> ReadResult:
     """Read preferences from JSONL, a JSON array, Parquet file(s) or a saved `datasets` folder (see `iterate_rows`).
 
@@ -85,14 +87,17 @@ def read_preferences(
         quarantine: JSONL file for unusable rows; default: `<path>.quarantine.jsonl`.
         verify_images: decode every image once; otherwise only its presence is checked.
         fits: why a row cannot be used, e.g. its length, else an empty text. Asked about rows with sound images.
+        convert: brings the columns of another schema into ours; ids that such a file repeats get a number.
+        rows: the rows, where they do not come from `path`.
 
     Raises:
         ValueError: the file is missing, damaged, of an unknown kind, without one usable row, or its labels are 0 and 1.
     """
     roots = (image_root or fixed_folder(path), *image_roots)
-    rows, accounting = _read(path, _preference, roots, media_dir, quarantine, verify_images, fits)
-    _check_labels(path, rows)
-    return ReadResult(preferences=rows, **accounting)
+    source = _Source(path=path, rows=rows if rows is not None else iterate_rows(path), convert=convert)
+    preferences, accounting = _read(source, _preference, roots, media_dir, quarantine, verify_images, fits)
+    _check_labels(path, preferences)
+    return ReadResult(preferences=preferences, **accounting)
 
 
 def read_sft_examples(
@@ -107,8 +112,31 @@ def read_sft_examples(
 ) -> SftReadResult:
     """Read rows with `message` (any chat, with or without images) and `response`; else as `read_preferences`."""
     roots = (image_root or fixed_folder(path), *image_roots)
-    rows, accounting = _read(path, _sft_example, roots, media_dir, quarantine, verify_images, fits)
-    return SftReadResult(examples=rows, **accounting)
+    source = _Source(path=path, rows=iterate_rows(path))
+    examples, accounting = _read(source, _sft_example, roots, media_dir, quarantine, verify_images, fits)
+    return SftReadResult(examples=examples, **accounting)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    path: Path
+    rows: Iterable[RawRow]
+    convert: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+
+    def fields(self, row: RawRow) -> Mapping[str, Any]:
+        """The columns of a row.
+
+        Raises:
+            RowError: it could not be decoded, or is not of the schema.
+        """
+        if row.fields is None:
+            raise RowError(row.error)
+        if self.convert is None:
+            return row.fields
+        try:
+            return self.convert(row.fields)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise RowError(f"a column has another form than the schema says: {error!r}") from error
 
 
 ExampleT = TypeVar("ExampleT", Preference, SftExample)
@@ -116,7 +144,7 @@ _Parser = Callable[[str, Mapping[str, Any], MediaResolver], ExampleT]
 
 
 def _read(
-    path: Path,
+    source: _Source,
     parse: _Parser[ExampleT],
     roots: Sequence[Path],
     media_dir: Path | None,
@@ -125,17 +153,18 @@ def _read(
     fits: Callable[[ExampleT], str] | None,
 ) -> tuple[tuple[ExampleT, ...], dict[str, Any]]:
     """The usable rows, and the fields of `_Accounting`."""
-    media = MediaResolver(roots, media_dir)
+    path, media = source.path, MediaResolver(roots, media_dir)
     rejected = Quarantine(quarantine or path.with_name(f"{path.name}.quarantine.jsonl"))
     accepted: dict[str, tuple[RowOrigin, ExampleT]] = {}
     zero_labels, set_aside = 0, set[str | None]()
-    for row in iterate_rows(path):
+    for row in source.rows:
         identifier = None
         try:
-            identifier = _identifier(row)
-            example = parse(identifier, row.fields or {}, media)
+            fields = source.fields(row)
+            identifier = _identifier(row, fields)
+            example = parse(identifier, fields, media)
             if example.id in accepted:
-                raise RowError(f"duplicate id {example.id!r}, first used in line {accepted[example.id][0].line}")
+                example = _another(example, accepted, source)
         except RowError as error:
             rejected.add(row.origin, str(error))
             zero_labels += isinstance(error, ZeroLabelError)
@@ -191,10 +220,22 @@ def _check_labels(path: Path, preferences: Sequence[Preference]) -> None:
         logger.info("%s: %d of %d rows are text only", path, without, len(preferences))
 
 
-def _identifier(row: RawRow) -> str:
-    if row.fields is None:
-        raise RowError(row.error)
-    identifier = row.fields.get("id")
+def _another(example: ExampleT, accepted: Mapping[str, tuple[RowOrigin, ExampleT]], source: _Source) -> ExampleT:
+    """`example` under an id of its own, where its schema may repeat ids and it says something else than the others."""
+    number, name = 1, example.id
+    while name in accepted:
+        origin, other = accepted[name]
+        if source.convert is None:
+            raise RowError(f"duplicate id {example.id!r}, first used in line {origin.line}")
+        if replace(other, id=example.id) == example:
+            raise RowError(f"the same as line {origin.line}, id {name!r}")
+        number += 1
+        name = f"{example.id}#{number}"
+    return replace(example, id=name)
+
+
+def _identifier(row: RawRow, fields: Mapping[str, Any]) -> str:
+    identifier = fields.get("id")
     if identifier is None:
         identifier = f"{Path(row.origin.source).with_suffix('')}-{row.origin.line}"
     elif isinstance(identifier, float) and identifier.is_integer():  # what a Parquet writer makes of a column with gaps

@@ -17,6 +17,7 @@ from megatron_r1reward.files import write_jsonl
 
 _BATCH_ROWS = 64  # rows with embedded images weigh a few hundred KB each
 _EXCERPT_CHARACTERS = 500
+_SUFFIXES = (".jsonl", ".json", ".parquet")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the beginning of what git checks out without git-lfs
 # The names of splits in file and folder names, as the Hub's viewer finds them.
 _SPLIT = re.compile(r"(?:^|[/_.\-])(train|test|valid|dev|eval)(?:ing|ation)?(?=[/_.\-]|$)", re.IGNORECASE)
@@ -95,6 +96,28 @@ def iterate_rows(path: Path) -> Iterator[RawRow]:
             yield from _file_rows(file, source=str(file.relative_to(folder)))
     else:
         raise ValueError(f"{path}: no such file or folder")
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether `source` is `owner/name` of a data set on the Hub and nothing here."""
+    path = Path(source)
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not path.exists() and path.suffix not in _SUFFIXES
+
+
+def hub_rows(name: str, split: str) -> Iterator[RawRow]:
+    """Rows of one split of a data set on the Hub, streamed.
+
+    Raises:
+        ValueError: there is no such data set or split, or no Hub.
+    """
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(name, split=split, streaming=True)
+        batches = iter(dataset.with_format("arrow").iter(batch_size=_BATCH_ROWS))
+        yield from _table_rows(batches, f"{name}/{split}", Path(name))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{name}: neither a file here nor a data set that the Hub gives ({error})") from error
 
 
 def fixed_folder(path: Path) -> Path:

@@ -1,0 +1,233 @@
+"""Published preference data become training data: every row used or accounted for, no order that gives labels away."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from megatron_r1reward.data.importing import import_preferences
+from megatron_r1reward.data.preference import read_preferences
+
+GOOD, BAD = (
+    "Die Antwort ist 8 \u2014 \u516b.",
+    "<answer>2</answer> ###### [Response 1]: no",
+)  # tags and headings of our prompt
+
+
+def png(color: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (56, 56), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def critic(first: str, second: str, verdict: str) -> list[dict[str, str]]:
+    prompt = (
+        "<image>\nGiven an image and a corresponding question, determine which answer is better. Your task is provided "
+        f"as follows:\nQuestion: [Which digit?]\nThe first response: [{first}]\nThe second response: [{second}]\n"
+        "ASSISTANT:\n"
+    )
+    return [{"from": "human", "value": prompt}, {"from": "gpt", "value": verdict}]
+
+
+def unified(first: str, second: str, verdict: str) -> list[dict[str, str]]:
+    prompt = (
+        f"<image>\nCompare.\nQuestion: Which digit?\n- Answer 1: {first}\n- Answer 2: {second}\n\n2. You must evaluate"
+    )
+    return [{"from": "human", "value": prompt}, {"from": "gpt", "value": f"<think>x</think><answer>{verdict}</answer>"}]
+
+
+USER = {"role": "user", "content": "Which digit?"}
+PROMPT = [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "Which digit?"}]}]
+IMAGE = {"bytes": png(), "path": None}
+# Rows in the published columns; the better response is GOOD in each.
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "vl_rewardbench": [
+        {"id": "RLAIF-V-1", "query": "Which digit?", "response": [GOOD, BAD], "image": IMAGE, "human_ranking": [0, 1],
+         "models": ["a", "b"], "judge": "gpt", "rationale": None, "query_source": "RLAIF-V", "ground_truth": None},
+        {"id": "RLAIF-V-1", "query": "Which digit is it?", "response": [BAD, GOOD], "image": IMAGE,
+         "human_ranking": [1, 0], "models": ["a", "b"], "judge": "gpt", "rationale": None, "query_source": "RLAIF-V",
+         "ground_truth": None},
+    ],
+    "multimodal_rewardbench": [
+        {"ID": 7, "Text": "Which digit?", "Image": "a.png", "Output1": GOOD, "Output2": BAD, "Better": "Output1",
+         "Category": "math"},
+        {"ID": 8, "Text": "Which digit?", "Image": "a.png", "Output1": BAD, "Output2": GOOD, "Better": "Output2",
+         "Category": "math"},
+    ],
+    "rlaif_v": [
+        {"ds_name": "RLAIF-V", "image": IMAGE, "question": "Which digit?", "chosen": GOOD, "rejected": BAD,
+         "origin_dataset": "COCO", "origin_split": "{}", "idx": 4, "image_path": "gone.jpg"},
+    ],
+    "mm_rlhf": [
+        {"id": "mcq/1", "image": "a.png", "prompt": "<image>\nWhich digit?", "chosen": GOOD, "rejected": BAD,
+         "chosen_reason": "", "rejected_reason": ""},
+        {"id": "mcq/1", "image": "a.png", "prompt": "Which digit is it?", "chosen": GOOD, "rejected": BAD,
+         "chosen_reason": "", "rejected_reason": ""},
+        {"id": "video/1", "image": None, "video": "frames", "prompt": "<video>\nWhich digit?", "chosen": GOOD,
+         "rejected": BAD, "chosen_reason": "", "rejected_reason": ""},
+    ],
+    "skywork": [
+        {"chosen": [USER, {"role": "assistant", "content": GOOD}],
+         "rejected": [USER, {"role": "assistant", "content": BAD}], "source": "magpie"},
+    ],
+    "llava_critic": [
+        {"id": 1, "image": "a.png", "conversations": critic(GOOD, BAD, "The first response is better, as it counts."),
+         "data_source": "x"},
+        {"id": 2, "image": "a.png", "conversations": critic(BAD, GOOD, "The second response is clearly better."),
+         "data_source": "x"},
+    ],
+    "unified_reward": [
+        {"image": "a.png", "conversations": unified(GOOD, BAD, "Answer 1 is better")},
+        {"image": "a.png", "conversations": unified("none", GOOD, "Answer 2 is better")},
+    ],
+    "pairwise": [
+        {"question": "Which digit?", "response_a": GOOD, "response_b": BAD, "winner": "model_a", "image": "a.png"},
+        {"question": "Which digit?", "response_a": BAD, "response_b": GOOD, "winner": "B", "image": "a.png"},
+    ],
+    "chosen_rejected": [
+        {"prompt": "Which digit?", "chosen": GOOD, "rejected": BAD, "image": base64.b64encode(png()).decode()},
+        {"prompt": PROMPT, "chosen": [{"role": "assistant", "content": GOOD}],
+         "rejected": [{"role": "assistant", "content": BAD}]},
+        {"messages": [USER, {"role": "assistant", "content": GOOD}], "rejected_response": BAD, "images": ["a.png"]},
+        {"conversations": [{"from": "human", "value": "<image>Which digit?"}], "images": ["a.png"],
+         "chosen": {"from": "gpt", "value": GOOD}, "rejected": {"from": "gpt", "value": BAD}},
+        {"chosen": f"\n\nHuman: Which digit?\n\nAssistant: {GOOD}",
+         "rejected": f"\n\nHuman: Which digit?\n\nAssistant: {BAD}"},
+        {"messages": [USER, {"role": "assistant", "content": "6?"}, {"role": "user", "content": "Look again."},
+                      {"role": "assistant", "content": GOOD}], "rejected_response": BAD},
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "frames").mkdir()
+    for index in range(40):
+        (tmp_path / "frames" / f"{index:03}.png").write_bytes(png())
+    return tmp_path
+
+
+def write(folder: Path, rows: list[dict[str, Any]], form: str) -> Path:
+    path = folder / f"rows.{form}"
+    if form == "jsonl":
+        path.write_text("".join(json.dumps(row, default=lambda b: None) + "\n" for row in rows))
+    elif form == "json":
+        path.write_text(json.dumps(rows))
+    elif form == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        datasets.Dataset.from_list(rows).save_to_disk(str(folder / "saved"))
+        return folder / "saved"
+    return path
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_published_row_is_used_and_the_better_response_stays_the_better_one(folder: Path, name: str) -> None:
+    rows = ROWS[name]
+    files = [[row] for row in rows] if name == "chosen_rejected" else [rows]  # one form a file
+    for form in ("parquet", "saved") if any(row.get("image") is IMAGE for row in rows) else ("jsonl", "json"):
+        for number, given in enumerate(files):
+            out = folder / f"out-{form}-{number}"
+            result = import_preferences(write(folder, given, form), out, image_root=folder)
+            account = json.loads((out / "import.json").read_text())
+            assert account["schema"] == name
+            assert (account["rows"], account["quarantined"]) == (len(given), 0)
+            for row in result.preferences:
+                assert row.responses[row.label - 1] == GOOD
+                assert row.question.startswith(("Which digit", "User: Which digit?\n\nAssistant: 6?"))
+            assert len({row.id for row in result.preferences}) == len(given)  # repeated ids are told apart
+            again = read_preferences(out / "preferences.jsonl", image_root=folder)
+            assert again.quarantined == 0
+            assert [(row.id, row.responses, row.label) for row in again.preferences] == [
+                (row.id, row.responses, row.label) for row in result.preferences
+            ]
+
+
+def test_frames_of_a_video_are_images(folder: Path) -> None:
+    result = import_preferences(write(folder, ROWS["mm_rlhf"], "jsonl"), folder / "out")
+    (video,) = [row for row in result.preferences if row.id == "video/1"]
+    assert len(video.image_paths) == 32
+    assert [video.image_paths[0][-7:], video.image_paths[-1][-7:]] == ["000.png", "039.png"]
+
+
+def test_chosen_first_data_do_not_become_a_model_that_says_1(folder: Path) -> None:
+    rows = [{"id": index, "prompt": "Which?", "chosen": f"good {index}", "rejected": "bad"} for index in range(101)]
+    source = write(folder, rows, "jsonl")
+    result = import_preferences(source, folder / "out", seed=1)
+    assert sorted(Counter(row.label for row in result.preferences).values()) == [50, 51]
+    lines = [json.loads(line) for line in (folder / "out" / "preferences.jsonl").read_text().splitlines()]
+    assert all(line["exchanged"] == (line["answer"] == ["<answer>2</answer>"]) for line in lines)
+    account = json.loads((folder / "out" / "import.json").read_text())
+    assert account["order"] == "drawn, seed 1"
+    assert account["text_only"] == 101
+    assert import_preferences(source, folder / "same", seed=1).preferences == result.preferences
+    assert import_preferences(source, folder / "other", seed=2).preferences != result.preferences
+    stored = import_preferences(source, folder / "stored", order="stored")
+    assert {row.label for row in stored.preferences} == {1}
+
+
+def test_winners_that_count_from_0(folder: Path) -> None:
+    rows = [
+        {"question": "Which?", "response_a": "a", "response_b": f"b{index}", "label": index % 2} for index in range(4)
+    ]
+    result = import_preferences(write(folder, rows, "jsonl"), folder / "out")
+    assert [row.label for row in result.preferences] == [1, 2, 1, 2]
+
+
+def test_what_cannot_be_used_is_accounted_for(folder: Path) -> None:
+    rows = [
+        {"question": "q", "response_a": "a", "response_b": "b", "winner": "a", "image": "a.png"},
+        {"question": "q", "response_a": "a", "response_b": "b", "winner": "tie", "image": "a.png"},
+        {"question": "q", "response_a": "a", "response_b": "b", "winner": "a", "image": "gone.png"},
+        {"question": "q", "response_a": 5, "response_b": "b", "winner": "a"},
+        {"id": "x", "question": "q", "response_a": "see <image>", "response_b": "b", "winner": "a", "image": "a.png"},
+        {"question": "q", "response_a": "a" * 200_000, "response_b": "b", "winner": "b"},
+    ]
+    result = import_preferences(write(folder, rows, "jsonl"), folder / "out")
+    assert (len(result.preferences), result.quarantined) == (2, 4)
+    reasons = [json.loads(line)["reason"] for line in (folder / "out" / "quarantine.jsonl").read_text().splitlines()]
+    for reason, text in zip(reasons, ["a tie", "gone.png", "not a list of turns", "shows an image"], strict=True):
+        assert text in reason
+    twice = write(folder, [{"id": 1, "prompt": "q", "chosen": "a", "rejected": "b"}] * 2, "jsonl")
+    assert import_preferences(twice, folder / "twice").quarantined == 1  # an exact copy is no second row
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "q", "chosen": "a", "id": 1}, "nearest is chosen_rejected, which also needs rejected or rejected_"),
+        ({"query": "q", "response": ["a", "b"]}, "nearest is vl_rewardbench, which also needs human_ranking"),
+        ({"Text": "q", "Output1": "a", "Output2": "b"}, "nearest is multimodal_rewardbench, which also needs Better"),
+    ],
+)  # fmt: skip
+def test_a_refusal_names_the_nearest_schema_and_what_is_missing(folder: Path, row: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        import_preferences(write(folder, [row], "jsonl"), folder / "out")
+
+
+def test_a_schema_can_be_named_and_a_wrong_one_is_refused(folder: Path) -> None:
+    source = write(folder, ROWS["pairwise"], "jsonl")
+    assert len(import_preferences(source, folder / "out", schema="pairwise").preferences) == 2
+    with pytest.raises(ValueError, match=r"schema rlaif_v needs chosen, rejected, .*: the nearest is pairwise"):
+        import_preferences(source, folder / "out", schema="rlaif_v")
+    with pytest.raises(ValueError, match="give auto or one of r1_reward"):
+        import_preferences(source, folder / "out", schema="other")
+
+
+def test_without_a_hub_its_data_sets_are_refused_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="owner/data: neither a file here nor a data set that the Hub gives"):
+        import_preferences("owner/data", folder / "out")
