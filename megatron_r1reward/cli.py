@@ -13,11 +13,14 @@ from megatron_r1reward.conversion.cli import app as convert_app
 from megatron_r1reward.processes import quick_exit, quick_imports
 from megatron_r1reward.run_dir import EXIT_REQUEUE, RunDir
 from megatron_r1reward.user_errors import user_errors
+from megatron_r1reward.use_commands import score, serve, serve_labels
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 data_app = typer.Typer(no_args_is_help=True, help="Build, import and inspect preference data.")
 app.add_typer(data_app, name="data")
 app.add_typer(convert_app, name="convert")
+for command in (score, serve, serve_labels):
+    app.command()(command)
 
 
 def shipped() -> Path:
@@ -151,57 +154,6 @@ def plan(
             raise ValueError(f"--stage {stage!r}: give sft or rl")
         fits = run_plan(load_config(run_file, overrides or []), stage=stage, json_path=json_path)  # type: ignore[arg-type]
         raise typer.Exit(0 if fits else 1)
-
-
-@app.command()
-def serve(run_file: RunFile, overrides: Overrides = None) -> None:
-    """The released remote-reward protocol (POST /get_reward_mllm) for the original training code."""
-    with user_errors():
-        from megatron_r1reward.config.load import load_config
-        from megatron_r1reward.launch.serve_labels import serve as run_service
-
-        run_service(load_config(run_file, overrides or []))
-
-
-@app.command()
-def score(
-    source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="rows {question, responses, images}")],
-    output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="grows row by row; an earlier run is continued")],
-    model: Annotated[str, typer.Option(help="model folder (served here), or URLs of servers, comma-separated")],
-    best_of: Annotated[Path | None, typer.Option(help="also write the winner of each row to this JSONL file")] = None,
-    image_root: Annotated[Path | None, typer.Option(help="of relative image paths; default: IN's folder")] = None,
-    votes: Annotated[int, typer.Option(help="judgements per pair and order; 1 is greedy")] = 1,
-    one_order: Annotated[bool, typer.Option(help="ask in the given order only: half the calls, with its bias")] = False,
-    schedule: Annotated[str, typer.Option(help="swiss, all_pairs, knockout, circular or pivot")] = "swiss",
-    rounds: Annotated[int | None, typer.Option(help="of swiss; default: log2 of the candidates")] = None,
-    budget: Annotated[int | None, typer.Option(help="judgements per row at most")] = None,
-    servers: Annotated[int, typer.Option(help="vLLM servers to start for a model folder")] = 1,
-    max_tokens: Annotated[int, typer.Option(help="of one judgement")] = 1024,
-    max_model_len: Annotated[int, typer.Option(help="of started servers: prompt, images and judgement")] = 16384,
-    api_key_variable: Annotated[str, typer.Option(help="variable that holds the URL's key")] = "OPENAI_API_KEY",
-    seed: int = 0,
-) -> None:
-    """Rewards, ranking and best-of-N for files of responses, by a trained model."""
-    with user_errors():
-        from megatron_r1reward.judging.score_files import run_score
-
-        run_score(
-            source,
-            output,
-            model,
-            best_of=best_of,
-            image_root=image_root,
-            votes=votes,
-            both_orders=not one_order,
-            schedule=schedule,
-            rounds=rounds,
-            budget=budget,
-            servers=servers,
-            max_tokens=max_tokens,
-            max_model_len=max_model_len,
-            api_key_variable=api_key_variable,
-            seed=seed,
-        )
 
 
 @app.command()

@@ -273,7 +273,7 @@ class EvaluationSection(Section):
 
 
 class ServeSection(Section):
-    """The released remote-reward protocol (`r1reward serve`)."""
+    """The released remote-reward protocol (`r1reward serve-labels`)."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 20240  # the port that the original code base expects; 0: any

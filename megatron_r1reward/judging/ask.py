@@ -13,9 +13,9 @@ import asyncio
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol, TypeVar
 
 import openai
 from openai.types.chat import ChatCompletion
@@ -27,6 +27,7 @@ from megatron_r1reward.judging.image_input import ImageInput, image_url
 from megatron_r1reward.reward.rules import parse_response
 from megatron_r1reward.types import Label
 
+T = TypeVar("T")
 Order = Literal["12", "21"]  # the responses as given, or exchanged
 ORDERS: Final[tuple[Order, Order]] = ("12", "21")
 _TOP_LOG_PROBS = 5  # "1" and "2" are among the likeliest tokens of an answer, or neither matters
@@ -95,6 +96,19 @@ class AskOptions:
     backoff_s: float = 0.5  # first pause; doubles, with full jitter
     # Merged into every request, e.g. {"extra_body": {...}} for an endpoint with needs of its own.
     request_extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results in order; the first error ends the others and is raised itself, not as a group."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in work]
+    except BaseExceptionGroup as errors:
+        error: BaseException = errors
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None
+    return [task.result() for task in tasks]
 
 
 class ModelClient:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from dataclasses import dataclass
 
-from megatron_r1reward.judging.ask import ORDERS, Asks, Item, Judgement, Order
+from megatron_r1reward.judging.ask import ORDERS, Asks, Item, Judgement, Order, all_of
 from megatron_r1reward.judging.votes import (
     Adaptive,
     Aggregator,
@@ -120,21 +119,18 @@ async def _ask(
     votes: Votes,
     seed: int,
 ) -> list[Judgement]:
-    async with asyncio.TaskGroup() as group:
-        tasks = [
-            group.create_task(
-                model.judge(
-                    item,
-                    responses,
-                    order=order,
-                    n=n,
-                    temperature=votes.sampling_temperature,
-                    seed=seed_of(seed, item, responses, order),
-                )
-            )
-            for order, n in samples
-        ]
-    return [judgement for task in tasks for judgement in task.result()]
+    parts = await all_of(
+        model.judge(
+            item,
+            responses,
+            order=order,
+            n=n,
+            temperature=votes.sampling_temperature,
+            seed=seed_of(seed, item, responses, order),
+        )
+        for order, n in samples
+    )
+    return [judgement for part in parts for judgement in part]
 
 
 def seed_of(seed: int, item: Item, responses: tuple[str, str], order: Order) -> int:

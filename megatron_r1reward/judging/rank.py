@@ -9,7 +9,6 @@ their covariance (Laplace) says how sure that is. Rewards are mean win probabili
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Final, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_r1reward.judging.ask import Asks, Item
+from megatron_r1reward.judging.ask import Asks, Item, all_of
 from megatron_r1reward.judging.compare import Comparison, Votes, compare
 
 Schedule = Literal["swiss", "all_pairs", "knockout", "circular", "pivot"]
@@ -171,10 +170,9 @@ async def rank(
             pairs = pairs[: (budget - spent) // votes.calls]
         if not pairs:
             break
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(compare(model, item, (texts[i], texts[j]), votes, seed=seed)) for i, j in pairs]
-        for (i, j), task in zip(pairs, tasks, strict=True):
-            comparison = met[i, j] = task.result()
+        played = await all_of(compare(model, item, (texts[i], texts[j]), votes, seed=seed) for i, j in pairs)
+        for (i, j), comparison in zip(pairs, played, strict=True):
+            met[i, j] = comparison
             spent += len(comparison.judgements)
             add_votes(wins, i, j, comparison)
     return _ranking(candidates, texts, wins, met, generator)

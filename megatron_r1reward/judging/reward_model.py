@@ -221,7 +221,7 @@ class RewardModel:
             async with slots:
                 try:
                     return await self._rank(question, candidates, images, **_RANK_DEFAULTS | options)
-                except (ValueError, RuntimeError, ExceptionGroup) as error:
+                except (ValueError, RuntimeError) as error:
                     return error
                 finally:
                     bar.update()

@@ -244,8 +244,6 @@ async def _score_row(model: RewardModel, text: str, root: Path, options: ScoreOp
         return {"error": f"not a row {{question, responses, images}}: {where}: {first['msg']}"}
     except (ValueError, RuntimeError) as error:
         return {"error": str(error)}
-    except ExceptionGroup as group:
-        return {"error": str(group.exceptions[0])}
     return {**({"id": row.id} if row.id is not None else {}), **ranking_json(ranking)}
 
 

@@ -1,4 +1,4 @@
-"""`r1reward serve`: the reward of this package for people who train with the original code base."""
+"""`r1reward serve-labels`: the reward of this package for people who train with the original code base."""
 
 from __future__ import annotations
 

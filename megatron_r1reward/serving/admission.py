@@ -1,6 +1,6 @@
 """Who gets in: token, body size, and no more work than can be done soon; the rest hears 429 and when to come again.
 
-    request -> ServiceGuard (401) -> BodyLimit (413) -> Admission (429) -> route
+request -> ServiceGuard (401) -> BodyLimit (413) -> Admission (429) -> route
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs
+
+from starlette.exceptions import HTTPException
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -80,30 +82,17 @@ class BodyLimit:
         if not declared.isdigit() or int(declared) > self._limit:
             await answer(send, 413, too_large)
             return
-        size, started = 0, False
+        size = 0
 
         async def counted() -> Message:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
             if size > self._limit:
-                raise _BodyTooLargeError
+                raise HTTPException(413, too_large["error"])  # inside the application, which answers with it
             return message
 
-        async def noted(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            await self._app(scope, counted, noted)
-        except _BodyTooLargeError:
-            if not started:
-                await answer(send, 413, too_large)
-
-
-class _BodyTooLargeError(Exception):
-    pass
+        await self._app(scope, counted, send)
 
 
 class FullError(Exception):

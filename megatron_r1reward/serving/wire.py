@@ -140,9 +140,7 @@ class BatchAnswer(BaseModel):
 
 
 def compare_answer(comparison: Comparison) -> dict[str, Any]:
-    judgements = [
-        {name: getattr(item, name) for name in OneJudgement.model_fields} for item in comparison.judgements
-    ]
+    judgements = [{name: getattr(item, name) for name in OneJudgement.model_fields} for item in comparison.judgements]
     return {
         "verdict": comparison.verdict,
         "probability": comparison.probability,

@@ -1,0 +1,118 @@
+"""Group-relative rewards for callers that send one sample at a time: samples of one prompt wait for each other.
+
+A pairwise model needs at least two responses to the same question. Samples are gathered by question and images; a
+cohort is ranked when it has `size` samples, or `deadline_s` after its first one came, with those that are there. What
+cannot be ranked (a sample that stays alone, a model that does not answer) is met by the failure policy, counted and
+logged: "neutral" gives the reward of a draw, "raise" an error to the caller. There is no silent constant.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+log = logging.getLogger(__name__)
+NEUTRAL = 0.5
+Policy = Literal["neutral", "raise"]
+Rank = Callable[[str, Sequence[str], Sequence[str]], Awaitable[Sequence[float]]]  # question, responses, images
+
+
+class NoRewardError(RuntimeError):
+    """This sample got no reward, and the policy is to say so."""
+
+
+@dataclass(kw_only=True)
+class _Cohort:
+    question: str
+    images: tuple[str, ...]
+    responses: list[str] = field(default_factory=list)
+    waiting: list[asyncio.Future[float]] = field(default_factory=list)
+    deadline: asyncio.TimerHandle | None = None
+
+
+class CohortBuffer:
+    """Belongs to one event loop.
+
+    Args:
+        rank: rewards of several responses, e.g. through the service's own ranking.
+        size: G, the samples that a trainer draws per prompt.
+        deadline_s: how long the first sample of a cohort waits for the others.
+    """
+
+    def __init__(self, rank: Rank, *, size: int, deadline_s: float = 30.0, on_failure: Policy = "neutral") -> None:
+        if size < 2 or deadline_s <= 0:
+            raise ValueError(f"cohorts of {size} within {deadline_s:g} s: give a size of at least 2 and a time above 0")
+        if on_failure not in get_args(Policy):
+            raise ValueError(f"on_failure {on_failure!r}: give one of {', '.join(get_args(Policy))}")
+        self._rank, self._size, self._deadline_s, self._on_failure = rank, size, deadline_s, on_failure
+        self._open: dict[tuple[str, tuple[str, ...]], _Cohort] = {}
+        self._running: set[asyncio.Task[None]] = set()
+        self.counts: Counter[str] = Counter()  # samples, cohorts, incomplete (at the deadline), alone, failed
+
+    async def reward(self, question: str, response: str, images: Sequence[str] = ()) -> float:
+        """The response's reward among its cohort.
+
+        Raises:
+            NoRewardError: there is none, and the policy is "raise".
+        """
+        loop = asyncio.get_running_loop()
+        key = (question, tuple(images))
+        cohort = self._open.get(key)
+        if cohort is None:
+            cohort = self._open[key] = _Cohort(question=question, images=tuple(images))
+            cohort.deadline = loop.call_later(self._deadline_s, self._close, key, cohort)
+        future: asyncio.Future[float] = loop.create_future()
+        cohort.responses.append(response)
+        cohort.waiting.append(future)
+        self.counts["samples"] += 1
+        if len(cohort.responses) == self._size:
+            self._close(key, cohort)
+        return await future
+
+    async def group(self, question: str, responses: Sequence[str], images: Sequence[str] = ()) -> list[float]:
+        """Rewards of a whole group that came together."""
+        cohort = _Cohort(question=question, images=tuple(images), responses=list(responses))
+        cohort.waiting = [asyncio.get_running_loop().create_future() for _ in responses]
+        self.counts.update(samples=len(responses), cohorts=1)
+        await self._finish(cohort)
+        return [await future for future in cohort.waiting]
+
+    def _close(self, key: tuple[str, tuple[str, ...]], cohort: _Cohort) -> None:
+        """No more samples for this cohort; the next one of the same question begins another."""
+        if self._open.get(key) is not cohort:
+            return
+        del self._open[key]
+        assert cohort.deadline is not None
+        cohort.deadline.cancel()
+        self.counts["cohorts"] += 1
+        self.counts["incomplete"] += len(cohort.responses) < self._size
+        task = asyncio.ensure_future(self._finish(cohort))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def _finish(self, cohort: _Cohort) -> None:
+        rewards: Sequence[float] | None = None
+        reason = "it is alone with its prompt, and a pairwise model needs another response"
+        if len(cohort.responses) > 1:
+            try:
+                rewards = await self._rank(cohort.question, cohort.responses, cohort.images)
+            except (ValueError, RuntimeError) as error:
+                reason = str(error)
+                self.counts["failed"] += len(cohort.responses)
+        else:
+            self.counts["alone"] += 1
+        if rewards is None:
+            log.warning("%d samples without a reward (%s): %s", len(cohort.responses), self._on_failure, reason)
+        for place, future in enumerate(cohort.waiting):
+            if future.done():  # the caller has gone
+                continue
+            if rewards is not None:
+                future.set_result(rewards[place])
+            elif self._on_failure == "neutral":
+                future.set_result(NEUTRAL)
+            else:
+                future.set_exception(NoRewardError(f"no reward: {reason}"))

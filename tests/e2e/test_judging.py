@@ -1,0 +1,87 @@
+"""The reward model in use against a real vLLM server: chat route, images, log-probs, the service and its page's API."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from megatron_r1reward import RewardModel, Votes
+from megatron_r1reward.judging.ask import AskOptions, ModelRefusedError
+from megatron_r1reward.rollout.pool import SERVED_NAME, RolloutPool
+
+pytestmark = pytest.mark.e2e
+# The tiny model's weights are random: its answers have the form that a trained model gives them by itself.
+FORM = {"structured_outputs": {"regex": "<think>[a-z]{1,8}</think><answer>[12]</answer>"}}
+ASK = AskOptions(max_tokens=48, request_extra={"extra_body": FORM}, backoff_s=0.01)
+
+
+@pytest.fixture(scope="module")
+def model(shared_pool: RolloutPool) -> Iterator[RewardModel]:
+    ((url, token),) = shared_pool.group.endpoints()
+    with RewardModel.connect(url, model=SERVED_NAME, api_key=token, options=ASK) as connected:
+        yield connected
+
+
+def test_a_comparison_has_verdicts_and_probabilities(model: RewardModel, image_paths: tuple[str, ...]) -> None:
+    compared = model.compare("Which?", ("It is 1.", "It is 2."), image_paths[:2], votes=4, seed=1)
+    assert compared.counts.voters == 8
+    assert compared.counts.unparsable == 0
+    for judgement in compared.judgements:
+        assert judgement.p_first is not None
+        assert 0 < judgement.p_first < 1
+        assert 0 < judgement.tokens <= 48
+        assert judgement.finish_reason == "stop"
+    again = model.compare("Which?", ("It is 1.", "It is 2."), image_paths[:2], votes=4, seed=1)
+    assert [item.text for item in again.judgements] == [item.text for item in compared.judgements]
+
+
+def test_the_answer_depends_on_the_picture(model: RewardModel, image_paths: tuple[str, ...]) -> None:
+    seen = {model.compare("Which?", ("a", "b"), [path]).probability for path in image_paths}
+    assert len(seen) == len(image_paths)
+
+
+def test_a_ranking_asks_what_its_schedule_says(model: RewardModel) -> None:
+    ranking = model.rank("Which?", ["a", "b", "c", "d"], votes=Votes(samples=2))
+    assert ranking.calls == 2 * 2 * 4  # two rounds of two pairs, two orders, two samples
+    assert sum(ranking.rewards) == pytest.approx(2.0)
+
+
+def test_what_does_not_fit_is_refused_with_the_servers_words(model: RewardModel) -> None:
+    with pytest.raises(ModelRefusedError, match="answered 400"):
+        model.compare("word " * 30_000, ("a", "b"))
+
+
+def test_files_are_scored(model: RewardModel, shared_pool: RolloutPool, tmp_path: Path, image_paths) -> None:
+    from megatron_r1reward.judging.score_files import ScoreOptions, score_file
+
+    rows = tmp_path / "in.jsonl"
+    rows.write_text(f'{{"question": "q", "responses": ["a", "b", "c"], "images": ["{image_paths[0]}"]}}\n')
+    summary = score_file(model, rows, tmp_path / "out.jsonl", ScoreOptions(votes=Votes()), model_name="tiny")
+    assert (summary.rows, summary.failed, summary.unparsable) == (1, 0, 0)
+
+
+def test_the_service_serves_it(shared_pool: RolloutPool, image_paths: tuple[str, ...]) -> None:
+    """The whole way of a request: HTTP, guard, wire, supervised servers, vLLM."""
+    from starlette.testclient import TestClient
+
+    from megatron_r1reward.judging.served import ServedModel
+    from megatron_r1reward.serving.service import Backend, RewardService, build_app
+    from megatron_r1reward.serving.wire import Limits
+
+    served = ServedModel(shared_pool.group, model=SERVED_NAME, options=ASK)
+    service = RewardService(
+        Backend(model=served, loop=shared_pool.group.loop),
+        Limits(image_roots=(Path(image_paths[0]).parent,)),
+        concurrency=4,
+    )
+    with TestClient(build_app(service, token="secret")) as http:
+        body = {"question": "Which?", "responses": ["a", "b", "c"], "images": [Path(image_paths[0]).name]}
+        assert http.post("/v1/rank", json=body).status_code == 401
+        answer: httpx.Response = http.post("/v1/rank", json=body, headers={"Authorization": "Bearer secret"})
+    assert answer.status_code == 200, answer.text
+    assert sorted(answer.json()["order"]) == [0, 1, 2]
+    assert answer.json()["unparsable"] == 0
+    shared_pool.group.loop.run(served.aclose())
