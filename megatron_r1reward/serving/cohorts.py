@@ -98,8 +98,11 @@ class CohortBuffer:
         rewards: Sequence[float] | None = None
         reason = "it is alone with its prompt, and a pairwise model needs another response"
         if len(cohort.responses) > 1:
+            # In the order of their texts, so that rewards do not depend on who came first.
+            order = sorted(range(len(cohort.responses)), key=cohort.responses.__getitem__)
             try:
-                rewards = await self._rank(cohort.question, cohort.responses, cohort.images)
+                ranked = await self._rank(cohort.question, [cohort.responses[i] for i in order], cohort.images)
+                rewards = [reward for _, reward in sorted(zip(order, ranked, strict=True))]
             except (ValueError, RuntimeError) as error:
                 reason = str(error)
                 self.counts["failed"] += len(cohort.responses)
