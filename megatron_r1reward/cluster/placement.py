@@ -112,6 +112,7 @@ def place(config: RunConfig, stage: Stage, site: Site) -> tuple[Placement, ...]:
 
     Split layout: the trainer has the first nodes of its group; rollout servers fill the others from the front, judges
     from the back, then what the trainer leaves free on its own nodes. One server never spans nodes.
+    On a single node `gpu_ids` of a section says which GPUs its servers have, whoever else uses them.
 
     Raises:
         ValueError: the stage does not fit on these nodes.
@@ -170,7 +171,7 @@ def _place_trainer(
         _section(config, kind).tensor_parallel_size
         for kind, count in beside.items()
         for _ in range(count)
-        if not (colocated and kind == "rollout")
+        if not (colocated and kind == "rollout") and not _section(config, kind).gpu_ids
     ]
     nodes = section.trainer_nodes or _nodes_left_for_trainer(rooms, demands)
     if nodes > len(rooms):
@@ -191,7 +192,8 @@ def _place_trainer(
     if ranks < 1 or (gpus and ranks > gpus):
         raise ValueError(
             f"the trainer would have {ranks} ranks per node, of {gpus} GPUs: ask for more GPUs or nodes, or set "
-            "cluster.ranks_per_node, rollout.count and judge.count to what fits"
+            "cluster.ranks_per_node, rollout.count and judge.count to what fits; gpu_ids of [rollout] and [judge] let "
+            "servers share GPUs with the trainer (gpu_memory_utilization)"
         )
     cores = section.cpus_per_rank or (max(1, min(r.node.cpus // r.node.gpus for r in mine)) if gpus else 1)
     ids = [room.take(ranks if gpus else 0) for room in mine]
@@ -208,7 +210,7 @@ def _place_trainer(
         kind="driver",
         cpus_per_task=cores,
         group=mine[0].group,
-        overlap=colocated and gpus > 0,
+        overlap=gpus > 0 and (colocated or any(_section(config, kind).gpu_ids for kind in beside if beside[kind])),
         gpu_ids=ids[0],
     )
     return placement, mine
@@ -258,6 +260,8 @@ def _place_servers(
         if colocated:
             trainer = next(placement for placement in placed if placement.component.name == "trainer")
             room, ids = _beside_ranks(trainer, trainer_rooms, index, size)
+        elif section.gpu_ids:
+            room, ids = order[0], _named_gpus(kind, section, index, rooms)
         elif all(room.node.gpus == 0 for room in rooms):
             spread = others or list(trainer_rooms)
             room, ids = (spread[index % len(spread)] if kind == "rollout" else spread[-1 - index % len(spread)]), ()
@@ -265,7 +269,8 @@ def _place_servers(
             room = _first_with(order, size, kind, index, count)
             ids = room.take(size)
         cores = config.cluster.cpus_per_server or room.cores_per_gpu * size or section.num_threads
-        room.cpus -= 0 if colocated and ids else cores
+        shares = bool((colocated or section.gpu_ids) and ids)
+        room.cpus -= 0 if shares else cores
         yield Placement(
             component=Component(
                 name=f"{kind}-{index}", nodes=(room.node.name,), tasks=1, gpus_per_node=len(ids)
@@ -274,9 +279,21 @@ def _place_servers(
             index=index,
             cpus_per_task=cores,
             group=room.group,
-            overlap=bool(colocated and ids),
+            overlap=shares,
             gpu_ids=ids,
         )  # fmt: skip
+
+
+def _named_gpus(kind: ServerKind, section: VllmSection, index: int, rooms: Sequence[_Room]) -> tuple[int, ...]:
+    size, (room, *others) = section.tensor_parallel_size, rooms
+    ids = section.gpu_ids[index * size : (index + 1) * size]
+    if others or len(ids) < size or not all(0 <= gpu < room.node.gpus for gpu in ids):
+        raise ValueError(
+            f"{kind}.gpu_ids {list(section.gpu_ids)} names GPUs of one machine, {size} for each of {section.count} "
+            f"servers; here are {len(rooms)} node(s) with {room.node.gpus} GPUs: name {section.count * size} of 0 to "
+            f"{room.node.gpus - 1} on a single node, or leave it out"
+        )
+    return ids
 
 
 def _beside_ranks(trainer: Placement, rooms: Sequence[_Room], index: int, size: int) -> tuple[_Room, tuple[int, ...]]:

@@ -88,12 +88,13 @@ def _server(config: RunConfig, stage: Stage, kind: ServerKind, index: int, log_p
     host = node_address()
     token = token_from(TOKEN_VARIABLE)  # the supervisor's, so that the driver knows it
     if kind == "judge":
-        return judge_server(config.judge, index, log_path=log_path, host=host, token=token, port=port)
+        return judge_server(config.judge, index, log_path=log_path, gpu_ids=(), host=host, token=token, port=port)
     return rollout_server(
         config.rollout,
         index,
         model_path=config.model.path,
         log_path=log_path,
+        gpu_ids=(),  # the step sees its own only
         takes_weights=stage == "rl",
         colocated=stage == "rl" and config.cluster.layout == "colocated",
         served_name=config.annotate.model if stage == "annotate" else SERVED_NAME,

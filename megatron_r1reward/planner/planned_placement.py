@@ -53,7 +53,7 @@ def _devices(config: RunConfig, stage: Stage, nodes: int) -> Devices:
         trainer=next(p.component.tasks for p in placements if p.kind == "driver"),
         rollout=used["rollout"],
         judge=used["judge"],
-        colocated=any(p.kind == "rollout" and p.overlap for p in placements),
+        colocated=config.cluster.layout == "colocated" and used["rollout"] > 0,
     )
 
 

@@ -23,14 +23,16 @@ def rollout_server(
     takes_weights: bool,
     colocated: bool = False,
     served_name: str = SERVED_NAME,
+    gpu_ids: Sequence[int] | None = None,
     **options: Any,
 ) -> VllmServer:
-    """Rollout server `index` of `section.count`, not started; its GPUs are its share of `section.gpu_ids`.
+    """Rollout server `index` of `section.count`, not started.
 
     Args:
         model_path: the policy, unless the section names another folder.
         takes_weights: False for a policy that does not change (evaluation, annotation).
         colocated: on the trainer's GPUs, so it must be able to sleep.
+        gpu_ids: among those that this process sees; (): all; None: its share of `section.gpu_ids`.
         options: further arguments of `VllmServer`.
 
     Raises:
@@ -41,15 +43,17 @@ def rollout_server(
         model_path=section.model_path or model_path,
         log_path=log_path,
         served_name=served_name,
-        gpu_ids=_share(section, index, "rollout"),
+        gpu_ids=_share(section, index, "rollout") if gpu_ids is None else gpu_ids,
         weight_transfer=weight_transport(section, colocated=colocated) if takes_weights else None,
         sleep_mode=colocated,
         **options,
     )
 
 
-def judge_server(section: JudgeSection, index: int, *, log_path: Path, **options: Any) -> VllmServer:
-    """Judge `index` of `section.count`, not started.
+def judge_server(
+    section: JudgeSection, index: int, *, log_path: Path, gpu_ids: Sequence[int] | None = None, **options: Any
+) -> VllmServer:
+    """Judge `index` of `section.count`, not started; `gpu_ids` as above.
 
     Raises:
         ValueError: no `judge.model_path`, `gpu_ids` are too few, or the folder is no checkpoint.
@@ -61,7 +65,7 @@ def judge_server(section: JudgeSection, index: int, *, log_path: Path, **options
         model_path=section.model_path,
         log_path=log_path,
         served_name=section.model or "judge",
-        gpu_ids=_share(section, index, "judge"),
+        gpu_ids=_share(section, index, "judge") if gpu_ids is None else gpu_ids,
         **options,
     )
 

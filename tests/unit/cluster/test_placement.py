@@ -98,6 +98,17 @@ def test_colocated_judge_is_elsewhere() -> None:
     assert not found["judge-0"].overlap
 
 
+def test_one_gpu_may_be_shared_by_name() -> None:
+    named = {"rollout": {"gpu_ids": [0]}, "judge": {"model_path": "judge", "gpu_ids": [0]}}
+    found = by_name(place(config(**named), "rl", site(1, gpus=1)))
+    assert {name: item.gpu_ids for name, item in found.items()} == dict.fromkeys(found, (0,))
+    assert all(item.overlap for item in found.values())
+    with pytest.raises(ValueError, match=r"-1 ranks per node, of 1 GPUs.*gpu_ids"):
+        place(config(), "rl", site(1, gpus=1))
+    with pytest.raises(ValueError, match=r"gpu_ids \[0\] names GPUs of one machine.*2 node"):
+        place(config(**named), "rl", site(2))
+
+
 def test_heterogeneous_groups() -> None:
     wanted = config(cluster={"judge_het_group": 1})
     found = by_name(place(wanted, "rl", site(2, 1)))
