@@ -11,7 +11,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from megatron_r1reward.cluster.placement import Placement
@@ -27,7 +27,6 @@ from megatron_r1reward.launch.exit_report import (
 )
 from megatron_r1reward.launch.server_lives import ServerLives
 from megatron_r1reward.launch.steps import RunningStep, StepEnd, StepLauncher
-from megatron_r1reward.launch.walltime import WalltimeGuard, WalltimeWatch
 from megatron_r1reward.run_dir import (
     EXIT_DONE,
     EXIT_REQUEUE,
@@ -46,6 +45,57 @@ _POLL_INTERVAL_S = 0.2
 _SETTLE_S = 1.0  # what dies within this time of the first death is looked at together with it
 _STEP_START_TIMEOUT_S = 180.0  # from srun to the first task
 _STACK_DUMP_S = 5.0
+_READ_INTERVAL_S = 20.0  # of the time limit, which is a program each time
+_SAFETY = 1.2  # the next step and the save may be slower than the slowest seen
+
+
+@dataclass(frozen=True, kw_only=True)
+class WalltimeGuard:
+    """Anchored to the job's own end, which counts from the job's start: queueing, container start and server start have
+    used up their part of it already.
+
+    Attributes:
+        ends: when Slurm ends the job, in seconds since the epoch; None without a limit.
+        margin_s: kept free after the save, for ending the steps.
+        grace_s: what ending the steps may take.
+    """
+
+    ends: float | None
+    margin_s: float
+    grace_s: float
+
+    def latest_stop(self, heartbeat: Heartbeat | None) -> float | None:
+        """Time at which the trainer must be asked to stop: one more step (begun a moment ago) and a save still fit."""
+        if self.ends is None:
+            return None
+        step, save = (heartbeat.longest_step_s, heartbeat.longest_save_s) if heartbeat is not None else (0.0, 0.0)
+        return self.ends - self.margin_s - _SAFETY * (step + save)
+
+    def last_moment(self) -> float | None:
+        """Time at which steps are ended without waiting for the save any longer, so that this job can still requeue."""
+        if self.ends is None:
+            return None
+        return self.ends - min(self.grace_s, self.margin_s)
+
+
+class WalltimeWatch:
+    """The guard of a limit that an administrator may move either way: `read` is asked for it now and then."""
+
+    def __init__(self, guard: WalltimeGuard, read: Callable[[], float | None]) -> None:
+        self.guard = guard
+        self._read = read
+        self._read_at = time.time()
+
+    def refresh(self) -> None:
+        """Where `read` knows of no limit, the last known one stays."""
+        now = time.time()
+        if self.guard.ends is None or now - self._read_at < _READ_INTERVAL_S:
+            return
+        self._read_at = now
+        ends = self._read()
+        if ends is not None and ends != self.guard.ends:
+            log.info("the time limit has moved by %+.0f s", ends - self.guard.ends)
+            self.guard = replace(self.guard, ends=ends)
 
 
 class Closeable(Protocol):

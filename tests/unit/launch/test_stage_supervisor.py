@@ -22,8 +22,7 @@ from megatron_r1reward.config.schema import ClusterSection, ServerSection
 from megatron_r1reward.launch import supervisor
 from megatron_r1reward.launch.exit_report import EXIT_LOST_NODE, EXIT_STALLED, EXIT_TIME, EXIT_UNFINISHED
 from megatron_r1reward.launch.local_steps import LocalLauncher
-from megatron_r1reward.launch.supervisor import Plan, Supervisor
-from megatron_r1reward.launch.walltime import WalltimeGuard
+from megatron_r1reward.launch.supervisor import Plan, Supervisor, WalltimeGuard
 from megatron_r1reward.run_dir import Address, Component, ExitReport, Heartbeat, RunDir, RunInfo
 from megatron_r1reward.servers.component import ComponentServer
 from megatron_r1reward.servers.group import ServerGroup
