@@ -36,7 +36,6 @@ from megatron_r1reward.demo.tiny_models import TinyQwen3Spec, TinySpec, write_ti
 from megatron_r1reward.parallel import setup  # noqa: E402
 from megatron_r1reward.parallel.chunks import chunks_of  # noqa: E402
 from megatron_r1reward.training.data_parallel import zero_gradients  # noqa: E402
-from megatron_r1reward.training.rollout_batch import shard_by_mini_batch  # noqa: E402
 from megatron_r1reward.training.schedule import (  # noqa: E402
     LossOutput,
     optimizer_step,
@@ -175,7 +174,7 @@ def two_steps(folder: Path, images: tuple[str, ...], layout: Layout, budget: int
     """Two optimizer steps on this rank. Gradients are returned by the main rank only."""
     state, sequences = build(folder, images, layout, budget)
     topology = state.topology
-    mine = shard_by_mini_batch(SEQUENCES, 1, topology.data_parallel_rank, topology.data_parallel_size)[0]
+    mine = list(range(topology.data_parallel_rank, SEQUENCES, topology.data_parallel_size))
     log_probs = _log_probs(state, sequences, mine)
     records, gradients = [], []
     for _ in range(2):

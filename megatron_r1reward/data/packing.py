@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import torch
 
+from megatron_r1reward.data.balance import Bins, Cost
 from megatron_r1reward.data.pixels import ImageProcessor, ProcessedImage
 from megatron_r1reward.models.registry import Positions
 from megatron_r1reward.parallel.transfer import to_device
@@ -61,7 +63,8 @@ class Packer:
         """Group `indices` into micro-batches of at most `token_budget` tokens, longest first into the first that fits.
 
         Deterministic. A sequence longer than the budget gets a micro-batch of its own. With `share_images`, sequences
-        with the same images stand next to each other in that order, so that most of them share a micro-batch.
+        with the same images stand next to each other in that order, so that most of them share a micro-batch. Without,
+        the micro-batches are then made even: pipeline stages wait for the longest.
         """
 
         def length(index: int) -> int:
@@ -81,7 +84,14 @@ class Packer:
                     break
             else:
                 bins.append((length(index), [index]))
-        return [sorted(members) for _, members in bins]
+        return self._evened([members for _, members in bins], length, keep=bool(longest))
+
+    def _evened(self, parts: list[list[int]], length: Callable[[int], int], *, keep: bool) -> list[list[int]]:
+        """As many micro-batches with nearly equal numbers of tokens, where these fit into the budget as well."""
+        bins = Bins(len(parts))
+        bins.add({index: Cost(own=length(index)) for members in parts for index in members})
+        even = not keep and all(members for members in bins.members) and max(bins.loads, default=0) <= self.token_budget
+        return [sorted(members) for members in (bins.members if even else parts)]
 
     def pack(self, sequences: SequenceOf[Sequence], indices: SequenceOf[int]) -> PackedBatch:
         """One micro-batch of the sequences at `indices`; without any, a row of padding."""

@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from PIL import Image
 from transformers import AutoImageProcessor
 
 from megatron_r1reward.data.image_files import decode
@@ -32,6 +33,7 @@ class ImageProcessor:
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.merge_size = int(self.processor.merge_size)
         self._cached = lru_cache(maxsize=cache_size)(self._process)
+        self.num_patches = lru_cache(maxsize=16 * cache_size)(self._num_patches)
 
     def __call__(self, path: str) -> ProcessedImage:
         """Raises OSError or ValueError when the file is not an image that `decode` takes."""
@@ -43,6 +45,14 @@ class ImageProcessor:
         )
         frames, rows, columns = features["image_grid_thw"][0].tolist()
         return ProcessedImage(pixel_values=features["pixel_values"].float(), grid=(frames, rows, columns))
+
+    def _num_patches(self, path: str) -> int:
+        """Of an image that is not decoded: from the size in its header, before its orientation is applied, which may
+        change the number by one row. Raises OSError when it is no image."""
+        with Image.open(path) as image:
+            width, height = image.size
+        limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        return int(self.processor.get_number_of_image_patches(height, width, limits))
 
     def num_tokens(self, image: ProcessedImage) -> int:
         """Language-model tokens of an image: one per merged unit of patches."""

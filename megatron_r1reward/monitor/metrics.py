@@ -32,6 +32,7 @@ _TABLE = (
     _metric("lr", "1", "neither", "learning rate of the step"),
     _metric("update/skipped", "steps", "lower", "optimizer steps skipped because the gradient norm was not finite"),
     _metric("update/idle_sequences", "responses", "neither", "responses without any advantage, left out of the update"),
+    _metric("update/imbalance", "1", "lower", "expected work of the busiest data-parallel rank over the mean"),
     _metric("entropy", "nats", "neither", "mean entropy of the policy over response tokens"),
     _metric("tokens_per_second", "1/s", "higher", "prompt and response tokens trained on, per second of step time"),
     # Reward R = 0.5 F + A (1 + 0.5 C)

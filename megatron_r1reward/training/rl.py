@@ -40,7 +40,7 @@ from megatron_r1reward.training.producer import RolloutProducer
 from megatron_r1reward.training.profiling import StepProfiler
 from megatron_r1reward.training.record import Recorder, Replay, origin_of
 from megatron_r1reward.training.rl_metrics import advantage_metrics, mismatch, step_metrics
-from megatron_r1reward.training.rollout_batch import add_advantages, add_log_probs, pack
+from megatron_r1reward.training.rollout_batch import Shards, add_advantages, add_log_probs, pack, share_out
 from megatron_r1reward.training.state import TrainState, build_state
 from megatron_r1reward.training.step_sampler import StepSampler
 from megatron_r1reward.types import Preference, ScoredRollout
@@ -75,8 +75,8 @@ def train_step(state: TrainState, main: MainRank | None, timer: PhaseTimer) -> d
     Asynchronous modes sample the next steps' rollouts meanwhile; see `generation`.
     """
     with timer.phase("wait"):
-        scored, metrics = take_rollouts(state, main)
-    batch = pack(state, scored)
+        scored, shards, metrics = take_rollouts(state, main)
+    batch = pack(state, scored, shards)
     with timer.phase("log_probs"):
         batch = add_log_probs(state, batch)
         batch = add_advantages(state, batch)
@@ -93,8 +93,8 @@ def train_step(state: TrainState, main: MainRank | None, timer: PhaseTimer) -> d
     return metrics
 
 
-def take_rollouts(state: TrainState, main: MainRank | None) -> tuple[Sequence[ScoredRollout], dict[str, float]]:
-    """This step's scored rollouts from the main rank; every rank gets them."""
+def take_rollouts(state: TrainState, main: MainRank | None) -> tuple[Sequence[ScoredRollout], Shards, dict[str, float]]:
+    """This step's scored rollouts from the main rank, and who trains on which; every rank gets them."""
     message: Any = None
     if main is not None:
         try:
@@ -104,7 +104,9 @@ def take_rollouts(state: TrainState, main: MainRank | None) -> tuple[Sequence[Sc
                 pool.sleep()  # colocated servers leave the device to the trainer
             if main.recorder is not None:
                 main.recorder.write(batch)
-            message = (batch.scored, step_metrics(batch, pool))
+            metrics = step_metrics(batch, pool)
+            shards, metrics["update/imbalance"] = share_out(state, batch.scored)
+            message = (batch.scored, shards, metrics)
         except (JudgeDownError, ValueError) as error:  # all ranks save together, or complain together
             message = error
     message = state.topology.from_main(message)

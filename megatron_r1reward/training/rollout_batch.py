@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -14,10 +13,14 @@ from megatron.core import parallel_state
 from megatron_r1reward.algorithm.advantages import normalize_and_filter
 from megatron_r1reward.algorithm.policy_loss import Aggregation, aggregation_weights
 from megatron_r1reward.algorithm.returns import group_rewards, task_returns
+from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.data.balance import ModelCost, spread_over_ranks
 from megatron_r1reward.training.schedule import LossOutput, run_micro_batches
 from megatron_r1reward.training.state import TrainState
 from megatron_r1reward.types import PackedBatch, ScoredRollout
 from megatron_r1reward.types import Sequence as TokenSequence
+
+Shards = list[list[list[int]]]  # [mini-batch][data-parallel rank]: numbers of rollouts in the global batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,47 +49,86 @@ class RolloutBatch:
         return torch.cat([torch.arange(0), *(torch.arange(bounds[i], bounds[i + 1]) for i in sequence_indices)])
 
 
-def shard_by_mini_batch(total: int, steps: int, rank: int, size: int) -> list[list[int]]:
-    """Global rollout indices of data-parallel rank `rank`, per optimizer step.
-
-    The global content of each step does not depend on the number of ranks.
+def share_out(state: TrainState, scored: Sequence[ScoredRollout]) -> tuple[Shards, float]:
+    """Which rollouts each data-parallel rank trains on, by their cost, and the expected time of the slowest rank over
+    the mean. Images are not decoded for it.
 
     Raises:
-        ValueError: a rank would have nothing to do in some step.
+        ValueError: a rank would have nothing to do in some optimizer step.
     """
-    if total < steps * size:
-        raise ValueError(f"{total} rollouts are too few for {steps} optimizer steps on {size} data-parallel ranks")
-    return [part[rank::size].tolist() for part in np.array_split(np.arange(total), steps)]
+    config, packer, price = state.config, state.packer, ModelCost.of(state.hf_config)
+    costs = []
+    for item in scored:
+        prompt, response = item.rollout.prompt, len(item.rollout.token_ids)
+        patches = sum(packer.image_processor.num_patches(path) for path in prompt.image_paths)
+        tokens = len(prompt.token_ids) - len(prompt.image_paths) + patches // packer.image_processor.merge_size**2
+        shared = prompt.image_paths if packer.share_images and prompt.image_paths else None
+        costs.append(price(tokens=tokens + response, response_tokens=response, patches=patches, images_key=shared))
+    return spread_over_ranks(
+        costs,
+        _expected_idle(config, scored),
+        mini_batches=config.rl.rollout_batch_size // config.rl.train_batch_size,
+        ranks=state.topology.data_parallel_size,
+    )
 
 
-def pack(state: TrainState, scored: Sequence[ScoredRollout]) -> RolloutBatch:
-    """This rank's share of the scored rollouts."""
-    config, topology = state.config, state.topology
+def _expected_idle(config: RunConfig, scored: Sequence[ScoredRollout]) -> list[bool]:
+    """Rollouts that the update will leave out, as far as rewards alone tell: a KL term in the reward is known later."""
+    if every_sequence_counts(config) or config.algorithm.kl_coefficient > 0:
+        return [False] * len(scored)
+    lengths = torch.tensor([len(item.rollout.token_ids) for item in scored])
+    returns_R = task_returns(
+        compared_rewards(config, scored), torch.cat([lengths.new_zeros(1), lengths]).cumsum(0),
+        gamma=config.algorithm.gamma,
+    )  # fmt: skip
+    useful_R = normalize_and_filter(returns_R, config.algorithm).advantages != 0
+    return [not bool(part.any()) for part in useful_R.split(lengths.tolist())]
+
+
+def every_sequence_counts(config: RunConfig) -> bool:
+    """Whether terms without an advantage (KL, entropy, router losses) reach every token."""
+    algorithm, moe = config.algorithm, config.moe
+    return (
+        not algorithm.skip_idle_sequences
+        or algorithm.kl_loss_coefficient != 0
+        or algorithm.entropy_coefficient != 0
+        or moe.load_balancing != "none"
+        or moe.z_loss_coefficient != 0
+    )
+
+
+def compared_rewards(config: RunConfig, scored: Sequence[ScoredRollout]) -> torch.Tensor:
+    """Rewards after group baselines: float32 [N]; NaN where masked, which is part of no statistic and no advantage."""
     numbers: dict[str, int] = {}
-    group = torch.tensor([numbers.setdefault(item.rollout.prompt.id, len(numbers)) for item in scored])
-    trained = torch.tensor([not item.masked for item in scored])
-    rewards = torch.tensor([item.reward for item in scored], dtype=torch.float32)
-    rewards[trained] = group_rewards(
-        rewards[trained],
-        group[trained],
+    group_N = torch.tensor([numbers.setdefault(item.rollout.prompt.id, len(numbers)) for item in scored])
+    trained_N = torch.tensor([not item.masked for item in scored])
+    rewards_N = torch.tensor([item.reward for item in scored], dtype=torch.float32)
+    rewards_N[trained_N] = group_rewards(
+        rewards_N[trained_N],
+        group_N[trained_N],
         baseline=config.algorithm.baseline,
         normalize=config.algorithm.group_normalize,
     )
-    rewards[~trained] = torch.nan  # no part of any statistic, and no advantage
-    steps = config.rl.rollout_batch_size // config.rl.train_batch_size
-    shards = shard_by_mini_batch(len(scored), steps, topology.data_parallel_rank, topology.data_parallel_size)
-    mine = [scored[index].rollout for shard in shards for index in shard]
+    rewards_N[~trained_N] = torch.nan
+    return rewards_N
+
+
+def pack(state: TrainState, scored: Sequence[ScoredRollout], shards: Shards) -> RolloutBatch:
+    """This rank's share of the scored rollouts; `shards` of `share_out`."""
+    config = state.config
+    mini_batches = [ranks[state.topology.data_parallel_rank] for ranks in shards]
+    indices = [index for mini_batch in mini_batches for index in mini_batch]
+    mine = [scored[index].rollout for index in indices]
     sequences = tuple(state.packer.sequence(rollout.prompt, rollout.token_ids) for rollout in mine)
-    lengths = torch.tensor([0, *(sequence.response_length for sequence in sequences)])
-    cu_response = lengths.cumsum(0)
-    order = [index for shard in shards for index in shard]
-    starts = np.cumsum([0, *(len(shard) for shard in shards)])
+    cu_response = torch.tensor([0, *(sequence.response_length for sequence in sequences)]).cumsum(0)
+    starts = itertools.accumulate(map(len, mini_batches), initial=0)
+    masked_N = torch.tensor([scored[index].masked for index in indices])
     return RolloutBatch(
         sequences=sequences,
         mini_batches=tuple(tuple(range(a, b)) for a, b in itertools.pairwise(starts)),
-        rewards=rewards[order],
+        rewards=compared_rewards(config, scored)[indices],
         cu_response=cu_response,
-        aggregation=_without(~trained[order], aggregation_weights(cu_response, config.algorithm), cu_response),
+        aggregation=_without(masked_N, aggregation_weights(cu_response, config.algorithm), cu_response),
         sampler_log_probs=torch.tensor([lp for rollout in mine for lp in rollout.log_probs], dtype=torch.float32),
     )
 

@@ -12,21 +12,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.training.rollout_batch import RolloutBatch
+from megatron_r1reward.training.rollout_batch import RolloutBatch, every_sequence_counts
 from megatron_r1reward.training.state import TrainState
-
-
-def every_sequence_counts(config: RunConfig) -> bool:
-    """Whether terms without an advantage (KL, entropy, router losses) reach every token."""
-    algorithm, moe = config.algorithm, config.moe
-    return (
-        not algorithm.skip_idle_sequences
-        or algorithm.kl_loss_coefficient != 0
-        or algorithm.entropy_coefficient != 0
-        or moe.load_balancing != "none"
-        or moe.z_loss_coefficient != 0
-    )
 
 
 def without_idle_sequences(state: TrainState, rollouts: RolloutBatch) -> tuple[RolloutBatch, dict[str, float]]:

@@ -16,7 +16,7 @@ from parity_layouts import LAYOUTS, Layout
 from megatron_r1reward.algorithm.policy_loss import aggregation_weights
 from megatron_r1reward.checkpoint.weight_exporter import export_hf_tensors
 from megatron_r1reward.training.policy_update import update_policy
-from megatron_r1reward.training.rollout_batch import RolloutBatch, forward_log_probs, shard_by_mini_batch
+from megatron_r1reward.training.rollout_batch import RolloutBatch, forward_log_probs
 
 pytestmark = pytest.mark.parallel
 SINGLE = Layout(ranks=1, parallel={"use_distributed_optimizer": False})
@@ -30,7 +30,9 @@ def _update(
     """Metrics of one update of two optimizer steps, the weights after it, and the sequences that this rank ran."""
     state, sequences = parity.build(folder, images, layout, budget, algorithm=algorithm)
     topology = state.topology
-    shards = shard_by_mini_batch(8, 2, topology.data_parallel_rank, topology.data_parallel_size)
+    shards = [
+        list(range(a, b))[topology.data_parallel_rank :: topology.data_parallel_size] for a, b in ((0, 4), (4, 8))
+    ]
     mine = [i for shard in shards for i in shard]
     cu_response = torch.tensor([0, *(sequences[i].response_length for i in mine)]).cumsum(0)
     signs = torch.tensor([(-1.0) ** (i // 2) if i in ACTIVE else 0.0 for i in mine])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.training.skip_without_advantage import every_sequence_counts
+from megatron_r1reward.training.rollout_batch import every_sequence_counts
 
 
 @pytest.mark.parametrize(
