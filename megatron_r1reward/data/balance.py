@@ -126,23 +126,23 @@ def _exchange(loads: list[float], placed: list[list[_Unit]]) -> bool:
     """Let a unit of the fullest bin change places with one of another bin, or with none, where the fuller of the two is
     then lowest. False when nothing helps."""
     full = max(range(len(loads)), key=lambda n: (loads[n], -n))
-    best = (loads[full] * (1 - 1e-6), -1, None, None)
+    best: tuple[float, int, _Unit | None, _Unit | None] = (loads[full] * (1 - 1e-6), -1, None, None)
     for other, units in enumerate(placed):
         for mine in placed[full] if other != full else ():
-            for theirs in (None, *units):
+            for theirs in [None, *units]:
                 moved = mine[0] - (0.0 if theirs is None else theirs[0])
                 fuller = max(loads[full] - moved, loads[other] + moved)
                 if moved > 0 and fuller < best[0] and (theirs is not None or len(placed[full]) > 1):
                     best = (fuller, other, mine, theirs)
-    _, other, mine, theirs = best
-    if mine is None:
+    _, other, given, taken = best
+    if given is None:
         return False
-    placed[full].remove(mine)
-    placed[other].append(mine)
-    if theirs is not None:
-        placed[other].remove(theirs)
-        placed[full].append(theirs)
-    moved = mine[0] - (0.0 if theirs is None else theirs[0])
+    placed[full].remove(given)
+    placed[other].append(given)
+    if taken is not None:
+        placed[other].remove(taken)
+        placed[full].append(taken)
+    moved = given[0] - (0.0 if taken is None else taken[0])
     loads[full], loads[other] = loads[full] - moved, loads[other] + moved
     return True
 

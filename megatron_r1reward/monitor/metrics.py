@@ -105,6 +105,10 @@ _TABLE = (
     _metric("time/save", "s", "lower", "checkpointing, as far as it blocks the step"),
     _metric("time/heldout", "s", "lower", "the probe of held-out accuracy"),
     _metric("time/step", "s", "lower", "the whole step"),
+    # Share of the step that a device had nothing to do, as the main rank sees it
+    _metric("idle/generation", "1", "lower", "mean over rollout servers: no request in flight"),
+    _metric("idle/judge", "1", "lower", "mean over judge servers: no call in flight"),
+    _metric("idle/trainer", "1", "lower", "the trainer waiting for rollouts, or for the moment to push"),
     # Quality
     _metric("heldout/accuracy", "1", "higher", "accuracy on held-out pairs, mean of both answer orders"),
     _metric("sft/loss", "nats", "lower", "mean cross-entropy over response tokens"),

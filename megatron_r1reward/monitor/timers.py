@@ -1,7 +1,8 @@
-"""Wall-clock seconds per phase of a step."""
+"""Wall-clock seconds per phase of a step, and when servers were busy."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ class PhaseTimer:
         self._clock = clock
         self._on_phase = on_phase
         self._seconds: dict[str, float] = {}
+        self.spans: dict[str, tuple[float, float]] = {}  # (start, end) of each phase, the last time that it ran
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -39,6 +41,7 @@ class PhaseTimer:
         finally:
             end = self._clock()
             self._seconds[name] = self._seconds.get(name, 0.0) + end - start
+            self.spans[name] = start, end
             if self._on_phase is not None:
                 self._on_phase(name, start, end)
 
@@ -54,3 +57,41 @@ class PhaseTimer:
     def reset(self) -> None:
         """Forget everything: call it at the start of a step."""
         self._seconds.clear()
+        self.spans.clear()
+
+
+class BusyClock:
+    """When something had at least one thing to do. Methods may be called from any thread.
+
+    Args:
+        clock: seconds, e.g. `time.perf_counter`.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._running = 0
+        self._since = 0.0  # when the first of those that run began
+        self._intervals: list[tuple[float, float]] = []
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Busy while this runs."""
+        with self._lock:
+            if self._running == 0:
+                self._since = self._clock()
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running -= 1
+                if self._running == 0:
+                    self._intervals.append((self._since, self._clock()))
+
+    def take(self, start: float, end: float) -> list[tuple[float, float]]:
+        """The busy times between `start` and `end`; what was before `end` is forgotten."""
+        with self._lock:
+            found = [*self._intervals, *([(self._since, end)] if self._running else [])]
+            self._intervals = [interval for interval in self._intervals if interval[1] > end]
+        return [(max(a, start), min(b, end)) for a, b in found if b > start and a < end]

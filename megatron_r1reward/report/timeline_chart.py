@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ LANES = {
     "heldout": "trainer: held-out",
     "save": "trainer: save",
 }
+SERVER = re.compile(r"(rollout|judge)-\d+")  # a lane per server: when it had something to do
 TRAINING = ("log_probs", "update")
 SHOWN_STEPS = 6
 _WAITING = "#c9ced8"
@@ -44,13 +46,14 @@ def draw_timeline(rows: Sequence[Mapping[str, Any]]) -> TimelineDrawing | None:
     Args:
         rows: of `monitor.timeline.Timeline`.
     """
-    rows = [row for row in rows if row["phase"] in LANES]
+    rows = [row for row in rows if row["phase"] in LANES or SERVER.fullmatch(row["phase"])]
     trained = sorted({int(row["step"]) for row in rows if row["phase"] in TRAINING})
     if not trained or not any(row["phase"] == "generate" for row in rows):
         return None
     first = max((len(trained) - SHOWN_STEPS + 1) // 2, 0)  # the very first steps warm up
     steps = trained[first : first + SHOWN_STEPS]
-    own = [row for row in rows if row["step"] in steps and row["phase"] not in ("generate", "score")]
+    sampling = {row["phase"] for row in rows if SERVER.fullmatch(row["phase"])} | {"generate", "score"}
+    own = [row for row in rows if row["step"] in steps and row["phase"] not in sampling]
     start, end = min(row["start"] for row in own), max(row["end"] for row in own)
     least = 1e-3 * (end - start)  # what is shorter cannot be seen
     shown = [row for row in rows if row["end"] > start and row["start"] < end and row["end"] - row["start"] > least]
@@ -79,7 +82,9 @@ def _union(intervals: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _svg(rows: Sequence[Mapping[str, Any]], start: float, end: float) -> str:
-    lanes = [phase for phase in LANES if any(row["phase"] == phase for row in rows)]
+    shown = {row["phase"] for row in rows}
+    servers = sorted((phase for phase in shown if SERVER.fullmatch(phase)), key=lambda p: (p[0] == "j", len(p), p))
+    lanes = [*servers, *(phase for phase in LANES if phase in shown)]
     buffer = io.BytesIO()
     with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(10.0, 0.34 * len(lanes) + 0.5))
@@ -91,7 +96,7 @@ def _svg(rows: Sequence[Mapping[str, Any]], start: float, end: float) -> str:
             axes.broken_barh([(left, right - left)], (lane - 0.38, 0.76), facecolors=colour, linewidth=0)
             if right - left > 0.025 * (end - start) and row["phase"] != "wait":
                 axes.text((left + right) / 2, lane, str(row["step"]), ha="center", va="center", color="white")
-        axes.set_yticks(range(len(lanes)), [LANES[lane] for lane in lanes])
+        axes.set_yticks(range(len(lanes)), [LANES.get(lane, lane) for lane in lanes])
         axes.set_ylim(len(lanes) - 0.5, -0.5)
         axes.set_xlim(0.0, end - start)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} s")

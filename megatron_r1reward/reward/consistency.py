@@ -21,6 +21,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from megatron_r1reward.config.schema import JudgeSection
 from megatron_r1reward.data.identity import model_identity
 from megatron_r1reward.data.prompt import judge_messages
+from megatron_r1reward.monitor.timers import BusyClock
 from megatron_r1reward.network.breaker import CircuitBreaker
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE
 from megatron_r1reward.reward.verdict_cache import VerdictCache, question_key
@@ -79,6 +80,7 @@ class ConsistencyJudge:
         self.section = section
         self.cache = cache or VerdictCache(None)
         self.models: dict[str, str] = {}  # that servers serve, by URL
+        self.clocks: dict[str, BusyClock] = {}  # calls in flight, by URL
         self.breaker = CircuitBreaker(section.breaker_failures)
         self._servers = servers
         self.identity = _identity(section)
@@ -246,7 +248,9 @@ class JudgeBatch:
                             self.counts["not_tried"] += 1
                             return None
                         self.counts["calls"] += 1
-                        verdict = _read_verdict(await next(server).reply(question.messages))
+                        endpoint = next(server)
+                        with self._judge.clocks.setdefault(endpoint.url, BusyClock()).busy():
+                            verdict = _read_verdict(await endpoint.reply(question.messages))
         except _FAILURES as failure:
             breaker.failure()
             return failure
@@ -291,7 +295,7 @@ class JudgeEndpoint:
 
     def __init__(self, section: JudgeSection, url: str, *, key: str, models: MutableMapping[str, str]) -> None:
         root = url.rstrip("/")
-        self._url = root
+        self.url = root
         self._section = section
         self._models = models
         self._client = openai.AsyncOpenAI(
@@ -329,10 +333,10 @@ class JudgeEndpoint:
         if self._section.model is not None:
             return self._section.model
         # No lock: callers that start together may all ask, which is cheaper than queueing behind a server that hangs.
-        if self._url not in self._models:
+        if self.url not in self._models:
             match await self._client.get("/models", cast_to=object):
                 case {"data": [{"id": str(name)}, *_]}:
-                    self._models[self._url] = name
+                    self._models[self.url] = name
                 case listing:
                     raise UnusableReplyError(f"not a list of models: {str(listing)[:200]!r}")
-        return self._models[self._url]
+        return self._models[self.url]

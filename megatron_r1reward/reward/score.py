@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from megatron_r1reward.config.schema import RewardSection, Truncated
+from megatron_r1reward.monitor.timers import BusyClock
 from megatron_r1reward.network.loop import EventLoopThread
 from megatron_r1reward.reward.consistency import ConsistencyJudge, JudgeBatch
 from megatron_r1reward.reward.rules import (
@@ -42,6 +43,12 @@ class RewardScorer:
         )
         self._batches = 0
         self._lock = threading.Lock()  # of the two above
+
+    @property
+    def clocks(self) -> dict[str, BusyClock]:
+        """Of the judge's servers, by name; those that have been asked already."""
+        clocks = {} if self._judge is None else self._judge.clocks
+        return {f"judge-{number}": clock for number, clock in enumerate(clocks.values())}
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], dict[str, int]]:
         """All rollouts of a batch at once; see `ScoringBatch.finish`."""

@@ -16,6 +16,7 @@ import torch
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from megatron_r1reward.config.schema import SamplingSection, ServerSection
+from megatron_r1reward.monitor.timers import BusyClock
 from megatron_r1reward.rollout import accounting
 from megatron_r1reward.rollout.accounting import Accounting, FailedPrompt
 from megatron_r1reward.rollout.client import (
@@ -108,6 +109,7 @@ class RolloutPool:
             admit=self._admit,
             status_file=status_file,
         )
+        self.clocks = {member.name: BusyClock() for member in self.group.members}  # of requests in flight
         self._colocation = None if sleep_level is None else Colocation(self.group, sleep_level)
         try:
             if transport is not None:
@@ -326,7 +328,8 @@ class RolloutPool:
         member = await self.group.router.acquire(prompt.preference_id, frozenset(failed))
         request.counts["attempts"] += 1
         try:
-            rollouts = await self._ask(member, prompt, request)
+            with self.clocks[member.name].busy():
+                rollouts = await self._ask(member, prompt, request)
         except ServerUnavailableError as error:
             failed.add(member)
             request.counts["unfinished"] += isinstance(error, UnfinishedError)

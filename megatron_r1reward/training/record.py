@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_r1reward.checkpoint.manifest import hash_range
 from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.data.identity import model_identity
 from megatron_r1reward.files import atomic_path, write_bytes
 from megatron_r1reward.training.step_sampler import StepRollouts
 from megatron_r1reward.types import ScoredRollout
@@ -40,7 +40,6 @@ _DECIDES = (
 # What updates follow from besides: a replay may change it, and says so.
 _SHAPES = ("model", "parallel", "moe", "precision", "data", "optimizer", "rl", "algorithm")
 _FREE = {"model.path", "data.train", "data.image_root", "data.select", "rl.record", "rl.replay", "rl.heldout_every"}
-_SAMPLE_BYTES, _SAMPLES = 1 << 20, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ class Origin:
     format: int
     run: str  # its run.output_dir
     data: dict[str, Any]  # of `resume.describe_data`
-    model: str  # of `model_identity`
+    model: str  # identity of the weights that it began with
     image_roots: tuple[str, ...]  # folders that its images were in
     config: dict[str, Any]
 
@@ -74,27 +73,17 @@ def origin_of(config: RunConfig, data: Mapping[str, Any]) -> Origin:
         format=_FORMAT,
         run=str(config.run.output_dir.resolve()),
         data=dict(data),
-        model=model_identity(config),
+        model=_first_weights(config),
         image_roots=tuple(map(str, _image_roots(config))),
         config=config.model_dump(mode="json"),
     )
 
 
-def model_identity(config: RunConfig) -> str:
-    """Of the weights that a run begins with: xxh3-128 of config.json and of pieces from everywhere in the weight files,
-    whatever these are called."""
-    folder, first = config.model.path, config.checkpoint.init_from
-    parts = [hash_range(folder / "config.json", 0, (folder / "config.json").stat().st_size)]
-    parts += sorted(map(_sampled_hash, folder.glob("*.safetensors")))
-    if first is not None and (first / "manifest.json").is_file():  # holds the hashes of all its tensors
-        parts.append(_sampled_hash(first / "manifest.json"))
-    return xxhash.xxh3_128_hexdigest(" ".join(parts).encode())
-
-
-def _sampled_hash(path: Path) -> str:
-    size = path.stat().st_size
-    starts = {max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1) for i in range(_SAMPLES)}
-    return " ".join([str(size), *(hash_range(path, start, min(size, _SAMPLE_BYTES)) for start in sorted(starts))])
+def _first_weights(config: RunConfig) -> str:
+    first = config.checkpoint.init_from
+    if first is None or not (manifest := first / "manifest.json").is_file():
+        return model_identity(config.model.path)
+    return f"{model_identity(config.model.path)} {_hash(manifest)}"  # a manifest holds the hashes of all tensors
 
 
 def _image_roots(config: RunConfig) -> list[Path]:

@@ -290,11 +290,28 @@ def _train(state: TrainState, main: MainRank | None, control: RunControl) -> boo
                 _save(state, main, score=metrics.get("heldout/accuracy"))
                 control.saved(state.step)
         if main is not None:
-            main.monitor.log(state.step, metrics | timer.metrics())
+            main.monitor.log(state.step, metrics | timer.metrics() | idle_shares(main, timer))
         progress.set_postfix(reward=f"{metrics['reward/mean']:.2f}", right=f"{metrics['reward/result']:.2f}")
         progress.update()
     progress.close()
     return not stopped
+
+
+def idle_shares(main: MainRank, timer: PhaseTimer) -> dict[str, float]:
+    """`idle/*` of the step that has just ended; when servers were busy goes to the timeline."""
+    start, end = timer.spans["step"]
+    shares = {"idle/trainer": timer.seconds["wait"] / max(end - start, 1e-9)}
+    if main.services is None:
+        return shares
+    for name, clocks in (("generation", main.services.pool.clocks), ("judge", main.services.scorer.clocks)):
+        busy = {server: clock.take(start, end) for server, clock in clocks.items()}
+        for server, times in busy.items():
+            for interval in times:
+                main.timeline.add(server, *interval)
+        if busy:
+            total = sum(b - a for times in busy.values() for a, b in times)
+            shares[f"idle/{name}"] = 1.0 - total / (len(busy) * max(end - start, 1e-9))
+    return shares
 
 
 def _save(state: TrainState, main: MainRank | None, *, score: float | None = None) -> None:

@@ -87,8 +87,8 @@ def test_too_few_rollouts() -> None:
 def test_an_image_is_paid_for_once_per_bin() -> None:
     bins = Bins(2)
     bins.add({i: Cost(own=1.0, images=10.0, images_key="a") for i in range(3)} | {3: Cost(own=12.0)})
-    assert bins.members == [[3], [0, 1, 2]]
-    assert bins.loads == [12.0, 13.0]
+    assert bins.members == [[0, 1, 2], [3]]
+    assert bins.loads == [13.0, 12.0]
 
 
 def test_costs_of_the_7b_model() -> None:

@@ -293,6 +293,15 @@ def test_the_timeline_tells_whether_generation_overlapped_training(overlapped: b
     assert ">5<" in svg  # bars carry their step
 
 
+def test_every_server_has_a_lane() -> None:
+    rows = timeline(overlapped=False)
+    rows += [{**row, "phase": name} for row in rows if row["phase"] == "generate" for name in ("judge-0", "rollout-1")]
+    drawing = draw_timeline(rows)
+    assert drawing is not None
+    svg = base64.b64decode(drawing.image.split(",")[1]).decode()
+    assert svg.index("rollout-1") < svg.index("judge-0") < svg.index("servers: generate")
+
+
 def test_a_run_without_a_timeline_has_a_report_all_the_same(run_dir: Path) -> None:
     build_report(run_dir)
     assert "What ran when" not in (run_dir / "report.html").read_text()
