@@ -77,6 +77,8 @@ class AlgorithmSection(Section):
     mismatch_alarm: Annotated[float, Field(gt=0)] = 0.1  # mean |log-prob gap| to the sampler above which a step warns
     mismatch_threshold: Annotated[float, Field(gt=0)] = 0.5  # nats; a token with a larger gap counts as beyond
     mismatch_share_alarm: Fraction = 0.01  # share of tokens beyond mismatch_threshold above which a step warns
+    # of the ratio: "sampler" saves the trainer's pass over the batch before the update, where both are the same
+    old_log_probs: Literal["trainer", "sampler"] = "trainer"
     truncated_importance_sampling: Annotated[float, Field(gt=0)] | None = None
     aggregation: Literal["sequence_mean", "token_mean", "constant_length"] = "sequence_mean"
     constant_length: PositiveInt = 1024

@@ -386,4 +386,35 @@ class RunConfig(Section):
                 f"asynchrony.mode {mode!r} samples while the trainer works, but with cluster.layout 'colocated' both "
                 "take turns on the same GPUs: set layout to 'split', or mode to 'synchronous'"
             )
+        if self.algorithm.old_log_probs == "sampler":
+            self._check_sampler_log_probs()
         return self
+
+    def _check_sampler_log_probs(self) -> None:
+        """ValueError unless the rollout servers' log-probs are those that the trainer would compute again."""
+        engine = {"fp32": "float32", "bf16": "bfloat16"}[self.model.precision]
+        rl, mode, dtype, quantization = self.rl, self.asynchrony.mode, self.rollout.dtype, self.rollout.quantization
+        reasons = [
+            (
+                rl.train_batch_size != rl.rollout_batch_size,
+                f"rl.train_batch_size {rl.train_batch_size} is below rl.rollout_batch_size {rl.rollout_batch_size}, so "
+                "later optimizer steps of a batch train a policy that has changed: make them equal",
+            ),
+            (mode != "synchronous", f"asynchrony.mode {mode!r} samples by older weights: set it to 'synchronous'"),
+            (
+                dtype != engine,
+                f"rollout.dtype {dtype!r} is not model.precision {self.model.precision!r}: set it to {engine!r}",
+            ),
+            (quantization is not None, f"rollout.quantization {quantization!r} is another precision: remove it"),
+            (self.precision.fp8 is not None, f"precision.fp8 {self.precision.fp8!r} is another precision: remove it"),
+            (
+                self.algorithm.truncated_importance_sampling is not None,
+                "algorithm.truncated_importance_sampling would be 1 for all: remove it",
+            ),
+        ]
+        for applies, reason in reasons:
+            if applies:
+                raise ValueError(
+                    "algorithm.old_log_probs 'sampler' takes the rollout servers' log-probs for the trainer's, but "
+                    f"{reason}, or set old_log_probs to 'trainer'"
+                )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 
 import torch
 
-from megatron_r1reward.algorithm.policy_loss import policy_loss, truncated_importance_weights
+from megatron_r1reward.algorithm.policy_loss import mismatch_metrics, policy_loss, truncated_importance_weights
 from megatron_r1reward.kernels.linear_policy_loss import PolicyLossOutput
 from megatron_r1reward.kernels.policy_loss.row_kernels import PolicyLossOptions, TokenInputs, count_flags
 from megatron_r1reward.models.head import LossRequest
@@ -43,7 +44,27 @@ def update_policy(state: TrainState, rollouts: RolloutBatch) -> dict[str, float]
         "ratio/preclipped_fraction": total["preclipped"] / total["tokens"],
         "ratio/clipped_fraction": total["clipped"] / total["tokens"],
         "tokens_per_second": total["all_tokens"] / (time.monotonic() - started),
-    }
+    } | _mismatch(total)
+
+
+def _gaps(state: TrainState, log_probs_R: torch.Tensor, old_log_probs_R: torch.Tensor) -> dict[str, float]:
+    """Where the sampler's log-probs are the old ones, this is where the trainer's are seen first."""
+    tokens = log_probs_R.numel()
+    algorithm = state.config.algorithm
+    if algorithm.old_log_probs != "sampler" or tokens == 0:
+        return {}
+    gap = mismatch_metrics(log_probs_R, old_log_probs_R, threshold=algorithm.mismatch_threshold)
+    sums = {f"gap_{name}": gap[name] * tokens for name in ("mean_abs", "kl", "share_beyond")}
+    return {"gap_tokens": tokens, "max_gap": gap["max_abs"], **sums}
+
+
+def _mismatch(total: Mapping[str, float]) -> dict[str, float]:
+    """`mismatch/*` over the tokens that had a gradient; nothing where `rl_metrics.mismatch` has measured it."""
+    if "gap_tokens" not in total:
+        return {}
+    names = ("mean_abs", "kl", "share_beyond")
+    shares = {f"mismatch/{name}": total[f"gap_{name}"] / total["gap_tokens"] for name in names}
+    return {"mismatch/max_abs": total["max_gap"], **shares}
 
 
 def _loss(state: TrainState, rollouts: RolloutBatch) -> tuple[Loss, LossRequestFn | None]:
@@ -87,7 +108,7 @@ def _fused_loss(state: TrainState, rollouts: RolloutBatch) -> tuple[Loss, LossRe
             "max_abs_log_ratio": float(log_ratio_R.abs().max()),
             "preclipped": flags["preclipped_low"] + flags["preclipped_high"],
             "clipped": flags["clipped_low"] + flags["clipped_high"],
-        }
+        } | _gaps(state, result.log_probs[has_ratio_R], given.old_log_probs[has_ratio_R])
         return result.total, *_counted(rollouts, batch, statistics)
 
     return loss, lambda batch: LossRequest(inputs=inputs(batch), options=options)
@@ -124,7 +145,7 @@ def _plain_loss(state: TrainState, rollouts: RolloutBatch) -> Loss:
             "max_abs_log_ratio": float(result.ratio.log().abs().max()),
             "preclipped": float((result.preclipped_low | result.preclipped_high).sum()),
             "clipped": float((result.clipped_low | result.clipped_high).sum()),
-        }
+        } | _gaps(state, output_2R[0], old_log_probs_R[rows].to(device))
         return total, *_counted(rollouts, batch, statistics)
 
     return loss

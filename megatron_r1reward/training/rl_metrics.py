@@ -98,7 +98,10 @@ def server_metrics(pool: RolloutPool) -> dict[str, float]:
 
 
 def mismatch(state: TrainState, batch: RolloutBatch) -> dict[str, float]:
-    """The gap between the rollout servers' log-probs and the trainer's, over all ranks."""
+    """The gap between the rollout servers' log-probs and the trainer's, over all ranks. Nothing where the trainer's are
+    known in the update only: the ratio is the gap then."""
+    if state.config.algorithm.old_log_probs == "sampler":
+        return {}
     local: dict[str, float] = {}
     if state.topology.is_last_stage:
         assert batch.old_log_probs is not None and batch.entropy is not None

@@ -57,6 +57,8 @@ def share_out(state: TrainState, scored: Sequence[ScoredRollout]) -> tuple[Shard
         ValueError: a rank would have nothing to do in some optimizer step.
     """
     config, packer, price = state.config, state.packer, ModelCost.of(state.hf_config)
+    if config.algorithm.old_log_probs == "sampler":
+        _check_versions(scored, state.step)
     costs = []
     for item in scored:
         prompt, response = item.rollout.prompt, len(item.rollout.token_ids)
@@ -70,6 +72,15 @@ def share_out(state: TrainState, scored: Sequence[ScoredRollout]) -> tuple[Shard
         mini_batches=config.rl.rollout_batch_size // config.rl.train_batch_size,
         ranks=state.topology.data_parallel_size,
     )
+
+
+def _check_versions(scored: Sequence[ScoredRollout], version: int) -> None:
+    older = sum(any(span.version != version for span in item.rollout.weight_spans) for item in scored)
+    if older:
+        raise ValueError(
+            f"algorithm.old_log_probs is 'sampler', and {older} of {len(scored)} rollouts of step {version + 1} were "
+            "sampled by other weights than those that are trained: set it to 'trainer'"
+        )
 
 
 def _expected_idle(config: RunConfig, scored: Sequence[ScoredRollout]) -> list[bool]:
@@ -156,9 +167,13 @@ def forward_log_probs(state: TrainState, batch: RolloutBatch, model: torch.nn.Mo
 
 
 def add_log_probs(state: TrainState, batch: RolloutBatch) -> RolloutBatch:
-    """Old log-probs (the trainer's own, before the first update on this batch) and the reference's, if there is one."""
-    old_2R = forward_log_probs(state, batch, state.model)
-    batch = replace(batch, old_log_probs=old_2R[0], entropy=old_2R[1])
+    """Old log-probs (the trainer's own before the first update on this batch, or the sampler's where these are the
+    same) and the reference's, if there is one."""
+    if state.config.algorithm.old_log_probs == "sampler":
+        batch = replace(batch, old_log_probs=batch.sampler_log_probs)
+    else:
+        old_2R = forward_log_probs(state, batch, state.model)
+        batch = replace(batch, old_log_probs=old_2R[0], entropy=old_2R[1])
     if state.reference is None:
         return batch
     return replace(batch, reference_log_probs=forward_log_probs(state, batch, state.reference)[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from megatron_r1reward.config.schema import ParallelSection, RunConfig
 from megatron_r1reward.models.registry import load_hf_config
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.parallel.setup import Topology
-from megatron_r1reward.training import rl
+from megatron_r1reward.training import rl, rollout_batch
 
 UPDATE = ("loss", "grad_norm", "lr", "entropy", "ratio/mean", "ratio/max_abs_log", "advantage/std", "mismatch/mean_abs")
 
@@ -92,3 +93,79 @@ def test_a_step_that_is_missing_is_noticed_at_the_start(first: RunConfig, topolo
     with pytest.raises(ValueError, match=r"lacks 2 of the steps 1 to 5, the first is 4: set rl.steps to at most 3"):
         rl.run(elsewhere(first, tmp_path, rl={"steps": 5}), topology, None)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_the_samplers_log_probs_spare_a_pass_over_the_batch(
+    first: RunConfig, topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a record's log-probs are the trainer's own, the updates are the same to the last bit, without that pass."""
+    one_update = {"rl": {"train_batch_size": 8}, "rollout": {"dtype": "float32"}}
+    computed: list[torch.Tensor] = []
+    forward_log_probs = rollout_batch.forward_log_probs
+
+    def remember(*arguments: Any) -> torch.Tensor:
+        computed.append(forward_log_probs(*arguments)[0].clone())
+        return torch.stack([computed[-1], torch.zeros_like(computed[-1])])
+
+    monkeypatch.setattr(rollout_batch, "forward_log_probs", remember)
+    slow = elsewhere(first, tmp_path / "slow", **one_update)
+    rl.run(slow, topology, None)
+    assert len(computed) == 3
+
+    fast = elsewhere(slow, tmp_path / "fast", algorithm={"old_log_probs": "sampler"}, rl={"replay": tmp_path / "own"})
+    _with_log_probs(first.rl.replay, fast.rl.replay, computed)  # type: ignore[arg-type]
+    rl.run(fast, topology, None)
+    assert len(computed) == 3, "no log-probs were computed before the update"
+    before, after = weights(slow), weights(fast)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    for then, now in zip(rows(slow), rows(fast), strict=True):
+        assert now["loss"] == then["loss"]
+        assert now["mismatch/max_abs"] == now["ratio/max_abs_log"] < 1e-3
+        assert "entropy" not in now
+
+
+def _with_log_probs(record: Path, changed: Path, log_probs: list[torch.Tensor]) -> None:
+    """The record with the trainer's log-probs in the places of the sampler's."""
+    shutil.copytree(record, changed)
+    for path, flat_R in zip(sorted(changed.glob("step-*")), log_probs, strict=True):
+        head, *lines = path.read_text().splitlines()
+        items, start = list(map(json.loads, lines)), 0
+        for item in items:  # one rank and one mini-batch: in the order of the batch
+            end = start + len(item["rollout"]["token_ids"])
+            item["rollout"]["log_probs"] = flat_R[start:end].tolist()
+            start = end
+        assert start == flat_R.numel()
+        path.write_text("\n".join([head, *map(json.dumps, items)]) + "\n")
+
+
+def test_samples_of_older_weights_have_no_log_probs_to_reuse(
+    first: RunConfig, topology: Topology, tmp_path: Path
+) -> None:
+    config = elsewhere(first, tmp_path / "run", rl={"train_batch_size": 8, "replay": tmp_path / "old"},
+                       rollout={"dtype": "float32"}, algorithm={"old_log_probs": "sampler"})  # fmt: skip
+    shutil.copytree(first.rl.replay, tmp_path / "old")  # type: ignore[arg-type]
+    path = tmp_path / "old" / "step-00000002.jsonl"
+    path.write_text(path.read_text().replace('"version":1', '"version":0', 1))
+    with pytest.raises(ValueError, match="1 of 8 rollouts of step 2 were sampled by other weights than those that are"):
+        rl.run(config, topology, None)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "reason"),
+    [
+        ("rl", "train_batch_size", 4, "rl.train_batch_size 4 is below rl.rollout_batch_size 8"),
+        ("rollout", "dtype", "auto", "rollout.dtype 'auto' is not model.precision 'fp32': set it to 'float32'"),
+        ("rollout", "quantization", "fp8", "rollout.quantization 'fp8' is another precision"),
+        ("algorithm", "truncated_importance_sampling", 2.0, "would be 1 for all"),
+    ],
+)
+def test_where_the_samplers_log_probs_are_not_the_trainers(
+    section: str, key: str, value: object, reason: str, tmp_path: Path
+) -> None:
+    sections: dict[str, dict[str, Any]] = {
+        "rl": {"train_batch_size": 8}, "rollout": {"dtype": "float32"}, "algorithm": {"old_log_probs": "sampler"}
+    }  # fmt: skip
+    replay_config(tmp_path, tmp_path, **sections)
+    sections[section] |= {key: value}
+    with pytest.raises(ValueError, match=reason):
+        replay_config(tmp_path, tmp_path, **sections)
