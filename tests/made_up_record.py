@@ -9,19 +9,14 @@ from typing import Any
 import numpy as np
 
 from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.reward.score import count
 from megatron_r1reward.rollout.accounting import Accounting
 from megatron_r1reward.training.record import Recorder, origin_of
 from megatron_r1reward.training.step_sampler import GeneratedStep, StepRollouts
 from megatron_r1reward.types import Prompt, Rollout, ScoredRollout, WeightSpan
 
 TEXT_IDS = 256  # of a tiny model's vocabulary: none of them is special
-COUNTS = dict.fromkeys(
-    (
-        *("answer_1", "unparsable", "judge_asked", "judge_consistent", "judge_inconsistent", "judge_unknown"),
-        *("judge_cached", "judge_over_budget", "judge_not_tried", "judge_steps_without"),
-    ),
-    0,
-)
+COUNTS = count([]) | dict.fromkeys(("judge_cached", "judge_over_budget", "judge_not_tried", "judge_steps_without"), 0)
 
 
 def write_made_up_record(
