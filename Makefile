@@ -59,6 +59,7 @@ RESULTS := benchmarks/results
 bench: $(STAMP)
 	$(BIN)/python benchmarks/policy_loss.py --json $(RESULTS)/policy_loss_cpu.json
 	$(BIN)/python benchmarks/step_breakdown.py --json $(RESULTS)/step_breakdown.json
+	$(BIN)/python benchmarks/step_idle.py --json $(RESULTS)/step_idle.json
 	$(BIN)/pip install --quiet --no-deps "trl>=1.16,<2" "accelerate>=1.10" "liger-kernel==0.8.5"
 	$(BIN)/python benchmarks/rl_update_vs_trl.py --json $(RESULTS)/rl_update_vs_trl.json
 	for family in qwen2_5_vl qwen3_vl qwen3_vl_moe; do $(BIN)/python benchmarks/parallel_parity.py \
