@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -91,6 +92,6 @@ def serve_model(
         )
 
 
-def cpu_defaults() -> dict[str, object]:
+def cpu_defaults() -> dict[str, Any]:
     """Keys of `ServerSection` that a CPU server needs to leave the machine some memory."""
     return {} if sees_gpu() else {"kv_cache_bytes": 1 << 30}
