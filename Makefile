@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # What the environment depends on; the stamp makes a second call cost nothing.
 STAMP := $(VENV)/.ready
 
-.PHONY: setup setup-dry-run recipes demo test test-fast test-slurm bench lint lock docs format clean
+.PHONY: setup setup-dry-run recipes peers demo test test-fast test-slurm bench lint lock docs format clean
 
 setup: $(STAMP)
 
@@ -36,13 +36,24 @@ $(TRITON_36)/.ready: $(STAMP)
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(TRITON_36) triton==3.6.0
 	touch $@
 
+# Other programs whose own code the tests of the reward service run. Without their dependencies: they ask for other
+# versions of what is there.
+PEERS := $(VENV)/.peers
+peers: $(PEERS)
+
+$(PEERS): $(STAMP)
+	$(BIN)/pip install --quiet --no-deps "trl>=1.16,<2" "accelerate>=1.10" "verl==0.9.1"
+	touch $@
+
 demo: $(STAMP)
 	$(BIN)/r1reward demo --out runs/demo
 
-# Tests of the recipes, of a second Triton and of Slurm are skipped, and say so, where these cannot be installed.
+# Tests of the recipes, a second Triton, other trainers, Slurm and a browser are skipped, and say so, where these cannot
+# be installed.
 test: $(STAMP)
 	-@$(MAKE) --no-print-directory recipes
 	-@$(MAKE) --no-print-directory $(TRITON_36)/.ready
+	-@$(MAKE) --no-print-directory peers
 	$(BIN)/python tests/run.py
 
 # The inner loop: unit tests, without ranks, servers and jobs.

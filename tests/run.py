@@ -62,6 +62,7 @@ ALL = (
     Suite(name="servers", arguments=("tests/e2e",), memory_gib=7),
     Suite(name="ranks", arguments=("tests/parallel",), memory_gib=4),
     *UNITS,
+    Suite(name="browser", arguments=("tests/browser",), memory_gib=2),
     Suite(name="gpu", arguments=("tests/gpu",), memory_gib=2),  # the only ones that see GPUs
 )
 AT_ONCE = 3
