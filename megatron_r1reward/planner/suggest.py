@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,12 @@ MAX_EVALUATIONS = 600
 # A knob is a list of settings in the order in which they are tried; a setting is its cost and the keys it changes.
 Setting = tuple[float, dict[str, Any]]
 Knob = Sequence[Setting]
+
+
+def _counts(key: str, now: int, cost: float) -> Knob:
+    """One more after the other, then in larger steps; the cost follows the ratio."""
+    counts = [*range(now, now + 9), *(now * 2**k for k in range(4, 7) if now * 2**k > now + 8)]
+    return [(cost * math.log2(count / now), {key: count} if count > now else {}) for count in counts]
 
 
 def _sizes(key: str, now: int, cost: float, most: int) -> Knob:
@@ -46,7 +53,7 @@ def _knobs(config: RunConfig, stage: Stage, *, moe: bool) -> list[Knob]:
         _sizes("parallel.tensor_model_parallel_size", parallel.tensor_model_parallel_size, 1.0, node),
         _sizes("parallel.pipeline_model_parallel_size", parallel.pipeline_model_parallel_size, 1.5, 16),
         _sizes("parallel.context_parallel_size", parallel.context_parallel_size, 1.5, node),
-        _sizes("plan.nodes", config.plan.nodes, 3.0, 16 * config.plan.nodes),
+        _counts("plan.nodes", config.plan.nodes, 3.0),
     ]
     if moe:
         knobs.append(_sizes("parallel.expert_model_parallel_size", parallel.expert_model_parallel_size, 0.8, 64))
@@ -82,25 +89,52 @@ def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate(tree)
 
 
-def _fitting(config: RunConfig, stage: Stage, changes: dict[str, Any]) -> Plan | None:
+def _fitting(
+    config: RunConfig, stage: Stage, shape: ModelShape, changes: dict[str, Any]
+) -> tuple[dict[str, Any], Plan] | None:
+    """These changes, those that they make necessary, and the plan; None when it does not fit."""
     try:
-        plan = make_plan(_changed(config, changes), stage)
+        changed = _changed(config, changes)
+        repairs = _repairs(changed, stage, shape)
+        plan = make_plan(_changed(changed, repairs) if repairs else changed, stage)
     except (ValueError, ValidationError):
         return None
-    return plan if plan.fits else None
+    return (changes | repairs, plan) if plan.fits else None
 
 
-def _legal_start(config: RunConfig, stage: Stage, shape: ModelShape) -> dict[str, Any]:
-    """Changes that make the trainer's layout legal, none where it is."""
-    try:
-        world = planned_devices(config, stage).trainer
-    except ValueError:  # no room for all components: more nodes come first
-        return {}
-    if legality.layout_problem(shape, config.parallel, world) is None:
-        return {}
-    nearest = legality.nearest_layout(shape, config.parallel, world).model_dump()
+def _repairs(config: RunConfig, stage: Stage, shape: ModelShape) -> dict[str, Any]:
+    """Changes that make the layout legal on its devices and give every rank a sequence; none where it is so.
+
+    Raises:
+        ValueError: there is no room for all components.
+    """
+    world = planned_devices(config, stage).trainer
+    changes: dict[str, Any] = {}
+    parallel = config.parallel
+    if legality.layout_problem(shape, parallel, world) is not None:
+        parallel = legality.nearest_layout(shape, parallel, world)
+    if shape.text.experts is not None and parallel.tensor_model_parallel_size > 1:
+        parallel = parallel.model_copy(update={"sequence_parallel": True})
+    for size in range(parallel.expert_model_parallel_size, 0, -1):
+        candidate = parallel.model_copy(update={"expert_model_parallel_size": size})
+        if legality.layout_problem(shape, candidate, world) is None:
+            parallel = candidate
+            if legality.expert_problem(shape, candidate, world) is None:
+                break
     now = config.parallel.model_dump()
-    return {f"parallel.{key}": value for key, value in nearest.items() if value != now[key]}
+    changes |= {f"parallel.{key}": value for key, value in parallel.model_dump().items() if value != now[key]}
+    replicas = world // math.prod(
+        (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size)
+    )
+    if stage == "sft" and config.sft.global_batch_size < replicas:
+        changes["sft.global_batch_size"] = replicas
+    needed = math.ceil(replicas / config.algorithm.samples_per_prompt)
+    if stage == "rl" and config.rl.train_batch_size < needed:
+        batches = (n for n in range(needed, config.rl.rollout_batch_size + 1) if config.rl.rollout_batch_size % n == 0)
+        changes["rl.train_batch_size"] = next(batches, needed)
+        if config.rl.rollout_batch_size < needed:
+            changes["rl.rollout_batch_size"] = needed
+    return changes
 
 
 def nearest_fit(config: RunConfig, stage: Stage) -> tuple[dict[str, Any], Plan] | None:
@@ -112,20 +146,19 @@ def nearest_fit(config: RunConfig, stage: Stage) -> tuple[dict[str, Any], Plan] 
         shape = find_model(config.model.path, config.plan.model).shape
     except ValueError:
         return None  # no layout helps
-    legal = _legal_start(config, stage, shape)
-    knobs = _knobs(_changed(config, legal), stage, moe=shape.text.experts is not None)
+    knobs = _knobs(config, stage, moe=shape.text.experts is not None)
     start = (0,) * len(knobs)
     queue, seen = [(0.0, start)], {start}
     for _ in range(MAX_EVALUATIONS):
         if not queue:
             return None
         cost, state = heapq.heappop(queue)
-        changes = dict(legal)
+        changes: dict[str, Any] = {}
         for knob, position in zip(knobs, state, strict=True):
             changes |= knob[position][1]
-        plan = _fitting(config, stage, changes)
-        if plan is not None:
-            return changes, plan
+        found = _fitting(config, stage, shape, changes)
+        if found is not None:
+            return found
         for index, position in enumerate(state):
             if position + 1 < len(knobs[index]):
                 following = (*state[:index], position + 1, *state[index + 1 :])

@@ -54,13 +54,15 @@ def describe(config: RunConfig, shape: ModelShape, layout: Layout, stage: Stage)
     patches = frame * plan.images_per_prompt
     image_tokens = patches // vision.unit
     text = min(plan.text_tokens, data.max_prompt_tokens)
-    response = min(plan.response_tokens, config.sampling.max_tokens)
+    response = min(plan.response_tokens, config.sampling.max_tokens) if stage == "rl" else plan.response_tokens
     mean = text + image_tokens + response
     bounds = [shape.text.max_positions]
     if stage == "rl":
         bounds.append(config.rollout.max_model_len)
     most_images = vision.patches(data.max_pixels) * plan.images_per_prompt
-    longest = min(data.max_prompt_tokens + most_images // vision.unit + config.sampling.max_tokens, *bounds)
+    # What is sampled ends at the sampling limit; what SFT reads is as long as it is.
+    longest_response = config.sampling.max_tokens if stage == "rl" else plan.longest_response
+    longest = min(data.max_prompt_tokens + most_images // vision.unit + longest_response, *bounds)
     mean = min(mean, longest)
     count = max(data.token_budget // mean, 1)
     typical = MicroBatch(
@@ -76,7 +78,7 @@ def describe(config: RunConfig, shape: ModelShape, layout: Layout, stage: Stage)
         tokens=longest,
         sequences=1,
         patches=most_images,
-        responses=config.sampling.max_tokens,
+        responses=longest_response,
         longest=longest,
     )
     samples = config.algorithm.samples_per_prompt
