@@ -338,6 +338,7 @@ class PlanSection(Section):
     images_per_prompt: Annotated[int, Field(ge=0)] = 1
     image_pixels: PositiveInt | None = None  # mean size of an image; None: data.max_pixels
     response_tokens: PositiveInt = 600  # mean; the paper's policy settles near 600
+    longest_response: PositiveInt = 2048  # SFT: of the data; nothing in the run file bounds it, and a row is never cut
     compute_efficiency: Annotated[float, Field(gt=0, le=1)] | None = None  # of peak, inside layers; None: the device's
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from megatron_r1reward.cli import app
 from megatron_r1reward.config.load import load_config
+from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.planner.plan import make_plan, stage_of
 from megatron_r1reward.planner.suggest import as_overrides, nearest_fit
 
@@ -125,3 +127,36 @@ def test_a_folder_with_only_a_configuration_is_enough(tmp_path: Path):
 def test_a_stand_in_plans_a_model_that_an_earlier_stage_will_write(make_config):
     config = make_config("not-written-yet", **{"plan.model": "Qwen3-VL-8B-Instruct", "parallel.recompute": "full"})
     assert sum(make_plan(config, "sft").parameters.values()) == 8_767_123_696
+
+
+@pytest.mark.parametrize(
+    ("model", "stage", "keys", "needed"),
+    [
+        ("Qwen3-VL-8B-Instruct", "sft", {"parallel.expert_model_parallel_size": 2}, "expert_model_parallel_size=1"),
+        ("Qwen3-VL-30B-A3B-Instruct", "sft", {"parallel.tensor_model_parallel_size": 2}, "sequence_parallel=true"),
+        ("Qwen2.5-VL-7B-Instruct", "rl", {"cluster.trainer_nodes": 3, "rollout.count": 3}, "plan.nodes="),
+        ("Qwen2.5-VL-7B-Instruct", "sft", {"sft.global_batch_size": 4}, "sft.global_batch_size=8"),
+        ("Qwen2.5-VL-7B-Instruct", "sft", {"parallel.tensor_model_parallel_size": 8}, "tensor_model_parallel_size=4"),
+    ],
+)
+def test_what_is_suggested_fits(make_config, model: str, stage: str, keys: dict[str, Any], needed: str) -> None:
+    config = make_config(model, stage, **keys)
+    with pytest.raises(ValueError):
+        make_plan(config, stage)
+    found = nearest_fit(config, stage)
+    assert found is not None
+    assert needed in as_overrides(found[0])
+    tree = config.model_dump(exclude_unset=True)
+    for key, value in found[0].items():
+        section, name = key.split(".")
+        tree.setdefault(section, {})[name] = value
+    assert make_plan(RunConfig.model_validate(tree), stage).fits
+
+
+def test_the_longest_sequence_of_sft_is_no_matter_of_sampling(make_config) -> None:
+    plans = [
+        make_plan(make_config("Qwen2.5-VL-7B-Instruct", "sft", **{"sampling.max_tokens": n}), "sft") for n in (16, 9000)
+    ]
+    assert plans[0].workload == plans[1].workload
+    longer = make_plan(make_config("Qwen2.5-VL-7B-Instruct", "sft", **{"plan.longest_response": 3048}), "sft")
+    assert longer.workload.longest == plans[0].workload.longest + 1000
