@@ -33,7 +33,7 @@ def planned_devices(config: RunConfig, stage: Stage) -> Devices:
     try:
         return _devices(config, stage, plan.nodes)
     except ValueError as error:
-        enough = _enough_nodes(config, stage)
+        enough = enough_nodes(config, stage)
         fix = "more nodes alone do not help" if enough is None else f"plan.nodes = {enough} is enough"
         raise ValueError(
             f"{error} (on plan.nodes {plan.nodes} x plan.gpus_per_node {plan.gpus_per_node}; {fix})"
@@ -57,7 +57,7 @@ def _devices(config: RunConfig, stage: Stage, nodes: int) -> Devices:
     )
 
 
-def _enough_nodes(config: RunConfig, stage: Stage) -> int | None:
+def enough_nodes(config: RunConfig, stage: Stage) -> int | None:
     """The smallest number of nodes, above that of the run file, on which the stage can be placed."""
     servers = sum(servers_of(config, stage).values())
     first = config.plan.nodes + 1

@@ -15,7 +15,7 @@ from megatron_r1reward.parallel import legality
 from megatron_r1reward.planner.catalog import find_model
 from megatron_r1reward.planner.plan import Plan, make_plan
 from megatron_r1reward.planner.planned_layout import Stage
-from megatron_r1reward.planner.planned_placement import planned_devices
+from megatron_r1reward.planner.planned_placement import enough_nodes, planned_devices
 
 MAX_EVALUATIONS = 600
 
@@ -102,6 +102,16 @@ def _fitting(
     return (changes | repairs, plan) if plan.fits else None
 
 
+def _enough_room(config: RunConfig, stage: Stage) -> dict[str, Any]:
+    """More nodes, where the components do not fit on those that the run file imagines."""
+    try:
+        planned_devices(config, stage)
+    except ValueError:
+        nodes = enough_nodes(config, stage)
+        return {} if nodes is None else {"plan.nodes": nodes}
+    return {}
+
+
 def _repairs(config: RunConfig, stage: Stage, shape: ModelShape) -> dict[str, Any]:
     """Changes that make the layout legal on its devices and give every rank a sequence; none where it is so.
 
@@ -146,6 +156,8 @@ def nearest_fit(config: RunConfig, stage: Stage) -> tuple[dict[str, Any], Plan] 
         shape = find_model(config.model.path, config.plan.model).shape
     except ValueError:
         return None  # no layout helps
+    start_with = _enough_room(config, stage)
+    config = _changed(config, start_with)
     knobs = _knobs(config, stage, moe=shape.text.experts is not None)
     start = (0,) * len(knobs)
     queue, seen = [(0.0, start)], {start}
@@ -158,7 +170,7 @@ def nearest_fit(config: RunConfig, stage: Stage) -> tuple[dict[str, Any], Plan] 
             changes |= knob[position][1]
         found = _fitting(config, stage, shape, changes)
         if found is not None:
-            return found
+            return start_with | found[0], found[1]
         for index, position in enumerate(state):
             if position + 1 < len(knobs[index]):
                 following = (*state[:index], position + 1, *state[index + 1 :])
