@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from corpus import CORPUS
@@ -17,8 +18,10 @@ from ranks import run_ranks
 
 from megatron_r1reward.checkpoint.dist import load_weights, sharding_metadata
 from megatron_r1reward.checkpoint.hf_model_io import HfReader, load_hf_weights
+from megatron_r1reward.checkpoint.saver import WriteResults
 from megatron_r1reward.checkpoint.weight_exporter import WeightExporter
 from megatron_r1reward.config.schema import MoeSection, ParallelSection, PrecisionSection
+from megatron_r1reward.conversion import parity
 from megatron_r1reward.conversion.convert import export_folder, import_folder
 from megatron_r1reward.conversion.parity import log_prob_difference
 from megatron_r1reward.demo.tiny_models import write_tiny_checkpoint
@@ -98,8 +101,12 @@ def check_members(members: dict[str, tuple[Path, Path]], parallel: dict[str, Any
         if metas != (exporter.metas if topology.is_main else []):
             problems.append(f"{name}: the announced tensors are not those that came")
         if name == again[0]:
+            results = WriteResults()
+            results.start()
             dist_checkpointing.save({"model": imported.sharded_state_dict(metadata=sharding_metadata())}, again[1])
-    return problems
+            results.close()
+    left = psutil.Process().children(recursive=True)
+    return problems + [f"{process} is left" for process in left]
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -118,6 +125,44 @@ def test_every_family_round_trips_under_every_layout(
     hf = members[SAVED[layout]][0]
     export_folder(saved, tmp_path / "hf", template=hf, progress=False)
     assert digests(tmp_path / "hf") == digests(hf)
+
+
+def odd_vocabulary(hf: Path, saved: str, parallel: dict[str, Any]) -> tuple[torch.Tensor, float]:
+    """Log-probs of the sample and the norm of the gradient of the head's padding rows; the weights go to `saved`."""
+    topology = setup.initialize(ParallelSection.model_validate(parallel), seed=0)
+    model, table = build(hf, parallel, topology)
+    load_hf_weights(model, hf, table)
+    packer, sequence = parity._sample(hf, Path(saved).with_suffix(f".{topology.rank}.png"))
+    output_2R = model(packer.pack([sequence], [0]))
+    output_2R.sum().backward()
+    head = model.language_model.output_layer.weight
+    padding = head.shape[0] * topology.tensor_parallel_size - Member(hf).config.text_config.vocab_size
+    last = topology.tensor_parallel_rank == topology.tensor_parallel_size - 1
+    assert padding == (1 if topology.tensor_parallel_size == 2 else 0)
+    norm = float(head.grad[-padding:].norm()) if padding and last else 0.0
+    results = WriteResults()
+    results.start()
+    dist_checkpointing.save({"model": model.sharded_state_dict(metadata=sharding_metadata())}, saved)
+    results.close()
+    return output_2R.detach(), norm
+
+
+def test_a_vocabulary_that_tensor_parallelism_does_not_divide(tmp_path: Path) -> None:
+    """A model that was resized by a few tokens: the same log-probs, no gradient of padding, the same export."""
+    hf = tmp_path / "hf"
+    spec = replace(MEMBERS["qwen2_5_vl"], num_layers=2, pad_vocab_to=401)  # an odd number of rows
+    write_tiny_checkpoint(hf, corpus=CORPUS, init_std=0.15, spec=spec)
+    outputs = []
+    for ranks, parallel in ((1, {}), (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True})):
+        saved = tmp_path / f"saved-{ranks}"
+        saved.mkdir()
+        found = run_ranks(odd_vocabulary, ranks, hf, str(saved), parallel)
+        outputs += [output for output, _ in found]
+        assert all(norm == 0.0 for _, norm in found)
+        export_folder(saved, tmp_path / f"back-{ranks}", template=hf, progress=False)
+        assert digests(tmp_path / f"back-{ranks}") == digests(hf)
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", MEMBERS)
