@@ -296,6 +296,9 @@ def status(
 
 @app.command()
 def doctor(
+    overrides: Overrides = None,
+    run_file: Annotated[Path | None, typer.Option(help="also examine the inputs of this run file's stage")] = None,
+    stage: Annotated[Stage | None, typer.Option(help="of --run-file; default: the section that it has")] = None,
     folder: Annotated[Path, typer.Option(help="a folder on the file system that runs will use")] = Path("."),
     run_dir: Annotated[Path | None, typer.Option(help="also ask the servers of this run")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
@@ -303,9 +306,14 @@ def doctor(
 ) -> None:
     """Is this machine or cluster fit? Names every problem and its fix; exit code 1 when a stage would fail."""
     with user_errors():
+        from megatron_r1reward.config.load import load_config
         from megatron_r1reward.doctor.show import run_doctor
 
-        raise typer.Exit(run_doctor(folder, run_dir=run_dir, as_json=json_output, quick=quick))
+        if run_file is None and (overrides or stage is not None):
+            raise ValueError("overrides and --stage belong to a run file: name it with --run-file")
+        config = load_config(run_file, overrides or []) if run_file is not None else None
+        code = run_doctor(folder, run_dir=run_dir, as_json=json_output, quick=quick, config=config, stage=stage)
+        raise typer.Exit(code)
 
 
 def main() -> None:

@@ -38,13 +38,19 @@ def has_gpus() -> bool:
 
 
 def examine(
-    folder: Path, *, run_dir: Path | None = None, announce: Announce = lambda group: None, quick: bool = False
+    folder: Path,
+    *,
+    run_dir: Path | None = None,
+    inputs: Callable[[], list[Finding]] | None = None,
+    announce: Announce = lambda group: None,
+    quick: bool = False,
 ) -> Examination:
     """Run the checks.
 
     Args:
         folder: on the file system that runs will use; exists.
         run_dir: also ask the servers of this run.
+        inputs: also look at what a stage reads (`run_file.check_run_file`).
         announce: told before each group of checks.
         quick: leave out the imports of the heavy packages, which take half a minute.
     """
@@ -63,6 +69,8 @@ def examine(
         groups.append(("nodes of the job", lambda: nodes.check_nodes(folder)))
     else:
         groups.append(("this machine", nodes.check_node))
+    if inputs is not None:
+        groups.append(("the run file's inputs", inputs))
     if run_dir is not None:
         groups.append(("servers", lambda: running_servers.check_servers(run_dir)))
     findings: list[Finding] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_r1reward.cluster.placement import Stage
+from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.doctor.examination import Examination, examine
 from megatron_r1reward.doctor.finding import LEVELS, worst
+from megatron_r1reward.doctor.run_file import check_run_file, stage_of
 
 _STYLE = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
 
@@ -46,12 +50,21 @@ def show(result: Examination, console: Console) -> None:
     console.print(f"[bold]{result.place}, {result.build} environment: {summary}[/]", highlight=False)
 
 
-def run_doctor(folder: Path, *, run_dir: Path | None, as_json: bool, quick: bool) -> int:
+def run_doctor(
+    folder: Path,
+    *,
+    run_dir: Path | None,
+    as_json: bool,
+    quick: bool,
+    config: RunConfig | None = None,
+    stage: Stage | None = None,
+) -> int:
     """Examine and print; returns the exit code: 1 when there is an error, else 0.
 
     Raises:
-        ValueError: `folder` or `run_dir` is not a folder.
+        ValueError: `folder` or `run_dir` is not a folder, or the run file `config` does not say which stage it is for.
     """
+    inputs = partial(check_run_file, config, stage or stage_of(config)) if config is not None else None
     for path in (folder, *([run_dir] if run_dir is not None else [])):
         if not path.is_dir():
             raise ValueError(f"{path} is not a folder: create it, or name another")
@@ -60,6 +73,7 @@ def run_doctor(folder: Path, *, run_dir: Path | None, as_json: bool, quick: bool
         result = examine(
             folder.resolve(),
             run_dir=run_dir,
+            inputs=inputs,
             announce=lambda group: status.update(f"examining {group}"),
             quick=quick,
         )

@@ -26,8 +26,6 @@ CRUMBS = {
     "network.breaker": "an idea of its own: the judge's client is its user today",
     "network.guard": "users name it to vLLM servers of their own (docs/run-files.md)",
     # Present crumbs: each goes into its user, and its line goes with it.
-    "checkpoint.retention": "to be merged into its user",
-    "checkpoint.write_results": "to be merged into its user",
     "demo.digits_card": "to be merged into its user",
     "demo.tiny_initialize": "to be merged into its user",
     "demo.digits_candidates": "of the benchmark of ranking schedules, which is no part of the package",
