@@ -194,6 +194,27 @@ def data_digits(
         typer.echo(f"{out}: {summary.rows}, {summary.images} images; see {out / 'README.md'}")
 
 
+@data_app.command("sft")
+def data_sft(
+    run_file: RunFile,
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    overrides: Overrides = None,
+    judge: Annotated[bool, typer.Option("--judge", help="keep what the judge of [judge] calls consistent")] = False,
+    min_characters: Annotated[int, typer.Option(help="shortest reasoning")] = 0,
+    max_characters: Annotated[int | None, typer.Option(help="longest reasoning")] = None,
+    script: Annotated[str | None, typer.Option(help="script of most letters, e.g. latin")] = None,
+) -> None:
+    """The cold-start set: the first right reasoning of each preference that `annotate` (same run file) collected."""
+    with user_errors():
+        from megatron_r1reward.config.load import load_config
+        from megatron_r1reward.evaluation.cold_start_set import ReasoningFilter
+        from megatron_r1reward.launch.cold_start_data import write_cold_start
+
+        keep = ReasoningFilter(min_characters=min_characters, max_characters=max_characters, script=script)
+        built = write_cold_start(load_config(run_file, overrides or []), out, keep=keep, judged=judge)
+        typer.echo(f"{out / 'sft.jsonl'}: {len(built.rows)} rows; {dict(built.counts)}")
+
+
 @data_app.command("import")
 def data_import(
     source: Annotated[str, typer.Argument(help="file, folder or pattern of files, or a data set's id on the Hub")],

@@ -259,6 +259,11 @@ class AnnotateSection(Section):
     model: str = "policy"  # its name at the endpoint
     api_key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key of a remote endpoint
     concurrency: PositiveInt = 64
+    requests_per_minute: Annotated[float, Field(gt=0)] | None = None  # rate limit of the endpoint; None: none
+    budget_tokens: PositiveInt | None = None  # prompt and completion, all calls together; then the rest is left
+    budget_cost: Annotated[float, Field(gt=0)] | None = None  # the same in money, by these prices
+    prompt_price: Annotated[float, Field(ge=0)] = 0.0  # of a million tokens
+    completion_price: Annotated[float, Field(ge=0)] = 0.0
 
 
 class EvaluationSection(Section):

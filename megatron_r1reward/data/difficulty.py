@@ -17,6 +17,18 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What one attempt said, and what it took."""
+
+    text: str
+    seed: int
+    finish_reason: str = ""  # "stop", "length", ...; empty: the endpoint did not say
+    prompt_tokens: int = 0  # as the endpoint counts them
+    completion_tokens: int = 0
+    cost: float = 0.0  # in the currency of the run file's prices
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttemptRecord:
     """The attempts on one preference in order, True where the annotator chose as the label; it stops at a success.
 
@@ -29,6 +41,7 @@ class AttemptRecord:
     answers: tuple[Label | None, ...] = ()  # what each attempt said; None: nothing that parses
     content: str = ""  # `ContentKeys.question`
     asked: Mapping[str, Any] = field(default_factory=dict)  # who was asked, and how
+    replies: tuple[Reply, ...] = ()  # of each attempt; rows of earlier versions lack them
 
     def __post_init__(self) -> None:
         if not self.attempts:
@@ -80,7 +93,7 @@ def append_record(path: Path, record: AttemptRecord) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         _repair_tail(file, path)
-        file.write(json.dumps(asdict(record)).encode() + b"\n")
+        file.write(json.dumps(asdict(record), ensure_ascii=True).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -116,12 +129,17 @@ def _parse(line: bytes) -> AttemptRecord:
         raise ValueError("no list of 1, 2 and null under 'answers'")
     if not isinstance(content, str) or not isinstance(asked, dict):
         raise ValueError("'content' is no text, or 'asked' no object")
+    try:
+        replies = tuple(Reply(**reply) for reply in row.get("replies", ()))
+    except TypeError as error:
+        raise ValueError(f"'replies' holds something else than replies: {error}") from error
     return AttemptRecord(
         preference_id=row["preference_id"],
         attempts=tuple(attempts),
         answers=tuple(answers),
         content=content,
         asked=asked,
+        replies=replies,
     )
 
 

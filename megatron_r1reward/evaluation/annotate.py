@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import openai
 from openai.types.chat import ChatCompletion
 
-from megatron_r1reward.data.difficulty import AttemptRecord, append_record, count_attempts, read_records
+from megatron_r1reward.data.difficulty import AttemptRecord, Reply, append_record, count_attempts, read_records
 from megatron_r1reward.data.identity import ContentKeys, changes
 from megatron_r1reward.data.image_files import data_url
 from megatron_r1reward.data.prompt import preference_messages
@@ -31,6 +33,51 @@ class UnusableReplyError(Exception):
     """The endpoint answered with something that is not a chat completion."""
 
 
+class BudgetSpentError(Exception):
+    """Nothing more may be asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a run may spend at an endpoint, attempts of earlier calls with the same output included. Requests in flight
+    when it runs out are still paid for."""
+
+    tokens: int | None = None  # prompt and completion
+    cost: float | None = None  # in the currency of the prices
+    prompt_price: float = 0.0  # of a million tokens
+    completion_price: float = 0.0
+    requests_per_minute: float | None = None
+
+    def price(self, prompt_tokens: int, completion_tokens: int) -> float:
+        return (prompt_tokens * self.prompt_price + completion_tokens * self.completion_price) / 1e6
+
+
+class _Purse:
+    """Keeps a budget while requests run: what is spent, and when the next request may start."""
+
+    def __init__(self, budget: Budget, spent: Iterable[Reply]) -> None:
+        self.budget = budget
+        self._tokens, self._cost, self._next = 0, 0.0, 0.0
+        for reply in spent:
+            self.pay(reply)
+
+    def pay(self, reply: Reply) -> None:
+        self._tokens += reply.prompt_tokens + reply.completion_tokens
+        self._cost += reply.cost
+
+    async def admit(self) -> None:
+        """Wait until a request may start. Raises BudgetSpentError when none may."""
+        budget = self.budget
+        if (budget.tokens is not None and self._tokens >= budget.tokens) or (
+            budget.cost is not None and self._cost >= budget.cost
+        ):
+            raise BudgetSpentError(f"{self._tokens} tokens, cost {self._cost:.4g}")
+        if budget.requests_per_minute is not None:
+            now = time.monotonic()
+            self._next = max(self._next, now) + 60.0 / budget.requests_per_minute
+            await asyncio.sleep(self._next - 60.0 / budget.requests_per_minute - now)
+
+
 # What one sample can fail with and the others survive; ValueError is a reply whose body is not JSON, or its picture.
 _FAILURES = (openai.OpenAIError, UnusableReplyError, OSError, ValueError)
 
@@ -42,6 +89,7 @@ class _Task:
     preference: Preference
     content: str
     answers: tuple[Label | None, ...] = ()
+    replies: tuple[Reply, ...] = ()
 
     def attempts(self, limit: int) -> tuple[bool, ...]:
         return count_attempts(self.answers, self.preference.label, limit)
@@ -58,6 +106,7 @@ class _Task:
             answers=self.answers[: len(attempts)],
             content=self.content,
             asked=asked,
+            replies=self.replies[: len(attempts)],
         )
 
 
@@ -85,39 +134,52 @@ class _Annotator:
         }
 
     async def annotate_all(
-        self, client: openai.AsyncOpenAI, tasks: Sequence[_Task], output: Path, progress: Callable[[int], object]
-    ) -> list[AttemptRecord | str]:
-        """For each task its record, which is in `output` then, or the reason why there is none."""
+        self,
+        client: openai.AsyncOpenAI,
+        tasks: Sequence[_Task],
+        output: Path,
+        purse: _Purse,
+        progress: Callable[[int], object],
+    ) -> list[AttemptRecord | str | BudgetSpentError]:
+        """For each task its record, or why there is none. Every attempt is in `output` as soon as it is answered."""
         slots = asyncio.Semaphore(self.concurrency)
 
-        async def one(task: _Task) -> AttemptRecord | str:
+        async def one(task: _Task) -> AttemptRecord | str | BudgetSpentError:
             async with slots:  # holds back the base64 text of waiting images, too
                 try:
-                    record = (await self._annotate(client, task)).record(self.attempts, self.asked)
+                    return await self._annotate(client, task, output, purse)
+                except BudgetSpentError as error:
+                    return error
                 except _FAILURES as error:
                     return f"{task.preference.id}: {type(error).__name__}: {error}"
                 finally:
                     progress(1)
-            append_record(output, record)
-            return record
 
         async with client:
             return await asyncio.gather(*(one(task) for task in tasks))
 
-    async def _annotate(self, client: openai.AsyncOpenAI, task: _Task) -> _Task:
+    async def _annotate(self, client: openai.AsyncOpenAI, task: _Task, output: Path, purse: _Purse) -> AttemptRecord:
         """Attempts until the first right verdict. A verdict that does not parse is a wrong attempt."""
         messages = _messages_with_images(task.preference)
+        record = None
         while not task.done(self.attempts):
+            await purse.admit()
+            seed = _seed_of(self.seed, task.content, len(task.answers))
             completion: object = await client.chat.completions.create(
                 model=self.model,
                 messages=messages,  # type: ignore[arg-type]  # plain dicts of the shape that the API documents
                 temperature=self.temperature,
                 max_tokens=self.max_tokens,
-                seed=_seed_of(self.seed, task.content, len(task.answers)),
+                seed=seed,
             )
-            answer = parse_response(_text_of(completion)).answer
-            task = replace(task, answers=(*task.answers, answer))
-        return task
+            reply = _reply_of(completion, seed, purse.budget)
+            purse.pay(reply)
+            answer = parse_response(reply.text).answer
+            task = replace(task, answers=(*task.answers, answer), replies=(*task.replies, reply))
+            record = task.record(self.attempts, self.asked)
+            append_record(output, record)
+        assert record is not None, "what is done already is not asked about"
+        return record
 
 
 def annotate(
@@ -135,11 +197,13 @@ def annotate(
     output: Path,
     seed: int = 0,
     served: Mapping[str, Any] | None = None,
+    budget: Budget | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> list[AttemptRecord]:
     """Up to `attempts` attempts per preference, stopping at the first that agrees with the label (R1-Reward, sec. 3).
 
-    Records are appended to `output` (JSONL) as they complete. A later call uses the answers that are there: those to
+    Every attempt is appended to `output` (JSONL) with its text as it is answered; of two rows of one preference the
+    later one counts. A later call uses the answers that are there: those to
     the same question (texts and bytes of the images, whatever the id) by the same model, asked in the same way. A
     corrected label or another limit counts them anew, and only what is missing is asked. A request is retried
     `max_retries` times with growing, jittered pauses on connection errors, timeouts, 408, 409, 429 and 5xx. A
@@ -152,6 +216,7 @@ def annotate(
         temperature: attempts must be able to differ; each has its own seed.
         concurrency: preferences in flight; the attempts on one preference follow each other.
         served: what is known of the model behind its name, e.g. `model_identity` of a folder; JSON.
+        budget: what may be spent and how fast; when it is spent the rest is left for a later call, with a warning.
         progress: called with a number of preferences just done, those found in `output` first.
 
     Returns:
@@ -178,7 +243,7 @@ def annotate(
     known = _known_answers(earlier, annotator.asked)
     _report_unusable(earlier, annotator.asked, output)
     tasks = [
-        _Task(preference=preference, content=content, answers=known.get(content, ()))
+        _Task(preference=preference, content=content, **known.get(content, {}))
         for preference, content in zip(preferences, contents, strict=True)
     ]
     found = {task.preference.id: task.record(attempts, annotator.asked) for task in tasks if task.done(attempts)}
@@ -187,19 +252,39 @@ def annotate(
     report = progress or (lambda done: None)
     report(len(found))
     client = openai.AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=max_retries, timeout=timeout_s)
-    results = asyncio.run(annotator.annotate_all(client, todo, output, report))
+    purse = _Purse(budget or Budget(), _distinct_replies(earlier))
+    results = asyncio.run(annotator.annotate_all(client, todo, output, purse, report))
+    spent = [result for result in results if isinstance(result, BudgetSpentError)]
+    if spent:
+        logger.warning(
+            "the budget is spent (%s): %d of %d preferences are left; raise annotate.budget_tokens or "
+            "annotate.budget_cost and run again to go on",
+            spent[0],
+            len(spent),
+            len(todo),
+        )
     _report_failures([result for result in results if isinstance(result, str)], len(todo), base_url)
     found |= {result.preference_id: result for result in results if isinstance(result, AttemptRecord)}
     return [found[preference.id] for preference in preferences if preference.id in found]
 
 
-def _known_answers(earlier: Sequence[AttemptRecord], asked: Mapping[str, Any]) -> dict[str, tuple[Label | None, ...]]:
+def _known_answers(earlier: Sequence[AttemptRecord], asked: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """By content, the longest row of answers: shorter ones are its beginnings, as attempt k has a seed of its own."""
-    known: dict[str, tuple[Label | None, ...]] = {}
+    known: dict[str, dict[str, Any]] = {}
     for record in earlier:
-        if record.asked == asked and len(record.answers) > len(known.get(record.content, ())):
-            known[record.content] = record.answers
+        if record.asked == asked and len(record.answers) > len(known.get(record.content, {}).get("answers", ())):
+            known[record.content] = {"answers": record.answers, "replies": record.replies}
     return known
+
+
+def _distinct_replies(earlier: Sequence[AttemptRecord]) -> list[Reply]:
+    """Each attempt once, although the rows of a preference hold its earlier attempts, too."""
+    found = {
+        (record.content, json.dumps(record.asked, sort_keys=True), number): reply
+        for record in earlier
+        for number, reply in enumerate(record.replies)
+    }
+    return list(found.values())
 
 
 def _report_unusable(earlier: Sequence[AttemptRecord], asked: Mapping[str, Any], output: Path) -> None:
@@ -254,11 +339,21 @@ def _messages_with_images(preference: Preference) -> list[dict[str, Any]]:
     return messages
 
 
-def _text_of(completion: object) -> str:
+def _reply_of(completion: object, seed: int, budget: Budget) -> Reply:
     # The client does not validate replies: a proxy's HTML page, or JSON of any shape, arrives here as it is.
     match completion:
         case ChatCompletion(choices=[first, *_]) if hasattr(first, "message"):
-            return first.message.content or ""  # empty: a refusal, which is a wrong attempt
+            usage = completion.usage
+            prompt = getattr(usage, "prompt_tokens", None) or 0
+            written = getattr(usage, "completion_tokens", None) or 0
+            return Reply(
+                text=first.message.content or "",  # empty: a refusal, which is a wrong attempt
+                seed=seed,
+                finish_reason=first.finish_reason or "",
+                prompt_tokens=prompt,
+                completion_tokens=written,
+                cost=budget.price(prompt, written),
+            )
         case _:
             raise UnusableReplyError(f"not a chat completion: {str(completion)[:200]!r}")
 

@@ -73,7 +73,8 @@ def _heldout_probe(config: RunConfig, pool: RolloutPool) -> Callable[[], float] 
 
 def annotate(config: RunConfig, *, supervised: bool = False) -> None:
     """Difficulty of every training preference, and the hard set that RL trains on."""
-    from megatron_r1reward.evaluation.annotate import annotate as annotate_preferences  # openai loads for seconds
+    from megatron_r1reward.evaluation.annotate import Budget  # openai loads for seconds
+    from megatron_r1reward.evaluation.annotate import annotate as annotate_preferences
 
     check_models(config, "annotate")
     output = config.run.output_dir
@@ -97,6 +98,13 @@ def annotate(config: RunConfig, *, supervised: bool = False) -> None:
             output=output / "attempts.jsonl",
             seed=config.run.seed,
             served=_served_here(config),
+            budget=Budget(
+                tokens=section.budget_tokens,
+                cost=section.budget_cost,
+                prompt_price=section.prompt_price,
+                completion_price=section.completion_price,
+                requests_per_minute=section.requests_per_minute,
+            ),
             progress=progress.update,
         )
     hard = selection(preferences, set(select_hard(records)))

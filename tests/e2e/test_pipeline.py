@@ -157,6 +157,30 @@ def test_servers_that_hang_and_die_in_the_middle_of_a_run(finished: Path, tmp_pa
     assert not [pid for pid in family if Path(f"/proc/{pid}").exists()], "vLLM has outlived its step"
 
 
+def test_the_annotators_reasonings_become_a_cold_start(finished: Path, tmp_path: Path) -> None:
+    """annotate (a real server, in the pipeline) -> data sft -> sft."""
+    run_files, out = finished.parent / "run-files", tmp_path / "cold-start"
+    annotated = [f"run.output_dir={finished / 'annotate'}", f"model.path={finished / 'sft' / 'hf'}"]
+    command = [sys.executable, "-m", "megatron_r1reward.cli"]
+    pool = f"data.train={finished / 'data' / 'pool.jsonl'}"
+    subprocess.run([*command, "data", "sft", run_files / "eval.toml", "--out", out, *annotated, pool], check=True)
+    summary = json.loads((out / "sft.json").read_text())
+    attempts = [json.loads(line) for line in (finished / "annotate" / "attempts.jsonl").read_text().splitlines()]
+    right = {row["preference_id"] for row in attempts if any(row["attempts"])}
+    assert 0 < summary["counts"]["used"] <= len(right)
+    assert summary["tokens"] > 0
+    assert all(reply["text"] and reply["completion_tokens"] > 0 for row in attempts for reply in row["replies"])
+    trained = [
+        f"run.output_dir={tmp_path / 'sft'}",
+        f"model.path={finished / 'model'}",
+        f"data.train={out / 'sft.jsonl'}",
+    ]
+    trained += [f"data.train={out / 'sft.jsonl'}", f"data.image_root={finished / 'data'}"]
+    trained += ["sft.steps=2", "sft.global_batch_size=4"]
+    subprocess.run([*command, "sft", run_files / "sft.toml", *trained], check=True, timeout=RUN_S)
+    assert sorted(rows(tmp_path / "sft")) == [1, 2]
+
+
 @pytest.fixture(scope="module")
 def server(finished: Path) -> Iterator[VllmServer]:
     """One server for the runs below: it takes weights, and its chat route stands in for a judge that talks nonsense."""

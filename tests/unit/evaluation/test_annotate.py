@@ -9,6 +9,7 @@ import json
 import logging
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,7 +20,7 @@ import pytest
 from PIL import Image
 
 from megatron_r1reward.data.difficulty import AttemptRecord, read_records, select_hard
-from megatron_r1reward.evaluation.annotate import annotate
+from megatron_r1reward.evaluation.annotate import Budget, annotate
 from megatron_r1reward.types import Preference
 
 Reply = tuple[int, bytes]
@@ -79,10 +80,11 @@ def serve() -> Iterator[Callable[[Callable[[str, int], Reply]], Endpoint]]:
         endpoint.close()
 
 
-def says(answer: object) -> Reply:
+def says(answer: object, usage: dict[str, int] | None = None) -> Reply:
     content = f"<think>I looked.</think><answer>{answer}</answer>"
     choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
     body = {"id": "x", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice]}
+    body |= {"usage": {**usage, "total_tokens": sum(usage.values())}} if usage else {}
     return 200, json.dumps(body).encode()
 
 
@@ -151,7 +153,7 @@ def test_a_second_call_skips_what_is_done(serve: Any, preferences: list[Preferen
     records = run(second, preferences, output)
     assert {Endpoint.pair_name(request) for request in second.requests} == {"never", "odd"}
     assert records[:2] == done
-    assert sorted(record.preference_id for record in read_records(output)) == ["easy", "never", "odd", "second"]
+    assert {record.preference_id for record in read_records(output)} == {"easy", "never", "odd", "second"}
 
 
 def test_passing_faults_are_retried(serve: Any, preferences: list[Preference], tmp_path: Path) -> None:
@@ -286,3 +288,68 @@ def test_records_of_an_earlier_version_are_not_trusted(
         records = run(serve(by_name), preferences[:1], output)
     assert records[0].attempts == (True,)
     assert "1 records of an earlier version do not say what was asked" in caplog.text
+
+
+USAGE = {"prompt_tokens": 100, "completion_tokens": 20}
+
+
+def costly(name: str, asked: int) -> Reply:
+    return says(1 if name == "easy" or asked == 1 else 2, USAGE)
+
+
+def test_every_attempt_is_kept_with_its_text_seed_usage_and_cost(
+    serve: Any, preferences: list[Preference], tmp_path: Path
+) -> None:
+    output = tmp_path / "attempts.jsonl"
+    endpoint = serve(costly)
+    records = run(endpoint, preferences[:2], output, budget=Budget(prompt_price=2.0, completion_price=10.0))
+    assert [len(record.replies) for record in records] == [1, 2]
+    first, second = records[1].replies
+    assert (first.text, second.text) == tuple(f"<think>I looked.</think><answer>{n}</answer>" for n in (2, 1))
+    assert {reply.seed for reply in records[1].replies} == {
+        request["seed"] for request in endpoint.requests if Endpoint.pair_name(request) == "second"
+    }
+    assert (first.prompt_tokens, first.completion_tokens, first.finish_reason) == (100, 20, "stop")
+    assert first.cost == pytest.approx((100 * 2 + 20 * 10) / 1e6)
+    assert records[1].asked["model"] == "judge"
+    assert {record.preference_id: record for record in read_records(output)}["second"] == records[1]
+
+
+def test_an_attempt_that_was_answered_is_never_asked_again(
+    serve: Any, preferences: list[Preference], tmp_path: Path
+) -> None:
+    """Killed between two attempts: the first one's row is on the disk already."""
+    output = tmp_path / "attempts.jsonl"
+    whole = run(serve(by_name), preferences[2:3], tmp_path / "whole.jsonl")
+    killed = serve(lambda name, asked: by_name(name, asked) if asked == 0 else (400, b"killed"))
+    with pytest.raises(RuntimeError, match="all 2 preferences failed"):
+        run(killed, preferences[1:3], output)
+    again = serve(lambda name, asked: by_name(name, asked + 1))
+    records = run(again, preferences[1:3], output)
+    assert names(again) == {"second": 1, "never": 2}
+    assert records[1] == whole[0]  # seeds and texts as without the interruption
+
+
+def test_nothing_is_asked_beyond_the_budget(
+    serve: Any, preferences: list[Preference], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "attempts.jsonl"
+    endpoint = serve(costly)
+    options: dict[str, Any] = {"concurrency": 1}
+    with caplog.at_level(logging.WARNING):
+        records = run(endpoint, preferences, output, budget=Budget(tokens=240), **options)
+    assert len(endpoint.requests) == 2  # 120 tokens each
+    assert [record.preference_id for record in records] == ["easy"]
+    assert "the budget is spent (240 tokens, cost 0): 3 of 4 preferences are left" in caplog.text
+    assert len(run(endpoint, preferences, output, budget=Budget(tokens=240), **options)) == 1  # earlier calls count
+    assert len(endpoint.requests) == 2
+    assert len(run(endpoint, preferences, output, budget=Budget(tokens=10_000), **options)) == 4
+    assert len(endpoint.requests) == 7  # what was asked before is not asked again
+    cents = run(serve(costly), preferences, tmp_path / "b.jsonl", budget=Budget(cost=1e-4, prompt_price=1.0), **options)
+    assert [record.preference_id for record in cents] == ["easy"]
+
+
+def test_requests_keep_to_the_rate_limit(serve: Any, preferences: list[Preference], tmp_path: Path) -> None:
+    began = time.monotonic()
+    run(serve(costly), preferences, tmp_path / "attempts.jsonl", budget=Budget(requests_per_minute=600.0))
+    assert time.monotonic() - began >= 0.6  # 7 requests, one in 0.1 s
