@@ -121,6 +121,7 @@ class Address(Record):
     host: str
     ready_at: float
     start: int = 0  # which start of this server in this life; 0 is the first
+    weight_transport: str | None = None  # how it takes weights, "auto" resolved on its machine; None: it takes none
 
 
 @dataclass(frozen=True, kw_only=True)

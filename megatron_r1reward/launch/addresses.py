@@ -36,14 +36,27 @@ def connected(config: RunConfig, stage: Stage) -> RunConfig:
     to it are not among them: `components` finds them, and where they are may change.
 
     Raises:
-        ValueError: a shared judge is asked for that is not running.
+        ValueError: a shared judge is asked for that is not running, or rollout servers take weights in different ways.
     """
     judge = config.judge
-    rollout = config.rollout.model_copy(update={"sender_host": node_address()})
+    rollout = config.rollout.model_copy(update={"sender_host": node_address()} | _transport_of_servers(config))
     shared = config.cluster.shared_judge
     if stage == "rl" and config.reward.use_judge and not judge.urls and shared is not None:
         judge = judge.model_copy(update={"urls": shared_judge_urls(shared), "api_key_variable": TOKEN_VARIABLE})
     return config.model_copy(update={"rollout": rollout, "judge": judge})
+
+
+def _transport_of_servers(config: RunConfig) -> dict[str, str]:
+    """`auto` as the servers have resolved it: where the trainer sees GPUs and they do not, they would not meet."""
+    addresses = RunDir(root=config.run.output_dir).addresses("rollout")
+    resolved = {address.weight_transport: address.component for address in addresses if address.weight_transport}
+    if len(resolved) > 1:
+        ways = ", ".join(f"{component} {transport}" for transport, component in resolved.items())
+        raise ValueError(
+            f"rollout.weight_transport 'auto' is not the same on all servers ({ways}): their machines differ in GPUs. "
+            "Name one that all can take, e.g. 'gloo'"
+        )
+    return {"weight_transport": next(iter(resolved))} if resolved else {}
 
 
 def shared_judge_urls(root: Path) -> tuple[str, ...]:

@@ -60,6 +60,7 @@ def serve(config: RunConfig, stage: Stage, kind: ServerKind, index: int, *, life
             host=node_address(),
             ready_at=time.time(),
             start=start,
+            weight_transport=server.weight_transfer,
         )
         address.write(run.address(name))
         while server.alive:

@@ -71,7 +71,7 @@ class VllmServer:
         self._host = section.host if host is None else host
         self._on_cpu = not sees_gpu() if on_cpu is None else on_cpu
         self._model_path = model_path
-        self._weight_transfer = weight_transfer
+        self.weight_transfer = weight_transfer
         self._media_root, self._pixels = media_root, pixels
         self._sleep_mode, self._in_flight = sleep_mode, in_flight
         self._sampled_log_probs = sampled_log_probs
@@ -111,7 +111,7 @@ class VllmServer:
             served_name=self.served_name,
             host=self._host,
             on_cpu=self._on_cpu,
-            weight_transfer=self._weight_transfer,
+            weight_transfer=self.weight_transfer,
             media_root=self._media_root,
             pixels=self._pixels,
             sleep_mode=self._sleep_mode,
