@@ -6,11 +6,37 @@ import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_r1reward"
+
+
+FLOW = re.compile(r"^### ([^\n]+)\n(.*?)(?=^##)", re.MULTILINE | re.DOTALL)
+STEP = re.compile(r"^\d+\. `([^`]+)`", re.MULTILINE)
+
+
+def check_flows(markdown: str) -> list[str]:
+    """What docs/architecture.md says of its flows that is not so: files that are gone, counts that are wrong."""
+    problems = []
+    counts = dict(re.findall(r"^\| (an? [^|]+) \| (\d+) \|$", markdown, re.MULTILINE))
+    for name, text in FLOW.findall(markdown):
+        steps = STEP.findall(text)
+        if counts.pop(name, None) != str(len(steps)):
+            problems.append(f"the table does not say that {name!r} passes through {len(steps)} files")
+        problems += [f"{name}: {step} does not exist" for step in steps if not _exists(step)]
+    problems += [f"the table has {name!r}, which no section describes" for name in counts]
+    problems += [
+        f"{path} does not exist" for path in re.findall(r"`([\w/]+\.(?:py|sh))`", markdown) if not _exists(path)
+    ]
+    return problems
+
+
+def _exists(path: str) -> bool:
+    rooms_named_before = (PACKAGE / "kernels" / "policy_loss", PACKAGE / "weight_sync")
+    return any((folder / path).exists() for folder in (PACKAGE, ROOT, *rooms_named_before))
 
 
 def rooms() -> dict[str, list[str]]:
@@ -50,6 +76,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     A link to a file that does not exist stays, and is an error.
     """
+
+    if page.file.src_uri == "architecture.md" and (problems := check_flows(markdown)):
+        raise PluginError("docs/architecture.md: " + "; ".join(problems))
 
     def named(match: re.Match[str]) -> str:
         text, target = match.groups()
