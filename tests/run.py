@@ -227,15 +227,9 @@ def show_end(outcomes: list[Outcome], seconds: float, memory: Memory, left: list
     print(f"memory: at most {memory.most() / GIB:.1f} GiB were needed at once")
     if not left:
         print("left behind: no process, no shared memory, no port")
-    total = {
-        "failed": counts["failure"],
-        "passed": counts["passed"],
-        "skipped": counts["skipped"],
-        "error": counts["error"] + len(broken) + len(left),
-    }
-    parts = [f"{number} {word}" for word, number in total.items() if number or word == "passed"]
-    total_line = f" {', '.join(parts)} in {seconds:.0f} s "
-    print(f"{total_line:=^100}")
+    failures = counts["failure"] + counts["error"] + len(broken) + len(left)
+    print(f"in {seconds:.0f} s")
+    print(f"{counts['passed']} passed, {failures} failed, {counts['skipped']} skipped")
     return 1 if failed or broken or left or not cases else 0
 
 
