@@ -13,6 +13,7 @@ from megatron_r1reward.evaluation.result import EvaluationResult, Interval, Orde
 from megatron_r1reward.report.curves import RL_CURVES, SFT_CURVES, drawings
 from megatron_r1reward.report.inputs import RunFiles
 from megatron_r1reward.report.timeline_chart import draw_timeline
+from megatron_r1reward.run_dir import duration
 
 MAX_TRANSCRIPTS = 6
 
@@ -72,7 +73,7 @@ def render_page(run: RunFiles, report: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "duration": _duration}
+    environment.filters |= {"percent": _percent, "duration": duration}
     return environment.get_template("report.html.j2").render(
         run=run,
         report=report,
@@ -80,7 +81,7 @@ def render_page(run: RunFiles, report: Mapping[str, Any]) -> str:
         accuracy_rows=_accuracy_rows(run),
         detail_rows=_detail_rows(run),
         categories=sorted(set(run.sft.by_category) | set(run.rl.by_category)),
-        phases=_parts(run.timing.phases, _duration),
+        phases=_parts(run.timing.phases, duration),
         difficulty=_parts(run.difficulty, str),
         rl_charts=drawings(RL_CURVES, run.rl_rows),
         timeline=draw_timeline(run.timeline),
@@ -113,7 +114,7 @@ def _cards(run: RunFiles) -> list[Card]:
             value=f"{rl.mean_response_tokens:.1f}",
             note=f"tokens on average; SFT {run.sft.mean_response_tokens:.1f}",
         ),
-        Card(title="Wall time", value=_duration(run.timing.wall_seconds), note="the whole pipeline"),
+        Card(title="Wall time", value=duration(run.timing.wall_seconds), note="the whole pipeline"),
     ]
     if control is not None:
         note = "accuracy with another pair's images; chance is 50 %"
@@ -210,11 +211,3 @@ def _percent(value: float) -> str:
 def _points(difference: float) -> str:
     """A difference of two shares in percentage points, with its sign."""
     return f"{100 * difference:+.1f}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

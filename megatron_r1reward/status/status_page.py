@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from megatron_r1reward.run_dir import ExitReport
+from megatron_r1reward.run_dir import ExitReport, duration
 from megatron_r1reward.status.read import BAD, RunStatus, read_status
 
 _STYLE = {
@@ -28,18 +28,6 @@ _MEANING = {
 def to_json(status: RunStatus) -> str:
     """The fields of `RunStatus`, `run_dir` as text."""
     return json.dumps(dataclasses.asdict(status) | {"run_dir": str(status.run_dir)}, indent=2)
-
-
-def duration(seconds: float) -> str:
-    """For people: 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 2:
-        return f"{60 * minutes + rest} s"
-    hours, minutes = divmod(minutes, 60)
-    if hours == 0:
-        return f"{minutes} min"
-    days, hours = divmod(hours, 24)
-    return f"{hours} h {minutes} min" if days == 0 else f"{days} d {hours} h"
 
 
 def _clock(moment: float) -> str:

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1reward.run_dir import Address, Component, ExitReport, Heartbeat, RunDir, RunInfo
+from megatron_r1reward.run_dir import Address, Component, ExitReport, Heartbeat, RunDir, RunInfo, duration
 from megatron_r1reward.status.read import last_rows, read_status
-from megatron_r1reward.status.status_page import duration
 
 NOW = 1_000_000.0
 INFO = RunInfo(
