@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_r1reward.config.schema import RunConfig, VllmSection
+from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.config.server_sections import VllmSection
 from megatron_r1reward.run_dir import Component
 
 Stage = Literal["sft", "rl", "eval", "annotate", "judge"]

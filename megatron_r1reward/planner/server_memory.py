@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_r1reward.config.schema import VllmSection
+from megatron_r1reward.config.server_sections import VllmSection
 from megatron_r1reward.planner import flops
 from megatron_r1reward.planner.catalog import Model
 from megatron_r1reward.planner.devices import Device

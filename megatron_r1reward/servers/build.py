@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_r1reward.config.schema import JudgeSection, ServerSection, VllmSection
+from megatron_r1reward.config.schema import JudgeSection, ServerSection
+from megatron_r1reward.config.server_sections import VllmSection
 from megatron_r1reward.servers.process import VllmServer
 from megatron_r1reward.servers.server_devices import weight_transport
 

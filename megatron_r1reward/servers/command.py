@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from megatron_r1reward.config.schema import VllmSection
+from megatron_r1reward.config.server_sections import VllmSection
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE
 from megatron_r1reward.servers.vllm_main import FORK_FLAG
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 
-from megatron_r1reward.config.schema import VllmSection
+from megatron_r1reward.config.server_sections import VllmSection
 from megatron_r1reward.run_dir import Address, RunDir, ServerEnd, ServerOrder, exists_on_shared
 from megatron_r1reward.servers.member import Report, ServerError
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_r1reward.config.schema import VllmSection
+from megatron_r1reward.config.server_sections import VllmSection
 from megatron_r1reward.network.loop import EventLoopThread
 from megatron_r1reward.network.tokens import token_from
 from megatron_r1reward.servers.member import Member, Server, ServerError, ServerStatus

@@ -16,7 +16,7 @@ from types import TracebackType
 import httpx
 
 from megatron_r1reward.cluster.server_health import unhealthy
-from megatron_r1reward.config.schema import VllmSection
+from megatron_r1reward.config.server_sections import VllmSection
 from megatron_r1reward.network.tokens import bearer, new_token
 from megatron_r1reward.servers.command import WeightTransport, server_command, server_environment
 from megatron_r1reward.servers.keeper import KEEPER_GRACE_S, ScratchFolder, remove_unmapped, shared_memory_of

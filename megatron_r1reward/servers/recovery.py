@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import httpx
 
-from megatron_r1reward.config.schema import VllmSection
+from megatron_r1reward.config.server_sections import VllmSection
 from megatron_r1reward.network.tokens import bearer
 from megatron_r1reward.servers.member import Member, ServerError
 from megatron_r1reward.servers.process import ONE_TOKEN
