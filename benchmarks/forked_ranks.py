@@ -1,4 +1,6 @@
-"""Run a function on several gloo ranks, forked from this process so that nothing is imported again."""
+"""Run a function on several ranks, forked from this process so that nothing is imported again.
+
+With a GPU they are spawned: CUDA does not survive a fork, and asking whether there is a GPU already initialises it."""
 
 from __future__ import annotations
 
@@ -56,9 +58,9 @@ def _results(queue: Any, processes: Sequence[Any], timeout_s: float) -> list[Any
 def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout_s: float = 500.0) -> list[Any]:
     """The results of `function(*args)` on `size` ranks, in rank order; the first error fails the test.
 
-    `timeout_s` is a bound on a hang.
+    `timeout_s` is a bound on a hang. With a GPU, `function` and `args` must be picklable.
     """
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
     queue = context.Queue()
     with _reserved_port() as reservation:
         port = reservation.getsockname()[1]
