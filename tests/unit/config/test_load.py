@@ -95,3 +95,24 @@ def test_any_text_survives_the_resolved_file(run_file, tmp_path):
     config = config.model_copy(update={"run": config.run.model_copy(update={"output_dir": Path(text)})})
     dump_config(config, tmp_path / "resolved.toml")
     assert load_config(tmp_path / "resolved.toml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sampling.temperature=0.0", r"sampling.temperature is 0.0: .* greedy decoding draws none. Set it above 0"),
+        ("sampling.top_p=0.9", r"sampling.top_p is 0.9: .* Set sampling.top_p = 1.0"),
+        ("sampling.top_k=20", r"sampling.top_k is 20: .* Set sampling.top_k = 0"),
+    ],
+)
+def test_rl_refuses_samples_whose_distribution_the_trainer_does_not_know(run_file, override, message):
+    config = load_config(run_file, [override])  # evaluation may
+    with pytest.raises(ValueError, match=message):
+        config.sampling.check_for_rl()
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
+def test_rl_takes_any_temperature(run_file, temperature):
+    sampling = load_config(run_file, [f"sampling.temperature={temperature}"]).sampling
+    sampling.check_for_rl()
+    assert sampling.tempered is (temperature != 1.0)

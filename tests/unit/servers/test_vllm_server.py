@@ -58,6 +58,11 @@ def test_command_of_a_judge_on_gpus() -> None:
     assert absent.isdisjoint(words)
 
 
+@pytest.mark.parametrize(("sampled", "mode"), [(False, "raw_logprobs"), (True, "processed_logprobs")])
+def test_log_probs_are_of_the_model_or_of_what_was_sampled(sampled: bool, mode: str) -> None:
+    assert value(command(ServerSection(), sampled_log_probs=sampled), "--logprobs-mode") == mode
+
+
 def test_several_workers_that_take_weights_are_all_heard() -> None:
     """vLLM's own executor loses answers when a worker fails; a judge's weights never change."""
     section = ServerSection(tensor_parallel_size=2)
