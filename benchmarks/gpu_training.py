@@ -92,11 +92,11 @@ def peak_bytes(found: list[int]) -> Iterator[None]:
 
 def planned_bytes(config: Any, world_size: int, sequences: Sequence[Any], *, fused_loss: bool) -> float:
     """What the planner says about a step over these sequences in one micro-batch."""
+    from megatron_r1reward.model_folder.shape import read_shape
     from megatron_r1reward.planner.activations import Numerics, stage_activations
     from megatron_r1reward.planner.memory import state_bytes
     from megatron_r1reward.planner.parameters import stage_tensors
     from megatron_r1reward.planner.planned_layout import trainer_layout
-    from megatron_r1reward.planner.shapes import read_shape
     from megatron_r1reward.planner.workload import MicroBatch
 
     shape = read_shape(json.loads((config.model.path / "config.json").read_text()))
@@ -201,48 +201,45 @@ class HeadClock:
 
 
 def write_record(config: Any, sequences: Sequence[Any]) -> None:
-    """Rollouts that nobody sampled: the sequences' prompts, two responses each, rewards of both kinds."""
+    """Rollouts that nobody sampled: the sequences' prompts, two responses each, right and wrong in turn."""
+    from megatron_r1reward.reward.score import RewardScorer
     from megatron_r1reward.rollout.accounting import Accounting
     from megatron_r1reward.training.record import Recorder, origin_of
     from megatron_r1reward.training.step_sampler import GeneratedStep, StepRollouts
-    from megatron_r1reward.types import Prompt, Rollout, ScoredRollout, WeightSpan
+    from megatron_r1reward.types import Prompt, Rollout, WeightSpan
 
     image = config_image_token(config)
     recorder = Recorder(config.rl.replay, origin_of(config, {}), resumed_step=None)
+    scorer = RewardScorer(config.reward, None)
     for step in range(config.rl.steps):
-        scored = []
+        rollouts = []
         for number in range(config.rl.rollout_batch_size):
             sequence = sequences[number % len(sequences)]
-            prompt_ids = sequence.token_ids[: sequence.prompt_length]
-            first = prompt_ids.index(image)  # one placeholder stands for the image until the trainer expands it
-            ids = (*prompt_ids[: first + 1], *(t for t in prompt_ids[first + 1 :] if t != image))
+            ids = sequence.token_ids[: sequence.prompt_length]
+            first = ids.index(image)  # one placeholder stands for the image until the trainer expands it
             prompt = Prompt(
-                id=f"{step}-{number}", preference_id=str(number), token_ids=ids,
-                image_paths=sequence.image_paths, label=1, swapped=False,
-            )  # fmt: skip
+                id=f"{step}-{number}",
+                preference_id=str(number),
+                token_ids=(*ids[: first + 1], *(token for token in ids[first + 1 :] if token != image)),
+                image_paths=sequence.image_paths,
+                label=1,
+                swapped=False,
+            )
+            response = sequence.token_ids[sequence.prompt_length :]
             for sample in range(config.algorithm.samples_per_prompt):
-                tokens = sequence.token_ids[sequence.prompt_length :]
-                tokens = tokens[sample:] + tokens[:sample]
-                right = (number + sample) % 2 == 0
-                rollout = Rollout(
-                    prompt=prompt, sample_index=sample, token_ids=tokens, log_probs=(-3.0,) * len(tokens), text="",
-                    finish_reason="stop", weight_spans=(WeightSpan(version=step, start=0, end=len(tokens)),),
-                )  # fmt: skip
-                scored.append(
-                    ScoredRollout(
-                        rollout=rollout,
-                        format_reward=1.0,
-                        result_reward=float(right),
-                        consistency_reward=0.0,
-                        reward=1.5 if right else 0.5,
-                        predicted=1 if right else 2,
-                        verdict="not_asked",
+                rollouts.append(
+                    Rollout(
+                        prompt=prompt,
+                        sample_index=sample,
+                        token_ids=response[sample:] + response[:sample],
+                        log_probs=(-5.5,) * len(response),
+                        text=f"<think>made up</think><answer>{1 + (number + sample) % 2}</answer>",
+                        finish_reason="stop",
+                        weight_spans=(WeightSpan(version=step, start=0, end=len(response)),),
                     )
                 )
-        generated = GeneratedStep(step=step, rollouts=(), accounting=Accounting(asked=len(scored)), seconds=0.0)
-        names = ("answer_1", "unparsable", "judge_asked", "judge_consistent", "judge_inconsistent", "judge_unknown",
-                 "judge_cached", "judge_over_budget", "judge_not_tried", "judge_steps_without")  # fmt: skip
-        counts = dict.fromkeys(names, 0)
+        scored, counts = scorer.score(rollouts)
+        generated = GeneratedStep(step=step, rollouts=(), accounting=Accounting(asked=len(rollouts)), seconds=0.0)
         recorder.write(StepRollouts(generated=generated, scored=tuple(scored), counts=counts, seconds=0.0))
 
 

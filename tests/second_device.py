@@ -242,7 +242,7 @@ def _execute(func: Any, args: Any, kwargs: Any) -> Any:
     if kwargs.get("pin_memory"):
         kwargs = kwargs | {"pin_memory": False}
     host_args, host_kwargs = tree_map_only(DeviceTensor, lambda x: x.host, (args, kwargs))
-    result = func(*host_args, **host_kwargs)
+    result = _call(func, host_args, host_kwargs)
     written = _written(func, args, kwargs)
     if torch.Tag.inplace_view in func.tags:  # the sizes of the object itself change
         for tensor in written.values():
@@ -257,6 +257,15 @@ def _execute(func: Any, args: Any, kwargs: Any) -> Any:
         return DeviceTensor(value) if given is None else given
 
     return tree_map_only(torch.Tensor, outward, result)
+
+
+def _call(func: Any, args: Any, kwargs: Any) -> Any:
+    """Products whose result is wider than their operands exist on a GPU only: here the operands are widened."""
+    plain = {"aten::mm": torch.ops.aten.mm.out, "aten::addmm": torch.ops.aten.addmm.out}.get(func._schema.name)
+    if func._schema.overload_name != "dtype_out" or plain is None:
+        return func(*args, **kwargs)
+    *operands, dtype = args
+    return plain(*(operand.to(dtype) for operand in operands), **kwargs)
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> dict[int, DeviceTensor]:
