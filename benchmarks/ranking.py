@@ -26,7 +26,7 @@ from reporting import print_table, write_json
 from tqdm import tqdm
 
 from megatron_r1reward.demo.digits_candidates import write_candidates
-from megatron_r1reward.evaluation.statistics import bootstrap_mean
+from megatron_r1reward.evaluation.statistics import estimate_share
 from megatron_r1reward.judging.ask import AskOptions, Asks, Item, Judgement, Order
 from megatron_r1reward.judging.compare import Votes
 from megatron_r1reward.judging.rank import Schedule, rank
@@ -139,7 +139,7 @@ async def play(
             hits[image, repeat] = (row["right"] in best) / len(best)  # a shared first place is a draw by lot
             calls.append(found.calls)
             confidence.append(found.confidence)
-    estimate = bootstrap_mean(hits.mean(axis=1), seed=0)
+    estimate = estimate_share(hits.mean(axis=1))
     return {
         "schedule": name,
         "judgements": float(np.mean(calls)),
