@@ -87,7 +87,8 @@ def read_record(path: Path, identity: str) -> dict[Key, Judgement]:
             except json.JSONDecodeError:
                 continue  # the last line of an interrupted run
             if row.pop("model") == identity:
-                record[tuple(row.pop("key"))] = Judgement(**row)
+                key = tuple(row.pop("key"))
+                record[key] = Judgement(**row)
     return record
 
 
