@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_r1reward.cluster.placement import Stage
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.model_folder.examine import folder_problems, served_problems
-from megatron_r1reward.model_folder.shape import load_shape
+from megatron_r1reward.model_folder.folder_weights import read_folder_weights
 
 
 def model_problems(config: RunConfig, stage: Stage) -> Iterator[tuple[str, Path, str]]:
@@ -33,12 +33,17 @@ def model_problems(config: RunConfig, stage: Stage) -> Iterator[tuple[str, Path,
 
 
 def _sampled_otherwise(path: Path) -> Iterator[str]:
-    """What vLLM computes in another way than transformers and the trainer."""
+    """What vLLM reads or computes in another way than transformers and the trainer."""
     try:
-        rope = load_shape(path).text.rope
-    except ValueError:
+        weights = read_folder_weights(path)
+    except (ValueError, OSError):
         return  # said already
-    if rope.yarn is not None:
+    if weights.has_transposed_experts:
+        yield (
+            "its experts are stacked as [experts, out, in], as transformers 5 saves them, and vLLM reads "
+            "[experts, in, out]: run sft from it, whose export is in that order, or transpose them"
+        )
+    if weights.shape.text.rope.yarn is not None:
         yield (
             'config.json has rope_scaling of type "yarn", for which vLLM 0.32 takes original_max_position_embeddings '
             "four times with M-RoPE: it would sample from another model than the one that is trained; run SFT with it, "

@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_r1reward.model_folder import safetensors_layout as st
 from megatron_r1reward.model_folder import table_qwen2_5_vl, table_qwen3_vl
 from megatron_r1reward.model_folder.shape import ModelShape, load_shape
-from megatron_r1reward.model_folder.weight_table import WeightTable
+from megatron_r1reward.model_folder.weight_table import GatedMLP, WeightTable
 from megatron_r1reward.types import TensorMeta
 
 MAX_NAMED = 5  # tensors of each kind that a message names
@@ -39,6 +39,12 @@ class FolderWeights:
     index: str | None  # text of the index file
     on_disk: dict[str, str]
     extra: frozenset[str]
+
+    @property
+    def has_transposed_experts(self) -> bool:
+        """Stacked as transformers' modules hold them, which vLLM does not read."""
+        layouts = [entry.layout for entry in self.table if entry.stacked]
+        return any(isinstance(layout, GatedMLP) and not layout.transposed for layout in layouts)
 
 
 def weight_table(shape: ModelShape, metas: Sequence[TensorMeta] = ()) -> WeightTable:

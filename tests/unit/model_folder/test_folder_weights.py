@@ -10,8 +10,10 @@ import pytest
 from folders import config, metas, write_folder, write_weights
 from typer.testing import CliRunner
 
+from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.conversion.cli import app
 from megatron_r1reward.conversion.inspect_folder import inspect
+from megatron_r1reward.launch.stage_models import model_problems
 from megatron_r1reward.model_folder.dtypes import check_dtype, config_for
 from megatron_r1reward.model_folder.folder_weights import read_folder_weights
 from megatron_r1reward.types import TensorMeta
@@ -115,6 +117,11 @@ def test_experts_are_read_in_every_published_layout(separate: bool, tmp_path: Pa
     table = read_folder_weights(folder).table
     assert len({entry.megatron for entry in table}) == len(table)
     assert {entry.stacked for entry in table if entry.expert is not None} == {not separate}
+    run = {"run": {"output_dir": "x"}, "model": {"path": str(folder)}, "data": {"train": "x"}}
+    config_of_rl = RunConfig.model_validate(run | {"rl": {}, "reward": {"use_judge": False}})
+    texts = [text for _, _, text in model_problems(config_of_rl, "rl")]
+    assert any("vLLM reads" in text for text in texts) is not separate
+    assert [*model_problems(config_of_rl, "sft")] == []
 
 
 def test_shards_without_an_index_and_what_is_no_model(tmp_path: Path) -> None:
