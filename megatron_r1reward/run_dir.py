@@ -28,11 +28,12 @@ import dataclasses
 import json
 import os
 import re
-import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
+
+from megatron_r1reward.files import write_text
 
 EXIT_DONE = 0
 EXIT_REQUEUE = 75  # stopped on request after saving; start the same command again to continue (sysexits' EX_TEMPFAIL)
@@ -49,10 +50,7 @@ class Record:
 
     def write(self, path: Path) -> None:
         """Atomic: readers see the old file or the new one."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-        staging.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
-        os.replace(staging, path)
+        write_text(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Self:

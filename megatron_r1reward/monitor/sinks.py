@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
+from megatron_r1reward.files import write_jsonl
 from megatron_r1reward.monitor.metrics import check_metrics
 
 # What fits on one line and tells whether a run is healthy, in this order.
@@ -123,9 +123,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def truncate(path: Path, last_step: int) -> None:
     """Drop the rows of later steps, atomically."""
     kept = [row for row in read_rows(path) if row["step"] <= last_step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_jsonl(path, kept)
 
 
 class TensorBoardSink:

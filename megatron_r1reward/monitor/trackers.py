@@ -6,11 +6,12 @@ Both know a run by an id. The id is kept in the run directory, so that a resumed
 from __future__ import annotations
 
 import importlib
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from megatron_r1reward.files import write_text
 
 
 class WandbSink:
@@ -73,7 +74,4 @@ def _stored_id(path: Path) -> str | None:
 
 
 def _store_id(path: Path, run_id: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(run_id + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, run_id + "\n")

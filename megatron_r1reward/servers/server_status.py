@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_r1reward.files import read_json
+from megatron_r1reward.files import read_json, write_text
 from megatron_r1reward.servers.member import ServerStatus
 
 _COLUMNS = ("name", "state", "in_flight", "requests", "failures", "restarts", "weight_version", "url")
@@ -15,10 +15,7 @@ _COLUMNS = ("name", "state", "in_flight", "requests", "failures", "restarts", "w
 
 def write_status(path: Path, rows: Sequence[ServerStatus]) -> None:
     """Replace the status file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    temporary.replace(path)
+    write_text(path, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
 def read_status(live_dir: Path) -> list[ServerStatus]:
