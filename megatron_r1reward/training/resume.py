@@ -18,7 +18,6 @@ from megatron_r1reward.config.load import dump_config
 from megatron_r1reward.data.identity import ContentKeys
 from megatron_r1reward.data.preference import SftExample
 from megatron_r1reward.files import write_text
-from megatron_r1reward.monitor.sinks import Monitor
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training.data_parallel import synchronize_parameters
 from megatron_r1reward.training.heartbeat import RunControl
@@ -166,10 +165,8 @@ def export(state: TrainState, out: Path) -> None:
     save_hf_folder(out, exporter.metas, exporter.tensors(), template=state.config.model.path, write=write)
 
 
-def leave(control: RunControl, monitor: Monitor | None) -> None:
+def leave(control: RunControl) -> None:
     """The stage stops before its last step; everything is saved. The next start continues here."""
-    if monitor is not None:
-        monitor.close()
     control.stopped()
     log.info("saved and stopped on request")
 

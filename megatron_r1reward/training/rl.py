@@ -11,12 +11,11 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.curriculum import Curriculum
@@ -35,9 +34,9 @@ from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.training import alarms, resume
 from megatron_r1reward.training.data_parallel import make_room_for_servers, synchronize_parameters
 from megatron_r1reward.training.heartbeat import RunControl
+from megatron_r1reward.training.loop import Stage, finish, run_to_end
 from megatron_r1reward.training.policy_update import update_policy
 from megatron_r1reward.training.producer import RolloutProducer
-from megatron_r1reward.training.profiling import StepProfiler
 from megatron_r1reward.training.record import Recorder, Replay, origin_of
 from megatron_r1reward.training.rl_metrics import advantage_metrics, mismatch, step_metrics
 from megatron_r1reward.training.rollout_batch import Shards, add_advantages, add_log_probs, pack, share_out
@@ -176,19 +175,44 @@ def run(config: RunConfig, topology: Topology, services: Services | None) -> Pat
             resumed_step = state.step if resumed else None
             main = stack.enter_context(_main_rank(state, services, replay or preferences, resumed_step=resumed_step))
         control.begin(state.step, resumed=resumed)
-        finished = _train(state, main, control)
-    state.saver.close()
-    if not finished:
-        resume.leave(control, None)
-        return None
-    if services is not None:
+        finished = run_to_end(state, _stage(state, main), control)
+    if finished and services is not None:
         log.info("rollouts: %s", services.pool.total)
-    control.exporting()
-    folder = output / "hf"
-    resume.export(state, folder)
-    resume.mark_done(state, hf=folder)
-    control.done()
-    return folder
+    return finish(state, control, finished=finished)
+
+
+def _stage(state: TrainState, main: MainRank | None) -> Stage:
+    """This stage to the loop that it shares with SFT."""
+    config = state.config
+
+    def step(timer: PhaseTimer) -> dict[str, float]:
+        metrics = train_step(state, main, timer)
+        if state.topology.is_main:
+            alarms.check(metrics, config.algorithm, state.step)
+        return metrics
+
+    stage = Stage(
+        title="RL",
+        steps=config.rl.steps,
+        step=step,
+        headline={"reward": "reward/mean", "right": "reward/result"},
+        saves_before=(JudgeDownError,),
+    )
+    if main is None:
+        return stage
+
+    def probe(step: int) -> Probe | None:
+        every = config.rl.heldout_every
+        return None if every is None or step % every or main.services is None else main.services.probe
+
+    return replace(
+        stage,
+        monitor=main.monitor,
+        timeline=main.timeline,
+        probe=probe,
+        report=lambda timer: idle_shares(main, timer),
+        producer=main.producer.state,
+    )
 
 
 def _data(config: RunConfig, topology: Topology, replay: Replay | None) -> tuple[Sequence[Preference], dict[str, Any]]:
@@ -252,51 +276,6 @@ def _producer(
     return RolloutProducer(sampler, config.asynchrony, steps=config.rl.steps, state=state.producer)
 
 
-def _train(state: TrainState, main: MainRank | None, control: RunControl) -> bool:
-    """Step by step to the last one: True. False: asked to stop, and saved."""
-    config = state.config
-    progress = tqdm(
-        total=config.rl.steps, initial=state.step, desc="RL", unit="step", disable=main is None, dynamic_ncols=True
-    )
-    timer = PhaseTimer(on_phase=None if main is None else main.timeline.add)
-    profiler = StepProfiler(config.profile, output_dir=config.run.output_dir, rank=state.topology.rank)
-    stopped = False
-    while state.step < config.rl.steps and not stopped:
-        timer.reset()
-        if main is not None:
-            main.timeline.step = state.step + 1
-        with timer.phase("step"):
-            try:
-                with profiler.step(state.step + 1):
-                    metrics = train_step(state, main, timer)
-            except JudgeDownError:
-                if state.step % config.checkpoint.save_every:  # else it has just been saved
-                    _save(state, main)
-                state.saver.close()
-                log.error("saved after step %d; the run stops because the judge is down", state.step)
-                raise
-            if state.topology.is_main:
-                alarms.check(metrics, config.algorithm, state.step)
-        probe = None if main is None or main.services is None else main.services.probe
-        if probe is not None and _probe_is_due(config, state.step):
-            with timer.phase("heldout"):
-                metrics["heldout/accuracy"] = probe()
-        control.finished_step(state.step)
-        stopped = state.step < config.rl.steps and control.stop_requested()
-        with timer.phase("save"):
-            state.saver.poll()
-            if state.step % config.checkpoint.save_every == 0 or state.step == config.rl.steps or stopped:
-                control.saving()
-                _save(state, main, score=metrics.get("heldout/accuracy"))
-                control.saved(state.step)
-        if main is not None:
-            main.monitor.log(state.step, metrics | timer.metrics() | idle_shares(main, timer))
-        progress.set_postfix(reward=f"{metrics['reward/mean']:.2f}", right=f"{metrics['reward/result']:.2f}")
-        progress.update()
-    progress.close()
-    return not stopped
-
-
 def idle_shares(main: MainRank, timer: PhaseTimer) -> dict[str, float]:
     """`idle/*` of the step that has just ended; when servers were busy goes to the timeline."""
     start, end = timer.spans["step"]
@@ -312,11 +291,3 @@ def idle_shares(main: MainRank, timer: PhaseTimer) -> dict[str, float]:
             total = sum(b - a for times in busy.values() for a, b in times)
             shares[f"idle/{name}"] = 1.0 - total / (len(busy) * max(end - start, 1e-9))
     return shares
-
-
-def _save(state: TrainState, main: MainRank | None, *, score: float | None = None) -> None:
-    resume.save(state, score=score, producer=None if main is None else main.producer.state())
-
-
-def _probe_is_due(config: RunConfig, step: int) -> bool:
-    return config.rl.heldout_every is not None and step % config.rl.heldout_every == 0

@@ -8,18 +8,17 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.loader import EpochSampler
 from megatron_r1reward.data.preference import SftExample
 from megatron_r1reward.data.prompt import render_chat
 from megatron_r1reward.data.stage_data import read_training_examples
-from megatron_r1reward.monitor.sinks import Monitor, build_monitor
+from megatron_r1reward.monitor.sinks import build_monitor
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training import resume
 from megatron_r1reward.training.heartbeat import RunControl
-from megatron_r1reward.training.profiling import StepProfiler
+from megatron_r1reward.training.loop import Stage, finish, run_to_end
 from megatron_r1reward.training.schedule import LossOutput, reduce_statistics, train_micro_batches
 from megatron_r1reward.training.state import TrainState, build_state
 from megatron_r1reward.types import PackedBatch, Prompt, Sequence
@@ -67,15 +66,13 @@ def train_step(state: TrainState, examples: tuple[SftExample, ...], sampler: Epo
     state.step += 1
     if outcome.skipped:
         log.warning("step %d: gradient norm is %s; the update was skipped", state.step, outcome.grad_norm)
-    seconds = time.monotonic() - started
     return {
         "sft/loss": total["loss"] / total["tokens"],
         "entropy": total["entropy"] / total["tokens"],
         "grad_norm": outcome.grad_norm,
         "update/skipped": float(outcome.skipped),
         "lr": outcome.lr,
-        "tokens_per_second": total["all_tokens"] / seconds,
-        "time/step": seconds,
+        "tokens_per_second": total["all_tokens"] / (time.monotonic() - started),
     }
 
 
@@ -110,50 +107,15 @@ def run(config: RunConfig, topology: Topology) -> Path | None:
         if topology.is_main
         else None
     )
+    stage = Stage(
+        title="SFT",
+        steps=steps,
+        step=lambda timer: train_step(state, examples, sampler),
+        headline={"loss": "sft/loss"},
+        monitor=monitor,
+    )
     control.begin(state.step, resumed=resumed)
-    finished = _train(state, examples, sampler, steps, monitor, control)
-    state.saver.close()
-    if not finished:
-        resume.leave(control, monitor)
-        return None
-    control.exporting()
-    folder = output / "hf"
-    resume.export(state, folder)
-    resume.mark_done(state, hf=folder)
-    control.done()
+    folder = finish(state, control, finished=run_to_end(state, stage, control))
     if monitor is not None:
         monitor.close()
     return folder
-
-
-def _train(
-    state: TrainState,
-    examples: tuple[SftExample, ...],
-    sampler: EpochSampler,
-    steps: int,
-    monitor: Monitor | None,
-    control: RunControl,
-) -> bool:
-    """Step by step to the last one: True. False: asked to stop, and saved."""
-    config = state.config
-    progress = tqdm(
-        total=steps, initial=state.step, desc="SFT", unit="step", disable=monitor is None, dynamic_ncols=True
-    )
-    profiler = StepProfiler(config.profile, output_dir=config.run.output_dir, rank=state.topology.rank)
-    stopped = False
-    while state.step < steps and not stopped:
-        with profiler.step(state.step + 1):
-            metrics = train_step(state, examples, sampler)
-        if monitor is not None:
-            monitor.log(state.step, metrics)
-        progress.set_postfix(loss=f"{metrics['sft/loss']:.3f}")
-        progress.update()
-        control.finished_step(state.step)
-        state.saver.poll()
-        stopped = state.step < steps and control.stop_requested()
-        if state.step % config.checkpoint.save_every == 0 or state.step == steps or stopped:
-            control.saving()
-            resume.save(state)
-            control.saved(state.step)
-    progress.close()
-    return not stopped

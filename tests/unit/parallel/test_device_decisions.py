@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron_r1reward.training.profiling import StepProfiler
 
 import megatron_r1reward
 from megatron_r1reward.checkpoint import dist as checkpoint
@@ -25,7 +26,6 @@ from megatron_r1reward.kernels import choose_kernel, lm_head
 from megatron_r1reward.kernels.policy_loss.row_kernels import PolicyLossOptions
 from megatron_r1reward.parallel import cpu, precision, setup, transfer, transformer
 from megatron_r1reward.servers import server_devices, sleep
-from megatron_r1reward.training.profiling import StepProfiler
 from megatron_r1reward.weight_sync import broadcast_group, broadcast_sender, shared_memory_sender
 
 PACKAGE = Path(megatron_r1reward.__file__).parent

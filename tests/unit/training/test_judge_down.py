@@ -11,6 +11,7 @@ import pytest
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.reward.consistency import JudgeDownError
 from megatron_r1reward.training import resume, rl
+from megatron_r1reward.training.loop import run_to_end
 
 
 def state_at(step: int, tmp_path: Path) -> Any:
@@ -42,8 +43,9 @@ def main_rank() -> Any:
 def test_the_run_saves_and_stops(step: int, saves: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[int] = []
     monkeypatch.setattr(resume, "save", lambda state, **options: saved.append(state.step))
+    state = state_at(step, tmp_path)
     with pytest.raises(JudgeDownError, match="no verdict in 6 steps"):
-        rl._train(state_at(step, tmp_path), main_rank(), SimpleNamespace())
+        run_to_end(state, rl._stage(state, main_rank()), SimpleNamespace())  # type: ignore[arg-type]
     assert saved == saves
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_r1reward.config.schema import ProfileSection
-from megatron_r1reward.training.profiling import StepProfiler
+from megatron_r1reward.training.loop import StepProfiler
 
 
 def run(section: ProfileSection, folder: Path, *, rank: int = 0, steps: int = 4) -> list[str]:
