@@ -56,7 +56,7 @@ class GenerateResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Request:
+class SampleRequest:
     sampling: SamplingSection
     n: int
     seed: int
@@ -255,7 +255,7 @@ class RolloutPool:
         progress: Progress | None,
         arrived: Arrived | None,
     ) -> GenerateResult:
-        request = _Request(sampling=sampling, n=n, seed=seed, counts=Counter())
+        request = SampleRequest(sampling=sampling, n=n, seed=seed, counts=Counter())
         done = 0
 
         async def outcome_of(place: int, prompt: Prompt) -> list[Rollout] | FailedPrompt:
@@ -301,7 +301,7 @@ class RolloutPool:
     def _is_usable(self, rollout: Rollout) -> bool:
         return self._banned_ids.isdisjoint(rollout.token_ids)
 
-    async def _sample(self, prompt: Prompt, request: _Request) -> list[Rollout] | FailedPrompt:
+    async def _sample(self, prompt: Prompt, request: SampleRequest) -> list[Rollout] | FailedPrompt:
         """All samples of one prompt from one server, or the reason why there are none."""
         section = self._section
         failed: set[Member] = set()
@@ -323,7 +323,7 @@ class RolloutPool:
             return FailedPrompt(prompt=prompt, reason=f"not sampled after retries; the last error: {error}")
         raise AssertionError("the last attempt raises")
 
-    async def _attempt(self, prompt: Prompt, request: _Request, failed: set[Member]) -> list[Rollout]:
+    async def _attempt(self, prompt: Prompt, request: SampleRequest, failed: set[Member]) -> list[Rollout]:
         """One request to one server; a failure is added to `failed` and reported to the supervisor."""
         member = await self.group.router.acquire(prompt.preference_id, frozenset(failed))
         request.counts["attempts"] += 1
@@ -342,7 +342,7 @@ class RolloutPool:
         self.group.supervisor.succeeded(member)
         return rollouts
 
-    async def _ask(self, member: Member, prompt: Prompt, request: _Request) -> list[Rollout]:
+    async def _ask(self, member: Member, prompt: Prompt, request: SampleRequest) -> list[Rollout]:
         url, current = member.url, self._pusher.current() if self._pusher is not None else None
         call = asyncio.create_task(
             self._client(member).generate(prompt, request.sampling, n=request.n, seed=request.seed)

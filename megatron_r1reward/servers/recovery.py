@@ -1,4 +1,8 @@
-"""Keeps a group of servers in service: health checks, quarantine, probes, restarts."""
+"""Keeps a group of servers in service: health checks, quarantine, probes, restarts.
+
+The one mechanism for all servers that are ours, whoever holds their processes (`member.Server`): children of this process
+(`process.VllmServer`), or components of the life that a supervisor starts and ends (`component.ComponentServer`).
+"""
 
 from __future__ import annotations
 
