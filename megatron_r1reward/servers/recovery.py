@@ -1,7 +1,7 @@
 """Keeps a group of servers in service: health checks, quarantine, probes, restarts.
 
-The one mechanism for all servers that are ours, whoever holds their processes (`member.Server`): children of this process
-(`process.VllmServer`), or components of the life that a supervisor starts and ends (`component.ComponentServer`).
+The one mechanism for all servers that are ours, whoever holds their processes (`member.Server`): children of this
+process (`process.VllmServer`), or components of a life, which its supervisor starts and ends (`component`).
 """
 
 from __future__ import annotations
