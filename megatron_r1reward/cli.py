@@ -194,6 +194,34 @@ def data_digits(
         typer.echo(f"{out}: {summary.rows}, {summary.images} images; see {out / 'README.md'}")
 
 
+@data_app.command("inspect")
+def data_inspect(
+    source: Annotated[str, typer.Argument(help="file, folder or pattern of files, or a data set's id on the Hub")],
+    out: Annotated[Path, typer.Option(help="HTML file to write")] = Path("inspect.html"),
+    schema: Annotated[str, typer.Option(help="as in `data import`")] = "auto",
+    image_root: Annotated[Path | None, typer.Option(help="relative image paths are below it")] = None,
+    split: Annotated[str, typer.Option(help="of a data set on the Hub")] = "train",
+    rows: Annotated[int, typer.Option(help="rows to show", min=1)] = 20,
+    run_file: Annotated[Path | None, typer.Option(help="count tokens by its model, pixels and limits")] = None,
+    stage: Annotated[str, typer.Option(help="whose limits: rl, annotate or eval")] = "rl",
+    against: Annotated[list[str] | None, typer.Option(help="a benchmark or other set to look for the rows in")] = None,
+) -> None:
+    """Figures of a preference data set, and rows as the model will read them, in one HTML file and here."""
+    with user_errors():
+        from megatron_r1reward.config.load import load_config
+        from megatron_r1reward.data.inspecting import inspect_source
+        from megatron_r1reward.data.stage_data import RowLimits
+
+        if stage not in ("rl", "annotate", "eval"):
+            raise ValueError(f"--stage {stage!r}: give rl, annotate or eval")
+        limits = None if run_file is None else RowLimits.of(load_config(run_file), stage)  # type: ignore[arg-type]
+        inspect_source(
+            source, out, schema=schema, image_root=image_root, split=split, rows=rows, limits=limits,
+            against=against or (),
+        )  # fmt: skip
+        typer.echo(f"wrote {out}")
+
+
 @data_app.command("sft")
 def data_sft(
     run_file: RunFile,
@@ -208,7 +236,7 @@ def data_sft(
     with user_errors():
         from megatron_r1reward.config.load import load_config
         from megatron_r1reward.evaluation.cold_start_set import ReasoningFilter
-        from megatron_r1reward.launch.cold_start_data import write_cold_start
+        from megatron_r1reward.launch.stages import write_cold_start
 
         keep = ReasoningFilter(min_characters=min_characters, max_characters=max_characters, script=script)
         built = write_cold_start(load_config(run_file, overrides or []), out, keep=keep, judged=judge)

@@ -45,6 +45,10 @@ class ContentKeys:
             return _digest([example.messages, self._seen(example.image_paths), example.response])
         return _digest([self.question(example), example.label])
 
+    def images(self, paths: Iterable[str]) -> tuple[str, ...]:
+        """Of the files, in their order."""
+        return tuple(self._seen(list(paths)))
+
     def _seen(self, paths: Iterable[str]) -> list[str]:
         for path in paths:
             if path not in self._images:

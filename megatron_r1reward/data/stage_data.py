@@ -141,12 +141,17 @@ class RowLimits:
         texts = (preference.question, *preference.responses)
         if self._surely_fits(texts, len(preference.image_paths), self.response_tokens):
             return ""
+        return self._problem(
+            self.prompt_length(preference), preference.image_paths, self.response_tokens, "room for the response"
+        )
+
+    def prompt_length(self, preference: Preference) -> int:
+        """Tokens of the prompt in the longer of its two orders, each image counted as one."""
         images = len(preference.image_paths)
-        prompt = max(
+        return max(
             len(render_chat(self._tokenizer, preference_messages(preference.question, responses, images)))
             for responses in (preference.responses, preference.responses[::-1])
         )
-        return self._problem(prompt, preference.image_paths, self.response_tokens, "room for the response")
 
     def example(self, example: SftExample) -> str:
         """Why it does not fit; empty where it does."""
@@ -177,7 +182,7 @@ class RowLimits:
             return f"the prompt has {prompt} tokens, data.max_prompt_tokens is {self.prompt_tokens}"
         if self.sequence_tokens is None:
             return ""
-        image = sum(map(self._image_tokens, image_paths)) - len(image_paths)
+        image = sum(map(self.image_tokens, image_paths)) - len(image_paths)
         if prompt + image + response > self.sequence_tokens:
             return (
                 f"{prompt + image + response} tokens (text {prompt}, images {image}, {name} {response}), "
@@ -202,7 +207,8 @@ class RowLimits:
         """At most so many tokens of the chat template and the prompt's own words."""
         return len(render_chat(self._tokenizer, preference_messages("", ("", ""), 0))) + _JOINTS
 
-    def _image_tokens(self, path: str) -> int:
+    def image_tokens(self, path: str) -> int:
+        """Tokens that the model reads of an image file."""
         width, height = upright_size(path)
         pixels = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
         return self._processor.get_number_of_image_patches(height, width, pixels) // self._processor.merge_size**2
