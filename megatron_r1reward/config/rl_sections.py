@@ -1,4 +1,4 @@
-"""Sections of the run file that say how stage 2 learns: steps, asynchrony, algorithm."""
+"""Sections of the run file that say how the stages learn: steps, asynchrony, reward, sampling, health, algorithm."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_r1reward.config.section import Fraction, PositiveInt, Section
+from megatron_r1reward.config.section import Fraction, NotNegative, Positive, PositiveInt, Section
+
+
+class SftSection(Section):
+    steps: PositiveInt | None = None  # None: one pass per epoch
+    epochs: PositiveInt = 1  # exact passes; the last step takes what is left
+    global_batch_size: PositiveInt = 256
 
 
 class RlSection(Section):
@@ -53,33 +59,88 @@ class AsynchronySection(Section):
         return self
 
 
+Truncated = Literal["penalise", "mask", "as_is"]
+
+
+class RewardSection(Section):
+    format_weight: NotNegative = 0.5
+    consistency_weight: NotNegative = 0.5
+    consistency_levels: Literal["paper", "released_code"] = "paper"  # {0, 1} or {-1, 0, 1}
+    use_judge: bool = True
+    # A response that the token limit cut off: penalise: it has not answered (F = A = 0), so the policy learns to end;
+    # mask: it trains nothing (overlong filtering of DAPO); as_is: its text is scored, as in the released code.
+    truncated: Truncated = "penalise"
+
+
+class SamplingSection(Section):
+    temperature: NotNegative = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0  # 0: off
+    max_tokens: PositiveInt = 1024
+
+    @property
+    def tempered(self) -> bool:
+        """Whether log-probs of the raw softmax are not those of what is sampled."""
+        return self.temperature != 1.0
+
+    def check_for_rl(self) -> None:
+        """ValueError when the trainer cannot reproduce the distribution that responses are drawn from.
+
+        The policy gradient needs the log-probs of that distribution: a temperature is one division on both sides, but
+        the tokens that top_p and top_k cut off differ from weights to weights, and have no log-prob at all.
+        """
+        if self.temperature <= 0:
+            raise ValueError(
+                f"sampling.temperature is {self.temperature}: RL learns from the differences between drawn samples, "
+                "and greedy decoding draws none. Set it above 0 (1.0 is usual)"
+            )
+        cuts = {"top_p": (self.top_p, self.top_p < 1, "1.0"), "top_k": (self.top_k, self.top_k > 0, "0")}
+        for name, (value, cut, off) in cuts.items():
+            if cut:
+                raise ValueError(
+                    f"sampling.{name} is {value}: RL needs the log-probs of the distribution that was sampled from, "
+                    f"and the trainer's knows no cut, so the gradient would be biased. Set sampling.{name} = {off}; "
+                    "sampling.temperature is supported"
+                )
+
+
+class HealthSection(Section):
+    """When the learning signal counts as gone, and what happens then; docs/algorithm.md."""
+
+    policy: Literal["warn", "stop"] = "warn"  # stop: save and end the run when a cause has lasted `patience` steps
+    patience: PositiveInt = 5
+    share: Annotated[float, Field(gt=0.5, le=1)] = 0.98  # of responses without answer, cut off, or with one answer
+    min_reward_std: NotNegative = 1e-3  # of the returns
+    min_entropy: NotNegative = 1e-4  # nats
+
+
 class AlgorithmSection(Section):
     """StableReinforce. Defaults are the paper's; `docs/algorithm.md` lists where the released code differs."""
 
-    gamma: Fraction = 1.0
-    kl_coefficient: Annotated[float, Field(ge=0)] = 0.0  # KL to the reference inside the reward
-    kl_loss_coefficient: Annotated[float, Field(ge=0)] = 0.0  # KL to the reference as a term of the loss
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    kl_coefficient: NotNegative = 0.0  # KL to the reference inside the reward
+    kl_loss_coefficient: NotNegative = 0.0  # KL to the reference as a term of the loss
     kl_loss_estimator: Literal["k1", "k2", "k3"] = "k3"
-    kl_loss_bound: Annotated[float, Field(ge=0)] = 10.0  # of k3: nats per token above which it stops pulling; 0: none
+    kl_loss_bound: NotNegative = 10.0  # of k3: nats per token above which it stops pulling; 0: none
     samples_per_prompt: PositiveInt = 1
     baseline: Literal["none", "group_mean", "leave_one_out"] = "none"
     group_normalize: bool = False  # GRPO: divide by the group's standard deviation
     normalize: Literal["global", "none"] = "global"
     filter: Literal["paper", "released_code", "none"] = "paper"
-    filter_sigma: Annotated[float, Field(gt=0)] = 3.0
+    filter_sigma: Positive = 3.0
     preclip: bool = True
-    preclip_min: Annotated[float, Field(gt=0)] = 1e-3
-    preclip_max: Annotated[float, Field(gt=0)] = 1e3
+    preclip_min: Positive = 1e-3
+    preclip_max: Positive = 1e3
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    clip_high: Annotated[float, Field(gt=0)] = 0.2
+    clip_high: Positive = 0.2
     dual_clip: Annotated[float, Field(gt=1)] | None = None
-    entropy_coefficient: float = 0.0
-    mismatch_alarm: Annotated[float, Field(gt=0)] = 0.1  # mean |log-prob gap| to the sampler above which a step warns
-    mismatch_threshold: Annotated[float, Field(gt=0)] = 0.5  # nats; a token with a larger gap counts as beyond
+    entropy_coefficient: NotNegative = 0.0
+    mismatch_alarm: Positive = 0.1  # mean |log-prob gap| to the sampler above which a step warns
+    mismatch_threshold: Positive = 0.5  # nats; a token with a larger gap counts as beyond
     mismatch_share_alarm: Fraction = 0.01  # share of tokens beyond mismatch_threshold above which a step warns
     # of the ratio: "sampler" saves the trainer's pass over the batch before the update, where both are the same
     old_log_probs: Literal["trainer", "sampler"] = "trainer"
-    truncated_importance_sampling: Annotated[float, Field(gt=0)] | None = None
+    truncated_importance_sampling: Positive | None = None
     aggregation: Literal["sequence_mean", "token_mean", "constant_length"] = "sequence_mean"
     constant_length: PositiveInt = 1024
     skip_idle_sequences: bool = True  # an update leaves out responses without any advantage; same gradient

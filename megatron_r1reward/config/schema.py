@@ -10,14 +10,22 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_r1reward.config.rl_sections import AlgorithmSection, AsynchronySection, RlSection
-from megatron_r1reward.config.section import Fraction, PositiveInt, Section
+from megatron_r1reward.config.rl_sections import (
+    AlgorithmSection,
+    AsynchronySection,
+    HealthSection,
+    RewardSection,
+    RlSection,
+    SamplingSection,
+    SftSection,
+)
+from megatron_r1reward.config.section import Fraction, NotNegative, Positive, PositiveInt, Section
 from megatron_r1reward.config.server_sections import JudgeSection, ServerSection
 
 
 class RunSection(Section):
     output_dir: Path
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     local_ranks: PositiveInt = 1  # trainer ranks started on this machine where neither torchrun nor Slurm did
     num_threads: PositiveInt | None = None  # intra-op threads of one trainer rank; None: leave torch's default
 
@@ -26,8 +34,8 @@ class MoeSection(Section):
     """Switches of mixture-of-experts models; dense models ignore them. The router always computes in float32."""
 
     load_balancing: Literal["none", "aux_loss"] = "none"  # aux_loss: Switch Transformer's, over each micro-batch
-    aux_loss_coefficient: Annotated[float, Field(ge=0)] = 1e-3  # used with load_balancing = "aux_loss"
-    z_loss_coefficient: Annotated[float, Field(ge=0)] = 0.0  # 0: off
+    aux_loss_coefficient: NotNegative = 1e-3  # used with load_balancing = "aux_loss"
+    z_loss_coefficient: NotNegative = 0.0  # 0: off
 
 
 class ModelSection(Section):
@@ -131,69 +139,27 @@ class DataSection(Section):
     swap: Literal["random", "never", "always"] = "random"  # order of the two responses, redrawn every epoch
     max_prompt_tokens: PositiveInt = 20_480
 
+    @model_validator(mode="after")
+    def _pixels(self) -> DataSection:
+        if self.max_pixels < self.min_pixels:
+            raise ValueError(
+                f"data.max_pixels {self.max_pixels} is below data.min_pixels {self.min_pixels}: no image has a size "
+                "between them; exchange them"
+            )
+        return self
+
 
 class OptimizerSection(Section):
-    lr: Annotated[float, Field(gt=0)] = 1e-6
+    lr: Annotated[float, Field(gt=0, le=1)] = 1e-6
     min_lr_ratio: Fraction = 0.1  # the cosine ends at min_lr_ratio * lr
     warmup_fraction: Fraction = 0.03
     schedule: Literal["cosine", "constant"] = "cosine"
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
-    eps: float = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.0
+    clip_grad: NotNegative = 1.0
     max_skipped_steps: PositiveInt = 20  # consecutive steps with a non-finite gradient before the run fails
-
-
-class SftSection(Section):
-    steps: PositiveInt | None = None  # None: one pass per epoch
-    epochs: PositiveInt = 1
-    global_batch_size: PositiveInt = 256
-
-
-Truncated = Literal["penalise", "mask", "as_is"]
-
-
-class RewardSection(Section):
-    format_weight: float = 0.5
-    consistency_weight: float = 0.5
-    consistency_levels: Literal["paper", "released_code"] = "paper"  # {0, 1} or {-1, 0, 1}
-    use_judge: bool = True
-    # A response that the token limit cut off: penalise: it has not answered (F = A = 0), so the policy learns to end;
-    # mask: it trains nothing (overlong filtering of DAPO); as_is: its text is scored, as in the released code.
-    truncated: Truncated = "penalise"
-
-
-class SamplingSection(Section):
-    temperature: Annotated[float, Field(ge=0)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0  # 0: off
-    max_tokens: PositiveInt = 1024
-
-    @property
-    def tempered(self) -> bool:
-        """Whether log-probs of the raw softmax are not those of what is sampled."""
-        return self.temperature != 1.0
-
-    def check_for_rl(self) -> None:
-        """ValueError when the trainer cannot reproduce the distribution that responses are drawn from.
-
-        The policy gradient needs the log-probs of that distribution: a temperature is one division on both sides, but
-        the tokens that top_p and top_k cut off differ from weights to weights, and have no log-prob at all.
-        """
-        if self.temperature <= 0:
-            raise ValueError(
-                f"sampling.temperature is {self.temperature}: RL learns from the differences between drawn samples, "
-                "and greedy decoding draws none. Set it above 0 (1.0 is usual)"
-            )
-        cuts = {"top_p": (self.top_p, self.top_p < 1, "1.0"), "top_k": (self.top_k, self.top_k > 0, "0")}
-        for name, (value, cut, off) in cuts.items():
-            if cut:
-                raise ValueError(
-                    f"sampling.{name} is {value}: RL needs the log-probs of the distribution that was sampled from, "
-                    f"and the trainer's knows no cut, so the gradient would be biased. Set sampling.{name} = {off}; "
-                    "sampling.temperature is supported"
-                )
 
 
 class AnnotateSection(Section):
@@ -264,9 +230,9 @@ class ClusterSection(Section):
     rollout_het_group: Annotated[int, Field(ge=0)] = 0
     judge_het_group: Annotated[int, Field(ge=0)] = 0
     shared_judge: Path | None = None  # run directory of a judge job (slurm/judge.sh): its servers are used
-    stall_timeout_s: Annotated[float, Field(gt=0)] = 1800.0  # no progress for so long (or 10 steps) is a failure
-    grace_s: Annotated[float, Field(gt=0)] = 30.0  # from "please end" to SIGKILL
-    walltime_margin_s: Annotated[float, Field(ge=0)] = 120.0  # kept free before the time limit, after the save
+    stall_timeout_s: Positive = 1800.0  # no progress for so long (or 10 steps) is a failure
+    grace_s: Positive = 30.0  # from "please end" to SIGKILL
+    walltime_margin_s: NotNegative = 120.0  # kept free before the time limit, after the save
     requeue: bool = True  # under Slurm: ask for another turn after a save on request; false: only exit with 75
     container_image: str | None = None  # pyxis: run every component in this image; None: on the node itself
     container_mounts: tuple[str, ...] = ()  # "source:target[:flags]", besides working and run directory
@@ -281,8 +247,8 @@ class PlanSection(Section):
     nodes: PositiveInt = 1
     gpus_per_node: PositiveInt = 8
     device: Literal["a100", "h100", "h800", "h200", "b200", "l40s", "cpu"] = "h100"
-    memory_gib: Annotated[float, Field(gt=0)] | None = None  # usable memory of one device; None: the device's own
-    network_gbit: Annotated[float, Field(gt=0)] = 400.0  # per device, to other nodes, Gbit/s
+    memory_gib: Positive | None = None  # usable memory of one device; None: the device's own
+    network_gbit: Positive = 400.0  # per device, to other nodes, Gbit/s
     text_tokens: PositiveInt = 1200  # mean prompt without images
     images_per_prompt: Annotated[int, Field(ge=0)] = 1
     image_pixels: PositiveInt | None = None  # mean size of an image; None: data.max_pixels
@@ -306,6 +272,7 @@ class RunConfig(Section):
     rl: RlSection = RlSection()
     asynchrony: AsynchronySection = AsynchronySection()
     algorithm: AlgorithmSection = AlgorithmSection()
+    health: HealthSection = HealthSection()
     reward: RewardSection = RewardSection()
     sampling: SamplingSection = SamplingSection()
     rollout: ServerSection = ServerSection()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from megatron_r1reward.config.section import Fraction, PositiveInt, Section
+from megatron_r1reward.config.section import NotNegative, Positive, PositiveInt, Section
 
 
 class VllmSection(Section):
@@ -24,23 +24,33 @@ class VllmSection(Section):
     max_model_len: PositiveInt = 32_768
     max_num_seqs: PositiveInt = 64
     kv_cache_bytes: PositiveInt | None = None  # CPU: KV cache size; None: vLLM's default
-    gpu_memory_utilization: Fraction = 0.7
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.7
     num_threads: PositiveInt = 1  # CPU servers: OpenMP threads of one server
-    startup_timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    startup_timeout_s: Positive = 600.0
+    request_timeout_s: Positive = 600.0
     max_concurrency: PositiveInt = 256  # requests in flight per server
     retries: Annotated[int, Field(ge=0)] = 3  # further attempts of a failed request, on another server if there is one
-    backoff_s: Annotated[float, Field(gt=0)] = 0.5  # first pause before a retry; doubles, with full jitter
-    backoff_max_s: Annotated[float, Field(gt=0)] = 10.0
-    health_interval_s: Annotated[float, Field(gt=0)] = 5.0
-    health_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    backoff_s: Positive = 0.5  # first pause before a retry; doubles, with full jitter
+    backoff_max_s: Positive = 10.0
+    health_interval_s: Positive = 5.0
+    health_timeout_s: Positive = 10.0
     health_failures: PositiveInt = 3  # missed health checks in a row after which a server counts as hung
     request_failures: PositiveInt = 3  # failed requests in a row after which a server is quarantined and probed
-    probe_timeout_s: Annotated[float, Field(gt=0)] = 60.0  # one-token completion before a server gets work again
+    probe_timeout_s: Positive = 60.0  # one-token completion before a server gets work again
     max_restarts: Annotated[int, Field(ge=0)] = 3  # restarts of one server without a success in between
     trust_remote_code: bool = False  # run Python code that comes with a checkpoint
     quantization: str | None = None  # vLLM's name of a method, e.g. "fp8"; None: the checkpoint's own
     extra_args: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _pauses(self) -> Self:
+        if self.backoff_max_s < self.backoff_s:
+            raise ValueError(
+                f"backoff_max_s {self.backoff_max_s:g} is below backoff_s {self.backoff_s:g}, the first pause: raise it"
+            )
+        if any(number < 0 for number in self.gpu_ids):
+            raise ValueError(f"gpu_ids {list(self.gpu_ids)} holds a negative number: GPUs are counted from 0")
+        return self
 
 
 class ServerSection(VllmSection):
@@ -50,16 +60,16 @@ class ServerSection(VllmSection):
     weight_transport: Literal["auto", "gloo", "nccl", "ipc"] = "auto"  # auto: nccl on GPUs, else gloo
     weight_bucket_bytes: PositiveInt = 64 << 20  # tensors travel in pieces of this size
     weights_once_per_host: bool = True  # gloo: of the workers on one machine one receives, for all of them
-    push_timeout_s: Annotated[float, Field(gt=0)] = 600.0  # one stage of a weight push, on the slowest server
+    push_timeout_s: Positive = 600.0  # one stage of a weight push, on the slowest server
     keep_snapshot: bool = True  # a host copy of the last pushed weights, so that a restarted server gets them at once
 
 
 class JudgeSection(VllmSection):
     model: str | None = None  # name at the endpoint; None: the first that /v1/models lists
     api_key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key of a remote endpoint
-    temperature: Annotated[float, Field(ge=0)] = 0.0
+    temperature: NotNegative = 0.0
     max_tokens: PositiveInt = 16
-    request_timeout_s: Annotated[float, Field(gt=0)] = 60.0  # one short reply
+    request_timeout_s: Positive = 60.0  # one short reply
     reasoning_lines: PositiveInt = 3  # the last lines of the reasoning that the judge sees (released code: 3)
     cache: Path | None = None  # file of remembered verdicts; None: <run.output_dir>/judge-verdicts.sqlite
     max_calls_per_step: PositiveInt | None = None  # questions asked per step; the rest count as unknown. None: no limit

@@ -42,12 +42,18 @@ def seeded_sample(rows: Sequence[RowT], count: int | None, *, seed: int) -> tupl
 
 
 class EpochSampler:
-    """Every example once per epoch, in an order drawn anew for each epoch; batches run across epoch ends."""
+    """Every example once per epoch, in an order drawn anew for each epoch; batches run across epoch ends.
 
-    def __init__(self, size: int, *, seed: int) -> None:
+    Args:
+        draws: after which the last batch ends, so that passes are whole; None: batches are always full.
+        at_least: examples of a batch all the same: one for every data-parallel rank.
+    """
+
+    def __init__(self, size: int, *, seed: int, draws: int | None = None, at_least: int = 1) -> None:
         if size < 1:
             raise ValueError("there is nothing to sample from: the data set has no rows")
         self.size, self.seed = size, seed
+        self._draws, self._at_least = draws, at_least
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
     def _draw_order(self, epoch: int) -> np.ndarray:
@@ -55,8 +61,11 @@ class EpochSampler:
 
     def batch(self, step: int, batch_size: int) -> list[Draw]:
         """The draws of step `step` (counted from 0) at a constant batch size."""
+        first, end = step * batch_size, (step + 1) * batch_size
+        if self._draws is not None:
+            end = max(min(end, self._draws), first + self._at_least)
         draws = []
-        for position in range(step * batch_size, (step + 1) * batch_size):
+        for position in range(first, end):
             epoch, offset = divmod(position, self.size)
             draws.append(Draw(index=int(self._order(epoch)[offset]), epoch=epoch))
         return draws

@@ -83,6 +83,8 @@ _TABLE = (
     _metric("advantage/std", "1", "neither", "standard deviation of the returns before normalisation"),
     _metric("advantage/filtered_fraction", "1", "neither", "share of action tokens the advantage filter zeroed"),
     _metric("advantage/filtered_positive", "1", "neither", "share of action tokens zeroed with a positive advantage"),
+    _metric("advantage/positive_kept", "1", "neither", "share of action tokens that train with a positive advantage"),
+    _metric("advantage/negative_kept", "1", "neither", "share of action tokens that train with a negative advantage"),
     _metric("advantage/filtered_negative", "1", "neither", "share of action tokens zeroed with a negative advantage"),
     # Policy ratio and sampler mismatch
     _metric("ratio/mean", "1", "neither", "mean probability ratio new / old over action tokens"),

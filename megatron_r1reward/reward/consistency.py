@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any, Final, Self
 import openai
 from openai.types.chat import ChatCompletion, ChatCompletionMessage
 from openai.types.chat.chat_completion import Choice
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from tenacity import AsyncRetrying, AttemptManager, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from megatron_r1reward.config.schema import JudgeSection
 from megatron_r1reward.data.identity import model_identity
@@ -36,8 +37,14 @@ class UnusableReplyError(Exception):
     """The server answered, but not with what was asked for."""
 
 
+class UnreadableReplyError(UnusableReplyError):
+    """The judge said something, but no verdict."""
+
+
 _FAILURES = (openai.OpenAIError, json.JSONDecodeError, UnusableReplyError)
 _REPLIES: Final[Mapping[str, JudgeVerdict]] = {"1": "consistent", "0": "inconsistent"}
+_CHOICE = re.compile(r"(?<![\w.,])[01](?!\w|[.,]\d)")
+_RETRY_TEMPERATURE = 1.0  # of a judge at temperature 0 that said nothing usable: it would say the same again
 
 
 class JudgeDownError(RuntimeError):
@@ -60,7 +67,11 @@ class ConsistencyJudge:
     A failed call is tried `section.retries` times more, each time on the next server; when none of them gave a usable
     reply the verdict is "unknown", and one log line per batch names a reason. After `breaker_failures` questions in a
     row without a verdict the rest of the batch is not asked; the next batch begins with one trial question. When no
-    question got a verdict in more than `max_steps_without_judge` batches in a row, the batch's verdicts raise.
+    question got a verdict in more than `max_steps_without_judge` batches in a row, the batch's verdicts raise; replies
+    that are no verdict only cost the bonus, because the judge is there.
+
+    A server that knows vLLM's structured outputs is made to answer "1" or "0". What others say is read leniently: one
+    of the two must stand in it, the other not. A reply without a verdict is asked for again with another seed.
 
     Usable verdicts are remembered in `cache` by everything that decides them; "unknown" is not.
 
@@ -81,6 +92,7 @@ class ConsistencyJudge:
         self.cache = cache or VerdictCache(None)
         self.models: dict[str, str] = {}  # that servers serve, by URL
         self.clocks: dict[str, BusyClock] = {}  # calls in flight, by URL
+        self.free: set[str] = set()  # URLs of servers that do not constrain replies
         self.breaker = CircuitBreaker(section.breaker_failures)
         self._servers = servers
         self.identity = _identity(section)
@@ -107,6 +119,9 @@ class ConsistencyJudge:
         self.counts = counts
         if asked == 0:
             return  # says nothing about the judge
+        if not usable and counts["unreadable"]:
+            logger.warning("judge: %d replies and not one verdict, C is 0: use a judge that replies 1 or 0", asked)
+            return
         self._steps_without = 0 if usable else self._steps_without + 1
         counts["steps_without"] = self._steps_without
         limit = self.section.max_steps_without_judge
@@ -205,7 +220,9 @@ class JudgeBatch:
         wanted = self._judge.endpoints()
         for url, key in wanted:
             if (url, key) not in self._clients:
-                client = JudgeEndpoint(self._section, url, key=key or "none", models=self._judge.models)
+                client = JudgeEndpoint(
+                    self._section, url, key=key or "none", models=self._judge.models, free=self._judge.free
+                )
                 self._clients[url, key] = client
         self._slots = self._slots or asyncio.Semaphore(self._section.max_concurrency * len(wanted))
         return [self._clients[address] for address in wanted]
@@ -231,6 +248,7 @@ class JudgeBatch:
     async def _ask(self, question: _Question, servers: Sequence[JudgeEndpoint]) -> JudgeVerdict | Exception | None:
         """The verdict, or why there is none; None when the breaker is open."""
         assert self._slots is not None
+        unreadable = 0
         server = cycle(servers)
         breaker = self._judge.breaker
         attempts = AsyncRetrying(
@@ -250,7 +268,13 @@ class JudgeBatch:
                         self.counts["calls"] += 1
                         endpoint = next(server)
                         with self._judge.clocks.setdefault(endpoint.url, BusyClock()).busy():
-                            verdict = _read_verdict(await endpoint.reply(question.messages))
+                            verdict = _read_verdict(await endpoint.reply(question.messages, retry=unreadable))
+                if isinstance(_failure_of(attempt), UnreadableReplyError):
+                    unreadable += 1
+        except UnreadableReplyError as failure:
+            self.counts["unreadable"] += 1
+            breaker.success()  # it is there
+            return failure
         except _FAILURES as failure:
             breaker.failure()
             return failure
@@ -277,11 +301,17 @@ def _last_lines(reasoning: str, count: int) -> str:
     return "\n".join(lines[-count:])
 
 
+def _failure_of(attempt: AttemptManager) -> BaseException | None:
+    outcome = attempt.retry_state.outcome
+    return None if outcome is None else outcome.exception()
+
+
 def _read_verdict(reply: str) -> JudgeVerdict:
-    verdict = _REPLIES.get(reply.strip())
-    if verdict is None:
-        raise UnusableReplyError(f"expected exactly '1' or '0', got {reply[:200]!r}")
-    return verdict
+    """The one of "1" and "0" that a reply holds, as in `**1**`, `Output: 1.` or after a reasoning in <think>."""
+    said = set(_CHOICE.findall(reply.rpartition("</think>")[2]))
+    if len(said) != 1:
+        raise UnreadableReplyError(f"expected '1' or '0', got {reply[:200]!r}")
+    return _REPLIES[said.pop()]
 
 
 class JudgeEndpoint:
@@ -291,13 +321,17 @@ class JudgeEndpoint:
         key: the API key or bearer token.
         models: names of the models that servers serve, by URL; filled when a server is asked for the first time, and
             kept by the caller for the next connection.
+        free: URLs of servers that refuse to constrain their replies; filled and kept in the same way.
     """
 
-    def __init__(self, section: JudgeSection, url: str, *, key: str, models: MutableMapping[str, str]) -> None:
+    def __init__(
+        self, section: JudgeSection, url: str, *, key: str, models: MutableMapping[str, str], free: set[str]
+    ) -> None:
         root = url.rstrip("/")
         self.url = root
         self._section = section
         self._models = models
+        self._free = free
         self._client = openai.AsyncOpenAI(
             base_url=root if root.endswith("/v1") else f"{root}/v1",
             api_key=key,
@@ -308,25 +342,43 @@ class JudgeEndpoint:
     async def close(self) -> None:
         await self._client.close()
 
-    async def reply(self, messages: list[dict[str, Any]]) -> str:
+    async def reply(self, messages: list[dict[str, Any]], *, retry: int = 0) -> str:
         """The model's reply to a chat.
+
+        Args:
+            retry: how many replies to it were no verdict; each gets a seed of its own, and a temperature above 0.
 
         Raises:
             openai.OpenAIError: the server cannot be reached, is too slow, or refuses.
             json.JSONDecodeError, UnusableReplyError: the server's answer is not a chat completion with text.
         """
-        completion: object = await self._client.chat.completions.create(
-            model=await self._model_name(),
-            messages=messages,  # type: ignore[arg-type]  # plain dicts of the shape that the API documents
-            temperature=self._section.temperature,
-            max_tokens=self._section.max_tokens,
-        )
+        model = await self._model_name()
+        try:
+            completion = await self._complete(model, messages, retry, constrained=self.url not in self._free)
+        except (openai.BadRequestError, openai.UnprocessableEntityError):
+            if self.url in self._free:
+                raise
+            # Not a vLLM, or it has no backend for this tokenizer. If it refuses the plain question too, that is why.
+            completion = await self._complete(model, messages, retry, constrained=False)
+            self._free.add(self.url)
+            logger.info("judge %s does not constrain its replies; they are read leniently", self.url)
         # The client does not validate replies: a proxy's HTML page, or JSON of any shape, arrives here as it is.
         match completion:
             case ChatCompletion(choices=[Choice(message=ChatCompletionMessage(content=str(text))), *_]):
                 return text
             case _:
                 raise UnusableReplyError(f"not a chat completion: {str(completion)[:200]!r}")
+
+    async def _complete(self, model: str, messages: list[dict[str, Any]], retry: int, *, constrained: bool) -> object:
+        temperature = self._section.temperature
+        return await self._client.chat.completions.create(
+            model=model,
+            messages=messages,  # type: ignore[arg-type]  # plain dicts of the shape that the API documents
+            temperature=temperature if retry == 0 else max(temperature, _RETRY_TEMPERATURE),
+            max_tokens=self._section.max_tokens,
+            seed=retry or openai.omit,
+            extra_body={"structured_outputs": {"choice": list(_REPLIES)}} if constrained else None,
+        )
 
     async def _model_name(self) -> str:
         """`judge.model`, or the first model that the server lists; a server is asked once in its life."""

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from megatron_r1reward.config.schema import RewardSection, Truncated
+from megatron_r1reward.config.rl_sections import Truncated
+from megatron_r1reward.config.schema import RewardSection
 from megatron_r1reward.types import JudgeVerdict, Label, Rollout
 
 ConsistencyLevels = Literal["paper", "released_code"]

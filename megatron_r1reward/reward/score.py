@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from megatron_r1reward.config.schema import RewardSection, Truncated
+from megatron_r1reward.config.rl_sections import Truncated
+from megatron_r1reward.config.schema import RewardSection
 from megatron_r1reward.monitor.timers import BusyClock
 from megatron_r1reward.network.loop import EventLoopThread
 from megatron_r1reward.reward.consistency import ConsistencyJudge, JudgeBatch

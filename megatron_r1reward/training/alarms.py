@@ -1,13 +1,117 @@
-"""Signs that a run is going wrong, said in the log while something can still be done."""
+"""Signs that a run is going wrong, said in the log while something can still be done.
+
+`check` looks at one step: sampler and trainer drift apart, updates are skipped. `Health` follows the learning signal
+over steps: a run whose rewards, advantages or samples hold nothing to learn from goes on as if nothing were wrong.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 
-from megatron_r1reward.config.schema import AlgorithmSection
+from megatron_r1reward.config.schema import AlgorithmSection, HealthSection
 
 log = logging.getLogger(__name__)
+
+
+class SignalGoneError(ValueError):
+    """`health.policy` is "stop", and there has been nothing to learn from for `health.patience` steps."""
+
+
+class Health:
+    """Whether there is something to learn from. The same metrics on every rank give the same answer on every rank.
+
+    Args:
+        speaks: whether this rank writes warnings: when a cause begins, and at every `patience`-th step that it lasts.
+    """
+
+    def __init__(self, section: HealthSection, algorithm: AlgorithmSection, *, speaks: bool = True) -> None:
+        self._section, self._algorithm, self._speaks = section, algorithm, speaks
+        self._lasting: Counter[str] = Counter()  # cause -> steps in a row
+
+    def check(self, metrics: Mapping[str, float], step: int) -> str | None:
+        """Why the run should stop after step `step`; None: it may go on."""
+        found = dict(_gone(metrics, self._section, self._algorithm))
+        self._lasting = Counter({cause: self._lasting[cause] + 1 for cause in found})
+        patience = self._section.patience
+        for cause, text in found.items():
+            lasted = self._lasting[cause]
+            if self._speaks and (lasted == 1 or lasted % patience == 0):
+                log.warning("step %d: %s (%d steps in a row)", step, text, lasted)
+        gone = [cause for cause, lasted in self._lasting.items() if lasted >= patience]
+        if self._section.policy == "warn" or not gone:
+            return None
+        return (
+            f"there has been nothing to learn from for {self._lasting[gone[0]]} steps: {found[gone[0]]}; start again "
+            "with other settings, or set health.policy='warn' to go on"
+        )
+
+
+def _gone(
+    metrics: Mapping[str, float], section: HealthSection, algorithm: AlgorithmSection
+) -> Iterator[tuple[str, str]]:
+    """(cause, what is seen and what to change)."""
+    yield from _samples(metrics, section)
+    right, spread = f"at {_percent(metrics['reward/result'])} right", metrics["advantage/std"]
+    negative, positive = metrics["advantage/filtered_negative"], metrics["advantage/filtered_positive"]
+    if not spread > section.min_reward_std:
+        text = (
+            f"rewards differ by {spread:.2g} {right} (health.min_reward_std {section.min_reward_std:g}): there is "
+            "nothing to compare; use rows that are neither too easy nor too hard (data.select), more "
+            "algorithm.samples_per_prompt, rl.dynamic_sampling_rounds"
+        )
+        yield "spread", text
+    elif negative > 0 and not metrics["advantage/negative_kept"]:
+        text = (
+            f"the advantage filter removed all negative evidence ({_percent(negative)} of the tokens) {right}: what is "
+            "wrong is no longer learned from; use harder rows (data.select), a larger algorithm.filter_sigma (now "
+            f"{algorithm.filter_sigma:g}) or algorithm.filter='none'"
+        )
+        yield "one_sided", text
+    elif positive > 0 and not metrics["advantage/positive_kept"]:
+        text = (
+            f"the advantage filter removed all positive evidence ({_percent(positive)} of the tokens) {right}: what is "
+            "right is never learned; use easier rows (data.select) or algorithm.filter='none'"
+        )
+        yield "one_sided", text
+    elif metrics["grad_norm"] == 0.0:
+        text = (
+            f"the gradient is exactly 0 {right}: filter, baseline and clip leave no token an advantage; look at "
+            "advantage/* and ratio/*, change algorithm.filter or the clips"
+        )
+        yield "gradient", text
+
+
+def _samples(metrics: Mapping[str, float], section: HealthSection) -> Iterator[tuple[str, str]]:
+    """What is wrong with the responses themselves."""
+    unparsable, cut = metrics["rollout/unparsable_fraction"], metrics["response/truncated_fraction"]
+    ones, entropy = metrics["rollout/answer_1_fraction"], metrics["entropy"]
+    if unparsable >= section.share:
+        text = (
+            f"{_percent(unparsable)} of the responses hold no answer: train the format in SFT first, raise "
+            "sampling.max_tokens if they are cut off, lower optimizer.lr if they were fine before"
+        )
+        yield "unparsable", text
+    elif not 1.0 - section.share < ones < section.share:
+        text = (
+            f"{_percent(ones)} of the answers are 1, nearly all are the same: keep data.swap='random', balance the "
+            "labels, lower optimizer.lr or go back to an earlier checkpoint"
+        )
+        yield "same_answer", text
+    if cut >= section.share:
+        text = "of the responses are cut off: raise sampling.max_tokens, or train shorter reasonings in SFT"
+        yield "truncated", f"{_percent(cut)} {text}"
+    if not entropy > section.min_entropy:
+        text = (
+            f"the policy's entropy is {entropy:.2g} nats (health.min_entropy {section.min_entropy:g}), samples no "
+            "longer differ: raise algorithm.entropy_coefficient or sampling.temperature, lower optimizer.lr"
+        )
+        yield "entropy", text
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def check(metrics: Mapping[str, float], algorithm: AlgorithmSection, step: int) -> None:

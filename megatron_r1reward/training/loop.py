@@ -24,6 +24,7 @@ from megatron_r1reward.monitor.sinks import Monitor
 from megatron_r1reward.monitor.timeline import Timeline
 from megatron_r1reward.monitor.timers import PhaseTimer
 from megatron_r1reward.training import resume
+from megatron_r1reward.training.alarms import SignalGoneError
 from megatron_r1reward.training.heartbeat import RunControl
 from megatron_r1reward.training.state import TrainState
 
@@ -44,6 +45,7 @@ class Stage:
         report: metrics of the finished step that its timer tells.
         producer: RL: what a checkpoint keeps of the batches ahead.
         saves_before: errors that do not concern the weights: what was trained is saved before they are raised.
+        watch: from a step's metrics and number, why the run should not go on; on every rank the same.
     """
 
     title: str
@@ -56,10 +58,15 @@ class Stage:
     report: Callable[[PhaseTimer], Metrics] = lambda timer: {}
     producer: Callable[[], Mapping[str, Any] | None] = lambda: None
     saves_before: tuple[type[Exception], ...] = ()
+    watch: Callable[[Metrics, int], str | None] = lambda metrics, step: None
 
 
 def run_to_end(state: TrainState, stage: Stage, control: RunControl) -> bool:
-    """Step by step to the last one: True. False: asked to stop, and saved."""
+    """Step by step to the last one: True. False: asked to stop, and saved.
+
+    Raises:
+        SignalGoneError: `Stage.watch` named a reason; saved.
+    """
     every = state.config.checkpoint.save_every
     main = state.topology.is_main
     progress = tqdm(
@@ -89,6 +96,10 @@ def run_to_end(state: TrainState, stage: Stage, control: RunControl) -> bool:
             stage.monitor.log(state.step, metrics | timer.metrics() | stage.report(timer))
         progress.set_postfix({short: f"{metrics[name]:.3g}" for short, name in stage.headline.items()})
         progress.update()
+        if (reason := stage.watch(metrics, state.step)) is not None and state.step < stage.steps:
+            if not stopped:
+                _save_unless_saved(state, stage)
+            raise SignalGoneError(f"saved after step {state.step}; {reason}")
     progress.close()
     return not stopped
 
@@ -98,11 +109,15 @@ def _step_or_save(state: TrainState, stage: Stage, timer: PhaseTimer, profiler: 
         with profiler.step(state.step + 1):
             return stage.step(timer)
     except stage.saves_before as error:
-        if state.step % state.config.checkpoint.save_every:  # else it has just been saved
-            resume.save(state, producer=stage.producer())
-        state.saver.close()
+        _save_unless_saved(state, stage)
         log.error("saved after step %d; the run stops: %s", state.step, error)
         raise
+
+
+def _save_unless_saved(state: TrainState, stage: Stage) -> None:
+    if state.step % state.config.checkpoint.save_every:
+        resume.save(state, producer=stage.producer())
+    state.saver.close()
 
 
 def finish(state: TrainState, control: RunControl, *, finished: bool) -> Path | None:

@@ -185,6 +185,8 @@ def _stage(state: TrainState, main: MainRank | None) -> Stage:
     """This stage to the loop that it shares with SFT."""
     config = state.config
 
+    health = alarms.Health(config.health, config.algorithm, speaks=state.topology.is_main)
+
     def step(timer: PhaseTimer) -> dict[str, float]:
         metrics = train_step(state, main, timer)
         if state.topology.is_main:
@@ -197,6 +199,7 @@ def _stage(state: TrainState, main: MainRank | None) -> Stage:
         step=step,
         headline={"reward": "reward/mean", "right": "reward/result"},
         saves_before=(JudgeDownError,),
+        watch=health.check,
     )
     if main is None:
         return stage

@@ -133,7 +133,7 @@ def advantage_metrics(state: TrainState, batch: RolloutBatch) -> dict[str, float
     """Statistics of the raw returns and the share of tokens the filter zeroed, by the sign of what it removed."""
     local: dict[str, float] = {}
     if state.topology.is_last_stage and state.topology.tensor_parallel_rank == 0:
-        assert batch.filtered is not None
+        assert batch.filtered is not None and batch.advantages is not None
         lengths = batch.cu_response.diff()
         positive = (batch.rewards > batch.returns_mean).repeat_interleave(lengths)
         judged = batch.filtered & batch.rewards.isfinite().repeat_interleave(lengths)  # masked ones are not
@@ -141,6 +141,8 @@ def advantage_metrics(state: TrainState, batch: RolloutBatch) -> dict[str, float
             "tokens": batch.filtered.numel(),
             "filtered": int(judged.sum()),
             "filtered_positive": int((judged & positive).sum()),
+            "positive": int((batch.advantages > 0).sum()),
+            "negative": int((batch.advantages < 0).sum()),
             "max_mean": batch.returns_mean,
             "max_std": batch.returns_std,
         }
@@ -151,5 +153,7 @@ def advantage_metrics(state: TrainState, batch: RolloutBatch) -> dict[str, float
         "advantage/std": total["max_std"],
         "advantage/filtered_fraction": filtered,
         "advantage/filtered_positive": positive_share,
+        "advantage/positive_kept": total["positive"] / total["tokens"],
+        "advantage/negative_kept": total["negative"] / total["tokens"],
         "advantage/filtered_negative": filtered - positive_share,
     }

@@ -91,8 +91,8 @@ def run(config: RunConfig, topology: Topology) -> Path | None:
         )
     output = config.run.output_dir
     examples = read_training_examples(config).examples
-    epoch_steps = math.ceil(len(examples) / config.sft.global_batch_size)
-    steps = config.sft.steps or config.sft.epochs * epoch_steps
+    draws = None if config.sft.steps else config.sft.epochs * len(examples)
+    steps = config.sft.steps or math.ceil(config.sft.epochs * len(examples) / config.sft.global_batch_size)
     control = RunControl(output, topology, total_steps=steps)
     control.loading()
     state = build_state(config, topology, optimizer_steps=steps)
@@ -101,7 +101,7 @@ def run(config: RunConfig, topology: Topology) -> Path | None:
     )
     resumed = resume.resume(state)
     resume.prepare(state)
-    sampler = EpochSampler(len(examples), seed=config.run.seed)
+    sampler = EpochSampler(len(examples), seed=config.run.seed, draws=draws, at_least=topology.data_parallel_size)
     monitor = (
         build_monitor(config.monitor, output, "sft", resumed_step=state.step if resumed else None)
         if topology.is_main

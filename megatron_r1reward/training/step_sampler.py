@@ -10,7 +10,8 @@ from concurrent.futures import CancelledError, Future
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-from megatron_r1reward.config.schema import RunConfig, Truncated
+from megatron_r1reward.config.rl_sections import Truncated
+from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.curriculum import Curriculum, is_informative
 from megatron_r1reward.data.loader import PromptLoader
 from megatron_r1reward.monitor.timeline import Timeline

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, get_args, get_origin
 
 import pytest
+from pydantic import ValidationError
 
 from megatron_r1reward.config.load import dump_config, load_config
+from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.config.section import Section
 
 MINIMAL = """
 [run]
@@ -58,6 +64,16 @@ def test_overrides_apply_left_to_right(run_file):
                 "keep_snapshot",
             )
         ),
+        ("optimizer.eps=-1", "optimizer.eps"),
+        ("optimizer.beta2=1", "optimizer.beta2"),
+        ("optimizer.lr=inf", "optimizer.lr"),
+        ("reward.format_weight=-0.5", "reward.format_weight"),
+        ("algorithm.entropy_coefficient=-1", "algorithm.entropy_coefficient"),
+        ("algorithm.gamma=0", "algorithm.gamma"),
+        ("data.max_pixels=100", "below data.min_pixels 3136"),
+        ("rollout.backoff_max_s=0.1", "below backoff_s 0.5"),
+        ("rollout.gpu_ids=[-1]", "negative number"),
+        ("run.seed=-1", "run.seed"),
     ],
 )
 def test_bad_values_name_the_key_and_the_fix(run_file, override, message):
@@ -116,3 +132,34 @@ def test_rl_takes_any_temperature(run_file, temperature):
     sampling = load_config(run_file, [f"sampling.temperature={temperature}"]).sampling
     sampling.check_for_rl()
     assert sampling.tempered is (temperature != 1.0)
+
+
+def _numbers(model: type[Section]) -> Iterator[tuple[str, bool]]:
+    """Names of the numeric keys of a section, and whether they take fractions."""
+    for name, field in model.model_fields.items():
+        kinds = {field.annotation, *get_args(field.annotation)}
+        kinds |= {get_args(kind)[0] for kind in kinds if get_origin(kind) is Annotated}
+        if kinds & {int, float}:
+            yield name, float in kinds
+
+
+def test_no_number_of_any_section_may_be_infinite_nan_or_negative() -> None:
+    """Not the ones that somebody thought of: all."""
+    seen = 0
+    accepted = []
+    required = {"output_dir": "o", "path": "p", "train": "t"}
+    for section, field in RunConfig.model_fields.items():
+        model = field.annotation
+        assert isinstance(model, type)
+        assert issubclass(model, Section)
+        base = {name: required[name] for name in model.model_fields if name in required}
+        for name, fraction in _numbers(model):
+            seen += 1
+            for value in [-1, *([math.inf, -math.inf, math.nan] if fraction else [])]:
+                try:
+                    model.model_validate({**base, name: value})
+                except ValidationError:
+                    continue
+                accepted.append(f"{section}.{name} = {value}")
+    assert accepted == []
+    assert seen > 100

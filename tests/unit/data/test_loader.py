@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import pytest
 
-from megatron_r1reward.data.loader import EpochSampler, is_swapped
+from megatron_r1reward.data.loader import EpochSampler, is_swapped, seeded_sample
+from megatron_r1reward.types import Preference
 
 
 def test_every_example_once_per_epoch_and_batches_run_across_epochs():
@@ -37,3 +39,35 @@ def test_swapping_is_fair_repeatable_and_redrawn():
     assert coins != [is_swapped("random", seed=0, epoch=1, preference_id=str(i)) for i in range(2000)]
     assert is_swapped("always", seed=0, epoch=0, preference_id="a")
     assert not is_swapped("never", seed=0, epoch=0, preference_id="a")
+
+
+@pytest.mark.parametrize(("rows", "batch", "epochs"), [(200, 256, 1), (1000, 256, 1), (1000, 256, 3), (512, 256, 2)])
+def test_epochs_are_whole_passes(rows: int, batch: int, epochs: int) -> None:
+    """200 rows in batches of 256 are one pass, not 1.28 of them."""
+    steps = math.ceil(epochs * rows / batch)
+    sampler = EpochSampler(rows, seed=0, draws=epochs * rows)
+    drawn = Counter(draw.index for step in range(steps) for draw in sampler.batch(step, batch))
+    assert set(drawn.values()) == {epochs}
+    assert len(drawn) == rows
+
+
+def test_the_last_batch_has_a_row_for_every_rank() -> None:
+    sampler = EpochSampler(9, seed=0, draws=9, at_least=4)
+    assert [len(sampler.batch(step, 8)) for step in range(2)] == [8, 4]
+    assert len(EpochSampler(9, seed=0).batch(5, 8)) == 8, "without a limit batches are full"
+
+
+def test_a_sample_is_not_the_beginning_of_the_file() -> None:
+    rows = [
+        Preference(id=f"{kind}-{i}", question="", responses=("", ""), label=1, image_paths=())
+        for kind in "ab"
+        for i in range(100)
+    ]
+    drawn = seeded_sample(rows, 40, seed=0)
+    kinds = Counter(row.id[0] for row in drawn)
+    assert 10 <= kinds["a"] <= 30
+    assert sorted(drawn, key=rows.index) == list(drawn), "in the order of the file"
+    assert {row.id for row in drawn} == {row.id for row in seeded_sample(rows[::-1], 40, seed=0)}
+    assert {row.id for row in drawn} <= {row.id for row in seeded_sample(rows, 60, seed=0)}
+    assert {row.id for row in drawn} != {row.id for row in seeded_sample(rows, 40, seed=1)}
+    assert seeded_sample(rows, None, seed=0) == seeded_sample(rows, 1000, seed=0) == tuple(rows)

@@ -28,7 +28,19 @@ def dead_url() -> Iterator[str]:
         yield f"http://127.0.0.1:{bound.getsockname()[1]}"
 
 
-@pytest.mark.parametrize(("reply", "verdict"), [("1", "consistent"), ("0", "inconsistent"), (" 1\n", "consistent")])
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ("1", "consistent"),
+        ("0", "inconsistent"),
+        (" 1\n", "consistent"),
+        ("1.", "consistent"),
+        ("**1**", "consistent"),
+        ("Output: 1", "consistent"),
+        ("The reply is 0, because it contradicts itself.", "inconsistent"),
+        ("<think>0 or 1? The lines agree.</think> 1", "consistent"),
+    ],
+)
 def test_verdicts(serve, reply: str, verdict: str) -> None:
     assert asyncio.run(judge(serve(reply)).judge(REASONING, 1)) == verdict
 
@@ -50,7 +62,7 @@ def test_a_named_model_is_not_looked_up(serve) -> None:
     assert server.requests[0]["model"] == "my-judge"
 
 
-@pytest.mark.parametrize("failure", [500, 503, 429, 404, "10", "yes", "Output: 1", "", HTML, BAD_JSON, WRONG_SHAPE])
+@pytest.mark.parametrize("failure", [500, 503, 429, 404, "10", "yes", "1 or 0", "0.5", "", HTML, BAD_JSON, WRONG_SHAPE])
 class TestFailures:
     def test_one_failure_is_retried(self, serve, failure) -> None:
         server = serve(failure, "1")
@@ -196,3 +208,37 @@ def test_the_run_stops_after_too_many_steps_without_a_judge(dead_url: str) -> No
 def test_no_server_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"set judge\.urls"):
         ConsistencyJudge(JudgeSection(), [])
+
+
+def test_a_server_that_can_is_made_to_choose(serve) -> None:
+    server = serve("1")
+    asyncio.run(judge(server).judge(REASONING, 1))
+    assert server.requests[0]["structured_outputs"] == {"choice": ["1", "0"]}
+    assert "seed" not in server.requests[0]
+
+
+def test_a_server_that_refuses_the_constraint_is_asked_without_it(serve) -> None:
+    server = serve(400, "Output: 0", "1")
+    asked = judge(server, retries=0)
+    assert asyncio.run(asked.judge(REASONING, 1)) == "inconsistent"
+    assert asyncio.run(asked.judge(REASONING, 2)) == "consistent"
+    assert ["structured_outputs" in request for request in server.requests] == [True, False, False]
+
+
+def test_a_reply_without_a_verdict_is_asked_for_with_another_seed(serve) -> None:
+    """At temperature 0 the same question would get the same reply for ever."""
+    server = serve("both", "neither", "1")
+    assert asyncio.run(judge(server, temperature=0.0).judge(REASONING, 1)) == "consistent"
+    assert [request.get("seed") for request in server.requests] == [None, 1, 2]
+    assert [request["temperature"] for request in server.requests] == [0.0, 1.0, 1.0]
+
+
+def test_a_judge_that_talks_does_not_stop_the_run(serve, caplog) -> None:
+    """It is there: the run goes on without the bonus, and every step says so."""
+    server = serve("I cannot tell.")
+    asked = judge(server, retries=0, max_steps_without_judge=1, breaker_failures=2)
+    for step in range(4):
+        cases = [(f"case {step} {i}", 1) for i in range(4)]
+        assert asyncio.run(asked.judge_many(cases)) == ["unknown"] * 4
+    assert len(server.requests) == 16, "nor is it taken for broken"
+    assert "4 replies and not one verdict" in caplog.text

@@ -6,8 +6,10 @@ import logging
 import math
 
 import pytest
+import torch
 
-from megatron_r1reward.config.schema import AlgorithmSection
+from megatron_r1reward.algorithm.advantages import normalize_and_filter
+from megatron_r1reward.config.schema import AlgorithmSection, HealthSection
 from megatron_r1reward.training import alarms
 
 FINE = {
@@ -39,3 +41,78 @@ def test_a_gap_warns_with_its_numbers(caplog: pytest.LogCaptureFixture, changed:
 
 def test_a_gap_of_old_samples_names_their_age(caplog: pytest.LogCaptureFixture) -> None:
     assert "up to 2 steps old: lower optimizer.lr" in warnings(caplog, mismatch__mean_abs=0.2, staleness__max=2)
+
+
+LEARNING = {
+    "rollout/unparsable_fraction": 0.02, "rollout/answer_1_fraction": 0.5, "response/truncated_fraction": 0.01,
+    "entropy": 0.3, "reward/result": 0.7, "advantage/std": 0.6, "advantage/filtered_negative": 0.0,
+    "advantage/filtered_positive": 0.0, "advantage/negative_kept": 0.3, "advantage/positive_kept": 0.7,
+    "grad_norm": 0.4,
+}  # fmt: skip
+CAUSES = {
+    "unparsable": ({"rollout/unparsable_fraction": 1.0}, "hold no answer: train the format in SFT"),
+    "same answer, 1": ({"rollout/answer_1_fraction": 1.0}, "nearly all are the same: keep data.swap='random'"),
+    "same answer, 2": ({"rollout/answer_1_fraction": 0.0}, "0.0 % of the answers are 1"),
+    "cut off": ({"response/truncated_fraction": 0.99}, "cut off: raise sampling.max_tokens"),
+    "entropy": ({"entropy": 0.0}, "raise algorithm.entropy_coefficient"),
+    "entropy is no number": ({"entropy": math.nan}, "entropy is nan"),
+    "no spread": ({"advantage/std": 1e-4}, "nothing to compare; use rows"),
+    "negative evidence": (
+        {"advantage/filtered_negative": 0.05, "advantage/negative_kept": 0.0},
+        "removed all negative evidence (5.0 % of the tokens) at 70.0 % right",
+    ),
+    "positive evidence": (
+        {"advantage/filtered_positive": 0.05, "advantage/positive_kept": 0.0},
+        "removed all positive evidence (5.0 % of the tokens)",
+    ),
+    "no gradient": ({"grad_norm": 0.0}, "the gradient is exactly 0"),
+}
+
+
+def test_a_step_that_learns_is_silent(caplog: pytest.LogCaptureFixture) -> None:
+    health = alarms.Health(HealthSection(policy="stop", patience=1), AlgorithmSection())
+    with caplog.at_level(logging.WARNING):
+        assert health.check(LEARNING, 1) is None
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_a_signal_that_is_gone_is_said_with_what_to_change(cause: str, caplog: pytest.LogCaptureFixture) -> None:
+    changed, text = CAUSES[cause]
+    health = alarms.Health(HealthSection(patience=3), AlgorithmSection())
+    with caplog.at_level(logging.WARNING):
+        assert [health.check(LEARNING | changed, step) for step in range(1, 8)] == [None] * 7
+    assert text in caplog.text
+    assert [record.getMessage()[:7] for record in caplog.records] == ["step 1:", "step 3:", "step 6:"]
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_the_policy_stops_when_it_lasts(cause: str) -> None:
+    changed, text = CAUSES[cause]
+    health = alarms.Health(HealthSection(policy="stop", patience=3), AlgorithmSection(), speaks=False)
+    steps: list[dict[str, float]] = [changed, changed, {}, changed, changed, changed]  # one that learns ends the count
+    reasons = [health.check(LEARNING | step, number) for number, step in enumerate(steps)]
+    assert reasons[:5] == [None] * 5
+    assert reasons[5] is not None
+    assert reasons[5].startswith("there has been nothing to learn from for 3 steps: ")
+    assert text in reasons[5]
+
+
+def test_the_papers_filter_above_90_percent_is_provoked_from_rewards() -> None:
+    """From rewards to the alarm: 19 of 20 right; at 17 of 20 the wrong ones still train."""
+    found = {}
+    for right in (17, 19):
+        returns = torch.tensor([2.0] * right + [0.5] * (20 - right))
+        result = normalize_and_filter(returns, AlgorithmSection())
+        wrong = returns < result.mean
+        metrics = LEARNING | {
+            "advantage/std": result.std,
+            "advantage/filtered_negative": float((result.filtered_mask & wrong).float().mean()),
+            "advantage/negative_kept": float((result.advantages < 0).float().mean()),
+            "advantage/positive_kept": float((result.advantages > 0).float().mean()),
+        }
+        health = alarms.Health(HealthSection(policy="stop", patience=1), AlgorithmSection())
+        found[right] = health.check(metrics, 1)
+    assert found[17] is None
+    assert found[19] is not None
+    assert "all negative evidence" in found[19]
