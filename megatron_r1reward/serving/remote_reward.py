@@ -77,11 +77,12 @@ class RemoteReward:
 
 
 def response_of(query: str) -> str:
-    """What the model wrote: after the first assistant header, without end and padding tokens."""
-    response = query.partition(_ASSISTANT)[2] if _ASSISTANT in query else query
-    for token in _END_TOKENS:
-        response = response.replace(token, "")
-    return response.strip()
+    """What the model wrote: after the first assistant header, without the end and padding tokens behind it. Those
+    inside stay: a response that holds them is not well formed."""
+    response = (query.partition(_ASSISTANT)[2] if _ASSISTANT in query else query).strip()
+    while ended := next((token for token in _END_TOKENS if response.endswith(token)), None):
+        response = response.removesuffix(ended).rstrip()
+    return response
 
 
 def reward_app(rewards: RemoteReward, *, token: str | None) -> Starlette:

@@ -76,6 +76,8 @@ def test_a_token_is_asked_for_where_there_is_one(data: Path) -> None:
 def test_the_response_begins_after_the_first_assistant_header() -> None:
     assert response_of(dialogue("x <|im_start|>assistant\ny")) == "x <|im_start|>assistant\ny"
     assert response_of("no header<|im_end|>") == "no header"
+    noisy = "<think>a<|im_end|></think><answer>1</answer>"
+    assert response_of(dialogue(noisy)) == noisy, "a token inside is not what ended it"
 
 
 def test_labels_are_counted_and_checked(data: Path, tmp_path: Path) -> None:
