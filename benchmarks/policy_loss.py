@@ -15,11 +15,13 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
+if "--dry-run" in sys.argv:
+    import interpreted_triton  # noqa: F401  (before anything imports Triton)
 
-import policy_loss_cpu
-import torch
-from reporting import print_table, write_json
+import policy_loss_cpu  # noqa: E402
+import torch  # noqa: E402
+from reporting import print_table, write_json  # noqa: E402
 
 FASTER, MEMORY = 3.0, 0.1  # goals on a CPU at the default size
 

@@ -154,7 +154,10 @@ def ours(implementation: str) -> peers.Provider:
 
 def providers(device: str) -> dict[str, peers.Provider]:
     own = ("torch", "triton", "triton_row") + (("cuda_cluster",) if device == "cuda" else ())
-    return {f"ours: {name}": ours(name) for name in own} | peers.providers(torch_loss)
+    others = peers.providers(torch_loss)
+    if device == "cpu":
+        del others["torch.compile"]  # compiles for a minute and shows nothing
+    return {f"ours: {name}": ours(name) for name in own} | others
 
 
 def rows_table(bench: Bench, shapes: list[tuple[int, int, float]]) -> list[dict[str, Any]]:
@@ -280,7 +283,9 @@ def run(json_file: Path | None, *, budget_s: float, dry_run: bool) -> bool:
     for table in (rows, heads):
         if table:
             print_table(list(table[0]), table)
-    if not dry_run:
+    if dry_run:
+        write_json(json_file, "policy_loss", rows, head=heads, dry_run=True)
+    else:
         facts = {"head": heads, "copy_bytes_per_s": bench.bandwidth, "matmul_flops": bench.flops}
         write_json(json_file, "policy_loss", rows, **facts)
     return all(not row["note"] for row in rows if row["provider"].startswith("ours")) if dry_run else goals(rows, heads)

@@ -1,5 +1,5 @@
 """The Transformer Engine path as far as a machine without it can follow: from run file and published configuration to
-megatron-core's, and to the specs of every layer kind. `benchmarks/gpu_suite.sh` runs what they build."""
+megatron-core's, and to the specs of every layer kind. `benchmarks/precision_training.py` runs what they build."""
 
 from __future__ import annotations
 

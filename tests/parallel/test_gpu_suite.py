@@ -13,7 +13,8 @@ import forked_ranks
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.parallel
+ROOT = Path(__file__).parents[2]
 
 
 def suite(results: Path, *stages: str) -> subprocess.CompletedProcess[str]:
