@@ -1,8 +1,13 @@
 """Stage 2: StableReinforce. `train_step` is the page to read first.
 
+    rollout servers -> RolloutProducer -> take_rollouts -> pack -> add_log_probs -> add_advantages -> update_policy
+          ^            sampled, scored    main rank to     each rank its share, as tensors               |
+          |            (or a Replay)      all ranks                                                      |
+          `----------------------------------- push_weights <-------------------------------------------'
+
 The main rank owns the servers and the reward; all ranks own the policy. Everything random is drawn from
 (run.seed, step), so a resumed run repeats what the uninterrupted one would have done (in flight: up to the moments at
-which responses switch weights, see `generation`).
+which responses switch weights, see `producer`).
 """
 
 from __future__ import annotations
@@ -71,7 +76,7 @@ class MainRank:
 def train_step(state: TrainState, main: MainRank | None, timer: PhaseTimer) -> dict[str, float]:
     """One step: rollouts, log-probs, advantages, update, push. Returns its metrics (the same on every rank).
 
-    Asynchronous modes sample the next steps' rollouts meanwhile; see `generation`.
+    Asynchronous modes sample the next steps' rollouts meanwhile; see `producer`.
     """
     with timer.phase("wait"):
         scored, shards, metrics = take_rollouts(state, main)
