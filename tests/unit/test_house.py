@@ -26,8 +26,7 @@ CRUMBS = {
     "network.breaker": "an idea of its own: the judge's client is its user today",
     "network.guard": "users name it to vLLM servers of their own (docs/run-files.md)",
     # Present crumbs: each goes into its user, and its line goes with it.
-    "demo.digits_card": "the card of the data set: text, beside a module at its limit",
-    "demo.tiny_initialize": "to be merged into its user",
+    "demo.digits_card": "a page of text, not code",
     "demo.digits_candidates": "of the benchmark of ranking schedules, which is no part of the package",
     "launch.serve_labels": "what `serve-labels` opens; cli.py imports nothing that is not asked for",
     "launch.cold_start_data": "what `data sft` opens; cli.py imports nothing that is not asked for",
