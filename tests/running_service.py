@@ -12,7 +12,7 @@ from simulated_judge import SimulatedJudge
 from waiting import wait_until
 
 from megatron_r1reward.judging.ask import ModelUnavailableError
-from megatron_r1reward.network.loop import EventLoopThread
+from megatron_r1reward.network.event_loop import EventLoopThread
 from megatron_r1reward.serving.cohorts import Policy
 from megatron_r1reward.serving.other_trainers import add_routes, cohorts_of
 from megatron_r1reward.serving.service import Backend, RewardService, build_app

@@ -28,7 +28,7 @@ from megatron_r1reward.judging.compare import Comparison, Votes, compare
 from megatron_r1reward.judging.image_input import ImageInput
 from megatron_r1reward.judging.rank import Ranking, Schedule, rank
 from megatron_r1reward.judging.served import ServedModel
-from megatron_r1reward.network.loop import EventLoopThread
+from megatron_r1reward.network.event_loop import EventLoopThread
 from megatron_r1reward.servers.server_devices import sees_gpu
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from megatron_r1reward.config.rl_sections import Truncated
 from megatron_r1reward.config.schema import RewardSection
 from megatron_r1reward.monitor.timers import BusyClock
-from megatron_r1reward.network.loop import EventLoopThread
+from megatron_r1reward.network.event_loop import EventLoopThread
 from megatron_r1reward.reward.consistency import ConsistencyJudge, JudgeBatch
 from megatron_r1reward.reward.rules import (
     combine,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_r1reward.config.server_sections import VllmSection
-from megatron_r1reward.network.loop import EventLoopThread
+from megatron_r1reward.network.event_loop import EventLoopThread
 from megatron_r1reward.network.tokens import token_from
 from megatron_r1reward.servers.member import Member, Server, ServerError, ServerStatus
 from megatron_r1reward.servers.recovery import Admit, Supervisor

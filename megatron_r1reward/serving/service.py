@@ -28,7 +28,7 @@ from starlette.exceptions import HTTPException
 from megatron_r1reward.judging.ask import Asks, ModelUnavailableError
 from megatron_r1reward.judging.compare import compare
 from megatron_r1reward.judging.rank import rank
-from megatron_r1reward.network.loop import EventLoopThread
+from megatron_r1reward.network.event_loop import EventLoopThread
 from megatron_r1reward.servers.router import NoServerError
 from megatron_r1reward.serving import wire
 from megatron_r1reward.serving.admission import Admission, BodyLimit, FullError, ServiceGuard

@@ -29,9 +29,7 @@ CRUMBS = {
     "demo.digits_card": "a page of text, not code",
     "demo.digits_candidates": "of the benchmark of ranking schedules, which is no part of the package",
     "launch.serve_labels": "what `serve-labels` opens; cli.py imports nothing that is not asked for",
-    "launch.cold_start_data": "what `data sft` opens; cli.py imports nothing that is not asked for",
     "launch.step_main": "what every rank of a job step imports first: as little as possible",
-    "training.alarms": "to be merged into its user",
     "servers.vllm_main": "the program of a server's process, started with -m",
     "evaluation.shuffled_images": "to be merged into its user",
 }

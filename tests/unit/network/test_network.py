@@ -14,8 +14,8 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from megatron_r1reward.network.breaker import CircuitBreaker
+from megatron_r1reward.network.event_loop import EventLoopThread
 from megatron_r1reward.network.guard import BearerGuard
-from megatron_r1reward.network.loop import EventLoopThread
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE, bearer, is_loopback, new_token
 
 
