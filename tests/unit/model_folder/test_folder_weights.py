@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +158,16 @@ def test_dtypes_are_those_of_weights_and_the_configuration_names_them(tmp_path: 
     assert json.loads(config_for(flat, ["float32"]))["torch_dtype"] == "float32"
     nested = json.loads(config_for(json.dumps(config("qwen3_vl")), ["float16"]))
     assert (nested["torch_dtype"], nested["text_config"]["dtype"]) == ("float16", "float16")
+
+
+def test_inspecting_a_folder_starts_without_torch(tmp_path: Path) -> None:
+    """torch, transformers and megatron-core take seconds to import; the headers of a folder need none of them."""
+    folder = write_folder(tmp_path)
+    program = (
+        "import sys; from megatron_r1reward.cli import app; "
+        f"app(['convert', 'inspect', {str(folder)!r}], standalone_mode=False); "
+        "print(sorted({'torch', 'transformers', 'megatron.core'} & set(sys.modules)))"
+    )
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert "qwen2_5_vl" in output
+    assert output.splitlines()[-1] == "[]"
