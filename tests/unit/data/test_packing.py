@@ -68,6 +68,25 @@ def test_pack_predicts_each_response_token_from_the_position_before(packer):
     assert batch.pixel_values is None
 
 
+def test_text_only_rows_share_a_pack_with_images(packer, image_paths):
+    """Each sequence has the ids and positions that it has alone; the pixels are those of the rows with images."""
+    rows = [
+        packer.sequence(prompt([1, IMAGE, 2], image_paths[:1]), [5]),
+        packer.sequence(prompt([1, 3, 4, 2]), [6, 7]),
+        packer.sequence(prompt([1, IMAGE, 2], image_paths[1:2]), [8]),
+    ]
+    whole, alone = packer.pack(rows, [0, 1, 2]), [packer.pack(rows, [index]) for index in range(3)]
+    start = 0
+    for row, single in zip(rows, alone, strict=True):
+        end = start + len(row.token_ids)
+        assert whole.input_ids[0, start:end].tolist() == list(row.token_ids)
+        assert torch.equal(whole.position_ids[..., start:end], single.position_ids[..., : len(row.token_ids)])
+        start = end
+    assert alone[1].pixel_values is None
+    assert torch.equal(whole.pixel_values, torch.cat([alone[0].pixel_values, alone[2].pixel_values]))
+    assert whole.targets.tolist() == [5, 6, 7, 8]
+
+
 def test_positions_are_those_of_transformers(tiny_folder):
     config = Qwen2_5_VLConfig.from_pretrained(tiny_folder)
     reference = Qwen2_5_VLModel(config)
