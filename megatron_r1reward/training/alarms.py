@@ -86,7 +86,8 @@ def _gone(
 def _samples(metrics: Mapping[str, float], section: HealthSection) -> Iterator[tuple[str, str]]:
     """What is wrong with the responses themselves."""
     unparsable, cut = metrics["rollout/unparsable_fraction"], metrics["response/truncated_fraction"]
-    ones, entropy = metrics["rollout/answer_1_fraction"], metrics["entropy"]
+    ones = metrics["rollout/answer_1_fraction"]
+    entropy = metrics.get("entropy")  # not measured where old log-probs are the sampler's
     if unparsable >= section.share:
         text = (
             f"{_percent(unparsable)} of the responses hold no answer: train the format in SFT first, raise "
@@ -102,7 +103,7 @@ def _samples(metrics: Mapping[str, float], section: HealthSection) -> Iterator[t
     if cut >= section.share:
         text = "of the responses are cut off: raise sampling.max_tokens, or train shorter reasonings in SFT"
         yield "truncated", f"{_percent(cut)} {text}"
-    if not entropy > section.min_entropy:
+    if entropy is not None and not entropy > section.min_entropy:
         text = (
             f"the policy's entropy is {entropy:.2g} nats (health.min_entropy {section.min_entropy:g}), samples no "
             "longer differ: raise algorithm.entropy_coefficient or sampling.temperature, lower optimizer.lr"

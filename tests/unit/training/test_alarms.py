@@ -76,6 +76,11 @@ def test_a_step_that_learns_is_silent(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.text == ""
 
 
+def test_what_was_not_measured_is_no_cause() -> None:
+    unmeasured = {name: value for name, value in LEARNING.items() if name != "entropy"}
+    assert alarms.Health(HealthSection(policy="stop", patience=1), AlgorithmSection()).check(unmeasured, 1) is None
+
+
 @pytest.mark.parametrize("cause", CAUSES)
 def test_a_signal_that_is_gone_is_said_with_what_to_change(cause: str, caplog: pytest.LogCaptureFixture) -> None:
     changed, text = CAUSES[cause]

@@ -36,7 +36,8 @@ def packed(rewards: list[float | None], tmp_path: Path, **algorithm: Any) -> Rol
         )
         for index, reward in enumerate(rewards)
     ]
-    return pack(SimpleNamespace(config=config, topology=topology, packer=packer), items)  # type: ignore[arg-type]
+    state: Any = SimpleNamespace(config=config, topology=topology, packer=packer)
+    return pack(state, items, [[list(range(len(items)))]])
 
 
 def advantages(batch: RolloutBatch, tmp_path: Path) -> torch.Tensor:
