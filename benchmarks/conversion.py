@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from reporting import print_table, write_json
 
-from megatron_r1reward.conversion.weight_source import meta_template
+from megatron_r1reward.conversion.weight_source import planned_weights
 from megatron_r1reward.model_folder import safetensors_layout as st
 
 CONFIG = Path(__file__).parents[1] / "tests/data/qwen2_5_vl_7b/config.json"
@@ -48,7 +48,7 @@ def write_synthetic(folder: Path, layers: int | None) -> int:
     if layers is not None:
         config["num_hidden_layers"] = layers
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    metas = [t.meta for t in meta_template(folder).files[0].tensors]
+    metas = [t.meta for t in planned_weights(folder).files[0].tensors]
     total, groups, size = sum(m.num_bytes for m in metas), [[]], 0
     for meta in metas:
         if size > total / 5:

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron_r1reward.training.profiling import StepProfiler
 
 import megatron_r1reward
 from megatron_r1reward.checkpoint import dist as checkpoint
@@ -26,6 +25,7 @@ from megatron_r1reward.kernels import choose_kernel, lm_head
 from megatron_r1reward.kernels.policy_loss.row_kernels import PolicyLossOptions
 from megatron_r1reward.parallel import cpu, precision, setup, transfer, transformer
 from megatron_r1reward.servers import server_devices, sleep
+from megatron_r1reward.training.loop import StepProfiler
 from megatron_r1reward.weight_sync import broadcast_group, broadcast_sender, shared_memory_sender
 
 PACKAGE = Path(megatron_r1reward.__file__).parent
@@ -173,14 +173,14 @@ def _a_checkpoint_keeps_the_gpus_generator(gpu: Gpu) -> None:
     assert checkpoint._cuda_state() is state
 
 
-@check("training/profiling.py::__init__")
+@check("training/loop.py::__init__")
 def _nsys_is_allowed(gpu: Gpu) -> None:
     StepProfiler(ProfileSection(start_step=1, tool="nsys"), output_dir=Path("-"), rank=0)
 
 
-@check("training/profiling.py::step")
+@check("training/loop.py::step")
 def _kernels_are_profiled(gpu: Gpu) -> None:
-    import megatron_r1reward.training.profiling as profiling
+    import megatron_r1reward.training.loop as profiling
 
     asked: list[Any] = []
 
