@@ -343,7 +343,8 @@ def _groups_of_a_gpu() -> None:
 
     def named(*args: Any, **kwargs: Any) -> Any:
         group = new_group(*args, **kwargs)
-        if "gloo" in (kwargs.get("backend"), args[2] if len(args) > 2 else None):
+        asked = kwargs.get("backend") or (args[2] if len(args) > 2 else None)
+        if asked == "gloo" and isinstance(group, dist.ProcessGroup):  # else this rank is no member
             _host_groups.add(group.group_name)
         return group
 

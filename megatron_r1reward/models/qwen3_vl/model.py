@@ -109,10 +109,13 @@ class Qwen3VL(VisionLanguageModel):
         if batch.pixel_values is not None:
             assert batch.image_grid_thw is not None
             features_MLH = self.vision(batch.pixel_values, batch.image_grid_thw).to(embedding_T1H.dtype)
-            rows = torch.arange(features_MLH.shape[0]) if batch.image_rows is None else batch.image_rows
-            if int(visual_T.sum()) != len(rows):
-                raise ValueError(f"{int(visual_T.sum())} image tokens in the batch, but its images have {len(rows)}")
-            row_T = torch.zeros_like(batch.input_ids[0]).masked_scatter(visual_T, rows.to(visual_T.device))
+            rows = batch.image_rows
+            if rows is None:
+                rows = torch.arange(features_MLH.shape[0], device=visual_T.device)
+            needed = int(visual_T.sum())
+            if needed != len(rows):
+                raise ValueError(f"{needed} image tokens in the batch, but its images have {len(rows)}")
+            row_T = torch.zeros_like(batch.input_ids[0]).masked_scatter(visual_T, rows)
             here_T = visual_T[positions_T]
             images_VH = features_MLH[row_T[positions_T][here_T], 0]
             embedding_T1H = embedding_T1H.masked_scatter(here_T[:, None, None], images_VH)
