@@ -64,6 +64,7 @@ CASES: dict[str, tuple[str, Layout]] = {
     "one rank": ("qwen2_5_vl", Layout(ranks=1, parallel={})),
     "one rank, plain optimizer": ("qwen2_5_vl", Layout(ranks=1, parallel=PLAIN)),
     "one rank, experts": ("qwen3_vl_moe", Layout(ranks=1, parallel={})),
+    "DP2": ("qwen2_5_vl", Layout(ranks=2, parallel=PLAIN)),
 }
 
 
