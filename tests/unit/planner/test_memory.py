@@ -123,9 +123,9 @@ def test_earlier_pipeline_stages_keep_more_micro_batches():
 def test_the_longest_sequence_decides_where_it_exceeds_the_budget(make_config):
     config = make_config("Qwen2.5-VL-7B-Instruct", **{"data.token_budget": 8192, "data.max_prompt_tokens": 20_480})
     work = describe(config, SEVEN, Layout(), "sft")
-    # prompt without images, one image of 501,760 pixels, the response
+    # prompt without images, one image of 501,760 pixels, plan.longest_response
     full, single = work.largest
-    assert single.tokens == 20_480 + 640 + 1024
+    assert single.tokens == 20_480 + 640 + 2048
     assert (full.tokens, full.sequences, full.patches) == (8192, 3, 3 * 2560)
     assert work.mean.tokens == 3 * (1200 + 640 + 600)
     short = make_config("Qwen2.5-VL-7B-Instruct", stage="rl", **{"rollout.max_model_len": 4096})
