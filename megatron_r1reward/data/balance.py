@@ -150,8 +150,8 @@ def _exchange(loads: list[float], placed: list[list[_Unit]]) -> bool:
 def spread_over_ranks(
     costs: Sequence[Cost], idle: Sequence[bool], *, mini_batches: int, ranks: int
 ) -> tuple[list[list[list[int]]], float]:
-    """Numbers of the sequences of each data-parallel rank in each mini-batch ([mini-batch][rank]), in their order; and
-    the expected time of the slowest rank over the mean, which is 1 where nobody waits.
+    """Numbers of the sequences of each mini-batch and in it of each data-parallel rank, in order; and the expected
+    time of the slowest rank over the mean, which is 1 where nobody waits.
 
     Mini-batches are cut from the batch as it stands, so what an optimizer step trains on does not depend on the number
     of ranks. `idle` sequences only take part in the forward pass for log-probs; they are spread after the others, so
