@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import interpreted_triton  # noqa: F401  (first: this file is read before pytest is configured, and imports torch)
 import parallel_parity as parity
 import pytest
 from forked_ranks import run_ranks
