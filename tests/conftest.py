@@ -17,6 +17,11 @@ TESTS = Path(__file__).parent
 KERNEL_TESTS = ("unit/kernels", "parallel", "gpu")
 
 
+# The conftests of folders that are named on the command line are read before `pytest_configure`, and import torch.
+if any(folder in argument for folder in ("unit/kernels", "tests/parallel", "tests/gpu") for argument in sys.argv[1:]):
+    import interpreted_triton  # noqa: F401
+
+
 def _asked(config: pytest.Config, folder: Path) -> bool:
     """Whether this session collects tests of `folder`."""
     start = config.invocation_params.dir
