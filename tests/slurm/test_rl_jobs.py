@@ -62,7 +62,8 @@ def test_a_job_selects_the_hard_samples(chain: Chain) -> None:
     assert job.accounting().keys() == {"job", "batch", "rollout-0", "annotate"}
     assert (job.accounting()["job"], job.accounting()["annotate"]) == ("COMPLETED", "COMPLETED")
     assert job.lives()[0][0] >= chain.sft.lives()[0][1], "it starts when the cold start has ended"
-    attempts = [json.loads(line) for line in (job.run.root / "attempts.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (job.run.root / "attempts.jsonl").read_text().splitlines()]
+    attempts = {row["preference_id"]: row for row in rows}.values()  # a row per attempt, the last one holds all
     assert sorted(record["preference_id"] for record in attempts) == [f"pool-{number:05}" for number in range(24)]
     hard = json.loads((job.run.root / "hard.json").read_text())
     solved_late = sorted(record["preference_id"] for record in attempts if not record["attempts"][0])
