@@ -202,7 +202,7 @@ def run_file(root: Path, steps: int, seed: int, layout: str) -> RunConfig:
     server: dict[str, Any] = {
         "dtype": "float32", "max_model_len": 512, "max_num_seqs": 32, "kv_cache_bytes": 1 << 26,
         "health_interval_s": 0.5, "health_timeout_s": 5.0, "health_failures": 2, "request_failures": 2,
-        "request_timeout_s": 30.0, "backoff_s": 0.05, "backoff_max_s": 1.0, "push_timeout_s": 60.0,
+        "request_timeout_s": 30.0, "backoff_s": 0.05, "backoff_max_s": 1.0,
         "max_restarts": 10,
     }  # fmt: skip
     return RunConfig.model_validate(
@@ -213,7 +213,7 @@ def run_file(root: Path, steps: int, seed: int, layout: str) -> RunConfig:
             "optimizer": {"lr": 1e-4, "schedule": "constant"},
             "rl": {"steps": steps, "rollout_batch_size": BATCH, "train_batch_size": BATCH},
             "sampling": {"max_tokens": 24},
-            "rollout": {**server, "count": 2},
+            "rollout": {**server, "count": 2, "push_timeout_s": 60.0},
             "judge": {
                 **server, "model_path": model, "max_tokens": 4, "request_timeout_s": 3.0, "retries": 1,
                 "max_steps_without_judge": steps,

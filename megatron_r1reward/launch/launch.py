@@ -49,7 +49,6 @@ def launch(stage: Stage, run_file: Path, overrides: Sequence[str], *, local: boo
     config = load_config(run_file, overrides)
     if stage == "rl":
         config.sampling.check_for_rl()
-    check_models(config, stage)
     run = RunDir(root=config.run.output_dir)
     job = None if local or "SLURM_JOB_ID" not in os.environ else SlurmJob(os.environ)
     _claim(run, job)
@@ -57,6 +56,7 @@ def launch(stage: Stage, run_file: Path, overrides: Sequence[str], *, local: boo
     run.logs(life).mkdir(parents=True)
     handler = _log_to(run.log(life, "supervisor"))
     try:
+        check_models(config, stage)
         return _supervise(stage, run_file, overrides, config, run, job, life)
     except Exception as error:
         # Also what goes wrong before anything is started must be found where one looks for it.
