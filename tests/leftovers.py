@@ -11,6 +11,9 @@ import psutil
 
 MARK = "R1REWARD_TEST_RUN"  # in the environment of everything that a run of tests starts
 SHARED_MEMORY = Path("/dev/shm")
+# joblib, which transformers imports, makes semaphores of 32 bytes and removes them at a process's end; what a test
+# kills with SIGKILL has none. Nobody's data lies in them.
+_KILLED_LIBRARY = "sem.loky-"
 
 
 def marked_processes(mark: str) -> list[psutil.Process]:
@@ -27,7 +30,8 @@ def marked_processes(mark: str) -> list[psutil.Process]:
 
 def shared_memory() -> set[str]:
     """Names of what lies in shared memory now."""
-    return {path.name for path in SHARED_MEMORY.iterdir()} if SHARED_MEMORY.is_dir() else set()
+    names = {path.name for path in SHARED_MEMORY.iterdir()} if SHARED_MEMORY.is_dir() else set()
+    return {name for name in names if not name.startswith(_KILLED_LIBRARY)}
 
 
 def _used_shared_memory() -> set[str]:
