@@ -23,8 +23,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -41,7 +41,7 @@ from megatron_r1reward.demo.pipeline import write_demo_model
 from megatron_r1reward.launch.stage_servers import open_rl_services
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.reward.consistency import ConsistencyJudge
-from megatron_r1reward.reward.score import RewardScorer
+from megatron_r1reward.reward.score import RewardScorer, ScoringBatch
 from megatron_r1reward.rollout.accounting import Accounting
 from megatron_r1reward.servers.keeper import shared_memory_mapped
 from megatron_r1reward.servers.process import VllmServer
@@ -111,9 +111,22 @@ class RecordingScorer(RewardScorer):
         super().__init__(section, judge)
         self.steps: list[list[str]] = []  # ids of preferences, by step
 
-    def score(self, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], dict[str, int]]:
-        scored, counts = super().score(rollouts)
-        self.steps.append([one.rollout.prompt.preference_id for one in scored])
+    @contextmanager
+    def begin(self) -> Iterator[ScoringBatch]:
+        with super().begin() as batch:
+            yield RecordingBatch(batch, self.steps)
+
+
+class RecordingBatch(ScoringBatch):
+    """Remembers what a batch comes to at its end."""
+
+    def __init__(self, batch: ScoringBatch, steps: list[list[str]]) -> None:
+        self.__dict__.update(batch.__dict__)
+        self._steps = steps
+
+    def finish(self, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], dict[str, int]]:
+        scored, counts = super().finish(rollouts)
+        self._steps.append([one.rollout.prompt.preference_id for one in scored])
         return scored, counts
 
 
