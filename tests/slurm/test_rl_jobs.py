@@ -64,7 +64,7 @@ def test_a_job_selects_the_hard_samples(chain: Chain) -> None:
     assert job.lives()[0][0] >= chain.sft.lives()[0][1], "it starts when the cold start has ended"
     rows = [json.loads(line) for line in (job.run.root / "attempts.jsonl").read_text().splitlines()]
     attempts = {row["preference_id"]: row for row in rows}.values()  # a row per attempt, the last one holds all
-    assert sorted(record["preference_id"] for record in attempts) == [f"pool-{number:05}" for number in range(24)]
+    assert len(attempts) == 24, "annotate.max_rows"
     hard = json.loads((job.run.root / "hard.json").read_text())
     solved_late = sorted(record["preference_id"] for record in attempts if not record["attempts"][0])
     assert sorted(entry["id"] for entry in hard) == solved_late
