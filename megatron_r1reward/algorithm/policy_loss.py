@@ -1,4 +1,4 @@
-"""The clipped policy-gradient loss with Pre-CLIP, per token, how tokens add up to one number, and the gap between the
+"""The policy-gradient losses with Pre-CLIP, per token, how tokens add up to one number, and the gap between the
 engine that samples and the engine that trains: measured, and corrected for."""
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from megatron_r1reward.config.schema import AlgorithmSection
 
 KlEstimator = Literal["k1", "k2", "k3"]
 
+# Where SAPO's gate is flat in every float type, and the ratio still a number.
+SATURATED_LOG_RATIO = 80.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLossResult:
@@ -28,6 +31,7 @@ class PolicyLossResult:
     ratio: Tensor  # float, rho after Pre-CLIP
     preclipped_low: Tensor  # bool, log-ratio below ln preclip_min
     preclipped_high: Tensor  # bool, log-ratio above ln preclip_max
+    # Of the losses that clip. CISPO clips for either sign of A, and a clipped token keeps its gradient.
     clipped_low: Tensor  # bool, rho < 1 - clip_low and A < 0
     clipped_high: Tensor  # bool, rho > 1 + clip_high and A > 0, or rho > dual_clip and A < 0
 
@@ -50,6 +54,7 @@ def policy_loss(
     advantages_R: Tensor,
     config: AlgorithmSection,
     *,
+    cu_response: Tensor | None = None,
     importance_weights_R: Tensor | None = None,
     entropy_R: Tensor | None = None,
     reference_log_probs_R: Tensor | None = None,
@@ -66,6 +71,13 @@ def policy_loss(
     with a zero or non-finite advantage contributes exactly 0 loss and 0 gradient, whatever its log-probs are. A NaN
     log-ratio of an active token propagates.
 
+    That is `config.loss = "ppo"`. The others, with the same rho but for "gspo":
+
+        gspo   rho is that of the whole response, `sequence_log_ratio` (GSPO-token, arXiv 2507.18071 eqs. 13 and 14;
+               where the tokens of a response share their advantage it is GSPO, eqs. 5 and 7)
+        cispo  -sg(clip(rho, 1 - eps_lo, 1 + eps_hi)) A log_prob (arXiv 2506.13585 eqs. 4 and 5)
+        sapo   -4 / tau sigmoid(tau (rho - 1)) A with a tau for each sign of A (arXiv 2511.20347 sec. 3)
+
     The entropy bonus, -entropy_coefficient * entropy, and the KL term, kl_loss_coefficient * `kl_estimate`, apply to
     every token, also to those without an advantage.
 
@@ -73,23 +85,55 @@ def policy_loss(
         log_probs_R: float [R], natural log, with gradient.
         old_log_probs_R: float [R], of the policy that the update started from.
         advantages_R: float [R].
+        cu_response: int64 [N + 1], offsets of whole responses into the flat axis; needed by "gspo".
         importance_weights_R: float [R] >= 0, `truncated_importance_weights`; multiplies the loss.
         entropy_R: float [R], nats, with gradient; needed when `config.entropy_coefficient` is not 0.
         reference_log_probs_R: float [R]; needed when `config.kl_loss_coefficient` is not 0.
 
     Raises:
-        ValueError: an entropy or KL coefficient without its tensor.
+        ValueError: an entropy or KL coefficient without its tensor, "gspo" without the offsets.
     """
     weighted_R = advantages_R if importance_weights_R is None else advantages_R * importance_weights_R
     active_R = (advantages_R != 0) & advantages_R.isfinite() & (weighted_R != 0)
     # Select on the inputs: masking the product afterwards would leave 0 * inf = NaN in the backward pass.
     advantage_R = torch.where(active_R, weighted_R.detach(), 0.0)
-    log_ratio_R = torch.where(active_R, log_probs_R, 0.0) - torch.where(active_R, old_log_probs_R, 0.0)
+    active_log_probs_R = torch.where(active_R, log_probs_R, 0.0)
+    if config.loss == "gspo":
+        if cu_response is None:
+            raise ValueError("algorithm.loss is 'gspo': pass cu_response, its ratio is that of whole responses")
+        log_ratio_R = sequence_log_ratio(log_probs_R, old_log_probs_R, active_R, cu_response)
+    else:
+        log_ratio_R = active_log_probs_R - torch.where(active_R, old_log_probs_R, 0.0)
 
     floor, ceiling = _preclip_bounds(config)
     preclipped_R = log_ratio_R.clamp(floor, ceiling)
     lower_R, upper_R = _clip_bounds(advantage_R, config)
-    loss_R = -preclipped_R.clamp(lower_R, upper_R).exp() * advantage_R
+    clipped_R = preclipped_R.clamp(lower_R, upper_R)
+    match config.loss:
+        case "ppo" | "gspo":
+            loss_R = -clipped_R.exp() * advantage_R
+        case "cispo":
+            loss_R = -clipped_R.detach().exp() * advantage_R * active_log_probs_R
+        case "sapo":
+            loss_R = -_soft_gate(clipped_R, advantage_R, config) * advantage_R
+    return PolicyLossResult(
+        per_token_loss=_with_regularizers(loss_R, log_probs_R, entropy_R, reference_log_probs_R, config),
+        ratio=preclipped_R.detach().exp(),
+        preclipped_low=log_ratio_R < floor,
+        preclipped_high=log_ratio_R > ceiling,
+        clipped_low=active_R & (preclipped_R < lower_R),
+        clipped_high=active_R & (preclipped_R > upper_R),
+    )
+
+
+def _with_regularizers(
+    loss_R: Tensor,
+    log_probs_R: Tensor,
+    entropy_R: Tensor | None,
+    reference_log_probs_R: Tensor | None,
+    config: AlgorithmSection,
+) -> Tensor:
+    """The loss with entropy bonus and KL term, where their coefficients are not 0."""
     if config.entropy_coefficient != 0.0:
         if entropy_R is None:
             raise ValueError(
@@ -106,14 +150,29 @@ def policy_loss(
             log_probs_R, reference_log_probs_R, config.kl_loss_estimator, bound=config.kl_loss_bound or math.inf
         )
         loss_R = loss_R + config.kl_loss_coefficient * kl_R
-    return PolicyLossResult(
-        per_token_loss=loss_R,
-        ratio=preclipped_R.detach().exp(),
-        preclipped_low=log_ratio_R < floor,
-        preclipped_high=log_ratio_R > ceiling,
-        clipped_low=preclipped_R < lower_R,
-        clipped_high=preclipped_R > upper_R,
+    return loss_R
+
+
+def sequence_log_ratio(log_probs_R: Tensor, old_log_probs_R: Tensor, active_R: Tensor, cu_response: Tensor) -> Tensor:
+    """The mean log-ratio over the tokens of each response, at every active token of it, [R]; 0 elsewhere. A token's
+    gradient is that of its own log-prob: ln s_{i,t} of GSPO-token. Responses without an active token are not read."""
+    lengths_N = response_lengths(cu_response)
+    parts = zip(
+        *(values_R.detach().split(lengths_N.tolist()) for values_R in (log_probs_R, old_log_probs_R, active_R)),
+        strict=True,
     )
+    means = [torch.where(active.any(), new - old, 0.0).mean() for new, old, active in parts]
+    lengths_N = lengths_N.to(log_probs_R.device)
+    mean_R = torch.stack(means).repeat_interleave(lengths_N) if means else log_probs_R.detach()
+    own_R = torch.where(active_R, log_probs_R, 0.0)
+    return torch.where(active_R, mean_R, 0.0) + own_R - own_R.detach()
+
+
+def _soft_gate(log_ratio_R: Tensor, advantage_R: Tensor, config: AlgorithmSection) -> Tensor:
+    """SAPO's gate in place of rho, [R]: its slope at rho = 1 is 1, and falls on both sides."""
+    positive, negative = config.sapo_positive_temperature, config.sapo_negative_temperature
+    tau_R = torch.full_like(advantage_R, negative).masked_fill(advantage_R > 0, positive)
+    return 4.0 / tau_R * (tau_R * (log_ratio_R.clamp(max=SATURATED_LOG_RATIO).exp() - 1.0)).sigmoid()
 
 
 def kl_estimate(
@@ -172,12 +231,19 @@ def _preclip_bounds(config: AlgorithmSection) -> tuple[float, float]:
 
 
 def _clip_bounds(advantage_R: Tensor, config: AlgorithmSection) -> tuple[Tensor, Tensor]:
-    """Bounds of the log-ratio by the sign of the advantage, [R] each; the table stands in `policy_loss`."""
-    negative_R = advantage_R < 0
-    dual = math.inf if config.dual_clip is None else math.log(config.dual_clip)
-    lower_R = torch.full_like(advantage_R, -math.inf).masked_fill(negative_R, math.log1p(-config.clip_low))
-    upper_R = torch.full_like(advantage_R, math.log1p(config.clip_high)).masked_fill(negative_R, dual)
-    return lower_R, upper_R
+    """Bounds of the log-ratio, [R] each; for "ppo" and "gspo" by the sign of the advantage, the table stands in
+    `policy_loss`."""
+    low = math.log1p(-config.clip_low) if config.clip_low < 1.0 else -math.inf
+    high = math.log1p(config.clip_high)
+    match config.loss:
+        case "sapo":
+            low, high = -math.inf, math.inf
+        case "ppo" | "gspo":
+            negative_R = advantage_R < 0
+            dual = math.inf if config.dual_clip is None else math.log(config.dual_clip)
+            lower_R = torch.full_like(advantage_R, -math.inf).masked_fill(negative_R, low)
+            return lower_R, torch.full_like(advantage_R, high).masked_fill(negative_R, dual)
+    return torch.full_like(advantage_R, low), torch.full_like(advantage_R, high)
 
 
 def mismatch_metrics(trainer_log_probs_R: Tensor, sampler_log_probs_R: Tensor, *, threshold: float) -> dict[str, float]:

@@ -6,6 +6,7 @@ cut by `cu_response`. Sequence i owns tokens [cu_response[i], cu_response[i + 1]
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -48,6 +49,28 @@ def group_rewards(rewards_N: Tensor, group_N: Tensor, *, baseline: Baseline, nor
         std_N = (_group_sum(centred_N.square(), member_N) / others_N).sqrt()
         compared_N = compared_N / std_N.clamp(min=GROUP_STD_FLOOR)
     return compared_N.to(rewards_N.dtype)
+
+
+def decoupled_rewards(terms_KN: Tensor, weights: Sequence[float], group_N: Tensor, *, baseline: Baseline) -> Tensor:
+    """Each term of the reward normalised on its own, then added by weight (GDPO, arXiv 2601.05242 sec. 3.1), [N].
+
+    Under a baseline a term is compared within its group and divided by its standard deviation there, else within the
+    batch. Where all have the same it adds nothing. GDPO normalises the sum over the batch afterwards
+    (`algorithm.normalize = "global"`).
+    """
+    if baseline == "none":
+        baseline, group_N = "group_mean", torch.zeros_like(group_N)
+    compared = [group_rewards(term_N, group_N, baseline=baseline, normalize=True) for term_N in terms_KN]
+    return sum((w * term_N for w, term_N in zip(weights, compared, strict=True)), torch.zeros_like(terms_KN[0]))
+
+
+def overlong_penalties(lengths_N: Tensor, max_tokens: int, buffer: float) -> Tensor:
+    """Soft overlong punishment (DAPO, arXiv 2503.14476 eq. 13): 0 up to max_tokens - cache, then linearly down to -1 at
+    max_tokens, cache = buffer * max_tokens; float32 [N]. buffer 0: none."""
+    if buffer == 0.0:
+        return torch.zeros(len(lengths_N))
+    cache = buffer * max_tokens
+    return ((max_tokens - cache - lengths_N) / cache).clamp(-1.0, 0.0).float()
 
 
 def task_returns(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from megatron_r1reward.config.methods import Method, with_defaults
 from megatron_r1reward.config.section import Fraction, NotNegative, Positive, PositiveInt, Section
 
 
@@ -115,8 +116,13 @@ class HealthSection(Section):
 
 
 class AlgorithmSection(Section):
-    """StableReinforce. Defaults are the paper's; `docs/algorithm.md` lists where the released code differs."""
+    """StableReinforce. Defaults are the paper's; `docs/algorithm.md` lists where the released code differs.
 
+    `method` changes the defaults of other keys, `config.methods`.
+    """
+
+    method: Method = "stable_reinforce"
+    loss: Literal["ppo", "gspo", "cispo", "sapo"] = "ppo"  # how the ratio enters, `algorithm.policy_loss`
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     kl_coefficient: NotNegative = 0.0  # KL to the reference inside the reward
     kl_loss_coefficient: NotNegative = 0.0  # KL to the reference as a term of the loss
@@ -125,15 +131,21 @@ class AlgorithmSection(Section):
     samples_per_prompt: PositiveInt = 1
     baseline: Literal["none", "group_mean", "leave_one_out"] = "none"
     group_normalize: bool = False  # GRPO: divide by the group's standard deviation
+    # GDPO: each term of the reward is normalised on its own (in its group; without a baseline in the batch), then added
+    normalize_terms: bool = False
+    overlong_buffer: Fraction = 0.0  # DAPO: the last share of sampling.max_tokens in which length costs; 0: none
+    overlong_weight: NotNegative = 1.0  # what a response of sampling.max_tokens tokens pays
     normalize: Literal["global", "none"] = "global"
     filter: Literal["paper", "released_code", "none"] = "paper"
     filter_sigma: Positive = 3.0
     preclip: bool = True
     preclip_min: Positive = 1e-3
     preclip_max: Positive = 1e3
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2  # 1: no lower bound
     clip_high: Positive = 0.2
     dual_clip: Annotated[float, Field(gt=1)] | None = None
+    sapo_positive_temperature: Positive = 1.0  # of SAPO's gate, by the sign of the advantage
+    sapo_negative_temperature: Positive = 1.05
     entropy_coefficient: NotNegative = 0.0
     mismatch_alarm: Positive = 0.1  # mean |log-prob gap| to the sampler above which a step warns
     mismatch_threshold: Positive = 0.5  # nats; a token with a larger gap counts as beyond
@@ -151,12 +163,27 @@ class AlgorithmSection(Section):
         """Whether a frozen copy of the initial policy has to be kept."""
         return self.kl_coefficient > 0 or self.kl_loss_coefficient > 0
 
+    @property
+    def fuses_loss(self) -> bool:
+        """Whether the LM head forms the loss: its kernels know "ppo"."""
+        return self.fused_loss and self.loss == "ppo"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_method(cls, given: Any) -> Any:
+        return with_defaults(given, "algorithm", given.get("method")) if isinstance(given, dict) else given
+
     @model_validator(mode="after")
     def _bounds(self) -> AlgorithmSection:
         if not self.preclip_min < 1.0 < self.preclip_max:
             raise ValueError(f"preclip_min {self.preclip_min} and preclip_max {self.preclip_max} must enclose 1")
         if self.baseline != "none" and self.samples_per_prompt == 1:
             raise ValueError(f"baseline {self.baseline!r} compares samples of one prompt: set samples_per_prompt > 1")
+        if self.dual_clip is not None and self.loss in ("cispo", "sapo"):
+            raise ValueError(
+                f"dual_clip {self.dual_clip} bounds the ratio of a clipped loss, and loss is {self.loss!r}: "
+                "remove dual_clip"
+            )
         if self.group_normalize and self.baseline == "none":
             raise ValueError("group_normalize divides by a group's deviation: set baseline to 'group_mean' with it")
         return self

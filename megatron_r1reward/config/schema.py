@@ -6,10 +6,11 @@ Every default is written into the run directory's `config.toml`; the reasons sta
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from megatron_r1reward.config.methods import SECTIONS, with_defaults
 from megatron_r1reward.config.rl_sections import (
     AlgorithmSection,
     AsynchronySection,
@@ -284,6 +285,16 @@ class RunConfig(Section):
     monitor: MonitorSection = MonitorSection()
     cluster: ClusterSection = ClusterSection()
     plan: PlanSection = PlanSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_method(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        algorithm = given.get("algorithm", {})
+        method = algorithm.get("method") if isinstance(algorithm, dict) else getattr(algorithm, "method", None)
+        sections = {name: with_defaults(given.get(name, {}), name, method) for name in SECTIONS - {"algorithm"}}
+        return given | {name: section for name, section in sections.items() if section}
 
     @model_validator(mode="after")
     def _samples_can_be_trained_on(self) -> RunConfig:

@@ -90,7 +90,7 @@ def frozen_components(config: RunConfig, names: set[str]) -> frozenset[str]:
 
 def has_fused_loss(config: RunConfig, stage: Stage) -> bool:
     """Whether the LM head forms the loss itself."""
-    return stage == "rl" and config.algorithm.fused_loss
+    return stage == "rl" and config.algorithm.fuses_loss
 
 
 def make_plan(config: RunConfig, stage: Stage) -> Plan:

@@ -72,7 +72,7 @@ def _mismatch(total: Mapping[str, float]) -> dict[str, float]:
 def _loss(state: TrainState, rollouts: RolloutBatch) -> tuple[Loss, LossRequestFn | None]:
     if not state.topology.is_last_stage:
         return _no_loss, None
-    return _fused_loss(state, rollouts) if state.config.algorithm.fused_loss else (_plain_loss(state, rollouts), None)
+    return _fused_loss(state, rollouts) if state.config.algorithm.fuses_loss else (_plain_loss(state, rollouts), None)
 
 
 def _no_loss(output: object, batch: PackedBatch) -> LossOutput:
@@ -117,7 +117,7 @@ def _fused_loss(state: TrainState, rollouts: RolloutBatch) -> tuple[Loss, LossRe
 
 
 def _plain_loss(state: TrainState, rollouts: RolloutBatch) -> Loss:
-    """The same in plain torch behind the head's log-probs: the off switch of the fused loss."""
+    """In plain torch behind the head's log-probs: every loss, and the off switch of the fused one."""
     algorithm = state.config.algorithm
     assert rollouts.old_log_probs is not None and rollouts.advantages is not None
     old_log_probs_R, advantages_R = rollouts.old_log_probs, rollouts.advantages
@@ -131,11 +131,13 @@ def _plain_loss(state: TrainState, rollouts: RolloutBatch) -> Loss:
     def loss(output_2R: torch.Tensor, batch: PackedBatch) -> LossOutput:
         device = output_2R.device
         rows = rollouts.rows(batch.sequence_indices)
+        lengths_S = rollouts.cu_response.diff()[list(batch.sequence_indices)]
         result = policy_loss(
             output_2R[0],
             old_log_probs_R[rows].to(device),
             advantages_R[rows].to(device),
             algorithm,
+            cu_response=torch.cat([lengths_S.new_zeros(1), lengths_S.cumsum(0)]),
             importance_weights_R=None if importance_R is None else importance_R[rows].to(device),
             entropy_R=output_2R[1],
             reference_log_probs_R=None if reference_R is None else reference_R[rows].to(device),

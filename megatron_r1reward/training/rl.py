@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from megatron_r1reward.config.methods import describe
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.curriculum import Curriculum
 from megatron_r1reward.data.identity import ContentKeys
@@ -167,6 +168,8 @@ def run(config: RunConfig, topology: Topology, services: Services | None) -> Pat
     preferences, description = _data(config, topology, replay)
     control = RunControl(output, topology, total_steps=config.rl.steps)
     control.loading()
+    if topology.is_main:
+        log_method(config)
     state = prepare(config, topology)
     state.data = description
     resumed = resume.resume(state)
@@ -184,6 +187,18 @@ def run(config: RunConfig, topology: Topology, services: Services | None) -> Pat
     if finished and services is not None:
         log.info("rollouts: %s", services.pool.total)
     return finish(state, control, finished=finished)
+
+
+def log_method(config: RunConfig) -> None:
+    """What is trained by, and where the loss is formed."""
+    log.info("%s", describe(config))
+    algorithm = config.algorithm
+    if algorithm.fused_loss and not algorithm.fuses_loss:
+        log.info(
+            "algorithm.loss %r: the LM head's kernels form 'ppo' only, so this loss runs in plain torch behind the "
+            "head's log-probs, as with algorithm.fused_loss = false",
+            algorithm.loss,
+        )
 
 
 def _stage(state: TrainState, main: MainRank | None) -> Stage:

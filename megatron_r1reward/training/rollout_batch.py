@@ -12,7 +12,12 @@ from megatron.core import parallel_state
 
 from megatron_r1reward.algorithm.advantages import normalize_and_filter
 from megatron_r1reward.algorithm.policy_loss import Aggregation, aggregation_weights
-from megatron_r1reward.algorithm.returns import group_rewards, task_returns
+from megatron_r1reward.algorithm.returns import (
+    decoupled_rewards,
+    group_rewards,
+    overlong_penalties,
+    task_returns,
+)
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.balance import ModelCost, spread_over_ranks
 from megatron_r1reward.training.schedule import LossOutput, run_micro_batches
@@ -113,15 +118,36 @@ def compared_rewards(config: RunConfig, scored: Sequence[ScoredRollout]) -> torc
     numbers: dict[str, int] = {}
     group_N = torch.tensor([numbers.setdefault(item.rollout.prompt.id, len(numbers)) for item in scored])
     trained_N = torch.tensor([not item.masked for item in scored])
+    algorithm = config.algorithm
     rewards_N = torch.tensor([item.reward for item in scored], dtype=torch.float32)
-    rewards_N[trained_N] = group_rewards(
-        rewards_N[trained_N],
-        group_N[trained_N],
-        baseline=config.algorithm.baseline,
-        normalize=config.algorithm.group_normalize,
+    penalties_N = overlong_penalties(
+        torch.tensor([len(item.rollout.token_ids) for item in scored]),
+        config.sampling.max_tokens,
+        algorithm.overlong_buffer,
     )
+    if algorithm.normalize_terms:
+        weights, terms_KN = _reward_terms(config, scored)
+        rewards_N[trained_N] = decoupled_rewards(
+            torch.cat([terms_KN, penalties_N[None]])[:, trained_N],
+            (*weights, algorithm.overlong_weight),
+            group_N[trained_N],
+            baseline=algorithm.baseline,
+        )
+    else:
+        rewards_N[trained_N] = group_rewards(
+            (rewards_N + algorithm.overlong_weight * penalties_N)[trained_N],
+            group_N[trained_N],
+            baseline=algorithm.baseline,
+            normalize=algorithm.group_normalize,
+        )
     rewards_N[~trained_N] = torch.nan
     return rewards_N
+
+
+def _reward_terms(config: RunConfig, scored: Sequence[ScoredRollout]) -> tuple[tuple[float, ...], torch.Tensor]:
+    """Weights and terms of `reward.rules.combine`: F, A and A C, float32 [3, N]."""
+    parts = [(s.format_reward, s.result_reward, s.result_reward * s.consistency_reward) for s in scored]
+    return (config.reward.format_weight, 1.0, config.reward.consistency_weight), torch.tensor(parts).float().T
 
 
 def pack(state: TrainState, scored: Sequence[ScoredRollout], shards: Shards) -> RolloutBatch:

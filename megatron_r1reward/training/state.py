@@ -99,7 +99,7 @@ def build_state(
         else:
             for chunk in chunks:
                 load_hf_weights(chunk, config.model.path, table)
-        loss = PolicyLossOptions.from_config(config.algorithm) if sampled and config.algorithm.fused_loss else None
+        loss = PolicyLossOptions.from_config(config.algorithm) if sampled and config.algorithm.fuses_loss else None
         for chunk in chunks:
             configure_heads(chunk, _head_options(config, sampled), device=topology.device, dtype=dtype, loss=loss)
         return chunks

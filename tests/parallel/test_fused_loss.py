@@ -22,6 +22,7 @@ pytestmark = pytest.mark.parallel
 SINGLE = Layout(ranks=1, parallel={"use_distributed_optimizer": False})
 PAPER = {"dual_clip": 3.0, "truncated_importance_sampling": 2.0, "clip_high": 0.28}
 EVERY_ROW = {"kl_loss_coefficient": 0.1, "entropy_coefficient": 0.01, "aggregation": "token_mean"}
+GSPO = {"loss": "gspo", "clip_low": 0.05, "clip_high": 0.05}
 METRICS = (
     "loss",
     "grad_norm",
@@ -70,6 +71,11 @@ def plain(folder: Path, parity_images: tuple[str, ...]) -> dict:
     }
 
 
+@pytest.fixture(scope="module")
+def gspo(folder: Path, parity_images: tuple[str, ...]) -> tuple[list, dict]:
+    return run_ranks(_two_updates, 1, folder, parity_images, SINGLE, GSPO)[0]
+
+
 @pytest.mark.parametrize(
     ("options", "layout"),
     [
@@ -90,5 +96,15 @@ def test_both_losses_train_alike(options: str, layout: str, folder, parity_image
     np.testing.assert_allclose(metrics, expected_metrics, rtol=2e-4, atol=1e-6)
     assert expected_metrics[0][5] > 0.01  # something was clipped
     assert all(math.isfinite(value) for row in metrics for value in row)
+    for name, weight in expected_weights.items():
+        assert np.abs(weights[name] - weight).max() < 2e-5, name
+
+
+@pytest.mark.parametrize("layout", ["CP2", "DP2 distributed optimizer"])
+def test_a_ratio_of_whole_responses_is_the_same_in_every_layout(layout: str, folder, parity_images, gspo) -> None:
+    chosen = LAYOUTS[layout]
+    metrics, weights = run_ranks(_two_updates, chosen.ranks, folder, parity_images, chosen, GSPO)[0]
+    expected_metrics, expected_weights = gspo
+    np.testing.assert_allclose(metrics, expected_metrics, rtol=2e-4, atol=1e-6)
     for name, weight in expected_weights.items():
         assert np.abs(weights[name] - weight).max() < 2e-5, name

@@ -77,7 +77,15 @@ class PolicyLossOptions:
 
     @classmethod
     def from_config(cls, config: AlgorithmSection) -> PolicyLossOptions:
-        """The run file's loss; its advantages come standardised and filtered."""
+        """The run file's loss; its advantages come standardised and filtered.
+
+        Raises:
+            ValueError: the loss is one that no kernel forms.
+        """
+        if config.loss != "ppo":
+            raise ValueError(
+                f"the LM head forms the loss 'ppo' only, algorithm.loss is {config.loss!r}: use policy_loss"
+            )
         return cls(
             clip_low=config.clip_low,
             clip_high=config.clip_high,
@@ -96,7 +104,8 @@ class PolicyLossOptions:
         """Natural logs: Pre-CLIP low and high, clip low (A < 0), clip high (A > 0), dual clip (A < 0)."""
         low = math.log(self.preclip_min) if self.preclip_min > 0 else -math.inf
         high, dual = math.log(self.preclip_max), math.log(self.dual_clip)
-        return low, high, math.log1p(-self.clip_low), math.log1p(self.clip_high), dual
+        clip_low = math.log1p(-self.clip_low) if self.clip_low < 1.0 else -math.inf
+        return low, high, clip_low, math.log1p(self.clip_high), dual
 
     @property
     def every_row_has_gradient(self) -> bool:

@@ -169,3 +169,22 @@ def test_where_the_samplers_log_probs_are_not_the_trainers(
     sections[section] |= {key: value}
     with pytest.raises(ValueError, match=reason):
         replay_config(tmp_path, tmp_path, **sections)
+
+
+# One of each kind: KL in the reward, KL in the loss, overlong shaping, the four losses, terms on their own.
+METHODS = ("released_code_constant_length", "reinforce_plus_plus", "grpo", "dapo", "gspo", "cispo", "sapo", "gdpo")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_trains_by_one_key(
+    method: str, tiny_folder: Path, image_paths: tuple[str, ...], topology: Topology, tmp_path: Path
+) -> None:
+    algorithm = {"method": method, "samples_per_prompt": 2, "mismatch_alarm": 100.0, "mismatch_share_alarm": 1.0}
+    once = {"steps": 1, "rollout_batch_size": 4, "train_batch_size": 2, "replay": tmp_path / "record"}
+    config = replay_config(tmp_path, tiny_folder, algorithm=algorithm, rl=once)
+    write_made_up_record(config, image_paths, image_token_id=load_hf_config(tiny_folder).image_token_id)
+    rl.run(config, topology, None)
+    (row,) = rows(config)
+    assert row["grad_norm"] > 0
+    original = load_file(tiny_folder / "model.safetensors")
+    assert any(not torch.equal(original[name], weight) for name, weight in weights(config).items())
