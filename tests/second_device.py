@@ -35,7 +35,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -322,16 +322,27 @@ def install() -> None:
     """The adapter's "cuda" means the device in this process, groups are those of a GPU, the micro-batch loop is
     watched. Once, before anything is built."""
     from megatron_r1reward.kernels import lm_head
-    from megatron_r1reward.parallel import cpu
+    from megatron_r1reward.parallel import cpu, specs
     from megatron_r1reward.training import schedule
     from megatron_r1reward.weight_sync.shared_memory import MemoryFile
 
     cpu.DEVICE = DEVICE
+    specs.causal_lower_right = _outside(specs.causal_lower_right)
     _groups_of_a_gpu()
     _moves_keep_attributes()
     schedule.get_forward_backward_func = _watched(schedule.get_forward_backward_func)
     lm_head.row_kernels = _checked(lm_head.row_kernels)
     MemoryFile.pin = lambda self: None  # type: ignore[method-assign]  # the device's memory is the host's
+
+
+def _outside(describe: Callable[..., Any]) -> Callable[..., Any]:
+    """Descriptions of masks are tensors without values, of a class that no mode may wrap."""
+
+    def made(*sizes: int) -> Any:
+        with _disable_current_modes():
+            return describe(*sizes)
+
+    return made
 
 
 def _groups_of_a_gpu() -> None:

@@ -1,7 +1,8 @@
 """Whole stages on the second device: what a GPU would refuse fails here, and the numbers are those of a single CPU.
 
 SFT with a resume, its export, RL from that export with a resume, log-probs, update, held-out probe, pushes to servers
-that sleep and wake, checkpoints: `sft.run` and `rl.run` as they are. The rollout servers are fakes
+that sleep and wake, checkpoints: `sft.run` and `rl.run` as they are. All layouts, step by step, are in
+`test_second_device_layouts.py`. The rollout servers are fakes
 that refuse to sample while they sleep; everything on the trainer's side is real.
 """
 
@@ -24,7 +25,7 @@ import safetensors.torch
 import torch
 from fake_vllm import FakeVllm, Silent
 from forked_ranks import run_ranks
-from parity_layouts import PLAIN, Layout
+from parity_layouts import CP2, PLAIN, SHARDED, SP, TP2, Layout
 from waiting import wait_until
 
 from megatron_r1reward.config.schema import RunConfig
@@ -53,7 +54,8 @@ ALLOWED_WAITS = {
     "models/base.py::place_images": "whether images and their placeholders agree, once per micro-batch",
     "models/qwen3_vl/model.py": "which rows are pictures', once per micro-batch",
     "models/qwen3_vl/layers.py::forward": "how many tokens go to which expert, once per layer (megatron-core)",
-    "megatron.core/pipeline_parallel/": "shapes of what the next stage sends, once per micro-batch",
+    "parallel/context.py::rows": "which response tokens this context-parallel rank holds, once per micro-batch",
+    "training/schedule.py::run_micro_batches": "shapes for the next stage (megatron-core), once per micro-batch",
 }
 # Where other ranks wait while the main rank samples, scores and probes: over the hosts.
 WAITING_FOR_MAIN = {"training/rl.py::take_rollouts", "training/heartbeat.py::stop_requested",
@@ -61,7 +63,6 @@ WAITING_FOR_MAIN = {"training/rl.py::take_rollouts", "training/heartbeat.py::sto
 COMPARED = ("sft/loss", "loss", "grad_norm", "entropy", "ratio/mean", "mismatch/mean_abs", "advantage/std",
             "advantage/filtered_fraction", "heldout/accuracy")  # fmt: skip
 CASES: dict[str, tuple[str, Layout]] = {
-    "one rank": ("qwen2_5_vl", Layout(ranks=1, parallel={})),
     "one rank, plain optimizer": ("qwen2_5_vl", Layout(ranks=1, parallel=PLAIN)),
     "one rank, experts": ("qwen3_vl_moe", Layout(ranks=1, parallel={})),
     "DP2": ("qwen2_5_vl", Layout(ranks=2, parallel=PLAIN)),
@@ -293,9 +294,10 @@ def _waits_of_micro_batches(folder: Path, images: tuple[str, ...], layout: Layou
     ("family", "layout"),
     [
         ("qwen2_5_vl", Layout(ranks=1, parallel={})),
-        ("qwen3_vl_moe", Layout(ranks=1, parallel={})),
+        ("qwen3_vl_moe", Layout(ranks=2, parallel=TP2 | SP)),
+        ("qwen2_5_vl", Layout(ranks=2, parallel=CP2 | SHARDED)),
     ],
-    ids=["windows", "experts"],
+    ids=["windows", "experts_sequence_parallel", "context_parallel"],
 )
 def test_the_host_waits_no_more_for_more_sequences_and_windows(family, layout, families, parity_images) -> None:
     for small, large in run_ranks(_waits_of_micro_batches, layout.ranks, families[family], parity_images, layout):

@@ -1,0 +1,66 @@
+"""Every layout on the second device: what a GPU would refuse fails here, and the numbers are those of a single CPU.
+
+Old log-probs, two policy steps, a step of SFT and the export for a push; whole stages with servers, checkpoints and
+resumes are in `test_second_device.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import parallel_parity as parity
+import pytest
+from forked_ranks import run_ranks
+from parity_layouts import LAYOUTS, Layout
+from test_second_device import ALLOWED_WAITS, WAITING_FOR_MAIN
+from updates import Updated, update_and_sft_step
+
+pytestmark = pytest.mark.parallel
+SINGLE = Layout(ranks=1, parallel={"use_distributed_optimizer": False})
+# Every layout once; the families share them, so that each takes part in each kind of parallelism.
+FAMILY_OF = {
+    "PP2": "qwen3_vl",
+    "CP2 images sharded": "qwen3_vl",
+    "CP2 selective recompute": "qwen3_vl",
+    "TP2 full recompute": "qwen3_vl",
+    "PP2 vision balanced": "qwen3_vl",
+    "TP2+SP": "qwen3_vl_moe",
+    "CP2xDP2 overlap": "qwen3_vl",
+    "TP2+SPxPP2 VPP2": "qwen3_vl",
+}
+CASES = {
+    name: (FAMILY_OF.get(name, "qwen3_vl_moe" if layout.needs_experts else "qwen2_5_vl"), layout)
+    for name, layout in LAYOUTS.items()
+}
+
+
+def _on_the_device(*arguments: object) -> tuple[Updated, set[str], set[str]]:
+    import second_device
+
+    second_device.install()
+    with second_device.Rules():
+        updated = update_and_sft_step(*arguments)  # type: ignore[arg-type]
+    return updated, set(second_device.waits), set(second_device.collectives)
+
+
+@pytest.fixture(scope="module")
+def on_one_cpu(families: dict[str, Path], parity_images: tuple[str, ...]) -> dict[str, Updated]:
+    arguments = (parity_images, SINGLE, {}, 100_000)
+    return {family: run_ranks(update_and_sft_step, 1, families[family], *arguments)[0] for family in families}
+
+
+@pytest.mark.parametrize("name", CASES, ids=lambda name: name.replace(" ", "_"))
+def test_a_layout_trains_on_a_device_with_the_numbers_of_a_cpu(name, families, parity_images, on_one_cpu) -> None:
+    family, layout = CASES[name]
+    assert parity.applies(family, layout)
+    ranks = run_ranks(_on_the_device, layout.ranks, families[family], parity_images, layout, {})
+    expected, (got, _, _) = on_one_cpu[family], ranks[0]
+    for key in expected.metrics.keys() - {"tokens_per_second", "lr", "update/idle_sequences"}:
+        assert got.metrics[key] == pytest.approx(expected.metrics[key], rel=2e-4, abs=1e-5), key
+    assert got.sft_loss == pytest.approx(expected.sft_loss, rel=1e-4)
+    for key, weight in expected.weights.items():
+        assert np.abs(got.weights[key] - weight).max() < 2e-5, key
+    waits, collectives = (set.union(*(rank[i] for rank in ranks)) for i in (1, 2))
+    assert not {place for place in waits if not place.startswith(tuple(ALLOWED_WAITS))}
+    assert not collectives & WAITING_FOR_MAIN, "the device would spin until the main rank comes"
