@@ -141,7 +141,7 @@ def test_servers_that_hang_and_die_in_the_middle_of_a_run(finished: Path, tmp_pa
         for pid in vllm_of("rollout-0"):
             os.kill(pid, signal.SIGSTOP)
         wait_for(lambda: start_of("rollout-0") == 1)
-        wait_for(lambda: start_of("judge-0") == 1)
+        # At once, before steps go on: only without its rollout server does the run wait for the judge's next start, too.
         family = vllm_of("rollout-0")
         os.kill(step_of("rollout-0"), signal.SIGKILL)
         assert process.wait(RUN_S) == 0
@@ -151,8 +151,8 @@ def test_servers_that_hang_and_die_in_the_middle_of_a_run(finished: Path, tmp_pa
     metrics = rows(run.root)
     assert list(metrics) == [1, 2, 3, 4, 5]
     assert all(row["rollout/failed"] == 0 and row["mismatch/max_abs"] < 1e-3 for row in metrics.values())
-    assert sum(row["rollout/retried"] for row in metrics.values()) > 0
     assert metrics[5]["servers/restarts"] == start_of("rollout-0") == 2
+    assert start_of("judge-0") == 1
     assert ExitReport.read(run.exit_report).outcome == "done"
     assert not [pid for pid in family if Path(f"/proc/{pid}").exists()], "vLLM has outlived its step"
 
