@@ -141,7 +141,7 @@ def test_servers_that_hang_and_die_in_the_middle_of_a_run(finished: Path, tmp_pa
         for pid in vllm_of("rollout-0"):
             os.kill(pid, signal.SIGSTOP)
         wait_for(lambda: start_of("rollout-0") == 1)
-        # At once, before steps go on: only without its rollout server does the run wait for the judge's next start, too.
+        # At once, before steps go on: a run without its rollout server waits for the next start of the judge, too.
         family = vllm_of("rollout-0")
         os.kill(step_of("rollout-0"), signal.SIGKILL)
         assert process.wait(RUN_S) == 0

@@ -226,7 +226,7 @@ def rl_servers_hang_and_die(bench: Bench) -> Job:
         job.kill_one(signal.SIGKILL, "megatron_r1reward.servers.vllm_main", "judge")
         for pid in job.processes("megatron_r1reward.servers.vllm_main", "policy"):
             os.kill(pid, signal.SIGSTOP)
-        # At once, before steps go on: only without its rollout server does the run wait for the judge's next start, too.
+        # At once, before steps go on: a run without its rollout server waits for the next start of the judge, too.
         until(lambda: job.started("rollout-0") == 1, f"rollout-0 of job {job.id} started again\n{job.output()}")
         for pid in job.processes("server", "rollout"):
             os.kill(pid, signal.SIGKILL)
