@@ -111,6 +111,7 @@ class HealthSection(Section):
     policy: Literal["warn", "stop"] = "warn"  # stop: save and end the run when a cause has lasted `patience` steps
     patience: PositiveInt = 5
     share: Annotated[float, Field(gt=0.5, le=1)] = 0.98  # of responses without answer, cut off, or with one answer
+    one_sided_share: Annotated[float, Field(gt=0.5, le=1)] = 0.95  # of all |advantage|, on one side of 0
     min_reward_std: NotNegative = 1e-3  # of the returns
     min_entropy: NotNegative = 1e-4  # nats
 

@@ -75,6 +75,15 @@ def _gone(
             "right is never learned; use easier rows (data.select) or algorithm.filter='none'"
         )
         yield "one_sided", text
+    elif (share := 0.5 + 0.5 * abs(metrics["advantage/balance"])) > section.one_sided_share:
+        side = "positive" if metrics["advantage/balance"] > 0 else "negative"
+        text = (
+            f"{_percent(share)} of the evidence is {side} {right} "
+            f"(health.one_sided_share {section.one_sided_share:g}): the policy is told one thing only; with a filter "
+            f"use a larger algorithm.filter_sigma (now {algorithm.filter_sigma:g}) or algorithm.filter='none', without "
+            "one algorithm.normalize='global' or a baseline"
+        )
+        yield "one_sided", text
     elif metrics["grad_norm"] == 0.0:
         text = (
             f"the gradient is exactly 0 {right}: filter, baseline and clip leave no token an advantage; look at "

@@ -143,6 +143,8 @@ def advantage_metrics(state: TrainState, batch: RolloutBatch) -> dict[str, float
             "filtered_positive": int((judged & positive).sum()),
             "positive": int((batch.advantages > 0).sum()),
             "negative": int((batch.advantages < 0).sum()),
+            "evidence_for": float(batch.advantages.clamp(min=0).sum()),
+            "evidence_against": float(-batch.advantages.clamp(max=0).sum()),
             "max_mean": batch.returns_mean,
             "max_std": batch.returns_std,
         }
@@ -156,4 +158,12 @@ def advantage_metrics(state: TrainState, batch: RolloutBatch) -> dict[str, float
         "advantage/positive_kept": total["positive"] / total["tokens"],
         "advantage/negative_kept": total["negative"] / total["tokens"],
         "advantage/filtered_negative": filtered - positive_share,
+        "advantage/balance": balance(total["evidence_for"], total["evidence_against"]),
     }
+
+
+def balance(evidence_for: float, evidence_against: float) -> float:
+    """(for - against) / (for + against), sums of |advantage| by sign: 0 is balanced, as every normalised batch is
+    before a filter; +-1 is one-sided. Without any evidence 0."""
+    total = evidence_for + evidence_against
+    return (evidence_for - evidence_against) / total if total > 0 else 0.0

@@ -11,6 +11,7 @@ import torch
 from megatron_r1reward.algorithm.advantages import normalize_and_filter
 from megatron_r1reward.config.schema import AlgorithmSection, HealthSection
 from megatron_r1reward.training import alarms
+from megatron_r1reward.training.rl_metrics import balance
 
 FINE = {
     "mismatch/mean_abs": 0.02, "mismatch/kl": 0.001, "mismatch/share_beyond": 0.0, "staleness/max": 0,
@@ -47,7 +48,7 @@ LEARNING = {
     "rollout/unparsable_fraction": 0.02, "rollout/answer_1_fraction": 0.5, "response/truncated_fraction": 0.01,
     "entropy": 0.3, "reward/result": 0.7, "advantage/std": 0.6, "advantage/filtered_negative": 0.0,
     "advantage/filtered_positive": 0.0, "advantage/negative_kept": 0.3, "advantage/positive_kept": 0.7,
-    "grad_norm": 0.4,
+    "advantage/balance": 0.0, "grad_norm": 0.4,
 }  # fmt: skip
 CAUSES = {
     "unparsable": ({"rollout/unparsable_fraction": 1.0}, "hold no answer: train the format in SFT"),
@@ -65,6 +66,11 @@ CAUSES = {
         {"advantage/filtered_positive": 0.05, "advantage/positive_kept": 0.0},
         "removed all positive evidence (5.0 % of the tokens)",
     ),
+    "one-sided, positive": (
+        {"advantage/balance": 0.92, "advantage/filtered_negative": 0.05},
+        "96.0 % of the evidence is positive at 70.0 % right (health.one_sided_share 0.95)",
+    ),
+    "one-sided, negative": ({"advantage/balance": -0.92}, "96.0 % of the evidence is negative"),
     "no gradient": ({"grad_norm": 0.0}, "the gradient is exactly 0"),
 }
 
@@ -121,3 +127,22 @@ def test_the_papers_filter_above_90_percent_is_provoked_from_rewards() -> None:
     assert found[17] is None
     assert found[19] is not None
     assert "all negative evidence" in found[19]
+
+
+def test_evidence_is_one_sided_where_the_filter_starves_it_and_not_by_accuracy_alone() -> None:
+    """From rewards to the alarm: ten of 256 wrong, and a right one that is not consistent, which the filter leaves."""
+    returns = torch.tensor([2.0] * 245 + [1.5] + [0.5] * 10)
+    found = {}
+    for rule in ("paper", "none"):
+        algorithm = AlgorithmSection(filter=rule)
+        result = normalize_and_filter(returns, algorithm)
+        signed = result.advantages
+        metrics = LEARNING | {
+            "reward/result": 246 / 256,
+            "advantage/balance": balance(float(signed.clamp(min=0).sum()), float(-signed.clamp(max=0).sum())),
+        }
+        found[rule] = alarms.Health(HealthSection(policy="stop", patience=1), algorithm).check(metrics, 1)
+    assert found["paper"] is not None
+    assert "% of the evidence is positive at 96.1 % right" in found["paper"]
+    assert found["none"] is None, "where nothing is filtered both signs weigh the same"
+    assert balance(0.0, 0.0) == 0.0
