@@ -88,10 +88,11 @@ _KEYS = tuple(sorted({key for defaults in METHODS.values() for key in defaults})
 SECTIONS = frozenset(key.partition(".")[0] for key in _KEYS)
 
 
-def with_defaults(given: Any, section: str, method: str | None) -> Any:
+def with_defaults(given: Any, section: str, method: Any) -> Any:
     """The keys of a section with the method's defaults where it has none: of a mapping a new mapping, of a section that
     exists already a copy. An unknown method is left to the check of the key itself."""
-    named = ((key.partition("."), value) for key, value in METHODS.get(method or "", {}).items())
+    own = METHODS.get(method, {}) if isinstance(method, str) else {}
+    named = ((key.partition("."), value) for key, value in own.items())
     defaults = {key: value for (home, _, key), value in named if home == section}
     if isinstance(given, BaseModel):
         return given.model_copy(update={k: v for k, v in defaults.items() if k not in given.model_fields_set})

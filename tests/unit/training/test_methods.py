@@ -383,6 +383,7 @@ def test_what_the_run_file_says_wins_and_is_told() -> None:
     assert "algorithm.filter = 'paper' (the method's: 'none')" in describe(everything)
 
 
-def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
+@pytest.mark.parametrize("method", ["ppo_with_luck", ["grpo"], 3])
+def test_an_unknown_method_is_refused_with_the_known_ones(method: Any) -> None:
     with pytest.raises(ValueError, match="'dapo'"):
-        config_of("ppo_with_luck")
+        config_of(method)
