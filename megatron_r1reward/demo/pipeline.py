@@ -19,7 +19,10 @@ from megatron_r1reward.data.chat import parse_chat
 from megatron_r1reward.data.prompt import JUDGE_TEMPLATE, TEMPLATE
 from megatron_r1reward.data.rows import RowError
 from megatron_r1reward.demo.digits import build_digits
+from megatron_r1reward.demo.digits_candidates import write_candidates
+from megatron_r1reward.evaluation.statistics import estimate_share
 from megatron_r1reward.files import write_text
+from megatron_r1reward.report.inputs import BEST_OF_FILE, BestOfFile
 
 # The kind of question that a model of this size learns within minutes, explained by an annotator who is wrong at times,
 # as annotators are: the cold start imitates the mistakes, too, and RL is what unlearns them.
@@ -29,6 +32,7 @@ CLAIM = re.compile(r"\d+|\b(?:odd|even)\b")
 FIXED_TEXTS = ["system\nYou are a helpful assistant.", "<think>", "</think><answer>", "</answer>"]
 FIXED_TEXTS += [f" is in Response {label}" for label in (1, 2)] + [f"Response {label} is better." for label in (1, 2)]
 MARKER = ".r1reward-demo"
+CANDIDATES = 8  # of the best-of-N with the trained model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +121,11 @@ def _clear(out: Path) -> None:
     (out / MARKER).touch()
 
 
-def run_demo(out: Path, run_files: Path, *, seed: int = 0) -> None:
-    """Data, model, SFT, judge, annotation, RL, evaluation, report; everything under `out`.
+def run_demo(out: Path, run_files: Path, *, seed: int = 0, best_of_images: int = 40) -> None:
+    """Data, model, SFT, judge, annotation, RL, evaluation, best-of-N, report; everything under `out`.
+
+    Args:
+        best_of_images: held-out images of which the trained model picks the best answer.
 
     Raises:
         ValueError: `out` is not an earlier demo's, or a stage failed.
@@ -129,7 +136,7 @@ def run_demo(out: Path, run_files: Path, *, seed: int = 0) -> None:
     started = time.monotonic()
     phases: dict[str, float] = {}
     stages = _stages(out)
-    total = len(stages) + 2
+    total = len(stages) + 3
     _clear(out)
 
     def announce(number: int, title: str, minutes: float) -> None:
@@ -152,6 +159,10 @@ def run_demo(out: Path, run_files: Path, *, seed: int = 0) -> None:
         began = time.monotonic()
         _run(stage, run_files)
         phases[stage.name] = time.monotonic() - began
+    announce(total - 1, f"the trained model in use: best of {CANDIDATES} on held-out images", 0.7)
+    began = time.monotonic()
+    _choose_best(out, images=best_of_images, seed=seed)
+    phases["use"] = time.monotonic() - began
     announce(total, "report", 0.1)
     shutil.copyfile(out / "annotate" / "difficulty.json", out / "difficulty.json")
     wall_seconds = time.monotonic() - started
@@ -162,11 +173,39 @@ def run_demo(out: Path, run_files: Path, *, seed: int = 0) -> None:
         f"RL; {wall_seconds / 60:.1f} min. Open {out / 'report.html'}",
         markup=False,
     )
+    console.print(f"ask it yourself: r1reward serve {out / 'rl' / 'hf'}, then open http://127.0.0.1:8080", markup=False)
+
+
+def _choose_best(out: Path, *, images: int, seed: int) -> None:
+    """The trained model in use, by the command of a user: `r1reward score --best-of` on images of the held-out split.
+
+    Writes `use/candidates.jsonl`, `scores.jsonl`, `best.jsonl`, and what came of it to `BEST_OF_FILE`. An image that
+    got no reward counts as not right.
+    """
+    candidates, scores = out / "use" / "candidates.jsonl", out / "use" / "scores.jsonl"
+    write_candidates(candidates, rows=images, candidates=CANDIDATES, categories=CATEGORIES, seed=seed)
+    options = {"model": out / "rl" / "hf", "best-of": out / "use" / "best.jsonl", "max-tokens": 96}
+    options["max-model-len"] = 512
+    _command("use", "score", candidates, scores, *(f"--{name}={value}" for name, value in options.items()))
+    found = list(zip(_rows([candidates]), _rows([scores]), strict=True))
+    right = estimate_share([float(score.get("best") == row["right"]) for row, score in found])
+    result = BestOfFile(
+        images=len(found),
+        candidates=CANDIDATES,
+        right=right.mean,
+        right_interval=right.interval,
+        judgements=sum(score.get("calls", 0) for _, score in found),
+        failed=sum("error" in score for _, score in found),
+    )
+    write_text(out / BEST_OF_FILE, result.model_dump_json(indent=2) + "\n")
 
 
 def _run(stage: Stage, run_files: Path) -> None:
-    command = [sys.executable, "-m", "megatron_r1reward.cli", stage.command, str(run_files / stage.run_file)]
-    command += [f"{key}={value}" for key, value in stage.overrides.items()]
-    code = subprocess.run(command, check=False).returncode
+    overrides = [f"{key}={value}" for key, value in stage.overrides.items()]
+    _command(stage.name, stage.command, run_files / stage.run_file, *overrides)
+
+
+def _command(stage: str, *command: object) -> None:
+    code = subprocess.run([sys.executable, "-m", "megatron_r1reward.cli", *map(str, command)], check=False).returncode
     if code != 0:
-        raise ValueError(f"stage {stage.name!r} ended with exit code {code}; its output above says why")
+        raise ValueError(f"stage {stage!r} ended with exit code {code}; its output above says why")

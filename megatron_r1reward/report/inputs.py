@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from megatron_r1reward.evaluation.result import EvaluationResult
+from megatron_r1reward.evaluation.result import EvaluationResult, Interval
 from megatron_r1reward.monitor.sinks import read_rows
 from megatron_r1reward.monitor.timeline import read_timeline
 
 T = TypeVar("T")
+BEST_OF_FILE = "use/best_of_n.json"
 
 
 class _FileModel(BaseModel):
@@ -27,6 +28,17 @@ class TimingFile(_FileModel):
     wall_seconds: float
 
 
+class BestOfFile(_FileModel):
+    """`BEST_OF_FILE`: the trained model picked the best of several responses, one of them right, about each image."""
+
+    images: int
+    candidates: int
+    right: float  # share of the images whose right response was picked; without a reward: not picked
+    right_interval: Interval
+    judgements: int  # of all images
+    failed: int  # images without a reward
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunFiles:
     """Everything the report shows. Metric rows are `{"step": int, "time": float, <name>: float | None}`."""
@@ -38,6 +50,7 @@ class RunFiles:
     rl_rows: tuple[dict[str, Any], ...]
     timing: TimingFile
     timeline: tuple[dict[str, Any], ...]  # of the RL stage; () where the run did not record one
+    best_of: BestOfFile | None  # None: the run did not try
     difficulty: dict[str, int]  # attempts needed ("1", "2", ..., "never") -> number of preferences
 
 
@@ -66,6 +79,7 @@ def read_run(run_dir: Path) -> RunFiles:
         rl_rows=_rows(run_dir / "rl/metrics.jsonl"),
         timing=_read(run_dir / "timing.json", TimingFile),
         timeline=tuple(read_timeline(run_dir / "rl/timeline.jsonl")),
+        best_of=_read(run_dir / BEST_OF_FILE, BestOfFile) if (run_dir / BEST_OF_FILE).is_file() else None,
         difficulty=_read(run_dir / "difficulty.json", dict[str, int]),
     )
 

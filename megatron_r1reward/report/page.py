@@ -116,6 +116,10 @@ def _cards(run: RunFiles) -> list[Card]:
         ),
         Card(title="Wall time", value=duration(run.timing.wall_seconds), note="the whole pipeline"),
     ]
+    if run.best_of is not None:
+        best = run.best_of
+        note = f"right response picked; chance is {_percent(1 / best.candidates)}"
+        cards.insert(3, Card(title=f"Best of {best.candidates}", value=_percent(best.right), note=note))
     if control is not None:
         note = "accuracy with another pair's images; chance is 50 %"
         cards.insert(3, Card(title="Shuffled images", value=_percent(control.accuracy), note=note))

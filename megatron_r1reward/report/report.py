@@ -28,7 +28,8 @@ def build_report(run_dir: Path) -> dict[str, Any]:
     """Write `report.json` and `report.html` into `run_dir`; returns what `report.json` holds.
 
     Reads `sft/metrics.jsonl`, `rl/metrics.jsonl`, `eval_sft/evaluation.json`, `eval_rl/evaluation.json` (the control's
-    result under its key `control`), `timing.json` and `difficulty.json`, and `rl/timeline.jsonl` where there is one;
+    result under its key `control`), `timing.json` and `difficulty.json`, and `rl/timeline.jsonl` and
+    `use/best_of_n.json` where they are;
     the transcripts' images are read from where they are and embedded.
 
     Raises:
@@ -49,6 +50,7 @@ def _summary(run: RunFiles) -> dict[str, Any]:
         "control": {"shuffled_images": None if control is None else _model_summary(control)},
         "heldout_pairs": run.rl.counts.pairs,
         "mismatch": {"step0_max_abs": _first_mismatch(run)},
+        "best_of_n": None if run.best_of is None else run.best_of.model_dump(mode="json"),
         "difficulty": run.difficulty,
         "phases": run.timing.phases,
         "wall_seconds": run.timing.wall_seconds,

@@ -56,7 +56,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tree.setdefault(section, {}).update(values)
         write_toml(run_files / name, tree)
     out = folder / "demo"
-    run_demo(out, run_files)
+    run_demo(out, run_files, best_of_images=4)
     return out
 
 
@@ -75,6 +75,10 @@ def test_report_holds_what_it_promises(finished: Path) -> None:
     assert report["heldout_pairs"] == 12
     assert report["versions"].keys() >= {"torch", "megatron-core", "vllm", "transformers"}
     assert report["wall_seconds"] > 0
+    best = report["best_of_n"]
+    scores = [json.loads(line) for line in (finished / "use" / "scores.jsonl").read_text().splitlines()]
+    assert (best["images"], best["candidates"], best["failed"]) == (len(scores), 8, 0) == (4, 8, 0)
+    assert 0 < best["judgements"] == sum(row["calls"] for row in scores) <= 4 * 3 * 4 * 2  # rounds, pairs, orders
     page = (finished / "report.html").read_text()
     assert page.count("data:image/png;base64") >= 2
     assert "http://" not in page.replace("http://www.w3.org", "")

@@ -310,3 +310,22 @@ def test_a_run_without_a_timeline_has_a_report_all_the_same(run_dir: Path) -> No
     build_report(run_dir)
     assert "What ran when, steps 3 to 8" in Page((run_dir / "report.html").read_text()).text
     assert draw_timeline(rows[:3]) is None
+
+
+def test_best_of_n_is_shown_with_its_interval_and_what_failed(run_dir: Path) -> None:
+    assert build_report(run_dir)["best_of_n"] is None
+    assert "In use" not in (run_dir / "report.html").read_text()
+    found = {
+        "images": 40,
+        "candidates": 8,
+        "right": 0.925,
+        "right_interval": [0.8, 0.97],
+        "judgements": 960,
+        "failed": 1,
+    }
+    (run_dir / "use").mkdir()
+    (run_dir / "use/best_of_n.json").write_text(json.dumps(found))
+    assert json.loads(json.dumps(build_report(run_dir)["best_of_n"])) == found
+    text = " ".join(Page((run_dir / "report.html").read_text()).text.split())
+    assert "the right one came first for 92.5 % (80.0 \u2013 97.0) of the images; chance is 12.5 %" in text
+    assert "24.0 judgements per image; 1 images got no reward and count as wrong" in text
