@@ -1,4 +1,4 @@
-"""The commands that use a trained model: `r1reward score`, `serve`, `serve-labels`."""
+"""The commands that use a trained model: `r1reward score`, `bench`, `serve`, `serve-labels`."""
 
 from __future__ import annotations
 
@@ -97,6 +97,40 @@ def score(
             schedule=schedule,
             rounds=rounds,
             budget=budget,
+            servers=servers,
+            max_tokens=max_tokens,
+            max_model_len=max_model_len,
+            api_key_variable=api_key_variable,
+            seed=seed,
+        )
+
+
+def bench(
+    benchmark: Annotated[
+        str, typer.Argument(help="vl-rewardbench, multimodal-rewardbench, mm-rlhf-rewardbench, or pairs: any other set")
+    ],
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="the published file, with its images beside it")],
+    model: Annotated[str, typer.Option(help="model folder (served here), or URLs of servers, comma-separated")],
+    out: Annotated[Path, typer.Option(help="folder of the judgements and the numbers; an earlier run is continued")],
+    image_root: Annotated[Path | None, typer.Option(help="of relative image paths; default: FILE's folder")] = None,
+    legacy: Annotated[bool, typer.Option(help="also the grouping of the released scripts (vl-rewardbench)")] = False,
+    servers: Annotated[int, typer.Option(help="vLLM servers to start for a model folder")] = 1,
+    max_tokens: Annotated[int, typer.Option(help="of one judgement")] = 1024,
+    max_model_len: Annotated[int, typer.Option(help="of started servers: prompt, images and judgement")] = 16384,
+    api_key_variable: Annotated[str, typer.Option(help="variable that holds the URL's key")] = "OPENAI_API_KEY",
+    seed: int = 0,
+) -> None:
+    """A public benchmark by its own rule and in both orders."""
+    with user_errors():
+        from megatron_r1reward.evaluation.bench import run_bench
+
+        run_bench(
+            benchmark,
+            source,
+            out,
+            model,
+            image_root=image_root,
+            legacy=legacy,
             servers=servers,
             max_tokens=max_tokens,
             max_model_len=max_model_len,

@@ -11,6 +11,7 @@ chosen), False, or None (no verdict in the text).
 |---|---|---|
 | VL-RewardBench (Li et al., arXiv 2411.17451) | by the id's source | not counted |
 | Multimodal RewardBench (Yasunaga et al., arXiv 2502.14191) | category, two of them split by id | a seeded coin |
+| pairs: any other file | by its `category` | wrong |
 | MM-RLHF-RewardBench (Zhang et al., arXiv 2502.10391) | by the picture's path | wrong |
 """
 
@@ -30,10 +31,14 @@ _COIN_SEED = 123
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """`legacy_group`: the grouping of the released R1-Reward scripts where it differs. `all_of_id`: report Acc+."""
+    """`legacy_group`: the grouping of the released R1-Reward scripts where it differs. `all_of_id`: report Acc+.
+
+    `drawn_order`: the benchmark draws which response stands first; else they stand as in its file.
+    """
 
     group: Callable[[Row], str]
     without_verdict: Literal["dropped", "wrong", "coin"]
+    drawn_order: bool = False
     legacy_group: Callable[[Row], str] | None = None
     all_of_id: bool = False
 
@@ -84,7 +89,8 @@ def official_score(rule: Rule, rows: Sequence[Row], right: Verdicts, *, legacy: 
 
     Args:
         right: one verdict per row, of the one order that was asked.
-        legacy: group as the released R1-Reward scripts do; not comparable with the benchmark's leaderboard.
+        legacy: group as the released R1-Reward scripts do, where no verdict is wrong; not comparable with the
+            benchmark's leaderboard.
 
     Raises:
         ValueError: no rows, not one verdict per row, or the benchmark has no legacy grouping.
@@ -94,7 +100,7 @@ def official_score(rule: Rule, rows: Sequence[Row], right: Verdicts, *, legacy: 
     group_of = rule.legacy_group if legacy else rule.group
     if group_of is None:
         raise ValueError("this benchmark has no legacy grouping: leave the legacy option out")
-    settled = _settle(rule, right)
+    settled = _settle("wrong" if legacy else rule.without_verdict, right)
     places: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
         places.setdefault(group_of(row), []).append(place)
@@ -136,12 +142,12 @@ def both_orders_score(rows: Sequence[Row], better_first: Verdicts, better_second
     )
 
 
-def _settle(rule: Rule, right: Verdicts) -> list[bool | None]:
+def _settle(without: Literal["dropped", "wrong", "coin"], right: Verdicts) -> list[bool | None]:
     """What counts for each row: None where it is left out of the denominator."""
-    if rule.without_verdict == "dropped":
+    if without == "dropped":
         return list(right)
     coin = random.Random(_COIN_SEED)
-    toss = rule.without_verdict == "coin"
+    toss = without == "coin"
     return [(toss and coin.random() < 0.5) if verdict is None else verdict for verdict in right]
 
 
@@ -196,7 +202,8 @@ def _mm_rlhf_group(row: Row) -> str:
 
 
 RULES: Mapping[str, Rule] = {
-    "vl-rewardbench": Rule(group=_vl_group, legacy_group=_vl_legacy_group, without_verdict="dropped"),
+    "vl-rewardbench": Rule(group=_vl_group, legacy_group=_vl_legacy_group, without_verdict="dropped", drawn_order=True),
     "multimodal-rewardbench": Rule(group=_multimodal_group, without_verdict="coin"),
     "mm-rlhf-rewardbench": Rule(group=_mm_rlhf_group, without_verdict="wrong", all_of_id=True),
+    "pairs": Rule(group=lambda row: str(row.get("category") or "all"), without_verdict="wrong"),
 }

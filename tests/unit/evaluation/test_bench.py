@@ -1,0 +1,85 @@
+"""`r1reward bench` against a local server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from scripted_server import ScriptedServer
+from typer.testing import CliRunner
+
+from megatron_r1reward.cli import app
+
+FIRST = "<think>The first.</think><answer>1</answer>"
+
+
+@pytest.fixture
+def always_first() -> Iterator[ScriptedServer]:
+    server = ScriptedServer([FIRST])
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Two pairs of one id, one of another category, and one whose picture is missing."""
+    (tmp_path / "mcq").mkdir()
+    (tmp_path / "short").mkdir()
+    for path in ("mcq/a.png", "short/b.png"):
+        Image.new("RGB", (4, 4), "red").save(tmp_path / path)
+    pictures = ["mcq/a.png", "mcq/a.png", "short/b.png", "short/gone.png"]
+    table = [
+        {"id": name, "prompt": "Which?", "chosen": f"a{i}", "rejected": "b", "chosen_reason": "", "image": pictures[i]}
+        for i, name in enumerate(("x", "x", "y", "z"))
+    ]
+    path = tmp_path / "bench.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in table))
+    return path
+
+
+def bench(rows: Path, out: Path, url: str, *options: str, name: str = "mm-rlhf-rewardbench"):
+    return CliRunner().invoke(app, ["bench", name, str(rows), "--model", url, "--out", str(out), *options])
+
+
+def test_both_numbers_stand_side_by_side_and_every_row_is_accounted_for(always_first, rows, tmp_path) -> None:
+    done = bench(rows, tmp_path / "out", always_first.url)
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert (found["rows"], found["unusable"], found["failed"]) == (4, 1, [])
+    assert found["official"]["groups"]["mcq"]["accuracy"] == {"right": 2, "counted": 2}
+    assert found["official"]["overall"]["accuracy_plus"] == {"right": 2, "counted": 3}
+    assert found["both_orders"]["better_first"]["mean"] == 0.75  # the pair without its picture is not right
+    assert found["both_orders"]["better_second"]["mean"] == 0.0
+    assert found["both_orders"]["agreement"]["mean"] == 0.0
+    judged = [json.loads(line) for line in (tmp_path / "out" / "judgements.jsonl").read_text().splitlines()]
+    assert sorted((line["row"], line["order"], line["right"]) for line in judged) == [
+        (0, "12", True), (0, "21", False), (1, "12", True), (1, "21", False), (2, "12", True), (2, "21", False),
+    ]  # fmt: skip
+    assert {line["text"] for line in judged} == {FIRST}
+
+
+@pytest.mark.parametrize("keep", [1, 40, 400, 10_000])
+def test_a_run_that_was_killed_anywhere_asks_and_writes_nothing_twice(always_first, rows, tmp_path, keep) -> None:
+    out = tmp_path / "out"
+    assert bench(rows, out, always_first.url).exit_code == 0
+    record, result = out / "judgements.jsonl", (out / "bench.json").read_text()
+    whole = record.read_bytes()
+    record.write_bytes(whole[:keep])
+    lost = 6 - whole[:keep].count(b"\n")
+    assert bench(rows, out, always_first.url).exit_code == 0
+    assert len(always_first.requests) == 6 + lost
+    assert sorted(record.read_bytes().splitlines()) == sorted(whole.splitlines())
+    assert (out / "bench.json").read_text() == result
+
+
+def test_what_cannot_be_meant_is_refused(always_first, rows, tmp_path) -> None:
+    done = bench(rows, tmp_path / "out", always_first.url, name="vlrb")
+    assert done.exit_code != 0
+    assert "give one of vl-rewardbench" in done.output
+    done = bench(rows, tmp_path / "out", always_first.url, "--legacy")
+    assert done.exit_code != 0
+    assert "no legacy grouping" in done.output
+    assert always_first.requests == []
