@@ -28,6 +28,7 @@ from megatron_r1reward.evaluation.result import (
 )
 from megatron_r1reward.evaluation.shuffled_images import shuffle_images as with_shuffled_images
 from megatron_r1reward.evaluation.statistics import Estimate, estimate_mean, estimate_share
+from megatron_r1reward.evaluation.vote_budget import measure_votes
 from megatron_r1reward.evaluation.voting import (
     Floats,
     Votes,
@@ -36,6 +37,7 @@ from megatron_r1reward.evaluation.voting import (
     order_agreement,
     voting_accuracy,
 )
+from megatron_r1reward.judging.ask import Judgement
 from megatron_r1reward.reward.rules import ParsedResponse, parse_rollout
 from megatron_r1reward.types import Label, Preference, Prompt, Rollout
 
@@ -139,6 +141,14 @@ def evaluate(
         "transcripts": _choose_transcripts(preferences, pairs, transcripts, seed),
         "shuffled_images": shuffle_images,
     }
+    if not shuffle_images:
+        update["vote_budget"] = measure_votes(
+            [{order: _judgements(pair, order) for order in ORDERS} for pair in pairs],
+            [pair.item for pair in pairs],
+            voting={int(k): (result.voting[k], result.voting_intervals[k]) for k in result.voting},
+            samples=samples,
+            seed=seed,
+        )
     if greedy:
         coldest = sampling.model_copy(update={"temperature": 0.0})
         decided, counted = _ask(pool, shown, prompts, coldest, 1, seed, progress)
@@ -182,6 +192,22 @@ def _ask(
         quarantined=len(generated.quarantined),
         truncated=sum(sample.rollout.finish_reason == "length" for sample in flat),
     )
+
+
+def _judgements(pair: JudgedPair, order: Order) -> list[Judgement]:
+    """For `measure_votes`: choice 1 is the right response."""
+    return [
+        Judgement(
+            order=order,
+            choice=None if sample.parsed.answer is None else 1 if sample.parsed.answer == pair.labels[order] else 2,
+            p_first=None,  # the pool does not ask for the alternatives of the answer's token
+            text=sample.rollout.text,
+            reasoning="",
+            tokens=len(sample.rollout.token_ids),
+            finish_reason=sample.rollout.finish_reason,
+        )
+        for sample in pair.samples[order]
+    ]
 
 
 def _check(preferences: Sequence[Preference], samples: int, voting: Sequence[int]) -> None:

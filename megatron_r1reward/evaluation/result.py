@@ -55,6 +55,32 @@ class CategoryAccuracy(_Part):
     pairs: int
 
 
+class VotingPoint(_Part):
+    """A way to vote, per pair: what it costs and how often it is right."""
+
+    method: str  # "one order", "both orders", "adaptive"
+    setting: str  # voting@k; votes per order; confidence at which sampling stops
+    samples: float
+    tokens: float  # generated
+    accuracy: float  # a tie counts 1/2
+    interval: Interval
+
+
+class CalibrationBin(_Part):
+    confidence: float  # mean probability of the verdicts
+    accuracy: float  # share of them that are right
+    share: float  # of all verdicts
+
+
+class VoteBudget(_Part):
+    """Accuracy against generated tokens, replayed on the evaluation's own samples."""
+
+    points: tuple[VotingPoint, ...]
+    cheapest: VotingPoint | None  # in both orders, not below the interval of the most votes in one order; None: none is
+    calibration_error: float | None  # expected, of the probabilities of adaptive sampling; None: nothing parsed
+    calibration: tuple[CalibrationBin, ...]  # reliability diagram
+
+
 class OrderAccuracy(_Part):
     """Both answer orders of every pair."""
 
@@ -89,6 +115,7 @@ class EvaluationResult(OrderAccuracy):
     transcripts: tuple[Transcript, ...] = ()
     shuffled_images: bool = False
     greedy: GreedyAccuracy | None = None  # None: not asked for, or written by an earlier version
+    vote_budget: VoteBudget | None = None  # None: the control, or written by an earlier version
     control: EvaluationResult | None = None  # with another pair's images
 
     def to_json(self) -> str:

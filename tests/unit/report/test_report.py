@@ -14,11 +14,14 @@ import pytest
 from PIL import Image
 
 from megatron_r1reward.evaluation.result import (
+    CalibrationBin,
     CategoryAccuracy,
     Counts,
     EvaluationResult,
     GreedyAccuracy,
     Transcript,
+    VoteBudget,
+    VotingPoint,
     one,
     several,
 )
@@ -329,3 +332,27 @@ def test_best_of_n_is_shown_with_its_interval_and_what_failed(run_dir: Path) -> 
     text = " ".join(Page((run_dir / "report.html").read_text()).text.split())
     assert "the right one came first for 92.5 % (80.0 \u2013 97.0) of the images; chance is 12.5 %" in text
     assert "24.0 judgements per image; 1 images got no reward and count as wrong" in text
+
+
+def test_ways_to_vote_are_shown_against_their_tokens(run_dir: Path) -> None:
+    def point(method: str, setting: str, tokens: float) -> VotingPoint:
+        interval = around(0.95).interval
+        return VotingPoint(
+            method=method, setting=setting, samples=tokens / 15, tokens=tokens, accuracy=0.95, interval=interval
+        )
+
+    build_report(run_dir)
+    assert "Accuracy against generated tokens" not in (run_dir / "report.html").read_text()
+    path, adaptive = run_dir / "eval_rl/evaluation.json", point("adaptive", "0.9", 45.0)
+    budget = VoteBudget(
+        points=(point("one order", "voting@15", 225.0), adaptive),
+        cheapest=adaptive,
+        calibration_error=0.021,
+        calibration=(CalibrationBin(confidence=0.75, accuracy=0.96, share=1.0),),
+    )
+    found = EvaluationResult.model_validate_json(path.read_text())
+    path.write_text(found.model_copy(update={"vote_budget": budget}).to_json())
+    assert build_report(run_dir)["rl"]["vote_budget"]["cheapest"]["tokens"] == 45.0
+    text = " ".join(Page((run_dir / "report.html").read_text()).text.split())
+    assert "Within the interval of voting@15 with the fewest tokens: adaptive (0.9), 20.0 % of its tokens." in text
+    assert "expected calibration error 2.1 %" in text

@@ -1,0 +1,150 @@
+"""What votes are worth: accuracy against generated tokens, and calibration, replayed on one stored set of samples.
+
+    samples of every pair, both orders --replayed by a way to vote--> verdict, probability, tokens spent --> curve, ECE
+
+Three ways, from the same samples: a majority in one order (voting@k), the same number of votes in both orders, and
+adaptive sampling that stops when the posterior is decided (`judging.votes`). No model is asked again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_r1reward.evaluation.result import CalibrationBin, Interval, VoteBudget, VotingPoint
+from megatron_r1reward.evaluation.statistics import Estimate, estimate_share
+from megatron_r1reward.judging.ask import ORDERS, Judgement, Order
+from megatron_r1reward.judging.votes import Adaptive, probability, verdict
+
+Floats = NDArray[np.float64]
+CONFIDENCES = (0.8, 0.9, 0.95, 0.99)  # of adaptive sampling
+DEFAULT_CONFIDENCE = Adaptive().confidence
+REPLAYS = 5  # orders of the samples, drawn; a figure is their mean
+BINS = 5  # of the confidence in the verdict, from 1/2 to 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replayed:
+    """A way to vote on P pairs, each value the mean over `REPLAYS` orders of the samples but for `p_right`."""
+
+    accuracy: Floats  # [P], a tie is 1/2, no vote 0
+    samples: Floats  # [P]
+    tokens: Floats  # [P]
+    p_right: Floats  # [P * REPLAYS], probability given to the right response; NaN without a vote
+
+
+def measure_votes(
+    pairs: Sequence[Mapping[Order, Sequence[Judgement]]],
+    items: Sequence[Hashable],
+    *,
+    voting: Mapping[int, tuple[float, Interval]],
+    samples: int,
+    seed: int,
+) -> VoteBudget:
+    """Replay the ways to vote.
+
+    Args:
+        pairs: P pairs' judgements by order, with `choice` 1 for the right response and 2 for the other one.
+        items: P keys, see `estimate_share`.
+        voting: k -> (accuracy, interval) of voting@k in one order, the mean of both orders.
+        samples: K, asked for per order.
+        seed: of the orders in which samples are replayed.
+    """
+    single = [judgement.tokens for pair in pairs for order in ORDERS for judgement in pair[order]]
+    mean_tokens = float(np.mean(single)) if single else 0.0
+    points = [
+        VotingPoint(
+            method="one order",
+            setting=f"voting@{k}",
+            samples=k,
+            tokens=k * mean_tokens,
+            accuracy=mean,
+            interval=interval,
+        )
+        for k, (mean, interval) in sorted(voting.items())
+    ]
+    for k in sorted({k for k in (1, 2, 3, 5, 8, *voting) if k <= samples}):
+        points.append(_point("both orders", f"{k} + {k}", replay(pairs, k, seed), items))
+    bins: tuple[CalibrationBin, ...] = ()
+    error: float | None = None
+    for confidence in CONFIDENCES:
+        found = replay(pairs, Adaptive(confidence=confidence, max_samples=min(16, 2 * samples)), seed)
+        points.append(_point("adaptive", f"{confidence:g}", found, items))
+        if confidence == DEFAULT_CONFIDENCE:
+            error, bins = calibration(found.p_right)
+    return VoteBudget(points=tuple(points), cheapest=_cheapest(points), calibration_error=error, calibration=bins)
+
+
+def replay(pairs: Sequence[Mapping[Order, Sequence[Judgement]]], rule: int | Adaptive, seed: int) -> Replayed:
+    """Vote on every pair with samples in drawn orders: `rule` votes per order, or until `rule` has enough."""
+    generator = np.random.default_rng(seed)
+    accuracy, samples, tokens = (np.zeros((len(pairs), REPLAYS)) for _ in range(3))
+    p_right = np.full((len(pairs), REPLAYS), np.nan)
+    for row, pair in enumerate(pairs):
+        for column in range(REPLAYS):
+            asked: list[Judgement] = []
+            drawn = {order: generator.permutation(len(pair[order])) for order in ORDERS}
+            for place in range(max(len(pair[order]) for order in ORDERS)):
+                if place >= rule if isinstance(rule, int) else rule.enough(asked):
+                    break
+                asked += [pair[order][drawn[order][place]] for order in ORDERS if place < len(pair[order])]
+            p = probability(asked, "balanced")
+            if p is not None:
+                p_right[row, column] = p
+                accuracy[row, column] = {1: 1.0, 2: 0.0, None: 0.5}[verdict(p)]
+            samples[row, column] = len(asked)
+            tokens[row, column] = sum(judgement.tokens for judgement in asked)
+    return Replayed(
+        accuracy=accuracy.mean(axis=1),
+        samples=samples.mean(axis=1),
+        tokens=tokens.mean(axis=1),
+        p_right=p_right.ravel(),
+    )
+
+
+def calibration(p_right: Floats) -> tuple[float | None, tuple[CalibrationBin, ...]]:
+    """Expected calibration error of verdicts, and the reliability diagram's bins that hold any.
+
+    Args:
+        p_right: [M], probability that was given to the right response; NaN (no vote) is left out.
+    """
+    known = p_right[~np.isnan(p_right)]
+    if known.size == 0:
+        return None, ()
+    bins = tuple(_bins(np.maximum(known, 1 - known), np.where(known == 0.5, 0.5, known > 0.5)))
+    return sum(one.share * abs(one.confidence - one.accuracy) for one in bins), bins
+
+
+def _bins(confidence: Floats, right: Floats) -> Iterator[CalibrationBin]:
+    place = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    for number in range(BINS):
+        if (held := place == number).any():
+            yield CalibrationBin(
+                confidence=float(confidence[held].mean()), accuracy=float(right[held].mean()), share=float(held.mean())
+            )
+
+
+def _point(method: str, setting: str, found: Replayed, items: Sequence[Hashable]) -> VotingPoint:
+    estimate: Estimate = estimate_share(found.accuracy, items)
+    return VotingPoint(
+        method=method,
+        setting=setting,
+        samples=float(found.samples.mean()),
+        tokens=float(found.tokens.mean()),
+        accuracy=estimate.mean,
+        interval=estimate.interval,
+    )
+
+
+def _cheapest(points: Sequence[VotingPoint]) -> VotingPoint | None:
+    """The way in both orders with the fewest tokens that is not below the interval of the most votes in one order."""
+    most = max(
+        (point for point in points if point.method == "one order"), key=lambda point: point.samples, default=None
+    )
+    if most is None:
+        return None
+    good = [point for point in points if point.method != "one order" and point.accuracy >= most.interval[0]]
+    return min(good, key=lambda point: point.tokens, default=None)
