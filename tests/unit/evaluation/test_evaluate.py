@@ -122,6 +122,19 @@ def test_a_perfect_judge(builder: PromptBuilder, tmp_path: Path) -> None:
     assert {name: found.pairs for name, found in result.by_category.items()} == {"digit": 4, "parity": 4, "sum": 4}
 
 
+def test_votes_are_replayed_on_the_samples_of_both_orders(builder: PromptBuilder, tmp_path: Path) -> None:
+    """A perfect judge needs two samples; one that always says 1 is a tie in both orders; the control has none."""
+    found = [run(pairs(6, tmp_path), builder, lambda prompt, index: says(prompt.label)).vote_budget]
+    found.append(run(pairs(6, tmp_path), builder, lambda prompt, index: says(1)).vote_budget)
+    assert found[0] is not None and found[1] is not None
+    assert {point.accuracy for point in found[0].points} == {1.0}
+    assert found[0].cheapest is not None and found[0].cheapest.samples == 2
+    tokens = {point.setting: point.tokens for point in found[0].points}
+    assert tokens["voting@3"] == 3 * len(says(1).split()) and tokens["1 + 1"] == 2 * len(says(1).split())
+    assert {point.accuracy for point in found[1].points if point.method != "one order"} == {0.5}
+    assert run(pairs(6, tmp_path), builder, lambda prompt, index: says(1), shuffle_images=True).vote_budget is None
+
+
 def test_one_right_one_wrong_one_unparsable(builder: PromptBuilder, tmp_path: Path) -> None:
     def script(prompt: Prompt, index: int) -> str:
         return [says(prompt.label), says(wrong(prompt.label)), "no tags at all"][index]
