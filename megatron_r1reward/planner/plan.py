@@ -97,9 +97,11 @@ def make_plan(config: RunConfig, stage: Stage) -> Plan:
     """Plan `stage` of a run.
 
     Raises:
-        ValueError: the model is unknown, the components do not fit on the devices, or the layout is illegal; the
-            message holds the reason and the nearest legal choice.
+        ValueError: the model is unknown, the components do not fit on the devices, the layout is illegal, or RL cannot
+            use the sampling; the message holds the reason and the nearest legal choice.
     """
+    if stage == "rl":
+        config.sampling.check_for_rl()
     model = find_model(config.model.path, config.plan.model)
     device = find_device(config.plan)
     devices = planned_devices(config, stage)

@@ -160,3 +160,11 @@ def test_the_longest_sequence_of_sft_is_no_matter_of_sampling(make_config) -> No
     assert plans[0].workload == plans[1].workload
     longer = make_plan(make_config("Qwen2.5-VL-7B-Instruct", "sft", **{"plan.longest_response": 3048}), "sft")
     assert longer.workload.longest == plans[0].workload.longest + 1000
+
+
+@pytest.mark.parametrize("override", ["sampling.top_p=0.9", "sampling.top_k=20", "sampling.temperature=0"])
+def test_what_rl_will_refuse_is_refused_here(tmp_path: Path, override: str):
+    sampled = _run_file(tmp_path, sections="[rl]\n[reward]\nuse_judge = false\n")
+    result = _plan(sampled, override)
+    assert result.exit_code == 1
+    assert override.partition("=")[0] in result.output
