@@ -52,8 +52,7 @@ class _Request:
     key: str
     place: int
     order: Order
-    item: Item
-    preference: Preference
+    preference: Preference  # its images are read when it is asked: all of a benchmark's do not fit in memory
 
 
 def run_bench(
@@ -73,7 +72,8 @@ def run_bench(
     """Serve or reach the model, judge every pair in both orders (greedy), write the numbers.
 
     Raises:
-        ValueError: an option, the file or the model cannot be meant, or no pair could be judged.
+        ValueError: an option, the file or the model cannot be meant, or requests failed: the numbers are written, and
+            the same command asks again for what is missing.
     """
     if benchmark not in RULES:
         raise ValueError(f"benchmark {benchmark!r}: give one of {', '.join(RULES)}")
@@ -109,6 +109,11 @@ def run_bench(
     text = _markdown(benchmark, account, official, released, ours)
     write_text(out / "bench.md", text)
     print(text)
+    if failed:
+        raise ValueError(
+            f"{len(failed)} of {2 * len(preferences)} requests failed and count as no verdict, the first: {failed[0]}. "
+            "Run the same command again: it asks for these only"
+        )
 
 
 def _read_pairs(raw: Sequence[RawRow], source: Path, out: Path, image_root: Path | None) -> dict[int, Preference]:
@@ -144,7 +149,7 @@ def _judge(
         for order in ORDERS:
             said = json.dumps([place, item.key, *preference.responses, order, preference.label, *asked_as])
             key = hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-            requests.append(_Request(key=key, place=place, order=order, item=item, preference=preference))
+            requests.append(_Request(key=key, place=place, order=order, preference=preference))
     known = _recorded(path)
     todo = [request for request in requests if request.key not in known]
     failed: list[str] = []
@@ -155,13 +160,14 @@ def _judge(
             pair, order = request.preference.responses, request.order
             async with slots:
                 try:
+                    item = Item.of(request.preference.question, request.preference.image_paths)
                     (said,) = await model.model.judge(
-                        request.item,
+                        item,
                         pair,
                         order=order,
                         n=1,
                         temperature=0.0,
-                        seed=seed_of(seed, request.item, pair, order),
+                        seed=seed_of(seed, item, pair, order),
                     )
                 except (ValueError, RuntimeError) as error:
                     failed.append(f"row {request.place}, order {order}: {error}")

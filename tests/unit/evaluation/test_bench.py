@@ -83,3 +83,14 @@ def test_what_cannot_be_meant_is_refused(always_first, rows, tmp_path) -> None:
     assert done.exit_code != 0
     assert "no legacy grouping" in done.output
     assert always_first.requests == []
+
+
+def test_requests_that_failed_fail_the_command_and_are_asked_again(always_first, rows, tmp_path) -> None:
+    assert bench(rows, tmp_path / "out", always_first.url).exit_code == 0
+    record = tmp_path / "out" / "judgements.jsonl"
+    record.write_text("".join(f"{line}\n" for line in record.read_text().splitlines()[:5]))
+    always_first.stop()
+    done = bench(rows, tmp_path / "out", always_first.url)
+    assert done.exit_code == 2
+    assert "1 of 6 requests failed" in done.output
+    assert json.loads((tmp_path / "out" / "bench.json").read_text())["rows"] == 4
