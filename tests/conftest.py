@@ -84,7 +84,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def stage(item: pytest.Item) -> int:
         order = {"parallel": 0, "e2e": 2, "slurm": 3}
-        if item.path.stem == "test_second_device":
+        if item.path.stem.startswith("test_second_device"):
             return -1
         return next((place for marker, place in order.items() if item.get_closest_marker(marker)), 1)
 
