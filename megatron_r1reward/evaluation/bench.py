@@ -109,9 +109,14 @@ def run_bench(
     text = _markdown(benchmark, account, official, released, ours)
     write_text(out / "bench.md", text)
     print(text)
+    _check_complete(failed, 2 * len(preferences))
+
+
+def _check_complete(failed: Sequence[str], asked: int) -> None:
+    """ValueError where a number rests on requests that were not answered."""
     if failed:
         raise ValueError(
-            f"{len(failed)} of {2 * len(preferences)} requests failed and count as no verdict, the first: {failed[0]}. "
+            f"{len(failed)} of {asked} requests failed and count as no verdict, the first: {failed[0]}. "
             "Run the same command again: it asks for these only"
         )
 
@@ -172,7 +177,6 @@ def _judge(
                 except (ValueError, RuntimeError) as error:
                     failed.append(f"row {request.place}, order {order}: {error}")
                     return
-            right = None if said.choice is None else said.choice == request.preference.label
             line = {
                 "key": request.key,
                 "row": request.place,
@@ -180,7 +184,7 @@ def _judge(
                 "sample": 0,
                 "text": said.text,
                 "choice": said.choice,
-                "right": right,
+                "right": None if said.choice is None else said.choice == request.preference.label,
                 "tokens": said.tokens,
                 "finish_reason": said.finish_reason,
             }
