@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +34,10 @@ from megatron_r1reward.evaluation.benchmark_rules import (
     official_score,
 )
 from megatron_r1reward.files import write_jsonl, write_text
-from megatron_r1reward.judging.ask import ORDERS, AskOptions, Item, Order
+from megatron_r1reward.judging.ask import ORDERS, Item, Order
 from megatron_r1reward.judging.compare import seed_of
 from megatron_r1reward.judging.reward_model import RewardModel
-from megatron_r1reward.judging.score_files import folder_identity
+from megatron_r1reward.judging.score_files import open_model
 from megatron_r1reward.types import Preference
 
 log = logging.getLogger(__name__)
@@ -83,15 +82,9 @@ def run_bench(
     out.mkdir(parents=True, exist_ok=True)
     raw = list(iterate_rows(source))
     preferences = _read_pairs(raw, source, out, image_root)
-    ask = AskOptions(max_tokens=max_tokens)
-    if "://" in model:
-        name = model
-        opened = RewardModel.connect(model.split(","), api_key=os.environ.get(api_key_variable), options=ask)
-    else:
-        name = folder_identity(Path(model))
-        opened = RewardModel.from_pretrained(
-            model, servers=servers, max_model_len=max_model_len, options=ask, report=log.info
-        )
+    opened, name = open_model(
+        model, servers=servers, max_tokens=max_tokens, max_model_len=max_model_len, api_key_variable=api_key_variable
+    )
     with opened:
         judged, failed = _judge(opened, preferences, out / "judgements.jsonl", [name, max_tokens, seed], seed)
     if not judged:

@@ -101,15 +101,9 @@ def run_score(
         budget=budget,
         seed=seed,
     )
-    ask = AskOptions(max_tokens=max_tokens)
-    if "://" in model:
-        key, name = os.environ.get(api_key_variable), model
-        opened = RewardModel.connect(model.split(","), api_key=key, options=ask)
-    else:
-        name = folder_identity(Path(model))
-        opened = RewardModel.from_pretrained(
-            model, servers=servers, max_model_len=max_model_len, options=ask, report=log.info
-        )
+    opened, name = open_model(
+        model, servers=servers, max_tokens=max_tokens, max_model_len=max_model_len, api_key_variable=api_key_variable
+    )
     with opened, tqdm(desc="score", unit="row", mininterval=1.0, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -125,6 +119,25 @@ def run_score(
     )
     if summary.rows and summary.failed == summary.rows:
         raise ValueError(f"no row of {source} could be judged: see the `error` of each in {output}")
+
+
+def open_model(
+    model: str, *, servers: int, max_tokens: int, max_model_len: int, api_key_variable: str
+) -> tuple[RewardModel, str]:
+    """The model of a command's `--model`, and its name in records: a folder is served here and named by its content,
+    URLs of servers, comma-separated, are reached with the key in `api_key_variable` and name themselves.
+
+    Raises:
+        ValueError: it is no model folder, or cannot be served.
+    """
+    options = AskOptions(max_tokens=max_tokens)
+    if "://" in model:
+        return RewardModel.connect(model.split(","), api_key=os.environ.get(api_key_variable), options=options), model
+    name = folder_identity(Path(model))
+    opened = RewardModel.from_pretrained(
+        model, servers=servers, max_model_len=max_model_len, options=options, report=log.info
+    )
+    return opened, name
 
 
 def folder_identity(folder: Path) -> str:
