@@ -27,7 +27,7 @@ import megatron_r1reward.parallel  # noqa: F401  (before megatron-core)
 torch.set_num_threads(1)
 
 from forked_ranks import run_ranks  # noqa: E402
-from parity_layouts import LAYOUTS, Layout  # noqa: E402
+from parity_layouts import LAYOUTS, SINGLE, Layout  # noqa: E402
 from reporting import print_table, write_json  # noqa: E402
 
 from megatron_r1reward.checkpoint.weight_exporter import export_hf_tensors  # noqa: E402
@@ -242,8 +242,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         write_family(arguments.family, Path(folder) / "tiny")
         images = write_images(Path(folder) / "images")
-        single = Layout(ranks=1, parallel={"use_distributed_optimizer": False})
-        reference = run_ranks(two_steps, 1, Path(folder) / "tiny", images, single, 100_000)[0]
+        reference = run_ranks(two_steps, 1, Path(folder) / "tiny", images, SINGLE, 100_000)[0]
         for name in arguments.layout or LAYOUTS:
             layout = LAYOUTS[name]
             if not applies(arguments.family, layout):

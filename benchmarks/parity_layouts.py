@@ -28,6 +28,7 @@ class Layout:
     needs_experts: bool = False
 
 
+SINGLE = Layout(ranks=1, parallel={"use_distributed_optimizer": False})
 LAYOUTS: dict[str, Layout] = {
     "TP2": Layout(ranks=2, parallel=TP2),
     "TP2+SP": Layout(ranks=2, parallel=TP2 | SP),

@@ -8,9 +8,7 @@ import interpreted_triton  # noqa: F401  (first: this file is read before pytest
 import parallel_parity as parity
 import pytest
 from forked_ranks import run_ranks
-from parity_layouts import Layout
-
-SINGLE = Layout(ranks=1, parallel={"use_distributed_optimizer": False})
+from parity_layouts import SINGLE
 
 
 @pytest.fixture(scope="session")

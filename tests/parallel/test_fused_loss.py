@@ -11,7 +11,7 @@ import parallel_parity as parity
 import pytest
 import torch
 from forked_ranks import run_ranks
-from parity_layouts import LAYOUTS, Layout
+from parity_layouts import LAYOUTS, SINGLE, Layout
 
 from megatron_r1reward.algorithm.policy_loss import aggregation_weights
 from megatron_r1reward.checkpoint.weight_exporter import export_hf_tensors
@@ -19,7 +19,6 @@ from megatron_r1reward.training.policy_update import update_policy
 from megatron_r1reward.training.rollout_batch import RolloutBatch, forward_log_probs
 
 pytestmark = pytest.mark.parallel
-SINGLE = Layout(ranks=1, parallel={"use_distributed_optimizer": False})
 PAPER = {"dual_clip": 3.0, "truncated_importance_sampling": 2.0, "clip_high": 0.28}
 EVERY_ROW = {"kl_loss_coefficient": 0.1, "entropy_coefficient": 0.01, "aggregation": "token_mean"}
 GSPO = {"loss": "gspo", "clip_low": 0.05, "clip_high": 0.05}

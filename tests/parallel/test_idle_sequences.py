@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from forked_ranks import run_ranks
-from parity_layouts import LAYOUTS, Layout
+from parity_layouts import LAYOUTS, SINGLE
 from updates import ACTIVE, Updated, update_and_sft_step
 
 pytestmark = pytest.mark.parallel
-SINGLE = Layout(ranks=1, parallel={"use_distributed_optimizer": False})
 NOT_COMPARED = ("tokens_per_second", "lr")
 
 

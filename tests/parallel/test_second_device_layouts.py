@@ -12,12 +12,11 @@ import numpy as np
 import parallel_parity as parity
 import pytest
 from forked_ranks import run_ranks
-from parity_layouts import LAYOUTS, Layout
+from parity_layouts import LAYOUTS, SINGLE
 from test_second_device import ALLOWED_WAITS, WAITING_FOR_MAIN
 from updates import Updated, update_and_sft_step
 
 pytestmark = pytest.mark.parallel
-SINGLE = Layout(ranks=1, parallel={"use_distributed_optimizer": False})
 # Every layout once; the families share them, so that each takes part in each kind of parallelism.
 FAMILY_OF = {
     "PP2": "qwen3_vl",
