@@ -25,13 +25,14 @@ import numpy as np
 from reporting import print_table, write_json
 from tqdm import tqdm
 
+from megatron_r1reward.data.identity import model_identity
 from megatron_r1reward.demo.digits_candidates import write_candidates
 from megatron_r1reward.evaluation.statistics import estimate_share
+from megatron_r1reward.files import recover_jsonl
 from megatron_r1reward.judging.ask import AskOptions, Asks, Item, Judgement, Order
 from megatron_r1reward.judging.compare import Votes
 from megatron_r1reward.judging.rank import Schedule, rank
 from megatron_r1reward.judging.reward_model import RewardModel
-from megatron_r1reward.judging.score_files import folder_identity
 
 CANDIDATES = 8
 GOAL_POINTS, GOAL_CALLS = 0.02, 0.5
@@ -80,15 +81,10 @@ class Recorded:
 
 def read_record(path: Path, identity: str) -> dict[Key, Judgement]:
     record: dict[Key, Judgement] = {}
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the last line of an interrupted run
-            if row.pop("model") == identity:
-                key = tuple(row.pop("key"))
-                record[key] = Judgement(**row)
+    for row in recover_jsonl(path):
+        if row.pop("model") == identity:
+            key = tuple(row.pop("key"))
+            record[key] = Judgement(**row)
     return record
 
 
@@ -178,7 +174,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", action="store_true", help="exit code 1 when a goal is missed")
     options = parser.parse_args()
-    identity = folder_identity(options.model)
+    identity = model_identity(options.model)
     record = read_record(options.record, identity)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -97,6 +97,28 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def recover_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a record that grows line by line; none where there is no such file. Whoever was killed while it
+    wrote left a torn line at the end: the file is written anew without it, so that the next line stands alone."""
+    if not path.exists():
+        return []
+    rows, whole = [], True
+    content = path.read_bytes()
+    for line in content.split(b"\n"):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError:  # JSONDecodeError, or bytes that are no text
+            whole = False
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            whole = whole and row is None
+    if not whole or (content and not content.endswith(b"\n")):
+        write_jsonl(path, rows)
+    return rows
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file holds.
 

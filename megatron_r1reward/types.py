@@ -160,3 +160,15 @@ class TensorMeta:
         if self.dtype not in _ITEM_BYTES:
             raise ValueError(f"tensor {self.name}: {self.dtype!r} is none of {', '.join(_ITEM_BYTES)}")
         return self.numel * _ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelAccess:
+    """What `r1reward score` and `bench` are told about a model; the commands' options are made of these fields."""
+
+    model: str  # folder, or URLs of servers, comma-separated
+    model_name: str | None = None  # at the URLs; None: the first that they list
+    servers: int = 1  # started for a folder
+    max_tokens: int = 1024  # of one judgement
+    max_model_len: int = 16384  # of started servers
+    api_key_variable: str = "OPENAI_API_KEY"

@@ -2,15 +2,53 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from megatron_r1reward.types import ModelAccess
 from megatron_r1reward.user_errors import user_errors
 
+_ACCESS_OPTIONS: Mapping[str, Any] = {  # of the fields of `ModelAccess`
+    "model": Annotated[str, typer.Option(help="model folder (served here), or URLs of servers, comma-separated")],
+    "model_name": Annotated[str | None, typer.Option(help="at the URLs; default: the first that they list")],
+    "servers": Annotated[int, typer.Option(help="vLLM servers to start for a model folder")],
+    "max_tokens": Annotated[int, typer.Option(help="of one judgement")],
+    "max_model_len": Annotated[int, typer.Option(help="of started servers: prompt, images and judgement")],
+    "api_key_variable": Annotated[str, typer.Option(help="variable that holds the URL's key")],
+}
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="the run file")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="applied left to right")]
+
+
+def _asks_a_model(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for each field of `ModelAccess` in place of its parameter `access`."""
+    fields = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+            annotation=_ACCESS_OPTIONS[field.name],
+        )
+        for field in dataclasses.fields(ModelAccess)
+    ]
+
+    @wraps(command)
+    def told(**options: Any) -> None:
+        access = ModelAccess(**{field.name: options.pop(field.name) for field in fields})
+        command(**options, access=access)
+
+    # Typer reads annotations by `get_type_hints`, which wants them as objects; here they are texts.
+    own = inspect.signature(command, eval_str=True).parameters
+    kept = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own.values() if one.name != "access"]
+    told.__signature__ = inspect.Signature([*kept, *fields])  # type: ignore[attr-defined]
+    told.__annotations__ = {one.name: one.annotation for one in (*kept, *fields)}
+    return told
 
 
 def serve_labels(run_file: RunFile, overrides: Overrides = None) -> None:
@@ -65,10 +103,11 @@ def serve(
         )
 
 
+@_asks_a_model
 def score(
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="rows {question, responses, images}")],
     output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="grows row by row; an earlier run is continued")],
-    model: Annotated[str, typer.Option(help="model folder (served here), or URLs of servers, comma-separated")],
+    access: ModelAccess,
     best_of: Annotated[Path | None, typer.Option(help="also write the winner of each row to this JSONL file")] = None,
     image_root: Annotated[Path | None, typer.Option(help="of relative image paths; default: IN's folder")] = None,
     votes: Annotated[int, typer.Option(help="judgements per pair and order; 1 is greedy")] = 1,
@@ -76,10 +115,6 @@ def score(
     schedule: Annotated[str, typer.Option(help="swiss, all_pairs, knockout, circular or pivot")] = "swiss",
     rounds: Annotated[int | None, typer.Option(help="of swiss; default: log2 of the candidates")] = None,
     budget: Annotated[int | None, typer.Option(help="judgements per row at most")] = None,
-    servers: Annotated[int, typer.Option(help="vLLM servers to start for a model folder")] = 1,
-    max_tokens: Annotated[int, typer.Option(help="of one judgement")] = 1024,
-    max_model_len: Annotated[int, typer.Option(help="of started servers: prompt, images and judgement")] = 16384,
-    api_key_variable: Annotated[str, typer.Option(help="variable that holds the URL's key")] = "OPENAI_API_KEY",
     seed: int = 0,
 ) -> None:
     """Rewards, ranking and best-of-N for files of responses, by a trained model."""
@@ -89,7 +124,7 @@ def score(
         run_score(
             source,
             output,
-            model,
+            access,
             best_of=best_of,
             image_root=image_root,
             votes=votes,
@@ -97,43 +132,46 @@ def score(
             schedule=schedule,
             rounds=rounds,
             budget=budget,
-            servers=servers,
-            max_tokens=max_tokens,
-            max_model_len=max_model_len,
-            api_key_variable=api_key_variable,
             seed=seed,
         )
 
 
+@_asks_a_model
 def bench(
     benchmark: Annotated[
         str, typer.Argument(help="vl-rewardbench, multimodal-rewardbench, mm-rlhf-rewardbench, or pairs: any other set")
     ],
     source: Annotated[Path, typer.Argument(metavar="FILE", help="the published file, with its images beside it")],
-    model: Annotated[str, typer.Option(help="model folder (served here), or URLs of servers, comma-separated")],
+    access: ModelAccess,
     out: Annotated[Path, typer.Option(help="folder of the judgements and the numbers; an earlier run is continued")],
     image_root: Annotated[Path | None, typer.Option(help="of relative image paths; default: FILE's folder")] = None,
     legacy: Annotated[bool, typer.Option(help="also the grouping of the released scripts (vl-rewardbench)")] = False,
-    servers: Annotated[int, typer.Option(help="vLLM servers to start for a model folder")] = 1,
-    max_tokens: Annotated[int, typer.Option(help="of one judgement")] = 1024,
-    max_model_len: Annotated[int, typer.Option(help="of started servers: prompt, images and judgement")] = 16384,
-    api_key_variable: Annotated[str, typer.Option(help="variable that holds the URL's key")] = "OPENAI_API_KEY",
+    samples: Annotated[int, typer.Option(help="per pair and order, beside the greedy judgement: voting@k")] = 0,
+    temperature: Annotated[float, typer.Option(help="of the samples")] = 1.0,
+    prompt: Annotated[
+        Path | None, typer.Option(help="another model's prompt, with {question}, {response_1}, {response_2}")
+    ] = None,
+    verdict: Annotated[
+        str, typer.Option(help="answer, released, answer-text, brackets, boxed, or a regular expression with a group")
+    ] = "answer",
+    request: Annotated[str, typer.Option(help="JSON fields of each request; null leaves one out")] = "{}",
     seed: int = 0,
 ) -> None:
     """A public benchmark by its own rule and in both orders."""
     with user_errors():
-        from megatron_r1reward.evaluation.bench import run_bench
+        from megatron_r1reward.evaluation.bench import BenchOptions, run_bench
+        from megatron_r1reward.report.bench_report import write_bench_report
 
-        run_bench(
-            benchmark,
-            source,
-            out,
-            model,
+        options = BenchOptions(
             image_root=image_root,
             legacy=legacy,
-            servers=servers,
-            max_tokens=max_tokens,
-            max_model_len=max_model_len,
-            api_key_variable=api_key_variable,
+            samples=samples,
+            temperature=temperature,
+            prompt=prompt,
+            verdict=verdict,
+            request=request,
             seed=seed,
         )
+        result = run_bench(benchmark, source, out, access, options)
+        typer.echo(write_bench_report(result, out))
+        result.check_complete()

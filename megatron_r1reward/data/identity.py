@@ -24,7 +24,7 @@ from megatron_r1reward.types import Preference
 _BLOCK = 1 << 20
 _SAMPLES = 64  # blocks of a weight file; training changes every one of them
 _SAMPLE = 64 << 10
-_WEIGHTS = ".safetensors"
+_WEIGHTS = (".safetensors", ".bin")
 _DESCRIPTIONS = ("*.json", "*.jinja", "*.txt", "*.model")  # configuration, tokenizer, processor, chat template
 
 
@@ -65,12 +65,13 @@ def model_identity(folder: Path) -> str:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give the Hugging Face folder of a model")
     digest = xxhash.xxh3_128()
-    named = {path for pattern in _DESCRIPTIONS for path in folder.glob(pattern)} | set(folder.glob(f"*{_WEIGHTS}"))
+    patterns = (*_DESCRIPTIONS, *(f"*{suffix}" for suffix in _WEIGHTS))
+    named = {path for pattern in patterns for path in folder.glob(pattern)}
     for path in sorted(named):
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())
         with path.open("rb") as file:
-            if path.suffix != _WEIGHTS or size <= _SAMPLES * _SAMPLE:
+            if path.suffix not in _WEIGHTS or size <= _SAMPLES * _SAMPLE:
                 while block := file.read(_BLOCK):
                     digest.update(block)
                 continue

@@ -103,7 +103,7 @@ def official_score(rule: Rule, rows: Sequence[Row], right: Verdicts, *, legacy: 
     settled = _settle("wrong" if legacy else rule.without_verdict, right)
     places: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
-        places.setdefault(group_of(row), []).append(place)
+        places.setdefault(group_name(group_of, row), []).append(place)
     groups = {name: _tally(rule, rows, settled, part) for name, part in sorted(places.items())}
     shares = [score.accuracy.accuracy for score in groups.values()]
     known = [share for share in shares if share is not None]
@@ -129,7 +129,7 @@ def both_orders_score(rows: Sequence[Row], better_first: Verdicts, better_second
         raise ValueError(
             f"{len(better_first)} and {len(better_second)} verdicts for {len(rows)} rows: give one per row and order"
         )
-    items = [_item(row, place) for place, row in enumerate(rows)]
+    items = items_of(rows)
     first, second = ([float(verdict is True) for verdict in part] for part in (better_first, better_second))
     answered = [place for place, pair in enumerate(zip(better_first, better_second, strict=True)) if None not in pair]
     agree = [float(better_first[place] == better_second[place]) for place in answered]
@@ -140,6 +140,19 @@ def both_orders_score(rows: Sequence[Row], better_first: Verdicts, better_second
         agreement=estimate_share(agree, [items[place] for place in answered]) if answered else None,
         agreement_pairs=len(answered),
     )
+
+
+def group_name(group_of: Callable[[Row], str], row: Row) -> str:
+    """The group of a row; "unreadable" where it lacks the columns that say so, as a damaged line does."""
+    try:
+        return group_of(row)
+    except KeyError:
+        return "unreadable"
+
+
+def items_of(rows: Sequence[Row]) -> list[Hashable]:
+    """The rows of one id are one item."""
+    return [_item(row, place) for place, row in enumerate(rows)]
 
 
 def _settle(without: Literal["dropped", "wrong", "coin"], right: Verdicts) -> list[bool | None]:

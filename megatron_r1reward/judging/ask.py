@@ -22,8 +22,8 @@ from openai.types.chat import ChatCompletion
 from openai.types.chat.chat_completion import Choice
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from megatron_r1reward.data.prompt import preference_messages
 from megatron_r1reward.judging.image_input import ImageInput, image_url
+from megatron_r1reward.judging.judge_prompt import JudgePrompt
 from megatron_r1reward.reward.rules import parse_response
 from megatron_r1reward.types import Label
 
@@ -94,7 +94,9 @@ class AskOptions:
     concurrency: int = 64  # requests in flight over all servers
     retries: int = 4  # further attempts, on another server where there is one
     backoff_s: float = 0.5  # first pause; doubles, with full jitter
-    # Merged into every request, e.g. {"extra_body": {...}} for an endpoint with needs of its own.
+    prompt: JudgePrompt = field(default_factory=JudgePrompt)
+    log_probs: bool = True  # ask for those of the answer's token; some endpoints refuse that
+    # Merged into every request, e.g. {"extra_body": {...}} for an endpoint with needs of its own; None removes a key.
     request_extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -188,22 +190,22 @@ class ModelClient:
         shown = responses if order == "12" else (responses[1], responses[0])
         request = {
             "model": await self.model_name(),
-            "messages": _messages(item, shown),
+            "messages": self.options.prompt.messages(item.question, shown, item.images),
             "n": n,
             "temperature": temperature,
             "top_p": self.options.top_p,
             "max_tokens": self.options.max_tokens,
             "seed": seed,
-            "logprobs": True,
-            "top_logprobs": _TOP_LOG_PROBS,
+            **({"logprobs": True, "top_logprobs": _TOP_LOG_PROBS} if self.options.log_probs else {}),
             **self.options.request_extra,
         }
+        request = {key: value for key, value in request.items() if value is not None}
         async with self._slots:
             completion = await self._complete(request, first=int(item.key[:8], 16) % len(self._clients))
         if len(completion.choices) != n:
             raise ModelUnavailableError(f"asked for {n} samples, got {len(completion.choices)}")
         tokens = completion.usage.completion_tokens if completion.usage is not None else 0
-        return [_judgement(choice, order, tokens // n) for choice in completion.choices]
+        return [_judgement(choice, order, tokens // n, self.options.prompt) for choice in completion.choices]
 
     async def _complete(self, request: dict[str, Any], *, first: int) -> ChatCompletion:
         """One completion, from server `first` if it is well, else from the ones after it in turn."""
@@ -236,37 +238,26 @@ class ModelClient:
         return completion
 
 
-def _messages(item: Item, responses: tuple[str, str]) -> list[dict[str, Any]]:
-    """The reward-model prompt with every image placeholder filled in."""
-    images = iter(item.images)
-    messages = preference_messages(item.question, responses, len(item.images))
-    for message in messages:
-        message["content"] = [
-            {"type": "image_url", "image_url": {"url": next(images)}} if part["type"] == "image" else part
-            for part in message["content"]
-        ]
-    return messages
-
-
-def _judgement(choice: Choice, order: Order, mean_tokens: int) -> Judgement:
+def _judgement(choice: Choice, order: Order, mean_tokens: int, prompt: JudgePrompt) -> Judgement:
     text = choice.message.content or ""
-    parsed = parse_response(text)
+    answer = prompt.read(text)
     tokens = choice.logprobs.content if choice.logprobs is not None else None
-    p_shown_first = _answer_probability(tokens) if tokens and parsed.answer is not None else None
+    p_shown_first = _answer_probability(tokens) if tokens and answer is not None else None
     swapped = order == "21"
     return Judgement(
         order=order,
-        choice=None if parsed.answer is None else _other(parsed.answer) if swapped else parsed.answer,
+        choice=None if answer is None else as_shown(answer, order),
         p_first=None if p_shown_first is None else 1.0 - p_shown_first if swapped else p_shown_first,
         text=text,
-        reasoning=parsed.reasoning,
+        reasoning=parse_response(text).reasoning,
         tokens=len(tokens) if tokens else mean_tokens,
         finish_reason=choice.finish_reason or "unknown",
     )
 
 
-def _other(label: Label) -> Label:
-    return 2 if label == 1 else 1
+def as_shown(label: Label, order: Order) -> Label:
+    """The place of a response in what was shown, from its place as given; and the other way about."""
+    return label if order == "12" else 2 if label == 1 else 1
 
 
 def _answer_probability(tokens: Sequence[Any]) -> float | None:

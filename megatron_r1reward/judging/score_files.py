@@ -17,7 +17,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,16 +25,16 @@ from typing import Any, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm import tqdm
 
-from megatron_r1reward.files import write_text
-from megatron_r1reward.judging.ask import AskOptions
+from megatron_r1reward.files import recover_jsonl, write_text
 from megatron_r1reward.judging.compare import Votes
+from megatron_r1reward.judging.open_model import open_model
 from megatron_r1reward.judging.rank import SCHEDULES, Ranking, Schedule
 from megatron_r1reward.judging.reward_model import RewardModel
+from megatron_r1reward.types import ModelAccess
 
 log = logging.getLogger(__name__)
 
 _CONCURRENT_ROWS = 32
-_BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # of a large file, for `folder_identity`
 
 
 class ScoreRow(BaseModel):
@@ -72,7 +71,7 @@ class ScoreSummary:
 def run_score(
     source: Path,
     output: Path,
-    model: str,
+    model: ModelAccess,
     *,
     best_of: Path | None,
     image_root: Path | None,
@@ -81,10 +80,6 @@ def run_score(
     schedule: str,
     rounds: int | None,
     budget: int | None,
-    servers: int,
-    max_tokens: int,
-    max_model_len: int,
-    api_key_variable: str,
     seed: int,
 ) -> None:
     """`r1reward score`: serve or reach the model, score the file, say what came of it.
@@ -101,9 +96,7 @@ def run_score(
         budget=budget,
         seed=seed,
     )
-    opened, name = open_model(
-        model, servers=servers, max_tokens=max_tokens, max_model_len=max_model_len, api_key_variable=api_key_variable
-    )
+    opened, name = open_model(model)
     with opened, tqdm(desc="score", unit="row", mininterval=1.0, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -119,44 +112,6 @@ def run_score(
     )
     if summary.rows and summary.failed == summary.rows:
         raise ValueError(f"no row of {source} could be judged: see the `error` of each in {output}")
-
-
-def open_model(
-    model: str, *, servers: int, max_tokens: int, max_model_len: int, api_key_variable: str
-) -> tuple[RewardModel, str]:
-    """The model of a command's `--model`, and its name in records: a folder is served here and named by its content,
-    URLs of servers, comma-separated, are reached with the key in `api_key_variable` and name themselves.
-
-    Raises:
-        ValueError: it is no model folder, or cannot be served.
-    """
-    options = AskOptions(max_tokens=max_tokens)
-    if "://" in model:
-        return RewardModel.connect(model.split(","), api_key=os.environ.get(api_key_variable), options=options), model
-    name = folder_identity(Path(model))
-    opened = RewardModel.from_pretrained(
-        model, servers=servers, max_model_len=max_model_len, options=options, report=log.info
-    )
-    return opened, name
-
-
-def folder_identity(folder: Path) -> str:
-    """What a model folder holds, as a hash: names and sizes, all of small files, samples of large ones.
-
-    Raises:
-        ValueError: it is no model folder.
-    """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"model {folder} has no config.json: give a Hugging Face model folder, or a server's URL")
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            for place in range(_BLOCKS if size > _BLOCKS * _BLOCK_BYTES else 1):
-                file.seek(place * (size // _BLOCKS))
-                digest.update(file.read(_BLOCK_BYTES if size > _BLOCKS * _BLOCK_BYTES else -1))
-    return digest.hexdigest()
 
 
 def score_file(
@@ -184,12 +139,11 @@ def score_file(
     root = image_root or source.parent
     rows = list(_read_rows(source))
     keys = [_key(text, root, options, model_name) for text in rows]
-    known = {row["key"]: row for row in _read_output(output) if "error" not in row}
+    known = {row["key"]: row for row in recover_jsonl(output) if "key" in row and "error" not in row}
     todo = list({key: place for place, key in enumerate(keys) if key not in known}.values())  # equal rows once
     before = sum(key in known for key in keys)
     progress(before, len(rows))
     output.parent.mkdir(parents=True, exist_ok=True)
-    _drop_torn_line(output)
     with output.open("a", encoding="utf-8") as sink:
 
         def finished(result: dict[str, Any], done: int) -> None:
@@ -298,25 +252,6 @@ def _read_rows(source: Path) -> Iterator[str]:
             yield from (line.strip() for line in lines if line.strip())
     except OSError as error:
         raise ValueError(f"{source} cannot be read: {error.strerror}") from error
-
-
-def _read_output(output: Path) -> Iterator[dict[str, Any]]:
-    """The finished rows of an earlier run; what is no row (a torn last line) is as if it were not there."""
-    if output.exists():
-        for line in _read_rows(output):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(row, dict) and "key" in row:
-                yield row
-
-
-def _drop_torn_line(output: Path) -> None:
-    """End the last line of a killed run, so that the next row does not become part of it."""
-    if output.exists() and (data := output.read_bytes()) and not data.endswith(b"\n"):
-        with output.open("ab") as sink:
-            sink.write(b"\n")
 
 
 def _key(text: str, root: Path, options: ScoreOptions, model_name: str) -> str:

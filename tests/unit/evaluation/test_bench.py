@@ -12,6 +12,7 @@ from scripted_server import ScriptedServer
 from typer.testing import CliRunner
 
 from megatron_r1reward.cli import app
+from megatron_r1reward.report.published_scores import COLUMNS, PUBLISHED
 
 FIRST = "<think>The first.</think><answer>1</answer>"
 
@@ -51,9 +52,9 @@ def test_both_numbers_stand_side_by_side_and_every_row_is_accounted_for(always_f
     assert (found["rows"], found["unusable"], found["failed"]) == (4, 1, [])
     assert found["official"]["groups"]["mcq"]["accuracy"] == {"right": 2, "counted": 2}
     assert found["official"]["overall"]["accuracy_plus"] == {"right": 2, "counted": 3}
-    assert found["both_orders"]["better_first"]["mean"] == 0.75  # the pair without its picture is not right
-    assert found["both_orders"]["better_second"]["mean"] == 0.0
-    assert found["both_orders"]["agreement"]["mean"] == 0.0
+    assert found["overall"]["greedy"]["better_first"]["mean"] == 0.75  # the pair without its picture is not right
+    assert found["overall"]["greedy"]["better_second"]["mean"] == 0.0
+    assert found["overall"]["greedy"]["agreement"]["mean"] == 0.0
     judged = [json.loads(line) for line in (tmp_path / "out" / "judgements.jsonl").read_text().splitlines()]
     assert sorted((line["row"], line["order"], line["right"]) for line in judged) == [
         (0, "12", True), (0, "21", False), (1, "12", True), (1, "21", False), (2, "12", True), (2, "21", False),
@@ -94,3 +95,61 @@ def test_requests_that_failed_fail_the_command_and_are_asked_again(always_first,
     assert done.exit_code == 2
     assert "1 of 6 requests failed" in done.output
     assert json.loads((tmp_path / "out" / "bench.json").read_text())["rows"] == 4
+
+
+def test_one_set_of_judgements_answers_greedy_voting_and_every_category(always_first, rows, tmp_path) -> None:
+    out = tmp_path / "out"
+    assert bench(rows, out, always_first.url, "--samples", "3").exit_code == 0
+    assert len(always_first.requests) == 3 * 2 * (1 + 3)
+    assert [request["temperature"] for request in always_first.requests].count(0.0) == 6
+    assert bench(rows, out, always_first.url, "--samples", "5").exit_code == 0
+    assert len(always_first.requests) == 3 * 2 * (1 + 5), "only the two new samples of each were asked for"
+    found = json.loads((out / "bench.json").read_text())
+    assert list(found["overall"]["voting"]) == ["1", "3", "5"]
+    mcq, short = found["categories"]["mcq"], found["categories"]["short"]
+    assert (mcq["pairs"], short["pairs"]) == (2, 2)
+    assert mcq["greedy"]["better_first"]["mean"] == mcq["any_correct"]["5"]["mean"] * 2 == 1.0
+    assert short["voting"]["5"]["mean"] == 0.25  # the pair without its picture is not right
+    assert mcq["voting"]["1"]["low"] == 0.0, "two pairs of one id are one item, which says nothing about others"
+    by_method = {point["method"]: point for point in found["vote_budget"]["points"]}
+    assert set(by_method) == {"one order", "both orders", "adaptive"}
+    text, picture = (out / "bench.md").read_text(), (out / "bench.svg").read_text()
+    assert "any-correct@5" in text
+    assert "generated tokens per pair" in picture
+    assert "voting@5" in picture
+
+
+def test_the_verdicts_of_another_prompt_are_read_again_without_asking(rows, tmp_path) -> None:
+    server = ScriptedServer(["I looked. Verdict: [[B]]"])
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text('{"q": {question}} A: {response_1} B: {response_2}')
+    try:
+        options = ("--prompt", str(prompt), "--request", '{"max_tokens": null, "max_completion_tokens": 9}')
+        assert bench(rows, tmp_path / "out", server.url, *options).exit_code == 0
+        request = server.requests[0]
+        assert [part["type"] for part in request["messages"][0]["content"]] == ["image_url", "text"]
+        assert '{"q": Which?} A: ' in request["messages"][0]["content"][1]["text"]
+        assert "max_tokens" not in request
+        assert "logprobs" not in request
+        assert request["max_completion_tokens"] == 9
+        first = json.loads((tmp_path / "out" / "bench.json").read_text())
+        assert first["official"]["without_verdict"] == 4
+        assert bench(rows, tmp_path / "out", server.url, *options, "--verdict", "brackets").exit_code == 0
+        assert len(server.requests) == 6
+        again = json.loads((tmp_path / "out" / "bench.json").read_text())
+        assert again["overall"]["greedy"]["better_second"]["mean"] == 0.75
+        assert again["overall"]["greedy"]["better_first"]["mean"] == 0.0
+        record = (tmp_path / "out" / "judgements.jsonl").read_text().splitlines()
+        assert [json.loads(line)["choice"] is None for line in record] == [False] * 6
+    finally:
+        server.stop()
+
+
+def test_published_scores_stand_beside_ours_with_their_sources(always_first, rows, tmp_path) -> None:
+    assert bench(rows, tmp_path / "out", always_first.url).exit_code == 0
+    text = (tmp_path / "out" / "bench.md").read_text()
+    assert "| R1-Reward, greedy | 80.95 | 89.19 | 82.35 | 75.00 | 72.00 | 80.59 | 54.35 | arXiv 2505.02835 |" in text
+    assert f"| **{always_first.url}** | 100.00 | - | 50.00 | - | - | 75.00 | 66.67 | this run |" in text
+    for name, table in PUBLISHED.items():
+        assert {len(one.figures) for one in table} == {len(COLUMNS[name])}
+        assert all(one.source.startswith("arXiv 2") for one in table)

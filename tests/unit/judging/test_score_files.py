@@ -8,7 +8,6 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from megatron_r1reward.cli import app
-from megatron_r1reward.judging.score_files import folder_identity
 
 FIRST = "<think>The first.</think><answer>1</answer>"
 
@@ -92,13 +91,3 @@ def test_errors_say_what_to_change(scripted, rows, tmp_path) -> None:
     refused = score(rows, out, scripted(400).url)
     assert refused.exit_code == 2
     assert "no row of" in refused.output
-
-
-def test_a_folders_identity_is_its_content(tmp_path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(bytes(10_000_000))
-    first = folder_identity(tmp_path)
-    (tmp_path / "model.safetensors").touch()
-    assert folder_identity(tmp_path) == first
-    (tmp_path / "model.safetensors").write_bytes(bytes(5_000_000) + b"1" * 200_000 + bytes(4_800_000))
-    assert folder_identity(tmp_path) != first

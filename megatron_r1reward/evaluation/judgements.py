@@ -1,0 +1,183 @@
+"""Judgements of a benchmark's pairs: asked for once, kept line by line, read by whoever counts them.
+
+    {"key", "row", "order", "sample", "temperature", "text", "choice", "right", "tokens", "finish_reason"}
+
+`row` is the pair's place in its file; `order` "21": the responses were exchanged; `choice` speaks of the stored order.
+`key` is the content of what was asked, of whom and how, so that a run that was killed asks for nothing twice. How a
+verdict is read is no part of it: the texts are there and are read again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_r1reward.files import recover_jsonl, write_jsonl
+from megatron_r1reward.judging.ask import ORDERS, Item, Judgement, Order, as_shown
+from megatron_r1reward.judging.compare import seed_of
+from megatron_r1reward.judging.judge_prompt import Reader
+from megatron_r1reward.judging.reward_model import RewardModel
+from megatron_r1reward.types import Label, Preference
+
+log = logging.getLogger(__name__)
+
+_CONCURRENT_REQUESTS = 64
+Line = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """What every pair is asked, in both orders: greedily once, and `samples` times at `temperature`."""
+
+    asked_as: tuple[object, ...]  # whoever is asked and how, as far as an answer depends on it; JSON
+    read: Reader
+    samples: int
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """Lines by place and order; a request that failed is missing, and its reason is in `failed`."""
+
+    greedy: Mapping[tuple[int, Order], Line]
+    samples: Mapping[tuple[int, Order], Sequence[Line]]
+    failed: Sequence[str]
+    asked: int
+
+    def judgements(self, place: int, order: Order) -> list[Judgement]:
+        """The samples for `measure_votes`: choice 1 is the better response."""
+        return [
+            Judgement(
+                order=order,
+                choice=None if line["right"] is None else 1 if line["right"] else 2,
+                p_first=None,
+                text=line["text"],
+                reasoning="",
+                tokens=line["tokens"],
+                finish_reason=line["finish_reason"],
+            )
+            for line in self.samples.get((place, order), ())
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    key: str
+    place: int
+    order: Order
+    sample: int
+    temperature: float
+    preference: Preference  # its images are read when it is asked: all of a benchmark's do not fit in memory
+
+
+def judge_pairs(model: RewardModel, preferences: Mapping[int, Preference], path: Path, asking: Asking) -> Judged:
+    """Ask for what `path` does not hold, and append it there.
+
+    Args:
+        preferences: by their place in the benchmark's file.
+    """
+    requests = list(_requests(preferences, asking))
+    known = _recorded(path, preferences, asking.read)
+    todo = [request for request in requests if request.key not in known]
+    failed: list[str] = []
+    with path.open("a", encoding="utf-8") as sink, tqdm(desc="bench", total=len(requests), disable=None) as bar:
+        bar.update(len(requests) - len(todo))
+
+        async def one(request: _Request, slots: asyncio.Semaphore) -> None:
+            async with slots:
+                try:
+                    line = await _ask(model, request, asking.seed)
+                except (ValueError, RuntimeError) as error:
+                    failed.append(f"row {request.place}, order {request.order}: {error}")
+                    return
+            known[request.key] = line
+            sink.write(json.dumps(line, ensure_ascii=False) + "\n")
+            sink.flush()
+            bar.update()
+
+        async def everything() -> None:
+            slots = asyncio.Semaphore(_CONCURRENT_REQUESTS)
+            async with asyncio.TaskGroup() as group:
+                for request in todo:
+                    group.create_task(one(request, slots))
+
+        model.run(everything())
+    for problem in failed[:3]:
+        log.warning("%s: not judged: %s", path, problem)
+    greedy: dict[tuple[int, Order], Line] = {}
+    samples: dict[tuple[int, Order], list[Line]] = {}
+    for request in requests:
+        if request.key in known:
+            where = (request.place, request.order)
+            if request.temperature == 0.0:
+                greedy[where] = known[request.key]
+            else:
+                samples.setdefault(where, []).append(known[request.key])
+    return Judged(greedy=greedy, samples=samples, failed=failed, asked=len(requests))
+
+
+def _requests(preferences: Mapping[int, Preference], asking: Asking) -> Iterator[_Request]:
+    ways: list[tuple[float, int]] = [(0.0, 0), *((asking.temperature, number) for number in range(asking.samples))]
+    for place, preference in preferences.items():
+        item = Item.of(preference.question, preference.image_paths)
+        for order in ORDERS:
+            asked = [place, item.key, *preference.responses, order, preference.label, *asking.asked_as]
+            for temperature, number in ways:
+                said = json.dumps(asked + ([] if temperature == 0.0 else [temperature, number]))
+                key = hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+                yield _Request(
+                    key=key, place=place, order=order, sample=number, temperature=temperature, preference=preference
+                )
+
+
+async def _ask(model: RewardModel, request: _Request, seed: int) -> dict[str, Any]:
+    """One judgement as a line of the record."""
+    pair, order = request.preference.responses, request.order
+    item = Item.of(request.preference.question, request.preference.image_paths)
+    (said,) = await model.model.judge(
+        item,
+        pair,
+        order=order,
+        n=1,
+        temperature=request.temperature,
+        seed=(seed_of(seed, item, pair, order) + request.sample) % 2**31,
+    )
+    return {
+        "key": request.key,
+        "row": request.place,
+        "order": order,
+        "sample": request.sample,
+        "temperature": request.temperature,
+        "text": said.text,
+        "choice": said.choice,
+        "right": _right(said.choice, request.preference),
+        "tokens": said.tokens,
+        "finish_reason": said.finish_reason,
+    }
+
+
+def _recorded(path: Path, preferences: Mapping[int, Preference], read: Reader) -> dict[str, dict[str, Any]]:
+    """The lines of earlier runs, their verdicts read as this one reads them."""
+    lines, changed = {line["key"]: line for line in recover_jsonl(path)}, False
+    for line in lines.values():
+        answer = read(line["text"])
+        choice = None if answer is None else as_shown(answer, line["order"])
+        if choice != line["choice"] and line["row"] in preferences:
+            line |= {"choice": choice, "right": _right(choice, preferences[line["row"]])}
+            changed = True
+    if changed:
+        write_jsonl(path, lines.values())
+    return lines
+
+
+def _right(choice: Label | None, preference: Preference) -> bool | None:
+    return None if choice is None else choice == preference.label

@@ -1,0 +1,156 @@
+"""Other people's judges: what they are asked with, and how their verdict is read.
+
+    prompt = JudgePrompt.load(Path("llava_critic.txt"), verdict="answer-text")
+
+A prompt file is a text with {question}, {response_1} and {response_2}, which is asked as one user turn, or (named
+*.json) a list of chat messages {"role", "content"} whose contents are such texts. The images stand before the text that
+has {question}, or where {images} says. Other braces are text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_r1reward.data.prompt import preference_messages
+from megatron_r1reward.reward.rules import parse_response
+from megatron_r1reward.types import Label
+
+_FIELDS = ("question", "response_1", "response_2")
+_PLACE = re.compile(r"\{(question|response_1|response_2|images)\}")
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_NAMED = re.compile(r"\b(?:response|answer|assistant|option|output|model)\s*\**\s*[\[(]?([12AB])\b", re.IGNORECASE)
+_LABELS: Mapping[str, Label] = {"1": 1, "a": 1, "first": 1, "2": 2, "b": 2, "second": 2}
+
+Reader = Callable[[str], Label | None]
+
+
+def _strict(text: str) -> Label | None:
+    return parse_response(text).answer
+
+
+def _released(text: str) -> Label | None:
+    """The released R1-Reward scripts: what is in the first answer tag, else the last digit 1 or 2; all but 1 is 2."""
+    found = _ANSWER.search(text)
+    content = found[1] if found else (re.findall("[12]", text) or [""])[-1]
+    try:
+        return 1 if float(content) == 1 else 2
+    except ValueError:
+        return 2
+
+
+def _answer_text(text: str) -> Label | None:
+    """ "Response 1 is better" and the like: the last such name in the answer tag, or in the text without a tag."""
+    found = _ANSWER.search(text)
+    names = _NAMED.findall(found[1] if found else text)
+    return _LABELS[names[-1].lower()] if names else None
+
+
+VERDICTS: Mapping[str, Reader] = {
+    "answer": _strict,  # <answer>1</answer>
+    "released": _released,
+    "answer-text": _answer_text,
+    "brackets": lambda text: _by_pattern(r"\[\[([ABab12])\]\]", text),  # [[A]]
+    "boxed": lambda text: _by_pattern(r"\\boxed\{\s*(?:\\text\{)?\s*(\w+)", text),  # \boxed{1}
+}
+
+
+def _by_pattern(pattern: str, text: str) -> Label | None:
+    """The last match's first group, as 1, A, first or 2, B, second."""
+    found = re.findall(pattern, text)
+    if not found:
+        return None
+    last = found[-1] if isinstance(found[-1], str) else found[-1][0]
+    return _LABELS.get(last.strip().lower())
+
+
+def verdict_reader(name: str) -> Reader:
+    """One of `VERDICTS`, or a regular expression whose first group is 1, A or first, or 2, B or second.
+
+    Raises:
+        ValueError: neither.
+    """
+    if name in VERDICTS:
+        return VERDICTS[name]
+    try:
+        groups = re.compile(name).groups
+    except re.error as error:
+        raise ValueError(f"--verdict {name!r} is no regular expression: {error}") from error
+    if groups < 1:
+        raise ValueError(f"--verdict {name!r}: give one of {', '.join(VERDICTS)}, or a pattern with a group")
+    return lambda text: _by_pattern(name, text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgePrompt:
+    """How a question is put, and how the answer is read. `turns`: (role, text); none: the reward model's own prompt."""
+
+    turns: tuple[tuple[str, str], ...] = ()
+    read: Reader = _strict
+
+    @classmethod
+    def load(cls, path: Path | None, *, verdict: str = "answer") -> JudgePrompt:
+        """Read a prompt file; None is the reward model's own prompt.
+
+        Raises:
+            ValueError: the file cannot be read, is not of the form, or lacks a field; `verdict` is no reader.
+        """
+        read = verdict_reader(verdict)
+        if path is None:
+            return cls(read=read)
+        try:
+            text = path.read_text(encoding="utf-8")
+            messages = json.loads(text) if path.suffix == ".json" else [{"role": "user", "content": text}]
+            turns = tuple((str(message["role"]), message["content"]) for message in messages)
+            if not all(isinstance(content, str) for _, content in turns):
+                raise ValueError("a content is no text")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"prompt {path} is no text and no list of {{role, content}}: {error!r}") from error
+        places = [place for _, content in turns for place in _PLACE.findall(content)]
+        for field in _FIELDS:
+            if field not in places:
+                raise ValueError(f"prompt {path} has no {{{field}}}: put it where the text belongs")
+        return cls(turns=turns, read=read)
+
+    def messages(self, question: str, responses: tuple[str, str], images: Sequence[str]) -> list[dict[str, Any]]:
+        """The chat to send, with every image's URL at its place."""
+        if not self.turns:
+            return _with_images(preference_messages(question, responses, len(images)), images)
+        texts = {"question": question, "response_1": responses[0], "response_2": responses[1]}
+        parts = [{"type": "image_url", "image_url": {"url": url}} for url in images]
+        placed = any("{images}" in content for _, content in self.turns)
+        return [
+            {"role": role, "content": _contents(content, texts, parts, first="{question}" in content and not placed)}
+            for role, content in self.turns
+        ]
+
+
+def _contents(
+    template: str, texts: Mapping[str, str], images: Sequence[dict[str, Any]], *, first: bool
+) -> str | list[dict[str, Any]]:
+    """A turn's content: plain text where it shows no images, the one form that every endpoint takes."""
+    filled = [
+        _PLACE.sub(lambda found: texts[found[1]], part) for part in template.split("{images}")
+    ]  # `sub` does not read what it puts in
+    if not images or (len(filled) == 1 and not first):
+        return "".join(filled)
+    if first:
+        return [*images, {"type": "text", "text": filled[0]}]
+    before, after = filled[0], "".join(filled[1:])
+    ends = ({"type": "text", "text": before}, *images, {"type": "text", "text": after})
+    return [part for part in ends if part.get("text") != ""]
+
+
+def _with_images(messages: list[dict[str, Any]], images: Sequence[str]) -> list[dict[str, Any]]:
+    """The reward model's chat with every image placeholder filled in."""
+    urls = iter(images)
+    for message in messages:
+        message["content"] = [
+            {"type": "image_url", "image_url": {"url": next(urls)}} if part["type"] == "image" else part
+            for part in message["content"]
+        ]
+    return messages

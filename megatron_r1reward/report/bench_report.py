@@ -1,0 +1,169 @@
+"""A benchmark's result to read: OUT/bench.md, and OUT/bench.svg with accuracy by category and by generated tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megatron_r1reward.evaluation.bench import BenchResult
+from megatron_r1reward.evaluation.bench_score import CategoryScore
+from megatron_r1reward.evaluation.benchmark_rules import OfficialScore
+from megatron_r1reward.evaluation.result import VoteBudget
+from megatron_r1reward.evaluation.statistics import Estimate
+from megatron_r1reward.files import atomic_path, write_text
+from megatron_r1reward.report.charts import COLOURS, STYLE
+from megatron_r1reward.report.published_scores import COLUMNS, PUBLISHED
+
+# Our name of a group -> the published column.
+_COLUMN_OF: Mapping[str, str] = {"reasoning/math": "math", "reasoning/coding": "coding", "vqa": "VQA"}
+
+
+def write_bench_report(result: BenchResult, out: Path) -> str:
+    """Write bench.md and bench.svg into `out`; returns the text of the first."""
+    text = "\n".join(_markdown(result)) + "\n"
+    write_text(out / "bench.md", text)
+    draw_bench(result, out / "bench.svg")
+    return text
+
+
+def _markdown(result: BenchResult) -> Iterator[str]:
+    yield from (f"# {result.benchmark}", "")
+    yield (
+        f"{result.model}: {result.rows} rows, {result.unusable} unusable (quarantine.jsonl), {len(result.failed)} "
+        f"requests failed, {result.official.without_verdict} rows without a verdict."
+    )
+    yield from _official("Benchmark's own rule", result.official)
+    if result.legacy is not None:
+        yield from _official("Legacy grouping of the released scripts", result.legacy)
+    yield from ("", "## Both orders, 95 % intervals over items", "")
+    groups = {"all": result.overall, **result.categories}
+    yield from _table(("greedy", "pairs", "mean", "better first", "better second", "orders agree"), [
+        [name, str(one.pairs), *map(_estimate, (one.greedy.mean, one.greedy.better_first, one.greedy.better_second,
+                                                one.greedy.agreement))]
+        for name, one in groups.items()
+    ])  # fmt: skip
+    if result.samples:
+        yield from ("", f"## {result.samples} samples per order, mean of both orders", "")
+        ks = list(result.overall.voting)
+        most = ks[-1]
+        header = ("sampled", *(f"voting@{k}" for k in ks), f"any-correct@{most}")
+        yield from _table(header, [
+            [name, *(_estimate(one.voting[k]) for k in ks), _estimate(one.any_correct[most])]
+            for name, one in groups.items()
+        ])  # fmt: skip
+    if result.vote_budget is not None:
+        yield from _vote_budget(result.vote_budget)
+    yield from _published(result)
+
+
+def _official(title: str, score: OfficialScore) -> Iterator[str]:
+    yield from ("", f"## {title}", "")
+    rows = []
+    for name, group in (*score.groups.items(), ("overall (micro)", score.overall)):
+        plus = "-" if group.accuracy_plus is None else _percent(group.accuracy_plus.accuracy)
+        rows.append(
+            [name, _percent(group.accuracy.accuracy), f"{group.accuracy.right} / {group.accuracy.counted}", plus]
+        )
+    yield from _table(
+        ("group", "accuracy", "right / counted", "Acc+"), [*rows, ["macro", _percent(score.macro), "", ""]]
+    )
+
+
+def _vote_budget(budget: VoteBudget) -> Iterator[str]:
+    yield from ("", "## Accuracy against generated tokens, per pair", "")
+    yield from _table(("votes", "setting", "samples", "tokens", "accuracy"), [
+        [point.method, point.setting, f"{point.samples:.1f}", f"{point.tokens:.0f}",
+         f"{_percent(point.accuracy)} [{_percent(point.interval[0])}, {_percent(point.interval[1])}]"]
+        for point in budget.points
+    ])  # fmt: skip
+    if budget.calibration_error is not None:
+        yield from ("", f"Expected calibration error of adaptive votes: {budget.calibration_error:.3f}.")
+
+
+def _published(result: BenchResult) -> Iterator[str]:
+    """Theirs, and ours by the benchmark's own rule in the same columns."""
+    if result.benchmark not in PUBLISHED:
+        return
+    columns = COLUMNS[result.benchmark]
+    yield from ("", "## Published scores, as printed by their sources (prompts and orders differ)", "")
+    rows = [[f"**{result.model}**", *_ours(result, columns), "this run", ""]]
+    for one in PUBLISHED[result.benchmark]:
+        assert len(one.figures) == len(columns), one.system
+        figures = ["-" if figure is None else f"{figure:.2f}" for figure in one.figures]
+        rows.append([one.system, *figures, one.source, one.note])
+    yield from _table(("system", *columns, "source", "note"), rows)
+
+
+def _ours(result: BenchResult, columns: Sequence[str]) -> list[str]:
+    score = result.official
+    found = {_COLUMN_OF.get(name, name): group.accuracy.accuracy for name, group in score.groups.items()}
+    safety = [found[name] for name in ("safety/bias", "safety/toxicity") if name in found]
+    if safety and len(safety) == 1:
+        found["safety"] = safety[0]
+    shares = [found.get(name) for name in columns[:7]]
+    known = [share for share in shares if share is not None]
+    plus = score.overall.accuracy_plus
+    found |= {"overall": score.overall.accuracy.accuracy, "Acc": score.overall.accuracy.accuracy, "macro": score.macro}
+    found |= {"Acc+": None if plus is None else plus.accuracy}
+    found |= {"mean of columns": sum(known) / len(known) if len(known) == 7 else None}
+    return [_percent(found.get(name)) for name in columns]
+
+
+def draw_bench(result: BenchResult, path: Path) -> None:
+    """Accuracy of both orders by category, greedy beside voting; with samples also accuracy against tokens."""
+    groups = {"all": result.overall, **result.categories}
+    panels = 1 if result.vote_budget is None else 2
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(4.2 * panels, 0.8 + 0.34 * max(len(groups), 5)))
+        axes = figure.subplots(1, panels, squeeze=False)[0]
+        _draw_categories(axes[0], groups)
+        if result.vote_budget is not None:
+            _draw_votes(axes[1], result.vote_budget)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
+
+
+def _draw_categories(axes: Axes, groups: Mapping[str, CategoryScore]) -> None:
+    kinds = [("greedy", [one.greedy.mean for one in groups.values()])]
+    if ks := list(next(iter(groups.values())).voting):
+        kinds.append((f"voting@{ks[-1]}", [one.voting[ks[-1]] for one in groups.values()]))
+    for number, ((label, estimates), colour) in enumerate(zip(kinds, COLOURS, strict=False)):
+        places = [row + 0.22 * (number - (len(kinds) - 1) / 2) for row in range(len(groups))]
+        means = [100 * one.mean for one in estimates]
+        errors = [[100 * (one.mean - one.low) for one in estimates], [100 * (one.high - one.mean) for one in estimates]]
+        axes.errorbar(means, places, xerr=errors, fmt="o", markersize=3.5, linewidth=1.2, color=colour, label=label)
+    axes.axvline(50.0, color="#98a2b3", linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(groups)), [f"{name} ({one.pairs})" for name, one in groups.items()])
+    axes.invert_yaxis()
+    axes.set_xlabel("right in both orders' mean, %; 95 % interval")
+    axes.legend(frameon=False, fontsize=7)
+
+
+def _draw_votes(axes: Axes, budget: VoteBudget) -> None:
+    for method, colour in zip(dict.fromkeys(point.method for point in budget.points), COLOURS, strict=False):
+        points = sorted((point for point in budget.points if point.method == method), key=lambda point: point.tokens)
+        tokens, accuracy = [point.tokens for point in points], [100 * point.accuracy for point in points]
+        axes.plot(tokens, accuracy, marker="o", markersize=3, linewidth=1.4, color=colour, label=method)
+    axes.set_xscale("log")
+    axes.set_xlabel("generated tokens per pair")
+    axes.set_ylabel("right, %")
+    axes.legend(frameon=False, fontsize=7)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(header)} |"
+    yield "|" + "---|" * len(header)
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+def _estimate(one: Estimate | None) -> str:
+    return "-" if one is None else f"{_percent(one.mean)} [{_percent(one.low)}, {_percent(one.high)}]"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}"
