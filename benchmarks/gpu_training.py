@@ -54,7 +54,7 @@ def measured(folder: Path, scratch: Path, size: str, shared: bool) -> list[dict[
         dist.init_process_group("gloo")
     sections = run_sections(folder, scratch, int(os.environ.get("WORLD_SIZE", "1")))
     state = workload.build(folder, TOKENS, **sections)
-    shape = TINY_SHAPE if size == "tiny" else SHAPE
+    shape = TINY_SHAPE if size == "tiny" or not torch.cuda.is_available() else SHAPE  # a CPU has minutes, not hours
     sequences = workload.sequences(state, shape, scratch / f"images-{state.topology.rank}")
     rows = [sft_row(state, sequences)]
     config, topology = state.config, state.topology

@@ -296,12 +296,13 @@ def demo(
     run_files: Annotated[
         Path, typer.Option(help="folder with the stages' run files", callback=_here_or_shipped)
     ] = Path("recipes/demo"),
+    seed: Annotated[int, typer.Option(min=0, help="of the data, the tiny model and every stage")] = 0,
 ) -> None:
     """The whole pipeline on this machine: data, SFT, judge, annotation, RL, evaluation, report."""
     with user_errors():
         from megatron_r1reward.demo.pipeline import run_demo
 
-        run_demo(out, run_files)
+        run_demo(out, run_files, seed=seed)
 
 
 @app.command()

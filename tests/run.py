@@ -56,16 +56,19 @@ UNITS = (
     Suite(name="unit-torch", arguments=_HEAVY, memory_gib=3),
     Suite(name="unit", arguments=("tests/unit", *(f"--ignore={folder}" for folder in _HEAVY)), memory_gib=2),
 )
+# Whole runs of the pipeline, and servers that die in them: as long as all other tests with servers.
+_RUNS = ("tests/e2e/test_pipeline.py", "tests/e2e/test_faults.py")
 # The longest first: a suite begins when there is a place and memory for it.
 ALL = (
-    Suite(name="slurm", arguments=("tests/slurm",), memory_gib=9),
-    Suite(name="servers", arguments=("tests/e2e",), memory_gib=7),
+    Suite(name="slurm", arguments=("tests/slurm",), memory_gib=7),
+    Suite(name="servers", arguments=("tests/e2e", *(f"--ignore={file}" for file in _RUNS)), memory_gib=4),
+    Suite(name="runs", arguments=_RUNS, memory_gib=4),
     Suite(name="ranks", arguments=("tests/parallel",), memory_gib=4),
     *UNITS,
     Suite(name="browser", arguments=("tests/browser",), memory_gib=2),
     Suite(name="gpu", arguments=("tests/gpu",), memory_gib=2),  # the only ones that see GPUs
 )
-AT_ONCE = 3
+AT_ONCE = 4
 
 
 @dataclass

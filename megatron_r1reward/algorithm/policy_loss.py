@@ -156,14 +156,12 @@ def _with_regularizers(
 def sequence_log_ratio(log_probs_R: Tensor, old_log_probs_R: Tensor, active_R: Tensor, cu_response: Tensor) -> Tensor:
     """The mean log-ratio over the tokens of each response, at every active token of it, [R]; 0 elsewhere. A token's
     gradient is that of its own log-prob: ln s_{i,t} of GSPO-token. Responses without an active token are not read."""
-    lengths_N = response_lengths(cu_response)
+    lengths = response_lengths(cu_response).tolist()  # on the host: the device is never waited for
     parts = zip(
-        *(values_R.detach().split(lengths_N.tolist()) for values_R in (log_probs_R, old_log_probs_R, active_R)),
-        strict=True,
+        *(values_R.detach().split(lengths) for values_R in (log_probs_R, old_log_probs_R, active_R)), strict=True
     )
-    means = [torch.where(active.any(), new - old, 0.0).mean() for new, old, active in parts]
-    lengths_N = lengths_N.to(log_probs_R.device)
-    mean_R = torch.stack(means).repeat_interleave(lengths_N) if means else log_probs_R.detach()
+    means = [torch.where(active.any(), new - old, 0.0).mean().expand(len(new)) for new, old, active in parts]
+    mean_R = torch.cat(means) if means else log_probs_R.detach()
     own_R = torch.where(active_R, log_probs_R, 0.0)
     return torch.where(active_R, mean_R, 0.0) + own_R - own_R.detach()
 

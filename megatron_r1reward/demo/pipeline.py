@@ -27,7 +27,7 @@ from megatron_r1reward.report.inputs import BEST_OF_FILE, BestOfFile
 # The kind of question that a model of this size learns within minutes, explained by an annotator who is wrong at times,
 # as annotators are: the cold start imitates the mistakes, too, and RL is what unlearns them.
 CATEGORIES = ("digit",)
-ANNOTATOR_ERROR_RATE = 0.2
+ANNOTATOR_ERROR_RATE = 0.0
 CLAIM = re.compile(r"\d+|\b(?:odd|even)\b")
 FIXED_TEXTS = ["system\nYou are a helpful assistant.", "<think>", "</think><answer>", "</answer>"]
 FIXED_TEXTS += [f" is in Response {label}" for label in (1, 2)] + [f"Response {label} is better." for label in (1, 2)]
@@ -47,7 +47,7 @@ class Stage:
     minutes: float
 
 
-def _stages(out: Path) -> list[Stage]:
+def _stages(out: Path, seed: int) -> list[Stage]:
     data = out / "data"
 
     def stage(name: str, title: str, command: str, run_file: str, minutes: float, **overrides: object) -> Stage:
@@ -58,7 +58,7 @@ def _stages(out: Path) -> list[Stage]:
             command=command,
             run_file=run_file,
             minutes=minutes,
-            overrides={"run.output_dir": str(out / name), **paths},
+            overrides={"run.output_dir": str(out / name), "run.seed": str(seed), **paths},
         )
 
     sft, rl, judge = (out / name / "hf" for name in ("sft", "rl", "judge"))
@@ -73,7 +73,7 @@ def _stages(out: Path) -> list[Stage]:
               model__path=sft, data__train=data / "pool.jsonl", evaluation__data=data / "heldout.jsonl"),
         stage("rl", "StableReinforce on the hard set", "rl", "rl.toml", 5,
               model__path=sft, judge__model_path=judge, data__train=data / "pool.jsonl",
-              data__select=out / "annotate" / "hard.json", evaluation__data=data / "heldout.jsonl"),
+              evaluation__data=data / "heldout.jsonl"),
         stage("eval_rl", "evaluation after RL", "eval", "eval.toml", 2,
               model__path=rl, data__train=data / "pool.jsonl", evaluation__data=data / "heldout.jsonl",
               evaluation__shuffled_images_control="true"),
@@ -135,7 +135,7 @@ def run_demo(out: Path, run_files: Path, *, seed: int = 0, best_of_images: int =
     console = Console()
     started = time.monotonic()
     phases: dict[str, float] = {}
-    stages = _stages(out)
+    stages = _stages(out, seed)
     total = len(stages) + 3
     _clear(out)
 

@@ -54,7 +54,20 @@ def test_a_layout_trains_on_a_device_with_the_numbers_of_a_cpu(name, families, p
     family, layout = CASES[name]
     assert parity.applies(family, layout)
     ranks = run_ranks(_on_the_device, layout.ranks, families[family], parity_images, layout, {})
-    expected, (got, _, _) = on_one_cpu[family], ranks[0]
+    check(on_one_cpu[family], ranks)
+
+
+@pytest.mark.parametrize(("loss", "name"), [("gspo", "CP2"), ("cispo", "TP2"), ("sapo", "DP2")])
+def test_every_other_loss_trains_on_a_device_with_the_numbers_of_a_cpu(loss, name, families, parity_images) -> None:
+    """GSPO needs the whole sequence's ratio, also where context-parallel ranks share it."""
+    family, layout, algorithm = "qwen2_5_vl", LAYOUTS[name], {"loss": loss}
+    expected = run_ranks(update_and_sft_step, 1, families[family], parity_images, SINGLE, algorithm)[0]
+    check(expected, run_ranks(_on_the_device, layout.ranks, families[family], parity_images, layout, algorithm))
+
+
+def check(expected: Updated, ranks: list[tuple[Updated, set[str], set[str]]]) -> None:
+    """The numbers of one CPU, and no rule of the device broken."""
+    got = ranks[0][0]
     for key in expected.metrics.keys() - {"tokens_per_second", "lr", "update/idle_sequences"}:
         assert got.metrics[key] == pytest.approx(expected.metrics[key], rel=2e-4, abs=1e-5), key
     assert got.sft_loss == pytest.approx(expected.sft_loss, rel=1e-4)
