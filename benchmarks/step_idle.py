@@ -8,9 +8,9 @@ decided by the product's own code.
     after                        each is scored as it comes; spread over the ranks by cost
     after, sampler's log-probs   the same with algorithm.old_log_probs = "sampler"
 
-On a finished run (`--run DIR`): its own `idle/*` metrics.
+On finished runs (`--run DIR`, more than once): their own `idle/*` metrics.
 
-Usage: step_idle.py [--record DIR] [--run DIR] [--json FILE] [--check]
+Usage: step_idle.py [--record DIR] [--run DIR]... [--json FILE] [--check]
 """
 
 from __future__ import annotations
@@ -207,6 +207,7 @@ def simulate(samples: Sequence[Sample], *, after: bool, log_probs: bool) -> dict
 def of_run(folder: Path) -> dict[str, Any]:
     """Means over the steps of a finished run, without the first."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][1:]
+    rows = [row | one_after_the_other(row) if "idle/trainer" not in row else row for row in rows]
     names = {"step s": "time/step", "idle generation": "idle/generation", "idle judge": "idle/judge",
              "idle trainer": "idle/trainer", "slowest / mean": "update/imbalance",
              "scoring after sampling s": "time/score"}  # fmt: skip
@@ -214,10 +215,21 @@ def of_run(folder: Path) -> dict[str, Any]:
     return {"case": str(folder), **{column: float(np.mean(values)) for column, values in found.items() if values}}
 
 
+def one_after_the_other(row: dict[str, float]) -> dict[str, float]:
+    """Idle shares of a step of version 0.1 and before, which recorded none: all sampled, then all scored, then
+    trained, so whoever's phase it is not waits."""
+    step, trainer = row["time/step"], ("time/log_probs", "time/update", "time/push")
+    return {
+        "idle/generation": 1 - row["time/generate"] / step,
+        "idle/judge": 1 - row["time/score"] / step,
+        "idle/trainer": 1 - sum(row.get(name, 0.0) for name in trainer) / step,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", type=Path)
-    parser.add_argument("--run", type=Path)
+    parser.add_argument("--run", type=Path, action="append", default=[])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
@@ -231,8 +243,7 @@ def main() -> None:
         rows.append({"case": f"simulated, {name}"} | means)
     assert contents[0] == contents[1] == contents[2], "an optimizer step trains on the same rollouts"
     speedups = [rows[0]["step s"] / row["step s"] for row in rows[1:]]
-    if arguments.run is not None:
-        rows.append(of_run(arguments.run))
+    rows += map(of_run, arguments.run)
     print_table(list(rows[0]), rows)
     lengths = str(arguments.record) if arguments.record else "drawn"
     write_json(arguments.json, "step_idle", rows, service_times_assumed=SERVICE, lengths=lengths, speedups=speedups,
