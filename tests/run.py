@@ -238,10 +238,11 @@ def show_end(outcomes: list[Outcome], seconds: float, memory: Memory, left: list
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--fast", action="store_true", help="unit tests only, without ranks and servers")
+    parser.add_argument("--fast", action="store_true", help="unit tests of under a second, without ranks and servers")
     options, extra = parser.parse_known_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     suites, at_once = (UNITS, 2) if options.fast else (ALL, AT_ONCE)
+    extra = ["-m", "not slow", *extra] if options.fast else extra
     folder = ROOT / "build" / "tests"
     folder.mkdir(parents=True, exist_ok=True)
     at_once, text = plan_memory(suites, available(), at_once)

@@ -56,6 +56,7 @@ def test_uv_gets_pips_sources(environment: ModuleType) -> None:
     assert environment.installer("py", [], None)[:4] == ["py", "-m", "pip", "install"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("uv", [None, "/bin/uv"])
 def test_what_a_cpu_environment_is_made_of(environment: ModuleType, uv: str | None) -> None:
     def steps(**options: bool) -> list[str]:

@@ -6,6 +6,8 @@ import gc
 import subprocess
 import sys
 
+import pytest
+
 from megatron_r1reward.processes import quick_imports
 
 ENDING = """
@@ -40,6 +42,7 @@ def ends(end: str, call: str = "with quick_exit(): main()") -> tuple[int, list[s
     return done.returncode, done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_program_ends_with_its_exit_code_its_handlers_and_threads_and_is_not_taken_apart() -> None:
     assert ends("pass", "main()") == (0, [*COMMON, "was taken apart"])
     assert ends("pass") == (0, COMMON)

@@ -29,6 +29,7 @@ def end_of(tmp_path: Path, capsys: pytest.CaptureFixture[str], left: list[str], 
     return code, capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.slow
 def test_one_failure_among_the_suites_is_the_end_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, lines = end_of(tmp_path, capsys, [], good=GOOD, bad=BAD, broken="import no_such_module\n")
     assert code == 1
@@ -38,6 +39,7 @@ def test_one_failure_among_the_suites_is_the_end_of_the_run(tmp_path: Path, caps
     assert lines[-1] == "1 passed, 3 failed, 1 skipped"  # a suite that cannot be collected fails, too
 
 
+@pytest.mark.slow
 def test_all_passed_and_nothing_left_is_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, lines = end_of(tmp_path, capsys, [], good=GOOD)
     assert (code, lines[-1]) == (0, "1 passed, 0 failed, 1 skipped")
@@ -46,6 +48,7 @@ def test_all_passed_and_nothing_left_is_0(tmp_path: Path, capsys: pytest.Capture
     assert any(line.startswith("memory: at most ") for line in lines)
 
 
+@pytest.mark.slow
 def test_what_is_left_behind_fails_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, lines = end_of(tmp_path, capsys, ["process 7: sleep"], good=GOOD)
     assert code == 1
@@ -105,6 +108,7 @@ def find_tests() -> list[Path]:
     return [path for path in (run.ROOT / "tests").rglob("test_*.py") if path.parent.name != "tests"]
 
 
+@pytest.mark.slow
 def test_the_tests_of_a_light_room_import_nothing_heavy() -> None:
     program = (
         "import sys, pytest; code = pytest.main(['--collect-only', '-q', 'tests/unit/network', 'tests/unit/cluster']); "

@@ -50,11 +50,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return venv / "bin"
 
 
+@pytest.mark.slow
 def test_it_is_not_the_checkout(installed: Path, tmp_path: Path) -> None:
     done = call(installed / "python", "-c", "import megatron_r1reward as m; print(m.__file__)", folder=tmp_path)
     assert done.stdout.startswith(str(installed.parent))
 
 
+@pytest.mark.slow
 def test_a_shipped_run_file_is_planned(installed: Path, tmp_path: Path) -> None:
     listed = call(installed / "r1reward", "recipes", folder=tmp_path).stdout.split()
     assert "recipes/demo/rl.toml" in listed
@@ -64,6 +66,7 @@ def test_a_shipped_run_file_is_planned(installed: Path, tmp_path: Path) -> None:
     assert "fits:" in done.stdout
 
 
+@pytest.mark.slow
 def test_recipes_and_job_scripts_can_be_copied_and_edited(installed: Path, tmp_path: Path) -> None:
     done = call(installed / "r1reward", "recipes", "--out", "mine", folder=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -74,6 +77,7 @@ def test_recipes_and_job_scripts_can_be_copied_and_edited(installed: Path, tmp_p
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
 
 
+@pytest.mark.slow
 def test_a_tiny_model_and_the_doctor(installed: Path, tmp_path: Path) -> None:
     turn = {"role": "user", "content": "Which digit is shown? 0 1 2 3 4 5 6 7 8 9"}
     row = {"message": json.dumps([turn]), "response": "<think>It shows 7.</think><answer>1</answer>"}

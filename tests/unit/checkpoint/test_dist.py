@@ -64,6 +64,7 @@ def moments(state: TrainState) -> list[torch.Tensor]:
     return [s[key] for s in values for key in ("exp_avg", "exp_avg_sq")]
 
 
+@pytest.mark.slow
 def test_training_goes_on_as_if_nothing_had_happened_and_damage_is_named(
     config: RunConfig, topology: Topology, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -130,6 +131,7 @@ def damaged_checkpoints_are_passed_over(root: Path, caplog: pytest.LogCaptureFix
     assert find_checkpoint(root) == good
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(
     config: RunConfig, topology: Topology, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

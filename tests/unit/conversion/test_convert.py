@@ -54,6 +54,7 @@ def round_trip(folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "back"
 
 
+@pytest.mark.slow
 def test_every_file_comes_back_byte_for_byte(tiny_folder: Path, sharded_folder: Path, tmp_path: Path) -> None:
     for number, folder in enumerate((tiny_folder, sharded_folder)):
         (tmp_path / str(number)).mkdir()
@@ -72,6 +73,7 @@ def run(*arguments: object) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+@pytest.mark.slow
 def test_verify_names_the_tensor_with_a_flipped_bit(sharded_folder: Path, imported: Path, tmp_path: Path) -> None:
     assert run("verify", imported, "--against", sharded_folder) == (0, f"{imported}: intact\n")
     copy = tmp_path / "copy"
@@ -143,6 +145,7 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(
     assert list(tmp_path.iterdir()) == [tmp_path / "hf"]
 
 
+@pytest.mark.slow
 def test_a_tied_folder_may_hold_the_head_only_as_a_copy(tmp_path: Path) -> None:
     folder = tmp_path / "tied"
     write_tiny_checkpoint(folder, corpus=CORPUS, init_std=0.15, tie_word_embeddings=True)
@@ -168,6 +171,7 @@ def transformers_metas(folder: Path) -> list[TensorMeta]:
     return [meta for meta in metas if not (config.tie_word_embeddings and meta.name == "lm_head.weight")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "tensors", "size"), [("7b", 729, 16_584_333_312), ("3b", 824, 7_509_245_952)])
 def test_published_configurations_convert_in_a_dry_run(model: str, tensors: int, size: int, tmp_path: Path) -> None:
     """Every name of transformers' own model is used once, under its own and under the published spelling."""

@@ -49,6 +49,7 @@ def test_the_fp8_folder_is_inspected_and_verified_and_not_imported(imported: Pat
     assert "for serving" in output
 
 
+@pytest.mark.slow
 def test_everything_in_a_folder_travels_but_other_weights(
     tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -99,6 +100,7 @@ def test_a_relative_model_path_is_found_from_any_directory(
         template_of(checkpoint)
 
 
+@pytest.mark.slow
 def test_dtypes_that_differ_by_layer_are_kept(tiny_folder: Path, tmp_path: Path) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     half = load_file(tiny_folder / "model.safetensors")[name].bfloat16()
@@ -127,6 +129,7 @@ def test_a_template_of_another_size_is_refused(imported: Path, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_rotary_buffers_of_older_folders_do_not_disturb(tiny_folder: Path, tmp_path: Path) -> None:
     folder = changed_copy(tiny_folder, tmp_path / "hf", model__rotary_emb__inv_freq=torch.ones(16))
     import_folder(folder, tmp_path / "megatron", progress=False)
@@ -136,6 +139,7 @@ def test_rotary_buffers_of_older_folders_do_not_disturb(tiny_folder: Path, tmp_p
     assert run("verify", tmp_path / "megatron", "--against", tiny_folder)[0] == 0
 
 
+@pytest.mark.slow
 def test_experts_as_newer_versions_save_them_are_the_same_numbers(tmp_path: Path) -> None:
     published = tmp_path / "published"
     write_tiny_checkpoint(published, corpus=CORPUS, init_std=0.15, spec=TINY_SPECS["qwen3_vl_moe"])

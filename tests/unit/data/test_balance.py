@@ -37,6 +37,7 @@ def by_turns(costs: list[Cost], idle: list[bool], ranks: int) -> float:
     return slowest / mean
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [8, 16])
 @pytest.mark.parametrize("idle_share", [0.0, 0.3])
 def test_nobody_waits_for_the_slowest(ranks: int, idle_share: float) -> None:

@@ -106,6 +106,7 @@ def test_rows_are_distinct_and_images_are_written_once(built):
     assert summary.images == len({row["image"] for row in rows})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_texts_do_not_reveal_the_right_answer(category):
     """Whatever is told by (question, pair of answers) and by each response's wording: right half of the time."""
@@ -218,6 +219,7 @@ def test_judge_rows_are_right_balanced_and_not_shared(built):
     assert len(summary.categories["judge_sft"]) == 4
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_and_other_seed_other_rows(built, tmp_path):
     def digest(folder):
         files = sorted(path for path in folder.rglob("*") if path.is_file() and "quarantine" not in path.name)

@@ -208,6 +208,7 @@ def doctor(*arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
+@pytest.mark.slow
 def test_this_machine_passes(tmp_path):
     """Real probes, in the environment that runs these tests."""
     done = doctor("--folder", str(tmp_path), "--json")
@@ -219,6 +220,7 @@ def test_this_machine_passes(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_an_error_is_exit_code_1_and_names_its_fix(tmp_path):
     environment = {**os.environ, "NCCL_SOCKET_IFNAME": "nosuch", "COLUMNS": "200"}
     done = doctor("--folder", str(tmp_path), "--quick", env=environment)
@@ -227,6 +229,7 @@ def test_an_error_is_exit_code_1_and_names_its_fix(tmp_path):
     assert "fix: set it to a prefix" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_folder_that_does_not_exist(tmp_path):
     done = doctor("--folder", str(tmp_path / "none"))
     assert done.returncode == 2

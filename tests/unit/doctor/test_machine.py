@@ -71,6 +71,7 @@ class TestGpus:
 
 
 class TestImports:
+    @pytest.mark.slow
     def test_torch_loads_here(self):
         findings, seen = imports.check_torch()
         assert levels(findings) == {"imports.torch": "ok"}

@@ -60,6 +60,7 @@ def test_everything_is_said_at_once(tiny_folder: Path, tmp_path: Path, monkeypat
         assert any(words in text for text in texts), (words, texts)
 
 
+@pytest.mark.slow
 def test_the_command(tiny_folder: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl")
     path = tmp_path / "sft.toml"

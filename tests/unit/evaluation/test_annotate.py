@@ -166,6 +166,7 @@ def test_passing_faults_are_retried(serve: Any, preferences: list[Preference], t
     assert len(endpoint.requests) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [(500, b"down"), (400, b"bad request"), (200, b"<html>"), (200, b"{}"), (200, b"[1]"), (200, b'{"choices": []}')],

@@ -62,6 +62,7 @@ def test_both_numbers_stand_side_by_side_and_every_row_is_accounted_for(always_f
     assert {line["text"] for line in judged} == {FIRST}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [1, 40, 400, 10_000])
 def test_a_run_that_was_killed_anywhere_asks_and_writes_nothing_twice(always_first, rows, tmp_path, keep) -> None:
     out = tmp_path / "out"

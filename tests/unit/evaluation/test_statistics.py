@@ -42,6 +42,7 @@ def test_46_items_of_which_95_in_100_are_right() -> None:
     assert exact_coverage(46, 0.95) == pytest.approx(0.9737, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("items", [20, 46, 170])
 @pytest.mark.parametrize(("share", "samples"), [(0.95, 2), (0.85, 2), (0.85, 30), (0.7, 30)])
 def test_items_with_several_verdicts_are_covered(items: int, share: float, samples: int) -> None:

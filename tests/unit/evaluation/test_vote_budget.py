@@ -46,6 +46,7 @@ def test_votes_in_both_orders_spend_as_many_of_each() -> None:
     assert found.accuracy.tolist() == [1.0, 0.5, 1.0]  # two votes outweigh one: shares are smoothed
 
 
+@pytest.mark.slow
 def test_adaptive_voting_keeps_the_accuracy_of_the_majority_at_a_fraction_of_its_tokens() -> None:
     generator = np.random.default_rng(0)
     skills = generator.choice([0.95, 0.6], size=200, p=[0.8, 0.2])

@@ -129,6 +129,7 @@ class TestImages:
             image_url(self.png((200, 200)), max_pixels=10_000)
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_nothing_heavy() -> None:
     """What makes `import megatron_r1reward` slow is never imported by it, nor by the name of the reward model."""
     code = "import sys, megatron_r1reward; assert not {'torch', 'numpy', 'openai', 'httpx'} & set(sys.modules)"

@@ -39,6 +39,7 @@ def assert_no_spills(report: dict[str, object]) -> None:
             assert numbers["wide_loads"] > 0, f"{name} does not load 16 bytes at a time: {numbers}"
 
 
+@pytest.mark.slow
 def test_triton_kernels_on_the_installed_triton(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     report = compile_all(None, tmp_path)
@@ -54,6 +55,7 @@ def test_triton_kernels_on_triton_3_6(tmp_path: Path) -> None:
     assert_no_spills(report)
 
 
+@pytest.mark.slow
 def test_cuda_kernel_builds_and_keeps_its_registers(tmp_path: Path) -> None:
     """nvcc for sm_90a; the shared object loads without a driver and takes the structure that ctypes builds."""
     if cuda_cluster.find_nvcc() is None:

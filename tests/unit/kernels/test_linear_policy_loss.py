@@ -48,6 +48,7 @@ def dense_gradients(
     return float(expected.loss.sum()), gradient @ weight.double(), gradient.t() @ hidden.double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["torch", "triton", "triton_row"])
 @pytest.mark.parametrize(("name", "chunk"), [("paper", 7), ("everything", 7), ("entropy", 1000), ("k3", 1)])
 def test_matches_float64(name: str, chunk: int, implementation: str) -> None:
@@ -263,6 +264,7 @@ def test_wrong_inputs_are_named(change: dict[str, object], message: str) -> None
         linear_policy_loss(hidden, weight, replace(inputs, **change), OPTIONS["everything"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_whole_rows_of_several_tiles_with_padding(dtype: torch.dtype) -> None:
     """One launch per chunk, a row of three tiles; clipped rows are left out of the products."""

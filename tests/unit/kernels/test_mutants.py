@@ -6,10 +6,12 @@ import mutants
 import pytest
 
 
+@pytest.mark.slow
 def test_the_unbroken_kernels_pass() -> None:
     assert mutants.survives(None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", [m for m in mutants.MUTANTS if m.name in mutants.QUICK], ids=lambda m: m.name)
 def test_a_broken_kernel_is_noticed(mutant: mutants.Mutant) -> None:
     assert not mutants.survives(mutant)

@@ -36,6 +36,7 @@ MATRIX += [("everything", ranks, torch.bfloat16) for ranks in (1, 2, 4)] + [("ev
 both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize(("name", "ranks", "dtype"), MATRIX)
 def test_matches_float64(name: str, ranks: int, dtype: torch.dtype, implementation: str) -> None:
@@ -57,6 +58,7 @@ def test_the_matrix_reaches_every_flag() -> None:
     assert seen == sum(Flag) - Flag.NON_FINITE
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("vocabulary", [20_001, 152_064])
 def test_rows_of_several_tiles(vocabulary: int, implementation: str) -> None:
@@ -216,6 +218,7 @@ def test_strided_rows_and_padded_vocabulary(implementation: str) -> None:
     assert (memory[:, 512:] == torch.tensor(7.7)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_runs_repeat_bit_for_bit(implementation: str) -> None:
     options = OPTIONS["everything"]
@@ -265,6 +268,7 @@ assert torch.equal(rows, far)
 """
 
 
+@pytest.mark.slow
 @both
 def test_row_offsets_beyond_32_bits(implementation: str) -> None:
     """In a process of its own: an overflowing offset ends in a segmentation fault."""

@@ -86,6 +86,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rollout", "judge"])
 def test_a_step_starts_again_where_it_was(folder: Path, kind: str) -> None:
     first = Step(folder, kind, 0)
@@ -101,6 +102,7 @@ def test_a_step_starts_again_where_it_was(folder: Path, kind: str) -> None:
     assert not Path(f"/proc/{vllm}").exists()
 
 
+@pytest.mark.slow
 def test_a_step_that_is_killed_takes_its_server_along(folder: Path) -> None:
     step = Step(folder, "rollout", 0)
     step.address(0)

@@ -105,6 +105,7 @@ def test_done_needs_the_done_file(tmp_path: Path) -> None:
     assert (report.outcome, report.code) == ("failed", EXIT_UNFINISHED)
 
 
+@pytest.mark.slow
 def test_the_first_failing_rank_is_the_cause_and_ends_the_others(tmp_path: Path) -> None:
     report = OneLife(tmp_path)(
         f"\nif os.environ['RANK'] == '2': print('out of cheese'); sys.exit(13)\n{FOR_EVER}", tasks=3
@@ -114,12 +115,14 @@ def test_the_first_failing_rank_is_the_cause_and_ends_the_others(tmp_path: Path)
     assert ExitReport.read(tmp_path / "exit.json") == report == ExitReport.read(tmp_path / "logs-0" / "exit.json")
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_at_start_keeps_the_trainer_from_starting(tmp_path: Path) -> None:
     report = OneLife(tmp_path)("", server="import sys; sys.exit('no such model')")
     assert (report.code, report.component, report.log_tail) == (1, "rollout-0", ("no such model",))
     assert not (tmp_path / "logs-0" / "trainer.log").exists()
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_with_the_trainer_is_the_cause(
     tmp_path: Path, server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +187,7 @@ def life_with_server(root: Path, **limits: float) -> OneLife:
     return life
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accident", ["sys.exit(9)", "os.kill(os.getpid(), 9)", "os.kill(os.getpid(), signal.SIGSTOP)"])
 def test_a_server_that_dies_or_hangs_is_started_again(tmp_path: Path, accident: str) -> None:
     life = life_with_server(tmp_path)
@@ -193,6 +197,7 @@ def test_a_server_that_dies_or_hangs_is_started_again(tmp_path: Path, accident: 
     assert [line for line in log.splitlines() if line.startswith("start")] == ["start 0", "start 1"], "one log"
 
 
+@pytest.mark.slow
 def test_what_cannot_be_mended_ends_the_life_with_its_reason(tmp_path: Path) -> None:
     life = life_with_server(tmp_path, max_restarts=2)
     report = life(
@@ -265,12 +270,14 @@ class LosesANode(LocalLauncher):
         return ("n2",)
 
 
+@pytest.mark.slow
 def test_a_lost_node_asks_for_another_turn(tmp_path: Path) -> None:
     report = OneLife(tmp_path, launcher=LosesANode)("beat('training'); sys.exit(1)")
     assert (report.outcome, report.code) == ("requeue", EXIT_LOST_NODE)
     assert "n2" in report.reason
 
 
+@pytest.mark.slow
 def test_nobody_is_left(tmp_path: Path) -> None:
     """Also one that ignores SIGTERM."""
     marker = str(tmp_path)

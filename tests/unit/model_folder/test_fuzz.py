@@ -72,6 +72,7 @@ def one_line_or_right(action: Callable[[], None], what: object) -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
 def test_a_configuration(family: str, tmp_path: Path) -> None:
     generator, folder = random.Random(family), write_folder(tmp_path, family)

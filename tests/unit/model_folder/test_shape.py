@@ -71,6 +71,7 @@ def test_yarn_is_read_and_what_servers_would_do_otherwise_is_not() -> None:
             read_shape(changed("qwen2_5_vl", "", rope_scaling=yarn | {key: 2.0}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", bundled_names())
 def test_sizes_and_ties_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     """As published, as transformers writes it, and with the keys of the tie moved or left out."""

@@ -61,17 +61,20 @@ def expected(member: Member, sequences: list[Sequence]) -> tuple[torch.Tensor, d
     return log_probs_R.detach(), reference_gradients(reference, member)
 
 
+@pytest.mark.slow
 def test_packed_log_probs_are_those_of_transformers(model, member, sequences, expected):
     log_probs_R, entropy_R = model(member.packer.pack(sequences, range(4)))
     torch.testing.assert_close(log_probs_R, expected[0], atol=1e-4, rtol=0)
     assert (entropy_R > 0).all()
 
 
+@pytest.mark.slow
 def test_unpacked_log_probs_are_those_of_transformers(model, member, sequences, expected):
     log_probs_R = torch.cat([model(member.packer.pack(sequences, [i]))[0] for i in range(4)])
     torch.testing.assert_close(log_probs_R, expected[0], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_transformers(model, member, sequences, expected):
     model.zero_grad()
     model(member.packer.pack(sequences, range(4)))[0].sum().backward()
@@ -94,6 +97,7 @@ def test_the_policy_sees_the_image(model, member, sequences):
     assert (model(blind)[0] - seen).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_export_returns_every_tensor_of_the_folder_unchanged(model, member, topology):
     reader = HfReader(member.folder)
     exported = dict(export_hf_tensors(model, family_of(member.config).weight_table(member.config), topology))

@@ -110,6 +110,7 @@ def router_gradients(model: Qwen3VL, batch: PackedBatch) -> tuple[list[torch.Ten
     return [router.weight.grad for router in routers], logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["aux_loss", "z_loss"])
 def test_auxiliary_losses_weigh_once_per_response_token(kind, experts, topology, image_paths):
     batch = experts.packer.pack([experts.sequence(i, image_paths[:i]) for i in range(3)], range(3))

@@ -92,6 +92,7 @@ def packed_twice(ids: list[int], prompt_length: int, positions_3T: torch.Tensor)
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.1, 0.25, 0.4])
 def test_video_log_probs_are_those_of_transformers(seconds, member, tokens, topology) -> None:
     """The video is shorter than its grid is high: transformers computes the positions itself."""

@@ -46,6 +46,7 @@ def vllm_table(original: int) -> torch.Tensor:
         return get_rope(32, 4096, rope_parameters=parameters, dtype=torch.float32).cos_sin_cache
 
 
+@pytest.mark.slow
 def test_vllm_takes_the_original_length_four_times_so_rl_is_refused(scaled: Path) -> None:
     """When this test fails, vLLM agrees with transformers: take the refusal away."""
     unscaled_F = 1.0 / 10_000.0 ** (torch.arange(0, 32, 2).float() / 32)

@@ -80,6 +80,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     return monkeypatch
 
 
+@pytest.mark.slow
 def test_every_decision_is_listed() -> None:
     assert decisions() == CHECKS.keys()
 

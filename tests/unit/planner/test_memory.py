@@ -145,6 +145,7 @@ def test_more_ranks_never_need_more_memory_each(make_config):
     assert peak(Layout(tp=4, cp=2)) < peak(Layout(tp=4, dp=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("member", "recompute"),
     [
@@ -225,6 +226,7 @@ def _saved_bytes(folder: Path, image_paths, section, topology) -> tuple[int, Mic
     return sum(size for address, size in storages.items() if address not in weights), described
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused_loss", [False, True], ids=["log_probs", "fused_loss"])
 @pytest.mark.parametrize(
     ("dtype", "logits_dtype"),

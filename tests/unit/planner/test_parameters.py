@@ -29,6 +29,7 @@ def shape_of(name: str):
     return read_shape(bundled_config(name), name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", bundled_names())
 def test_every_shipped_configuration_counts_as_transformers_does(name: str, tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(bundled_config(name)))

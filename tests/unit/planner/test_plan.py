@@ -78,6 +78,7 @@ def test_an_illegal_layout_names_the_nearest_legal_one(tmp_path: Path):
     assert "nearest change that fits" in result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
@@ -129,6 +130,7 @@ def test_a_stand_in_plans_a_model_that_an_earlier_stage_will_write(make_config):
     assert sum(make_plan(config, "sft").parameters.values()) == 8_767_123_696
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "stage", "keys", "needed"),
     [
@@ -162,6 +164,7 @@ def test_the_longest_sequence_of_sft_is_no_matter_of_sampling(make_config) -> No
     assert longer.workload.longest == plans[0].workload.longest + 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", ["sampling.top_p=0.9", "sampling.top_k=20", "sampling.temperature=0"])
 def test_what_rl_will_refuse_is_refused_here(tmp_path: Path, override: str):
     sampled = _run_file(tmp_path, sections="[rl]\n[reward]\nuse_judge = false\n")

@@ -64,6 +64,7 @@ def outcome(work: Callable[[], Any]) -> Any:
         return str(error)
 
 
+@pytest.mark.slow
 def test_plan_and_launch_agree_and_nothing_that_fits_is_refused(make_config: MakeConfig) -> None:
     base = make_config("Qwen2.5-VL-7B-Instruct", stage="rl")
     assert len(LAYOUTS) >= 5_000

@@ -167,6 +167,7 @@ class Page(HTMLParser):
         self.text += data
 
 
+@pytest.mark.slow
 def test_json_has_the_promised_keys(run_dir: Path) -> None:
     returned = build_report(run_dir)
     report = json.loads((run_dir / "report.json").read_text())
@@ -188,6 +189,7 @@ def test_json_has_the_promised_keys(run_dir: Path) -> None:
     assert not list(run_dir.glob(".report*"))  # no temporary file is left
 
 
+@pytest.mark.slow
 def test_page_is_one_file_and_shows_the_run(run_dir: Path) -> None:
     build_report(run_dir)
     html = (run_dir / "report.html").read_text()
@@ -202,6 +204,7 @@ def test_page_is_one_file_and_shows_the_run(run_dir: Path) -> None:
     assert page.tags.count("figure") == 12
 
 
+@pytest.mark.slow
 def test_images_of_the_transcripts_are_embedded(run_dir: Path) -> None:
     build_report(run_dir)
     html = (run_dir / "report.html").read_text()
@@ -236,6 +239,7 @@ def test_a_malformed_file_is_named(run_dir: Path, name: str, content: str, messa
     assert not (run_dir / "report.json").exists()
 
 
+@pytest.mark.slow
 def test_the_control_is_optional_and_its_absence_is_shown(run_dir: Path) -> None:
     path = run_dir / "eval_rl/evaluation.json"
     content = json.loads(path.read_text())
@@ -245,6 +249,7 @@ def test_the_control_is_optional_and_its_absence_is_shown(run_dir: Path) -> None
     assert "evaluation.shuffled_images_control = true" in (run_dir / "report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scale", "values"),
     [
@@ -305,6 +310,7 @@ def test_every_server_has_a_lane() -> None:
     assert svg.index("rollout-1") < svg.index("judge-0") < svg.index("servers: generate")
 
 
+@pytest.mark.slow
 def test_a_run_without_a_timeline_has_a_report_all_the_same(run_dir: Path) -> None:
     build_report(run_dir)
     assert "What ran when" not in (run_dir / "report.html").read_text()
@@ -315,6 +321,7 @@ def test_a_run_without_a_timeline_has_a_report_all_the_same(run_dir: Path) -> No
     assert draw_timeline(rows[:3]) is None
 
 
+@pytest.mark.slow
 def test_best_of_n_is_shown_with_its_interval_and_what_failed(run_dir: Path) -> None:
     assert build_report(run_dir)["best_of_n"] is None
     assert "In use" not in (run_dir / "report.html").read_text()
@@ -334,6 +341,7 @@ def test_best_of_n_is_shown_with_its_interval_and_what_failed(run_dir: Path) -> 
     assert "24.0 judgements per image; 1 images got no reward and count as wrong" in text
 
 
+@pytest.mark.slow
 def test_ways_to_vote_are_shown_against_their_tokens(run_dir: Path) -> None:
     def point(method: str, setting: str, tokens: float) -> VotingPoint:
         interval = around(0.95).interval

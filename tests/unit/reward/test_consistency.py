@@ -64,11 +64,13 @@ def test_a_named_model_is_not_looked_up(serve) -> None:
 
 @pytest.mark.parametrize("failure", [500, 503, 429, 404, "10", "yes", "1 or 0", "0.5", "", HTML, BAD_JSON, WRONG_SHAPE])
 class TestFailures:
+    @pytest.mark.slow
     def test_one_failure_is_retried(self, serve, failure) -> None:
         server = serve(failure, "1")
         assert asyncio.run(judge(server).judge(REASONING, 1)) == "consistent"
         assert len(server.requests) == 2
 
+    @pytest.mark.slow
     def test_lasting_failure_is_unknown(self, serve, failure, caplog) -> None:
         server = serve(failure)
         assert asyncio.run(judge(server, retries=1).judge(REASONING, 1)) == "unknown"
@@ -108,6 +110,7 @@ def test_equal_questions_are_asked_once(serve) -> None:
     assert len(server.requests) == 2
 
 
+@pytest.mark.slow
 def test_a_hanging_model_list_costs_one_timeout_in_all(serve) -> None:
     """Nobody waits for the time-out of another: all hang at the same time."""
     server = serve("1")

@@ -103,6 +103,7 @@ def answers(count: int, *, per_slot: int = 2) -> list[list[Rollout]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [None, 3])
 @pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (4, 2, 0, 1, 3), (1,)])
 def test_the_order_of_arrival_changes_nothing(serve, budget: int | None, order: tuple[int, ...]) -> None:

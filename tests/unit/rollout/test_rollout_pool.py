@@ -84,6 +84,7 @@ def accounted_for(result: GenerateResult, asked: list[Prompt], n: int) -> bool:
     return all(counts[prompt.id] == (0 if prompt.id in failed else n) for prompt in asked)
 
 
+@pytest.mark.slow
 def test_samples_come_in_the_order_of_prompts(fake_vllm: MakeFake, make_pool: MakePool) -> None:
     asked, progress = prompts(20), []
     pool = make_pool(fake_vllm(), fake_vllm())
@@ -92,6 +93,7 @@ def test_samples_come_in_the_order_of_prompts(fake_vllm: MakeFake, make_pool: Ma
     assert progress == [(done, 20) for done in range(1, 21)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_another_server_takes_over(fake_vllm: MakeFake, make_pool: MakePool, fault: str | int) -> None:
     asked = prompts(6)
@@ -104,6 +106,7 @@ def test_another_server_takes_over(fake_vllm: MakeFake, make_pool: MakePool, fau
     assert [r.token_ids for r in alone.rollouts] == [r.token_ids for r in result.rollouts], "a retry changed the seed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_prompts_that_nobody_can_serve_say_why(fake_vllm: MakeFake, make_pool: MakePool, fault: str | int) -> None:
     asked, bad = prompts(3), fake_vllm(fault)
@@ -125,6 +128,7 @@ def test_a_refusal_is_final(fake_vllm: MakeFake, make_pool: MakePool) -> None:
     assert refusing.generate_calls + other.generate_calls == 1
 
 
+@pytest.mark.slow
 def test_the_slow_server_gets_less(fake_vllm: MakeFake, make_pool: MakePool) -> None:
     slow, fast = fake_vllm(), fake_vllm()
     slow.door.close()
@@ -150,6 +154,7 @@ def test_no_more_in_flight_than_allowed(fake_vllm: MakeFake, make_pool: MakePool
     assert [fake.door.most for fake in fakes] == [3, 3]
 
 
+@pytest.mark.slow
 def test_rollouts_with_banned_ids_are_set_aside(fake_vllm: MakeFake, make_pool: MakePool) -> None:
     asked = prompts(50)
     banned = {sample_seed(0, asked[7].id) % 97}
@@ -189,6 +194,7 @@ def test_no_rollouts_from_servers_in_an_unknown_state(fake_vllm: MakeFake, make_
     assert fake.generate_calls == 0
 
 
+@pytest.mark.slow
 def test_a_sick_server_leaves_service_and_comes_back(fake_vllm: MakeFake, make_pool: MakePool) -> None:
     """It answers 500 to everything, the probe included, until it is well again."""
     sick, well = fake_vllm(500), fake_vllm()
@@ -206,6 +212,7 @@ def test_a_sick_server_leaves_service_and_comes_back(fake_vllm: MakeFake, make_p
     assert sick.generate_calls > tried
 
 
+@pytest.mark.slow
 def test_prompts_wait_while_no_server_is_in_service(fake_vllm: MakeFake, make_pool: MakePool) -> None:
     fake = fake_vllm(500)
     fake.refused.add("/health")
@@ -254,6 +261,7 @@ def test_answers_of_outdated_weights_are_thrown_away(fake_vllm: MakeFake, make_p
     assert fakes[0].version == "3"
 
 
+@pytest.mark.slow
 def test_who_missed_a_push_gets_it_before_it_works_again(fake_vllm: MakeFake, make_pool: MakePool) -> None:
     sick, well = fake_vllm(500), fake_vllm()
     sick.refused.add("/v1/completions")

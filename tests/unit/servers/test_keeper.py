@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 from orphans import MARK, Starter
 from waiting import wait_until
 
@@ -61,6 +62,7 @@ def starter(folder: Path, *, lives: int = 1) -> Starter:
     return Starter(start)
 
 
+@pytest.mark.slow
 def test_a_starter_killed_at_any_moment_of_the_start_leaves_nothing(tmp_path: Path) -> None:
     """Sixteen starts side by side; the moments are spread over the second and a half that one takes, and beyond."""
     draw = random.Random(7)
@@ -87,6 +89,7 @@ def test_a_server_that_dies_takes_its_workers_along(tmp_path: Path) -> None:
         one.kill()
 
 
+@pytest.mark.slow
 def test_told_to_end_it_ends_what_swallows_the_signal(tmp_path: Path) -> None:
     os.environ[MARK] = mark = f"mark-{os.getpid()}"
     try:

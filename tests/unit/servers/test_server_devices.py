@@ -15,6 +15,7 @@ def test_it_says_what_torch_says() -> None:
     assert sees_gpu() == torch.cuda.is_available()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(has_driver(), reason="about a machine without NVIDIA's driver")
 def test_a_server_step_does_not_import_torch() -> None:
     program = (

@@ -106,6 +106,7 @@ def test_generations_overlap_and_end_once() -> None:
     assert machine.phase == "ready"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [1, 2])
 def test_a_step_sleeps_after_sampling_and_wakes_in_two_parts(
     fake_vllm: MakeFake, make_pool: MakePool, level: int
@@ -196,6 +197,7 @@ def test_a_server_that_keeps_its_memory_ends_the_run(fake_vllm: MakeFake, make_p
         push(pool, 1)
 
 
+@pytest.mark.slow
 def test_nobody_is_brought_back_while_the_trainer_has_the_memory(fake_vllm: MakeFake, make_pool: MakePool) -> None:
     """A server that falls ill asleep is probed, and given the weights, only after the next push."""
     fakes = [fake_vllm(), fake_vllm()]

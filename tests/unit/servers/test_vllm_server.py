@@ -142,6 +142,7 @@ def test_a_server_that_never_listens_times_out(tmp_path: Path) -> None:
     assert not server.alive
 
 
+@pytest.mark.slow
 def test_stop_ends_the_whole_process_group(tmp_path: Path) -> None:
     program = (
         "import subprocess, sys, time\n"

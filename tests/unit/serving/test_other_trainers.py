@@ -107,6 +107,7 @@ def test_trls_reward_function(start) -> None:
     assert neutral.counts == {"groups": 2, "failed": 2}
 
 
+@pytest.mark.slow
 def test_trls_reward_function_waits_for_a_busy_service(start) -> None:
     service = start(concurrency=1)
     service.judge.door.clear()

@@ -45,6 +45,7 @@ def test_compare_rank_score_and_batch(start) -> None:
     assert service.http.get("/ready").status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "change", "says"),
     [

@@ -190,6 +190,7 @@ def command(*arguments):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_command(run):
     write(run, info=replace(INFO, started=time.time()), beat=replace(BEAT, time=time.time()))
     done = command(str(run.root))

@@ -47,6 +47,7 @@ def weights(config: RunConfig) -> dict[str, torch.Tensor]:
     return load_file(config.run.output_dir / "hf" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_the_same_record_gives_the_same_weights(first: RunConfig, topology: Topology, tmp_path: Path) -> None:
     again = elsewhere(first, tmp_path)
     rl.run(again, topology, None)
@@ -61,6 +62,7 @@ def test_the_same_record_gives_the_same_weights(first: RunConfig, topology: Topo
     assert any(not torch.equal(original[name], after[name]) for name in original), "something was learned"
 
 
+@pytest.mark.slow
 def test_another_micro_batch_budget_changes_rounding_only(first: RunConfig, topology: Topology, tmp_path: Path) -> None:
     again = elsewhere(first, tmp_path, data={"token_budget": 150})
     rl.run(again, topology, None)
@@ -71,6 +73,7 @@ def test_another_micro_batch_budget_changes_rounding_only(first: RunConfig, topo
     assert max(float((before[name] - after[name]).abs().max()) for name in before) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_replay_goes_on_after_an_interruption(first: RunConfig, topology: Topology, tmp_path: Path) -> None:
     """Asked to stop after the first step, then started again: the weights of the run that was left alone."""
     again = elsewhere(first, tmp_path)
@@ -95,6 +98,7 @@ def test_a_step_that_is_missing_is_noticed_at_the_start(first: RunConfig, topolo
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_the_samplers_log_probs_spare_a_pass_over_the_batch(
     first: RunConfig, topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +179,7 @@ def test_where_the_samplers_log_probs_are_not_the_trainers(
 METHODS = ("released_code_constant_length", "reinforce_plus_plus", "grpo", "dapo", "gspo", "cispo", "sapo", "gdpo")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_trains_by_one_key(
     method: str, tiny_folder: Path, image_paths: tuple[str, ...], topology: Topology, tmp_path: Path

@@ -22,6 +22,7 @@ def topology() -> Iterator[Topology]:
     setup.shutdown()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_goes_on_where_it_was(tiny_folder: Path, topology: Topology, tmp_path: Path) -> None:
     """Asked to stop after the first step, then started again: the weights of the run that was left alone."""
     rows = [

@@ -31,6 +31,7 @@ def config_of(folder: Any, **sections: Any) -> RunConfig:
     return RunConfig.model_validate(base | sections)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2_5_vl tied", "qwen3_vl_moe"])
 def test_rotary_frequencies_stay_float32(name: str, topology: setup.Topology, tmp_path_factory) -> None:
     """Rounded to bf16 they turn a patch in row 100 by up to 0.2 rad. In the policy and in the reference, which a
