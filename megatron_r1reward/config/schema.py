@@ -185,6 +185,8 @@ class EvaluationSection(Section):
     voting: tuple[PositiveInt, ...] = (1, 5, 15)
     shuffled_images_control: bool = False
     greedy: bool = True  # once more at temperature 0, one response per pair and order
+    # Wrong against wrong, near-equal and identical responses, so many of each, made of the data; 0: none
+    extra_pairs: Annotated[int, Field(ge=0)] = 100
     transcripts: Annotated[int, Field(ge=0)] = 6
 
 

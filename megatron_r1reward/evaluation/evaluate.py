@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_r1reward.config.schema import SamplingSection
+from megatron_r1reward.evaluation.pair_kinds import SAME
 from megatron_r1reward.evaluation.result import (
     ORDERS,
     CategoryAccuracy,
@@ -22,6 +23,7 @@ from megatron_r1reward.evaluation.result import (
     EvaluationResult,
     GreedyAccuracy,
     Order,
+    PairKind,
     Transcript,
     one,
     several,
@@ -108,6 +110,7 @@ def evaluate(
     seed: int,
     shuffle_images: bool = False,
     greedy: bool = False,
+    extra: Mapping[str, Sequence[Preference]] | None = None,
     transcripts: int = 6,
     progress: Callable[..., Any] | None = None,
 ) -> EvaluationResult:
@@ -124,6 +127,7 @@ def evaluate(
         seed: of the sampling, the bootstrap, the shuffle and the choice of transcripts.
         shuffle_images: the control: everything the same, but each pair sees the images of another one.
         greedy: once more at temperature 0, one response per pair and order.
+        extra: pairs of other kinds by name, see `make_pair_kinds`, judged once at temperature 0.
         transcripts: how many judgements to return in full. The choice depends on the pairs and the seed alone, so
             that evaluations of two models can be read side by side.
         progress: handed to the pool.
@@ -149,11 +153,61 @@ def evaluate(
             samples=samples,
             seed=seed,
         )
+    coldest = sampling.model_copy(update={"temperature": 0.0})
+    kinds = {}
     if greedy:
-        coldest = sampling.model_copy(update={"temperature": 0.0})
         decided, counted = _ask(pool, shown, prompts, coldest, 1, seed, progress)
         update["greedy"] = GreedyAccuracy(**_both_orders(decided, counted, 1))
+        kinds["right against wrong"] = decided
+    if extra:
+        fitting = {name: _that_fit(pairs, prompt_builder) for name, pairs in extra.items()}
+        built = [built for part in fitting.values() for _, prompts in part for built in prompts]
+        made = [pair for part in fitting.values() for pair, _ in part]
+        found, _ = _ask(pool, made, built, coldest, 1, seed, progress) if made else ([], None)
+        of = {pair.id: name for name, part in fitting.items() for pair, _ in part}
+        for name in fitting:
+            kinds[name] = [pair for pair in found if of[pair.preference.id] == name]
+        update["pair_kinds"] = tuple(_pair_kind(name, pairs) for name, pairs in kinds.items() if pairs)
     return result.model_copy(update=update)
+
+
+def _that_fit(
+    pairs: Sequence[Preference], prompt_builder: PromptSource
+) -> list[tuple[Preference, tuple[Prompt, Prompt]]]:
+    """Pairs with their prompts; without those of which a prompt is too long, which the data themselves cannot hold."""
+    fitting = []
+    for pair in pairs:
+        try:
+            prompts = (prompt_builder.build(pair, swapped=False), prompt_builder.build(pair, swapped=True))
+        except ValueError:
+            continue
+        fitting.append((pair, prompts))
+    return fitting
+
+
+def _pair_kind(name: str, pairs: Sequence[JudgedPair]) -> PairKind:
+    """How often the first place wins, and how often both orders choose the same response."""
+    answers = [[said.parsed.answer for part in pair.samples.values() for said in part] for pair in pairs]
+    decided = [
+        (pair.item, [one == 1 for one in part if one is not None])
+        for pair, part in zip(pairs, answers, strict=True)
+        if any(part)
+    ]
+    first, agree = None, None
+    if decided:
+        first = estimate_share([float(np.mean(ones)) for _, ones in decided], [item for item, _ in decided])
+    if name != SAME:
+        agree = estimate_share(
+            order_agreement(_votes(pairs, "12", 1), _votes(pairs, "21", 1)), [pair.item for pair in pairs]
+        )
+    return PairKind(
+        kind=name,
+        pairs=len(pairs),
+        first_place=None if first is None else first.mean,
+        first_place_interval=None if first is None else first.interval,
+        order_agreement=None if agree is None else agree.mean,
+        order_agreement_interval=None if agree is None else agree.interval,
+    )
 
 
 def _ask(

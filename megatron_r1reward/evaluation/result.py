@@ -102,6 +102,17 @@ class GreedyAccuracy(OrderAccuracy):
     """At temperature 0, one response per pair and order."""
 
 
+class PairKind(_Part):
+    """Pairs of one kind, judged greedily in both orders."""
+
+    kind: str  # "right against wrong", and those of `pair_kinds`
+    pairs: int
+    first_place: float | None  # share of the verdicts that are 1; None: no verdict
+    first_place_interval: Interval | None
+    order_agreement: float | None  # share of the pairs with the same choice in both orders; None: it means nothing
+    order_agreement_interval: Interval | None
+
+
 class EvaluationResult(OrderAccuracy):
     """Every pair in both answer orders, several samples each. A key `x` has its 95 % interval in `x_interval(s)`."""
 
@@ -116,6 +127,7 @@ class EvaluationResult(OrderAccuracy):
     shuffled_images: bool = False
     greedy: GreedyAccuracy | None = None  # None: not asked for, or written by an earlier version
     vote_budget: VoteBudget | None = None  # None: the control, or written by an earlier version
+    pair_kinds: tuple[PairKind, ...] = ()  # none: not asked for, or written by an earlier version
     control: EvaluationResult | None = None  # with another pair's images
 
     def to_json(self) -> str:

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtri, stdtrit
+from scipy.special import ndtri
 from scipy.stats import bootstrap
 
 CONFIDENCE = 0.95
 RESAMPLES = 2_000
 # Pseudo-items, right and wrong, in the variance of a share. Without them a small sample of items that all went well
 # says that no other item would go badly.
-_PSEUDO_ITEMS = 0.1
+_PSEUDO_ITEMS = 0.06
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,9 @@ class Estimate:
 def estimate_share(values: ArrayLike, items: Sequence[Hashable] | None = None) -> Estimate:
     """The mean of values in [0, 1] with a score interval.
 
-    Independent zeros and ones: Wilson's. Else Wilson's with the effective sample size p (1 - p) / var(mean) and a
-    t quantile, the variance being that of the items' sums (Korn and Graubard, Survey Methodology 24, 1998).
+    Independent zeros and ones: Wilson's. Else Wilson's with the effective sample size p (1 - p) / var(mean), the
+    variance being that of the items' sums (Korn and Graubard, Survey Methodology 24, 1998). The quantile stays the
+    normal one: with Student's the interval, which is no Wald interval, covers 97 % and more of 20 items.
 
     Args:
         values: float [P], e.g. the accuracy of each pair.
@@ -50,8 +51,9 @@ def estimate_share(values: ArrayLike, items: Sequence[Hashable] | None = None) -
     values_P, sums_I, sizes_I = _by_item(values, items)
     total, share, count = len(values_P), float(values_P.mean()), len(sums_I)
     spread = share * (1.0 - share)
+    quantile = float(ndtri(0.5 + CONFIDENCE / 2))
     if count == total and np.isin(values_P, (0.0, 1.0)).all():
-        inverse = float(ndtri(0.5 + CONFIDENCE / 2)) ** 2 / total
+        inverse = quantile**2 / total
     elif count == 1:  # one item says nothing about others
         return Estimate(mean=share, low=0.0, high=1.0)
     else:
@@ -59,7 +61,7 @@ def estimate_share(values: ArrayLike, items: Sequence[Hashable] | None = None) -
         squares += _PSEUDO_ITEMS * (total / count) ** 2 * (share**2 + (1.0 - share) ** 2)
         variance = squares / (1.0 + 2.0 * _PSEUDO_ITEMS / count) * count / (count - 1) / total**2
         effective = spread / variance if spread > 0.0 else count
-        inverse = float(stdtrit(count - 1, 0.5 + CONFIDENCE / 2)) ** 2 / effective
+        inverse = quantile**2 / effective
     centre = (share + inverse / 2.0) / (1.0 + inverse)
     half = float(np.sqrt(spread * inverse + inverse**2 / 4.0)) / (1.0 + inverse)
     return Estimate(mean=share, low=max(0.0, centre - half), high=min(1.0, centre + half))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from megatron_r1reward.data.prompt import PromptBuilder
 from megatron_r1reward.data.stage_data import read_heldout, read_training_preferences
 from megatron_r1reward.evaluation.cold_start_set import ColdStartSet, ReasoningFilter, build_cold_start, card
 from megatron_r1reward.evaluation.evaluate import evaluate as evaluate_pairs
+from megatron_r1reward.evaluation.pair_kinds import make_pair_kinds
 from megatron_r1reward.evaluation.result import EvaluationResult
 from megatron_r1reward.files import write_jsonl, write_text
 from megatron_r1reward.launch.addresses import connected
@@ -184,6 +185,7 @@ def evaluate(config: RunConfig, *, supervised: bool = False) -> None:
             voting=section.voting,
             transcripts=section.transcripts,
             greedy=section.greedy,
+            extra=make_pair_kinds(pairs, section.extra_pairs, config.run.seed),
         )
         if section.shuffled_images_control:
             control = _evaluate(config, pool, pairs, samples=1, voting=(1,), transcripts=0, shuffle_images=True)
@@ -199,6 +201,12 @@ def evaluate(config: RunConfig, *, supervised: bool = False) -> None:
         {k: round(100 * v, 1) for k, v in result.voting.items()},
         100 * result.format_rate,
     )
+    for kind in result.pair_kinds:
+        log.info(
+            "%d pairs, %s: the first place wins %s, the orders agree %s",
+            *(kind.pairs, kind.kind),
+            *("-" if share is None else f"{share:.1%}" for share in (kind.first_place, kind.order_agreement)),
+        )
 
 
 def _heldout(config: RunConfig) -> tuple[Preference, ...]:
@@ -215,10 +223,12 @@ def _evaluate(
     transcripts: int,
     shuffle_images: bool = False,
     greedy: bool = False,
+    extra: Mapping[str, Sequence[Preference]] | None = None,
 ) -> EvaluationResult:
     tokenizer = load_tokenizer(config.model.path)
     title = "control: shuffled images" if shuffle_images else "evaluate"
-    with tqdm(total=2 * len(pairs) * (1 + greedy), desc=title, unit="prompt", dynamic_ncols=True) as progress:
+    prompts = 2 * (len(pairs) * (1 + greedy) + sum(map(len, (extra or {}).values())))
+    with tqdm(total=prompts, desc=title, unit="prompt", dynamic_ncols=True) as progress:
         return evaluate_pairs(
             pairs,
             pool,
@@ -229,6 +239,7 @@ def _evaluate(
             seed=config.run.seed,
             shuffle_images=shuffle_images,
             greedy=greedy,
+            extra=extra,
             transcripts=transcripts,
             progress=lambda done, total: progress.update(1),
         )

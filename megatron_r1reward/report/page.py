@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megatron_r1reward.data.image_files import data_url
-from megatron_r1reward.evaluation.result import EvaluationResult, Interval, Order, Transcript
+from megatron_r1reward.evaluation.result import EvaluationResult, Interval, Order, PairKind, Transcript
 from megatron_r1reward.report.curves import RL_CURVES, SFT_CURVES, drawings
 from megatron_r1reward.report.inputs import RunFiles
 from megatron_r1reward.report.timeline_chart import draw_timeline
@@ -80,6 +80,7 @@ def render_page(run: RunFiles, report: Mapping[str, Any]) -> str:
         cards=_cards(run),
         accuracy_rows=_accuracy_rows(run),
         detail_rows=_detail_rows(run),
+        kind_rows=_kind_rows(run),
         categories=sorted(set(run.sft.by_category) | set(run.rl.by_category)),
         phases=_parts(run.timing.phases, duration),
         difficulty=_parts(run.difficulty, str),
@@ -179,6 +180,17 @@ def _detail_rows(run: RunFiles) -> list[DetailRow]:
         row("Response tokens", _tokens),
         row("Pairs / samples", lambda e: f"{e.counts.pairs} / {e.counts.samples}"),
     ]
+
+
+def _kind_rows(run: RunFiles) -> list[DetailRow]:
+    """By kind of pair: how often the first place wins, how often the orders agree."""
+    found = [{kind.kind: kind for kind in result.pair_kinds} for result in (run.sft, run.rl)]
+
+    def text(kind: PairKind | None) -> str:
+        shares = (None, None) if kind is None else (kind.first_place, kind.order_agreement)
+        return " / ".join("-" if share is None else _percent(share) for share in shares)
+
+    return [DetailRow(name=name, sft=text(found[0].get(name)), rl=text(found[1].get(name))) for name in found[1]]
 
 
 def _tokens(found: EvaluationResult) -> str:

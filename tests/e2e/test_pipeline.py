@@ -76,6 +76,8 @@ def test_report_holds_what_it_promises(finished: Path) -> None:
         assert set(report[stage]["voting"]) == {"1", "5"}
     assert 0 <= report["control"]["shuffled_images"]["accuracy"] <= 1
     assert report["heldout_pairs"] == 12
+    kinds = [kind["kind"] for kind in report["rl"]["pair_kinds"]]
+    assert {"right against wrong", "near-equal", "identical"} <= set(kinds)
     assert report["versions"].keys() >= {"torch", "megatron-core", "vllm", "transformers"}
     assert report["wall_seconds"] > 0
     best = report["best_of_n"]

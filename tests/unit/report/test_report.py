@@ -19,6 +19,7 @@ from megatron_r1reward.evaluation.result import (
     Counts,
     EvaluationResult,
     GreedyAccuracy,
+    PairKind,
     Transcript,
     VoteBudget,
     VotingPoint,
@@ -81,6 +82,16 @@ def evaluation(accuracy: float, image: Path, *, shuffled: bool = False) -> Evalu
         transcripts=transcripts,
         shuffled_images=shuffled,
         greedy=GreedyAccuracy(**figures(accuracy + 0.01), counts=Counts(pairs=480, samples=960, failed=0)),
+        pair_kinds=(
+            PairKind(
+                kind="wrong against wrong",
+                pairs=100,
+                first_place=0.752,
+                first_place_interval=(0.7, 0.8),
+                order_agreement=0.393,
+                order_agreement_interval=(0.3, 0.5),
+            ),
+        ),
     )
 
 
@@ -339,6 +350,14 @@ def test_best_of_n_is_shown_with_its_interval_and_what_failed(run_dir: Path) -> 
     text = " ".join(Page((run_dir / "report.html").read_text()).text.split())
     assert "the right one came first for 92.5 % (80.0 \u2013 97.0) of the images; chance is 12.5 %" in text
     assert "24.0 judgements per image; 1 images got no reward and count as wrong" in text
+
+
+@pytest.mark.slow
+def test_pairs_without_a_better_response_are_shown_by_kind(run_dir: Path) -> None:
+    report = build_report(run_dir)
+    page = (run_dir / "report.html").read_text()
+    assert "<td>wrong against wrong</td><td>75.2 % / 39.3 %</td>" in page
+    assert report["rl"]["pair_kinds"][0]["order_agreement"] == 0.393
 
 
 @pytest.mark.slow

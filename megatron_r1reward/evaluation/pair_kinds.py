@@ -1,0 +1,93 @@
+"""Pairs that preference data lack, made of the same data: a taste for a place shows where no response is better.
+
+    wrong against wrong   two rejected responses to an item, or one and an answer that others gave to the same question
+    near-equal            the better response, with and without its final full stop
+    identical             the better response twice
+
+Best-of-N and group rewards consist mostly of such pairs; an evaluation of right against wrong cannot see them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from megatron_r1reward.types import Preference
+
+WRONG, NEAR, SAME = "wrong against wrong", "near-equal", "identical"
+_WORD = re.compile(r"\w+")
+
+
+def make_pair_kinds(preferences: Sequence[Preference], count: int, seed: int) -> dict[str, tuple[Preference, ...]]:
+    """At most `count` pairs of each kind, of items drawn by the seed. A kind of which none can be made is empty.
+
+    Their label is 1 and says nothing; their category is that of the preference they are made of.
+    """
+    if count == 0:
+        return {}
+    rng = np.random.default_rng(seed)
+    drawn = [preferences[index] for index in rng.permutation(len(preferences))]
+    wrong = _wrong_pairs(drawn, rng)
+    return {
+        WRONG: tuple(wrong[:count]),
+        NEAR: tuple(_pair(one, NEAR, (_better(one), _toggled(_better(one)))) for one in drawn[:count]),
+        SAME: tuple(_pair(one, SAME, (_better(one), _better(one))) for one in drawn[:count]),
+    }
+
+
+def _wrong_pairs(drawn: Sequence[Preference], rng: np.random.Generator) -> list[Preference]:
+    """One pair per item that has two wrong responses."""
+    right: dict[Hashable, set[str]] = defaultdict(set)
+    rejected: dict[Hashable, dict[str, None]] = defaultdict(dict)
+    answers: dict[str, dict[str, None]] = defaultdict(dict)  # to a question, whatever the pictures
+    for one in drawn:
+        right[_item(one)].add(_better(one))
+        rejected[_item(one)][_worse(one)] = None
+        answers[one.question] |= dict.fromkeys(one.responses)
+    found, seen = [], set[Hashable]()
+    for one in drawn:
+        item = _item(one)
+        wrong = [text for text in rejected[item] if text not in right[item]]
+        if item in seen or not wrong:
+            continue
+        seen.add(item)
+        others = wrong[1:] or [
+            text
+            for text in answers[one.question]
+            if text not in wrong and all(_says_otherwise(text, better, wrong[0]) for better in right[item])
+        ]
+        if others:
+            pair = (wrong[0], others[rng.integers(len(others))])
+            found.append(_pair(one, WRONG, pair if rng.random() < 0.5 else pair[::-1]))
+    return found
+
+
+def _says_otherwise(text: str, right: str, wrong: str) -> bool:
+    """No word of the right response that the wrong one lacks is in it: it is not the right response in other words, as
+    far as words tell."""
+    telling = set(_WORD.findall(right.lower())) - set(_WORD.findall(wrong.lower()))
+    return bool(telling) and not telling & set(_WORD.findall(text.lower()))
+
+
+def _pair(origin: Preference, kind: str, responses: tuple[str, str]) -> Preference:
+    return dataclasses.replace(origin, id=f"{origin.id}/{kind}", responses=responses, label=1)
+
+
+def _toggled(text: str) -> str:
+    return text[:-1] if text.endswith(".") else f"{text}."
+
+
+def _better(one: Preference) -> str:
+    return one.responses[one.label - 1]
+
+
+def _worse(one: Preference) -> str:
+    return one.responses[2 - one.label]
+
+
+def _item(one: Preference) -> Hashable:
+    return one.question, one.image_paths
