@@ -10,6 +10,7 @@ import typer
 
 from megatron_r1reward.cluster.placement import ServerKind, Stage
 from megatron_r1reward.conversion.cli import app as convert_app
+from megatron_r1reward.hub.hub_commands import app as hub_app
 from megatron_r1reward.processes import quick_exit, quick_imports
 from megatron_r1reward.run_dir import EXIT_REQUEUE, RunDir
 from megatron_r1reward.use_commands import bench, score, serve, serve_labels
@@ -19,6 +20,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 data_app = typer.Typer(no_args_is_help=True, help="Build, import and inspect preference data.")
 app.add_typer(data_app, name="data")
 app.add_typer(convert_app, name="convert")
+app.add_typer(hub_app, name="hub")
 for command in (bench, score, serve, serve_labels):
     app.command()(command)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -166,9 +167,10 @@ class TensorMeta:
 class ModelAccess:
     """What `r1reward score` and `bench` are told about a model; the commands' options are made of these fields."""
 
-    model: str  # folder, or URLs of servers, comma-separated
+    model: str  # folder, "org/name@revision", or URLs of servers, comma-separated
     model_name: str | None = None  # at the URLs; None: the first that they list
     servers: int = 1  # started for a folder
     max_tokens: int = 1024  # of one judgement
     max_model_len: int = 16384  # of started servers
     api_key_variable: str = "OPENAI_API_KEY"
+    prompt_of: Path | None = None  # the folder that the servers at URLs serve: it says its prompt

@@ -14,13 +14,19 @@ import typer
 from megatron_r1reward.types import ModelAccess
 from megatron_r1reward.user_errors import user_errors
 
+PromptOf = Annotated[
+    Path | None, typer.Option(help="the folder that the servers at URLs serve: asked with its own prompt")
+]
 _ACCESS_OPTIONS: Mapping[str, Any] = {  # of the fields of `ModelAccess`
-    "model": Annotated[str, typer.Option(help="model folder (served here), or URLs of servers, comma-separated")],
+    "model": Annotated[
+        str, typer.Option(help="folder or ORG/NAME@REVISION, served here; or URLs of servers, with commas")
+    ],
     "model_name": Annotated[str | None, typer.Option(help="at the URLs; default: the first that they list")],
     "servers": Annotated[int, typer.Option(help="vLLM servers to start for a model folder")],
     "max_tokens": Annotated[int, typer.Option(help="of one judgement")],
     "max_model_len": Annotated[int, typer.Option(help="of started servers: prompt, images and judgement")],
     "api_key_variable": Annotated[str, typer.Option(help="variable that holds the URL's key")],
+    "prompt_of": PromptOf,
 }
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="the run file")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="applied left to right")]
@@ -61,7 +67,9 @@ def serve_labels(run_file: RunFile, overrides: Overrides = None) -> None:
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="model folder (served here), or URLs of vLLM servers, comma-separated")],
+    model: Annotated[
+        str, typer.Argument(help="folder or ORG/NAME@REVISION, served here; or URLs of servers, with commas")
+    ],
     host: str = "127.0.0.1",
     port: Annotated[int, typer.Option(help="of the page and the API")] = 8080,
     servers: Annotated[int, typer.Option(help="vLLM servers to start for a model folder")] = 1,
@@ -77,6 +85,7 @@ def serve(
     on_failure: Annotated[
         str, typer.Option(help="samples without a reward: neutral (0.5, counted) or raise")
     ] = "raise",
+    prompt_of: PromptOf = None,
 ) -> None:
     """A trained model behind HTTP: compare, rank, score, and a page to try it; OpenAPI at /openapi.json."""
     with user_errors():
@@ -100,6 +109,7 @@ def serve(
             cohort_size=cohort_size,
             cohort_deadline_s=cohort_deadline,
             on_failure=on_failure,  # type: ignore[arg-type]  # checked there
+            prompt_of=prompt_of,
         )
 
 

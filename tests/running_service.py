@@ -12,6 +12,7 @@ from simulated_judge import SimulatedJudge
 from waiting import wait_until
 
 from megatron_r1reward.judging.ask import ModelUnavailableError
+from megatron_r1reward.model_folder.prompt_policy import PromptPolicy
 from megatron_r1reward.network.event_loop import EventLoopThread
 from megatron_r1reward.serving.cohorts import Policy
 from megatron_r1reward.serving.other_trainers import add_routes, cohorts_of
@@ -57,11 +58,12 @@ class Running:
         cohort_size: int = 3,
         cohort_deadline_s: float = 600.0,
         on_failure: Policy = "raise",
+        policy: PromptPolicy | None = None,
         **limits,
     ) -> None:
         self.judge, self.loop = HeldJudge(), EventLoopThread("test-model")
         self.service = RewardService(
-            Backend(model=self.judge, loop=self.loop), Limits(**limits), concurrency=concurrency
+            Backend(model=self.judge, loop=self.loop), Limits(**limits), concurrency=concurrency, policy=policy
         )
         self.socket = socket.create_server(("127.0.0.1", 0))
         app = build_app(self.service, token=token)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -78,9 +78,11 @@ def save_hf_folder(
     *,
     template: Path,
     write: bool,
+    texts: Mapping[str, str | None] | None = None,
     shard_bytes: int = 5 << 30,
 ) -> None:
-    """Write a checkpoint folder with `template`'s config, tokenizer and processor files.
+    """Write a checkpoint folder with `template`'s config, tokenizer and processor files, but for `texts`: other
+    content by file name, None for a file that is left out.
 
     Every rank has to consume `tensors` (it is collective), which come in the order of `metas`; only the one with
     `write` touches the disk, one tensor at a time. The folder appears under its name only when it is complete.
@@ -106,7 +108,11 @@ def save_hf_folder(
     assert next(stream, None) is None
     if len(files) > 1:
         (staging / st.INDEX).write_text(st.index_text(files))
-    st.copy_side_files(template, sides, staging)
+    others = dict(texts or {})
+    st.copy_side_files(template, [name for name in sides if name not in others], staging)
+    for name, text in others.items():
+        if text is not None:
+            (staging / name).write_text(text)
     (staging / "config.json").write_text(config_for((template / "config.json").read_text(), {m.dtype for m in metas}))
     publish_folder(staging, out)
 

@@ -6,6 +6,7 @@ import difflib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from pydantic import ValidationError
 
 from megatron_r1reward.config.schema import RunConfig, Section
 from megatron_r1reward.files import write_text
+from megatron_r1reward.hub_name import hub_name, local_folder
+
+MODEL_KEYS = (("model", "path"), ("judge", "model_path"), ("rollout", "model_path"))
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -21,18 +25,46 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ValueError: the file is missing or not TOML, a key is unknown, or a value does not fit; the message names each.
     """
-    if not path.is_file():
-        raise ValueError(f"run file {path} does not exist")
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"run file {path} is not valid TOML: {error}") from error
+    tree = _read(path)
     for override in overrides:
         _apply_override(tree, override)
     try:
-        return RunConfig.model_validate(tree)
+        return _with_cached_models(RunConfig.model_validate(tree))
     except ValidationError as error:
         raise ValueError(f"run file {path}:\n" + "\n".join(_explain(error))) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"run file {path} does not exist")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"run file {path} is not valid TOML: {error}") from error
+
+
+def hub_models(path: Path) -> list[str]:
+    """The models that a run file names as "org/name@revision".
+
+    Raises:
+        ValueError: as `load_config`.
+    """
+    load_config(path)
+    tree = _read(path)
+    named = [tree.get(section, {}).get(key) for section, key in MODEL_KEYS]
+    return [name for name in dict.fromkeys(named) if name is not None and hub_name(name) is not None]
+
+
+def _with_cached_models(config: RunConfig) -> RunConfig:
+    """Models named "org/name@revision" by their folders in the cache of huggingface_hub. One that is not there keeps
+    its name: the stage that needs it says so."""
+    for section, key in MODEL_KEYS:
+        value = getattr(getattr(config, section), key)
+        if value is not None and hub_name(value) is not None:
+            with suppress(ValueError):
+                part = getattr(config, section).model_copy(update={key: local_folder(value)})
+                config = config.model_copy(update={section: part})
+    return config
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

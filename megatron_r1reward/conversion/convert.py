@@ -252,9 +252,11 @@ def write_hf_folder(
         texts[st.INDEX] = template.weights.index if unchanged else st.index_text(files)
     with _staging(out) as staging:
         run_jobs(staging, jobs, sources, threads=threads, fingerprint=options, progress=progress)
-        st.copy_side_files(template.folder, template.side_files, staging)
-        for name, text in (texts | (extra_files or {})).items():
-            (staging / name).write_text(text)
+        others = texts | source.said_by_training() | (extra_files or {})
+        st.copy_side_files(template.folder, [name for name in template.side_files if name not in others], staging)
+        for name, text in others.items():
+            if text is not None:
+                (staging / name).write_text(text)
         _publish(staging, out)
     return summary
 

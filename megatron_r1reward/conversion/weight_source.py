@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_r1reward.model_folder import prompt_policy
 from megatron_r1reward.model_folder import safetensors_layout as st
 from megatron_r1reward.model_folder.folder_weights import (
     FolderWeights,
@@ -160,6 +161,15 @@ class WeightSource:
             full = self._dist.parameter(self.table.checkpoint_key(entry))
             views += entry.layout.split_views(full)[part]
         return views
+
+    def said_by_training(self) -> dict[str, str | None]:
+        """Files of a training checkpoint that replace those of the folder that it began with; None: to be left out."""
+        state = self.folder / "state.json"
+        if not self.is_distributed or not state.is_file():
+            return {}
+        tree = json.loads(state.read_text())
+        said = {name: tree[name] for name in (prompt_policy.FILE,) if name in tree}  # not in older checkpoints
+        return {**said, "README.md": None} if said else {}
 
     def description(self) -> dict[str, Any]:
         """What identifies the source, so that an interrupted conversion is only continued from the same one."""

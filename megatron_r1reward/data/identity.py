@@ -19,6 +19,7 @@ import xxhash
 
 from megatron_r1reward.data.preference import SftExample
 from megatron_r1reward.data.prompt import preference_messages
+from megatron_r1reward.model_folder import prompt_policy
 from megatron_r1reward.types import Preference
 
 _BLOCK = 1 << 20
@@ -67,6 +68,7 @@ def model_identity(folder: Path) -> str:
     digest = xxhash.xxh3_128()
     patterns = (*_DESCRIPTIONS, *(f"*{suffix}" for suffix in _WEIGHTS))
     named = {path for pattern in patterns for path in folder.glob(pattern)}
+    named.discard(folder / prompt_policy.FILE)  # says how the model is asked, not what it computes
     for path in sorted(named):
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())

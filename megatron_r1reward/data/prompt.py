@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -48,9 +49,15 @@ _HEADINGS = (
 )
 
 
-def preference_messages(question: str, responses: tuple[str, str], num_images: int) -> list[dict[str, Any]]:
-    """One user turn in chat format: the images first, as at the published evaluation, then the filled template."""
-    text = TEMPLATE.format(question=question, answer1=responses[0], answer2=responses[1])
+def preference_messages(
+    question: str, responses: tuple[str, str], num_images: int, *, template: str = TEMPLATE
+) -> list[dict[str, Any]]:
+    """One user turn in chat format: the images first, as at the published evaluation, then the filled template.
+
+    Args:
+        template: with {question}, {answer1} and {answer2}; that of the model's folder (`PromptPolicy`).
+    """
+    text = template.format(question=question, answer1=responses[0], answer2=responses[1])
     images = [{"type": "image"} for _ in range(num_images)]
     return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
 
@@ -62,6 +69,12 @@ def judge_messages(reasoning_tail: str, verdict_text: str) -> list[dict[str, Any
     """
     text = JUDGE_TEMPLATE.format(analysis=reasoning_tail, verdict=verdict_text)
     return [{"role": "user", "content": text}]
+
+
+def is_filled(text: str, template: str = TEMPLATE) -> bool:
+    """Whether `text` is `template` with some question and responses."""
+    parts = [literal for literal, *_ in string.Formatter().parse(template)]
+    return re.fullmatch(".*".join(map(re.escape, parts)), text, re.DOTALL) is not None
 
 
 def split_message_text(text: str) -> tuple[str, str, str]:
@@ -94,8 +107,8 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
 class PromptBuilder:
     """Renders preferences as token ids with the chat template of the model's own tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, *, template: str = TEMPLATE) -> None:
+        self._tokenizer, self._template = tokenizer, template
         self._max_prompt_tokens = max_prompt_tokens
         self._image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
@@ -114,7 +127,8 @@ class PromptBuilder:
         """
         first, second = preference.responses
         responses = (second, first) if swapped else (first, second)
-        messages = preference_messages(preference.question, responses, len(preference.image_paths))
+        images = len(preference.image_paths)
+        messages = preference_messages(preference.question, responses, images, template=self._template)
         token_ids = render_chat(self._tokenizer, messages)
         if len(token_ids) > self._max_prompt_tokens:
             raise ValueError(

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.image_files import folders_behind_links, upright_size
 from megatron_r1reward.data.preference import ReadResult, SftExample, SftReadResult, read_preferences, read_sft_examples
-from megatron_r1reward.data.prompt import preference_messages, render_chat
+from megatron_r1reward.data.prompt import TEMPLATE, preference_messages, render_chat
 from megatron_r1reward.data.rows import fixed_folder
+from megatron_r1reward.model_folder.prompt_policy import read_policy
 from megatron_r1reward.types import Preference
 
 if TYPE_CHECKING:
@@ -25,6 +26,16 @@ if TYPE_CHECKING:
 
 Stage = Literal["sft", "annotate", "rl", "eval"]
 _TOKEN_PIXELS = 28 * 28  # of one image token in the finest grid of the models (patches of 14 x 14, merged 2 x 2)
+
+
+def template_of(folder: Path) -> str:
+    """The prompt that a model's folder says it is asked with, or the published one.
+
+    Raises:
+        ValueError: what the folder says cannot be read.
+    """
+    policy = read_policy(folder)
+    return TEMPLATE if policy is None else policy.template
 
 
 def image_folders(config: RunConfig) -> list[Path]:
@@ -113,6 +124,7 @@ class RowLimits:
     min_pixels: int
     max_pixels: int
     folders: tuple[Path, ...] | None  # of images that servers read; None: they are sent, or there are no servers
+    template: str = TEMPLATE
 
     @classmethod
     def of(cls, config: RunConfig, stage: Stage) -> RowLimits:
@@ -131,6 +143,7 @@ class RowLimits:
             min_pixels=config.data.min_pixels,
             max_pixels=config.data.max_pixels,
             folders=tuple(folder.resolve() for folder in image_folders(config)) if stage in ("rl", "eval") else None,
+            template=template_of(config.model.path),
         )
 
     def preference(self, preference: Preference) -> str:
@@ -149,7 +162,7 @@ class RowLimits:
         """Tokens of the prompt in the longer of its two orders, each image counted as one."""
         images = len(preference.image_paths)
         return max(
-            len(render_chat(self._tokenizer, preference_messages(preference.question, responses, images)))
+            len(render_chat(self._tokenizer, self._messages(preference.question, responses, images)))
             for responses in (preference.responses, preference.responses[::-1])
         )
 
@@ -205,7 +218,10 @@ class RowLimits:
     @cached_property
     def _frame_tokens(self) -> int:
         """At most so many tokens of the chat template and the prompt's own words."""
-        return len(render_chat(self._tokenizer, preference_messages("", ("", ""), 0))) + _JOINTS
+        return len(render_chat(self._tokenizer, self._messages("", ("", ""), 0))) + _JOINTS
+
+    def _messages(self, question: str, responses: tuple[str, str], images: int) -> list[dict[str, Any]]:
+        return preference_messages(question, responses, images, template=self.template)
 
     def image_tokens(self, path: str) -> int:
         """Tokens that the model reads of an image file."""

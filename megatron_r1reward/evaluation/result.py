@@ -123,6 +123,8 @@ class EvaluationResult(OrderAccuracy):
     mean_response_tokens: float
     mean_response_tokens_interval: Interval
     by_category: Mapping[str, CategoryAccuracy]
+    weights: str | None = None  # `model_identity` of the folder; None: servers at URLs, or an earlier version
+    data: str | None = None  # name of the file with the pairs
     transcripts: tuple[Transcript, ...] = ()
     shuffled_images: bool = False
     greedy: GreedyAccuracy | None = None  # None: not asked for, or written by an earlier version

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_r1reward.data.prompt import preference_messages
+from megatron_r1reward.data.prompt import TEMPLATE, preference_messages
 from megatron_r1reward.reward.rules import parse_response
 from megatron_r1reward.types import Label
 
@@ -87,9 +87,11 @@ def verdict_reader(name: str) -> Reader:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgePrompt:
-    """How a question is put, and how the answer is read. `turns`: (role, text); none: the reward model's own prompt."""
+    """How a question is put, and how the answer is read. `turns`: (role, text); none: the reward model's own prompt,
+    which is `template` with {question}, {answer1} and {answer2}."""
 
     turns: tuple[tuple[str, str], ...] = ()
+    template: str = TEMPLATE
     read: Reader = _strict
 
     @classmethod
@@ -119,7 +121,7 @@ class JudgePrompt:
     def messages(self, question: str, responses: tuple[str, str], images: Sequence[str]) -> list[dict[str, Any]]:
         """The chat to send, with every image's URL at its place."""
         if not self.turns:
-            return _with_images(preference_messages(question, responses, len(images)), images)
+            return _with_images(preference_messages(question, responses, len(images), template=self.template), images)
         texts = {"question": question, "response_1": responses[0], "response_2": responses[1]}
         parts = [{"type": "image_url", "image_url": {"url": url}} for url in images]
         placed = any("{images}" in content for _, content in self.turns)

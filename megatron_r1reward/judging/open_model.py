@@ -3,39 +3,58 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import os
-from pathlib import Path
 
 from megatron_r1reward.data.identity import model_identity
+from megatron_r1reward.hub_name import local_folder
 from megatron_r1reward.judging.ask import AskOptions
-from megatron_r1reward.judging.reward_model import RewardModel
+from megatron_r1reward.judging.reward_model import RewardModel, policy_of
+from megatron_r1reward.judging.served import asked_by
+from megatron_r1reward.model_folder.prompt_policy import PromptPolicy
 from megatron_r1reward.types import ModelAccess
 
 log = logging.getLogger(__name__)
 
 
-def open_model(access: ModelAccess, options: AskOptions | None = None) -> tuple[RewardModel, str]:
-    """The model, and its name in records: a folder is named by its content, servers by their URLs.
+def open_model(
+    access: ModelAccess, options: AskOptions | None = None, *, both_orders: bool = True
+) -> tuple[RewardModel, str]:
+    """The model, and its name in records: a folder is named by its content, servers by their URLs; the prompt that a
+    folder says belongs to the name.
 
     Args:
         options: how it is asked; `max_tokens` is that of `access`.
+        both_orders: whether it will be asked in both; a folder that says otherwise is refused before servers start.
 
     Raises:
-        ValueError: it is no model folder, or cannot be served.
+        ValueError: it is no model folder, cannot be served, or says that it is asked otherwise.
     """
     options = dataclasses.replace(options or AskOptions(), max_tokens=access.max_tokens)
-    if "://" in access.model:
+    remote = "://" in access.model
+    if access.prompt_of is not None and not remote:
+        raise ValueError(f"--prompt-of {access.prompt_of} is for servers, {access.model} is a folder: leave it out")
+    if access.model_name is not None and not remote:
+        raise ValueError(f"--model-name {access.model_name!r} is for servers, {access.model} is a folder: leave it out")
+    folder = access.prompt_of if remote else local_folder(access.model)
+    policy = None if folder is None else policy_of(folder)
+    if policy is not None:
+        policy.check_orders(both_orders, "--one-order")
+        asked_by(policy, options)
+    if remote:
         urls, key = access.model.split(","), os.environ.get(access.api_key_variable)
         name = access.model if access.model_name is None else f"{access.model} {access.model_name}"
-        return RewardModel.connect(urls, model=access.model_name, api_key=key, options=options), name
-    folder = Path(access.model)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"model {folder} has no config.json: give a Hugging Face model folder, or a server's URL")
-    if access.model_name is not None:
-        raise ValueError(f"--model-name {access.model_name!r} is for servers, {folder} is a folder: leave it out")
-    name = model_identity(folder)
+        opened = RewardModel.connect(urls, model=access.model_name, api_key=key, options=options, folder=folder)
+        return opened, name + _digest(policy)
+    assert folder is not None
+    name = model_identity(folder) + _digest(policy)
     opened = RewardModel.from_pretrained(
         folder, servers=access.servers, max_model_len=access.max_model_len, options=options, report=log.info
     )
     return opened, name
+
+
+def _digest(policy: PromptPolicy | None) -> str:
+    """Of the prompt; nothing where the folder says none, or it is not known."""
+    return "" if policy is None else " " + hashlib.blake2b(policy.template.encode(), digest_size=8).hexdigest()

@@ -23,11 +23,13 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from megatron_r1reward.config.schema import ServerSection
+from megatron_r1reward.hub_name import local_folder
 from megatron_r1reward.judging.ask import AskOptions, Asks, Item, ModelClient
 from megatron_r1reward.judging.compare import Comparison, Votes, compare
 from megatron_r1reward.judging.image_input import ImageInput
 from megatron_r1reward.judging.rank import Ranking, Schedule, rank
-from megatron_r1reward.judging.served import ServedModel
+from megatron_r1reward.judging.served import ServedModel, asked_by
+from megatron_r1reward.model_folder.prompt_policy import PromptPolicy, read_policy
 from megatron_r1reward.network.event_loop import EventLoopThread
 from megatron_r1reward.servers.server_devices import sees_gpu
 
@@ -37,9 +39,12 @@ T = TypeVar("T")
 class RewardModel:
     """A trained generative reward model; close it, or use it as a context manager."""
 
-    def __init__(self, model: Asks, loop: EventLoopThread, cleanup: ExitStack) -> None:
+    def __init__(
+        self, model: Asks, loop: EventLoopThread, cleanup: ExitStack, policy: PromptPolicy | None = None
+    ) -> None:
         """Use `connect` or `from_pretrained`. `model` belongs to `loop`; `cleanup` is closed with this object."""
         self._model, self._loop, self._cleanup = model, loop, cleanup
+        self.policy = policy  # what the model's folder says about how it is asked; None: nothing known
 
     @classmethod
     def connect(
@@ -49,19 +54,27 @@ class RewardModel:
         model: str | None = None,
         api_key: str | None = None,
         options: AskOptions | None = None,
+        folder: str | Path | None = None,
     ) -> RewardModel:
         """Use running servers: vLLM's, or any OpenAI-compatible endpoint, that serve the same model.
 
         Args:
             model: its name there; None: the first that /v1/models lists.
+            folder: the model's, or "org/name@revision" that has been fetched: what it says about its prompt and its
+                orders holds. None: the published prompt.
+
+        Raises:
+            ValueError: `folder` is not there, or what it says cannot be read.
         """
+        policy = None if folder is None else policy_of(folder)
         with ExitStack() as stack:
             loop = EventLoopThread("reward-model")
             stack.callback(loop.close)
             urls = [url] if isinstance(url, str) else list(url)
-            client = ModelClient(urls, model=model, api_key=api_key, options=options)
+            asked = asked_by(policy, options or AskOptions())
+            client = ModelClient(urls, model=model, api_key=api_key, options=asked)
             stack.callback(lambda: loop.run(client.aclose()))
-            return cls(client, loop, stack.pop_all())
+            return cls(client, loop, stack.pop_all(), policy)
 
     @classmethod
     def from_pretrained(
@@ -77,6 +90,7 @@ class RewardModel:
         """Serve a Hugging Face folder on this machine; the servers end with the model, or with this process.
 
         Args:
+            folder: or "org/name@revision", once `r1reward hub fetch` has brought it here.
             servers: how many; each gets `tensor_parallel_size` GPUs (on a CPU `num_threads` threads).
             log_dir: the servers' logs; None: a temporary folder.
             report: takes lines about the start, which lasts from seconds to minutes.
@@ -90,11 +104,12 @@ class RewardModel:
         settings = ServerSection(**({} if sees_gpu() else {"kv_cache_bytes": 1 << 30}) | section)
         with ExitStack() as stack:
             logs = Path(log_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="reward-model-")))
+            asked = options or AskOptions()
             served = ServedModel.start(
-                Path(folder), settings, count=servers, log_dir=logs, options=options or AskOptions(), report=report
+                local_folder(folder), settings, count=servers, log_dir=logs, options=asked, report=report
             )
             stack.callback(served.close)
-            return cls(served, served.group.loop, stack.pop_all())
+            return cls(served, served.group.loop, stack.pop_all(), served.policy)
 
     async def acompare(
         self,
@@ -235,7 +250,7 @@ class RewardModel:
         if isinstance(responses, str) or len(responses) != 2:
             raise ValueError(f"compare takes two responses, got {responses!r:.200}: for more use rank")
         pair = (responses[0], responses[1])
-        return await compare(self._model, Item.of(question, images), pair, _votes(votes), seed=seed)
+        return await compare(self._model, Item.of(question, images), pair, self.checked(votes), seed=seed)
 
     async def _rank(
         self,
@@ -252,12 +267,19 @@ class RewardModel:
             self._model,
             Item.of(question, images),
             candidates,
-            _votes(votes),
+            self.checked(votes),
             schedule=schedule,
             rounds=rounds,
             budget=budget,
             seed=seed,
         )
+
+    def checked(self, votes: int | Votes) -> Votes:
+        """How to ask; ValueError when the model's folder says that it is asked otherwise."""
+        chosen = votes if isinstance(votes, Votes) else Votes(samples=votes)
+        if self.policy is not None:
+            self.policy.check_orders(chosen.both_orders, "one order")
+        return chosen
 
     @property
     def model(self) -> Asks:
@@ -294,5 +316,13 @@ _RANK_DEFAULTS: dict[str, Any] = {
 }
 
 
-def _votes(votes: int | Votes) -> Votes:
-    return votes if isinstance(votes, Votes) else Votes(samples=votes)
+def policy_of(folder: str | Path) -> PromptPolicy | None:
+    """What a model's folder says about how it is asked; None where it says nothing.
+
+    Raises:
+        ValueError: there is no such folder, or what it says cannot be read.
+    """
+    here = local_folder(folder)
+    if not (here / "config.json").is_file():
+        raise ValueError(f"model {here} has no config.json: give a Hugging Face model folder, or a server's URL")
+    return read_policy(here)

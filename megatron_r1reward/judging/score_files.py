@@ -96,7 +96,7 @@ def run_score(
         budget=budget,
         seed=seed,
     )
-    opened, name = open_model(model)
+    opened, name = open_model(model, both_orders=both_orders)
     with opened, tqdm(desc="score", unit="row", mininterval=1.0, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:

@@ -14,6 +14,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 
 from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.judging.ask import AskOptions, Item, Judgement, ModelClient, ModelUnavailableError, Order
+from megatron_r1reward.model_folder.prompt_policy import FILE, PromptPolicy, read_policy
 from megatron_r1reward.servers.group import ServerGroup
 from megatron_r1reward.servers.member import Member
 from megatron_r1reward.servers.process import Report, VllmServer, start_servers
@@ -25,8 +26,15 @@ _ATTEMPTS = 8  # with pauses of up to 10 s: outlasts the notice of a death; wait
 class ServedModel:
     """Judges through a group of servers, on the group's event loop; closing it stops the servers that are its own."""
 
-    def __init__(self, group: ServerGroup, *, model: str | None = SERVED_NAME, options: AskOptions) -> None:
-        self.group = group
+    def __init__(
+        self,
+        group: ServerGroup,
+        *,
+        model: str | None = SERVED_NAME,
+        options: AskOptions,
+        policy: PromptPolicy | None = None,
+    ) -> None:
+        self.group, self.policy = group, policy
         self._model = model
         self._options = replace(options, retries=0)  # tried again here, where the other servers are known
         self._clients: dict[tuple[str, str | None], ModelClient] = {}
@@ -44,10 +52,13 @@ class ServedModel:
     ) -> ServedModel:
         """Serve a Hugging Face folder on this machine by `count` servers; returns when all have completed a request.
 
+        The folder is asked as it says itself: its template takes the place of that of `options`.
+
         Raises:
             ValueError: `folder` is no model folder, or `gpu_ids` are too few.
             ServerError: a server did not start.
         """
+        policy = read_policy(folder)
         size = section.tensor_parallel_size
         if section.gpu_ids and len(section.gpu_ids) < count * size:
             raise ValueError(f"gpu_ids names {len(section.gpu_ids)} GPUs, but {count} servers need {count * size}")
@@ -57,6 +68,7 @@ class ServedModel:
                 model_path=folder,
                 log_path=log_dir / f"reward-model-{index}.log",
                 served_name=SERVED_NAME,
+                pixels=None if policy is None else policy.pixels,
                 gpu_ids=section.gpu_ids[index * size : (index + 1) * size],
             )
             for index in range(count)
@@ -68,7 +80,7 @@ class ServedModel:
             for server in servers:
                 server.close()
             raise
-        return cls(group, options=options)
+        return cls(group, options=asked_by(policy, options), policy=policy)
 
     async def judge(
         self, item: Item, responses: tuple[str, str], *, order: Order, n: int, temperature: float, seed: int
@@ -127,8 +139,31 @@ class ServedModel:
         return self._clients[address]
 
 
-def endpoints(section: ServerSection, urls: Sequence[str], *, options: AskOptions, model: str | None) -> ServedModel:
+def asked_by(policy: PromptPolicy | None, options: AskOptions) -> AskOptions:
+    """`options` with the template of the model's folder, where that says one.
+
+    Raises:
+        ValueError: both have a prompt of their own.
+    """
+    if policy is None:
+        return options
+    if options.prompt.turns:
+        raise ValueError(f"the model's {FILE} has the prompt that it was trained with: leave out the other one")
+    return replace(options, prompt=replace(options.prompt, template=policy.template))
+
+
+def endpoints(
+    section: ServerSection,
+    urls: Sequence[str],
+    *,
+    options: AskOptions,
+    model: str | None,
+    policy: PromptPolicy | None = None,
+) -> ServedModel:
     """Supervised use of running vLLM servers: those that fail are left out until they complete a request again.
+
+    Args:
+        policy: of the folder that they serve; None: it is not known, and the published prompt is used.
 
     Raises:
         ServerError: one refuses the token, or does not complete a request in time.
@@ -139,4 +174,4 @@ def endpoints(section: ServerSection, urls: Sequence[str], *, options: AskOption
     except BaseException:
         group.close()
         raise
-    return ServedModel(group, model=model, options=options)
+    return ServedModel(group, model=model, options=asked_by(policy, options), policy=policy)

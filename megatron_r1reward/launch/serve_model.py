@@ -12,7 +12,9 @@ from typing import Any
 import uvicorn
 
 from megatron_r1reward.config.schema import ServerSection
+from megatron_r1reward.hub_name import local_folder
 from megatron_r1reward.judging.ask import AskOptions
+from megatron_r1reward.judging.reward_model import policy_of
 from megatron_r1reward.judging.served import ServedModel, endpoints
 from megatron_r1reward.network.tokens import is_loopback, token_from
 from megatron_r1reward.servers.server_devices import sees_gpu
@@ -40,6 +42,7 @@ def serve_model(
     cohort_size: int,
     cohort_deadline_s: float,
     on_failure: Policy,
+    prompt_of: Path | None = None,
 ) -> None:
     """Serve until told to stop; then finish what is in progress.
 
@@ -47,6 +50,7 @@ def serve_model(
         model: a Hugging Face folder, served here by `servers` vLLM servers, or URLs of running ones, comma-separated.
         concurrency: requests worked on at once; more hear 429.
         cohort_size, cohort_deadline_s, on_failure: of callers that send one sample at a time; see `CohortBuffer`.
+        prompt_of: the folder that the servers at URLs serve, for what it says about its prompt.
         token_variable: environment variable with the token that clients must send.
 
     Raises:
@@ -60,20 +64,22 @@ def serve_model(
         )
     if model.endswith(".toml"):
         raise ValueError(f"{model} is a run file: rewards for known labels are `r1reward serve-labels {model}`")
+    if prompt_of is not None and "://" not in model:
+        raise ValueError(f"--prompt-of {prompt_of} is for servers at URLs: the folder {model} says its own prompt")
     options = AskOptions(max_tokens=max_tokens, concurrency=section.max_concurrency)
     with ExitStack() as stack:
         if "://" in model:
-            served = endpoints(section, model.split(","), options=options, model=None)
+            policy = None if prompt_of is None else policy_of(prompt_of)
+            served = endpoints(section, model.split(","), options=options, model=None, policy=policy)
         else:
             logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reward-model-")))
             served = ServedModel.start(
-                Path(model), section, count=servers, log_dir=logs, options=options, report=log.info
+                local_folder(model), section, count=servers, log_dir=logs, options=options, report=log.info
             )
         stack.callback(served.close)
         backend = Backend(model=served, loop=served.group.loop, ready=lambda: served.ready_servers > 0)
-        service = RewardService(
-            backend, Limits(image_roots=tuple(root.resolve() for root in image_roots)), concurrency=concurrency
-        )
+        limits = Limits(image_roots=tuple(root.resolve() for root in image_roots))
+        service = RewardService(backend, limits, concurrency=concurrency, policy=served.policy)
         shown = host if ":" not in host else f"[{host}]"
         log.info(
             "serving %s: page and API at http://%s:%d/%s", model, shown, port, "?token=..." if token is not None else ""

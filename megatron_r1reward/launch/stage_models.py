@@ -9,6 +9,7 @@ from megatron_r1reward.cluster.placement import Stage
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.model_folder.examine import folder_problems, served_problems
 from megatron_r1reward.model_folder.folder_weights import read_folder_weights
+from megatron_r1reward.model_folder.prompt_policy import FILE, read_policy
 
 
 def model_problems(config: RunConfig, stage: Stage) -> Iterator[tuple[str, Path, str]]:
@@ -24,12 +25,29 @@ def model_problems(config: RunConfig, stage: Stage) -> Iterator[tuple[str, Path,
     elif stage == "eval":
         weights = not config.rollout.urls
         yield from (("model.path", path, text) for text in folder_problems(path, weights=weights, trainable=False))
+        yield from (("model.path", path, text) for text in _asked_otherwise(config))
     elif stage == "annotate" and config.annotate.url is None:
         yield from (("model.path", path, text) for text in served_problems(path))
     judge = config.judge
     judged = stage == "judge" or (stage == "rl" and config.reward.use_judge and config.rl.replay is None)
     if judged and not judge.urls and judge.model_path is not None:
         yield from (("judge.model_path", judge.model_path, text) for text in served_problems(judge.model_path))
+
+
+def _asked_otherwise(config: RunConfig) -> Iterator[str]:
+    """Where an evaluation would not ask as the folder says that it is asked."""
+    try:
+        policy = read_policy(config.model.path)
+    except ValueError as error:
+        yield str(error)
+        return
+    ours = (config.data.min_pixels, config.data.max_pixels)
+    if policy is not None and policy.pixels not in (None, ours):
+        assert policy.pixels is not None
+        yield (
+            f"its {FILE} says images of {policy.pixels[0]} to {policy.pixels[1]} pixels, and data.min_pixels, "
+            f"data.max_pixels are {ours[0]} and {ours[1]}: set them to the model's"
+        )
 
 
 def _sampled_otherwise(path: Path) -> Iterator[str]:

@@ -17,8 +17,8 @@ from megatron_r1reward.data.difficulty import read_records, select_hard, summary
 from megatron_r1reward.data.identity import model_identity
 from megatron_r1reward.data.importing import selection
 from megatron_r1reward.data.loader import seeded_sample
-from megatron_r1reward.data.prompt import PromptBuilder
-from megatron_r1reward.data.stage_data import read_heldout, read_training_preferences
+from megatron_r1reward.data.prompt import TEMPLATE, PromptBuilder
+from megatron_r1reward.data.stage_data import read_heldout, read_training_preferences, template_of
 from megatron_r1reward.evaluation.cold_start_set import ColdStartSet, ReasoningFilter, build_cold_start, card
 from megatron_r1reward.evaluation.evaluate import evaluate as evaluate_pairs
 from megatron_r1reward.evaluation.pair_kinds import make_pair_kinds
@@ -81,6 +81,11 @@ def annotate(config: RunConfig, *, supervised: bool = False) -> None:
     from megatron_r1reward.evaluation.annotate import annotate as annotate_preferences
 
     check_models(config, "annotate")
+    if config.annotate.url is None and template_of(config.model.path) != TEMPLATE:
+        raise ValueError(
+            f"model.path {config.model.path} has a prompt of its own, and annotate asks with the published one: serve "
+            "it elsewhere and name its annotate.url"
+        )
     output = config.run.output_dir
     output.mkdir(parents=True, exist_ok=True)
     section = config.annotate
@@ -190,6 +195,10 @@ def evaluate(config: RunConfig, *, supervised: bool = False) -> None:
         if section.shuffled_images_control:
             control = _evaluate(config, pool, pairs, samples=1, voting=(1,), transcripts=0, shuffle_images=True)
             result = result.model_copy(update={"control": control})
+    measured = {"data": Path(section.data).name if section.data is not None else None}
+    if not config.rollout.urls and config.rollout.model_path is None:
+        measured["weights"] = model_identity(config.model.path)
+    result = result.model_copy(update=measured)
     write_text(output / "evaluation.json", result.to_json())
     low, high = result.interval
     log.info(
@@ -232,7 +241,7 @@ def _evaluate(
         return evaluate_pairs(
             pairs,
             pool,
-            PromptBuilder(tokenizer, config.data.max_prompt_tokens),
+            PromptBuilder(tokenizer, config.data.max_prompt_tokens, template=template_of(config.model.path)),
             config.sampling,
             samples=samples,
             voting=voting,

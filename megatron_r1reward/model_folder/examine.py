@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_r1reward.hub_name import local_folder
 from megatron_r1reward.model_folder.config_reader import parse_config
 from megatron_r1reward.model_folder.folder_weights import read_folder_weights
 from megatron_r1reward.model_folder.shape import ModelShape, load_shape
@@ -40,10 +41,18 @@ def examine_folder(folder: Path, *, weights: bool = True, trainable: bool = True
     return load_shape(folder)
 
 
+def _missing(folder: Path) -> str:
+    try:
+        local_folder(folder)
+    except ValueError as error:
+        return str(error)
+    return f"{folder} is no folder: give the folder that holds config.json"
+
+
 def folder_problems(folder: Path, *, weights: bool = True, trainable: bool = True) -> Iterator[str]:
     """One line per thing that is wrong with the folder of a model of our families; see `examine_folder`."""
     if not folder.is_dir():
-        yield f"{folder} is no folder: give the folder that holds config.json"
+        yield _missing(folder)
         return
     try:
         shape = load_shape(folder)
@@ -62,7 +71,7 @@ def folder_problems(folder: Path, *, weights: bool = True, trainable: bool = Tru
 def served_problems(folder: Path) -> Iterator[str]:
     """The same for a folder that only vLLM reads (a judge, an annotator): it may be of any family."""
     if not folder.is_dir():
-        yield f"{folder} is no folder: give the folder that holds config.json"
+        yield _missing(folder)
         return
     try:
         if not isinstance(parse_config(folder / "config.json").get("model_type"), str):

@@ -25,9 +25,10 @@ from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 
-from megatron_r1reward.judging.ask import Asks, ModelUnavailableError
+from megatron_r1reward.judging.ask import Asks, Item, ModelUnavailableError
 from megatron_r1reward.judging.compare import compare
 from megatron_r1reward.judging.rank import rank
+from megatron_r1reward.model_folder.prompt_policy import PromptPolicy
 from megatron_r1reward.network.event_loop import EventLoopThread
 from megatron_r1reward.servers.router import NoServerError
 from megatron_r1reward.serving import wire
@@ -75,14 +76,16 @@ class Telemetry:
 class RewardService:
     """The routes' work: requests in, answers out."""
 
-    def __init__(self, backend: Backend, limits: Limits, *, concurrency: int) -> None:
-        self.backend, self.limits = backend, limits
+    def __init__(
+        self, backend: Backend, limits: Limits, *, concurrency: int, policy: PromptPolicy | None = None
+    ) -> None:
+        self.backend, self.limits, self.policy = backend, limits, policy
         self.admission = Admission(concurrency)
         self.telemetry = Telemetry()
         self.telemetry.in_progress.set_function(lambda: self.admission.in_progress)
 
     async def compare(self, request: wire.CompareRequest) -> dict[str, Any]:
-        item = wire.checked_item(request, self.limits)
+        item = self._checked(request)
         pair = (request.responses[0], request.responses[1])
         work = compare(self.backend.model, item, pair, request.as_votes(), seed=request.seed)
         answer = wire.compare_answer(await self._elsewhere(work))
@@ -90,7 +93,7 @@ class RewardService:
         return answer
 
     async def rank(self, request: wire.RankRequest) -> dict[str, Any]:
-        item = wire.checked_item(request, self.limits)
+        item = self._checked(request)
         work = rank(
             self.backend.model,
             item,
@@ -104,6 +107,11 @@ class RewardService:
         answer = wire.rank_answer(await self._elsewhere(work))
         self._count(answer["calls"], answer["unparsable"])
         return answer
+
+    def _checked(self, request: wire.CompareRequest | wire.RankRequest) -> Item:
+        if self.policy is not None:
+            self.policy.check_orders(request.both_orders, "both_orders false")
+        return wire.checked_item(request, self.limits)
 
     async def score(self, request: wire.RankRequest) -> dict[str, Any]:
         return {"rewards": (await self.rank(request))["rewards"]}

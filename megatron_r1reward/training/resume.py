@@ -18,6 +18,7 @@ from megatron_r1reward.config.load import dump_config
 from megatron_r1reward.data.identity import ContentKeys
 from megatron_r1reward.data.preference import SftExample
 from megatron_r1reward.files import write_text
+from megatron_r1reward.model_folder import prompt_policy
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training.data_parallel import synchronize_parameters
 from megatron_r1reward.training.heartbeat import RunControl
@@ -25,6 +26,7 @@ from megatron_r1reward.training.state import TrainState
 from megatron_r1reward.types import Preference
 
 log = logging.getLogger(__name__)
+DESCRIBES_THE_BASE: dict[str, str | None] = {"README.md": None}  # `r1reward hub card` writes one about these weights
 
 
 def prepare(state: TrainState) -> Path:
@@ -153,6 +155,7 @@ def save(state: TrainState, *, score: float | None = None, producer: Mapping[str
         "data": state.data,
         "weight_version": state.step,  # what the rollout servers call these weights
         "producer": producer,
+        prompt_policy.FILE: _said(state),  # for `convert export`
     }
     state.saver.save(state.step, _trained(state), content, score=score)
     return time.monotonic() - started
@@ -162,7 +165,13 @@ def export(state: TrainState, out: Path) -> None:
     """Write the current weights as a Hugging Face folder; collective."""
     synchronize_parameters(state.model)
     exporter, write = state.exporter, state.topology.is_main
-    save_hf_folder(out, exporter.metas, exporter.tensors(), template=state.config.model.path, write=write)
+    said = {**DESCRIBES_THE_BASE, prompt_policy.FILE: _said(state)}
+    folder = state.config.model.path
+    save_hf_folder(out, exporter.metas, exporter.tensors(), template=folder, write=write, texts=said)
+
+
+def _said(state: TrainState) -> str | None:
+    return None if state.described is None else state.described.to_json()
 
 
 def leave(control: RunControl) -> None:

@@ -29,7 +29,7 @@ from megatron_r1reward.data.identity import ContentKeys
 from megatron_r1reward.data.importing import keep_selected
 from megatron_r1reward.data.loader import PromptLoader
 from megatron_r1reward.data.prompt import PromptBuilder
-from megatron_r1reward.data.stage_data import read_training_preferences
+from megatron_r1reward.data.stage_data import read_training_preferences, template_of
 from megatron_r1reward.monitor.sinks import Monitor, build_monitor
 from megatron_r1reward.monitor.timeline import Timeline
 from megatron_r1reward.monitor.timers import PhaseTimer
@@ -48,6 +48,7 @@ from megatron_r1reward.training.rl_metrics import advantage_metrics, mismatch, s
 from megatron_r1reward.training.rollout_batch import Shards, add_advantages, add_log_probs, pack, share_out
 from megatron_r1reward.training.state import TrainState, build_state
 from megatron_r1reward.training.step_sampler import StepSampler
+from megatron_r1reward.training.trained_policy import rl_policy
 from megatron_r1reward.types import Preference, ScoredRollout
 
 log = logging.getLogger(__name__)
@@ -172,6 +173,7 @@ def run(config: RunConfig, topology: Topology, services: Services | None) -> Pat
         log_method(config)
     state = prepare(config, topology)
     state.data = description
+    state.described = rl_policy(config, rows=description.get("rows"))
     resumed = resume.resume(state)
     resume.prepare(state)
     if replay is not None:
@@ -289,7 +291,7 @@ def _producer(
     state: TrainState, services: Services, preferences: Sequence[Preference], timeline: Timeline
 ) -> RolloutProducer:
     config = state.config
-    builder = PromptBuilder(state.tokenizer, config.data.max_prompt_tokens)
+    builder = PromptBuilder(state.tokenizer, config.data.max_prompt_tokens, template=template_of(config.model.path))
     loader = PromptLoader(preferences, builder, config.data, seed=config.run.seed)
     learned = json.loads(state.producer["accuracies"]) if state.producer else {}
     keys = ContentKeys()

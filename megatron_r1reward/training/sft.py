@@ -21,6 +21,7 @@ from megatron_r1reward.training.heartbeat import RunControl
 from megatron_r1reward.training.loop import Stage, finish, run_to_end
 from megatron_r1reward.training.schedule import LossOutput, reduce_statistics, train_micro_batches
 from megatron_r1reward.training.state import TrainState, build_state
+from megatron_r1reward.training.trained_policy import sft_policy
 from megatron_r1reward.types import PackedBatch, Prompt, Sequence
 
 log = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ def run(config: RunConfig, topology: Topology) -> Path | None:
     state.data = resume.describe_data(
         resume.row_contents(examples, topology), seed=config.run.seed, batch_size=config.sft.global_batch_size
     )
+    state.described = sft_policy(config, examples, steps=steps)
     resumed = resume.resume(state)
     resume.prepare(state)
     sampler = EpochSampler(len(examples), seed=config.run.seed, draws=draws, at_least=topology.data_parallel_size)

@@ -20,6 +20,7 @@ from megatron_r1reward.data.pixels import ImageProcessor
 from megatron_r1reward.kernels.lm_head import HeadOptions
 from megatron_r1reward.kernels.policy_loss.row_kernels import PolicyLossOptions
 from megatron_r1reward.model_folder.examine import load_tokenizer
+from megatron_r1reward.model_folder.prompt_policy import PromptPolicy
 from megatron_r1reward.model_folder.weight_table import WeightTable, adapt_table
 from megatron_r1reward.models.base import on_device
 from megatron_r1reward.models.head import configure_heads
@@ -57,6 +58,7 @@ class TrainState:
     saver: CheckpointSaver
     data: dict[str, Any] = field(default_factory=dict)  # what decides which rows a step trains on; kept in checkpoints
     reference: torch.nn.Module | None = None  # the frozen initial policy, only when the reward holds a KL term
+    described: PromptPolicy | None = None  # what the exported folder says about itself; None: it is no reward model
     producer: dict[str, Any] | None = None  # RL: of the checkpoint resumed from, `RolloutProducer.state`
     step: int = 0
     skipped_in_a_row: int = 0  # steps since the last one with a finite gradient

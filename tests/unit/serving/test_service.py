@@ -14,6 +14,9 @@ import pytest
 from PIL import Image
 from waiting import wait_until
 
+from megatron_r1reward.data.prompt import TEMPLATE
+from megatron_r1reward.model_folder.prompt_policy import PromptPolicy
+
 PAIR = {"question": "Which?", "responses": ["bad", "good"]}
 
 
@@ -71,6 +74,14 @@ def test_what_cannot_be_served_hears_why(start, path, change, says) -> None:
     assert answer.status_code == 422
     assert says in answer.json()["error"]
     assert "\n" not in answer.json()["error"]
+
+
+def test_a_model_that_is_asked_in_both_orders_is_not_asked_in_one(start) -> None:
+    service = start(policy=PromptPolicy(template=TEMPLATE))
+    answer = service.post("/v1/compare", PAIR | {"both_orders": False})
+    assert answer.status_code == 422
+    assert 'says orders "both"' in answer.json()["error"]
+    assert service.post("/v1/compare", PAIR).status_code == 200
 
 
 def test_paths_stay_inside_their_roots(start, tmp_path: Path) -> None:

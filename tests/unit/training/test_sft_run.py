@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_r1reward.config.schema import ParallelSection, RunConfig
+from megatron_r1reward.conversion.convert import export_folder
+from megatron_r1reward.data.prompt import TEMPLATE
+from megatron_r1reward.model_folder.prompt_policy import FILE, read_policy
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training import sft
@@ -22,28 +26,63 @@ def topology() -> Iterator[Topology]:
     setup.shutdown()
 
 
+def write_rows(folder: Path, questions: list[str]) -> None:
+    rows = [
+        {"id": str(number), "message": json.dumps([{"role": "user", "content": question}]),
+         "image": [], "response": f"<think>The image shows {number}.</think><answer>1</answer>"}
+        for number, question in enumerate(questions)
+    ]  # fmt: skip
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run_config(
+    folder: Path, name: str, model: Path, *, steps: int, token_budget: int = 600, save_every: int = 100
+) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "run": {"output_dir": folder / name},
+            "model": {"path": model, "precision": "fp32"},
+            "data": {"train": folder / "train.jsonl", "token_budget": token_budget, "max_pixels": 40_000},
+            "sft": {"steps": steps, "global_batch_size": 4},
+            "optimizer": {"lr": 3e-3, "warmup_fraction": 0.0, "schedule": "constant"},
+            "checkpoint": {"save_every": save_every},
+            "monitor": {"tensorboard": False},
+        }
+    )
+
+
+@pytest.mark.slow
+def test_the_trained_folder_says_how_it_is_asked(tiny_folder: Path, topology: Topology, tmp_path: Path) -> None:
+    """And by what it was made, one stage after the other; a conversion of a checkpoint says the same."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder, base)
+    (base / "README.md").write_text("about the base model")
+    write_rows(tmp_path, [TEMPLATE.format(question="Which?", answer1=str(n), answer2="no") for n in range(4)])
+    once = sft.run(run_config(tmp_path, "once", base, steps=1, token_budget=4096), topology)
+    assert once is not None and not (once / "README.md").exists()
+    policy = read_policy(once)
+    assert policy is not None
+    assert (policy.template, policy.orders, policy.pixels) == (TEMPLATE, "both", (3136, 40_000))
+    (stage,) = policy.stages
+    assert (stage.stage, stage.base, stage.data, stage.rows, stage.steps) == ("sft", "base", "train.jsonl", 4, 1)
+    twice = sft.run(run_config(tmp_path, "twice", once, steps=1, token_budget=4096, save_every=1), topology)
+    assert twice is not None
+    said = (twice / FILE).read_text()
+    assert [one["base"] for one in json.loads(said)["stages"]] == ["base", "once/hf"]
+    export_folder(tmp_path / "twice" / "checkpoints" / "step-00000001", tmp_path / "exported", progress=False)
+    assert (tmp_path / "exported" / FILE).read_text() == said
+    write_rows(tmp_path, ["Is the analysis consistent?"] * 4)  # a consistency judge, begun from a reward model
+    judge = sft.run(run_config(tmp_path, "judge", twice, steps=1), topology)
+    assert judge is not None and read_policy(judge) is None
+
+
 @pytest.mark.slow
 def test_a_run_that_is_stopped_goes_on_where_it_was(tiny_folder: Path, topology: Topology, tmp_path: Path) -> None:
     """Asked to stop after the first step, then started again: the weights of the run that was left alone."""
-    rows = [
-        {"id": str(number), "message": json.dumps([{"role": "user", "content": f"Which digit? {number}"}]),
-         "image": [], "response": f"<think>The image shows {number}.</think><answer>1</answer>"}
-        for number in range(8)
-    ]  # fmt: skip
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path, [f"Which digit? {number}" for number in range(8)])
 
     def config(name: str) -> RunConfig:
-        return RunConfig.model_validate(
-            {
-                "run": {"output_dir": tmp_path / name},
-                "model": {"path": tiny_folder, "precision": "fp32"},
-                "data": {"train": tmp_path / "train.jsonl", "token_budget": 600},
-                "sft": {"steps": 3, "global_batch_size": 4},
-                "optimizer": {"lr": 3e-3, "warmup_fraction": 0.0, "schedule": "constant"},
-                "checkpoint": {"save_every": 100},
-                "monitor": {"tensorboard": False},
-            }
-        )
+        return run_config(tmp_path, name, tiny_folder, steps=3)
 
     assert sft.run(config("whole"), topology) == tmp_path / "whole" / "hf"
     stop = tmp_path / "stopped" / "live" / "stop.json"

@@ -1,0 +1,1 @@
+"""Sharing a trained model on the Hugging Face Hub, and fetching one."""

@@ -1,0 +1,112 @@
+"""`reward_model.json`: what a trained reward model's folder says about how it is asked, and what it was trained by.
+
+    sft, rl --export--> reward_model.json --read--> serve, score, bench, eval, RewardModel, hub card
+
+The template, the place of the images, the orders and the image sizes are those of its training: who asks otherwise asks
+another question than the model learned to answer. A folder without the file (a base model, a released checkpoint) is
+asked with the published R1-Reward prompt in both orders.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+FILE = "reward_model.json"
+FIELDS = ("question", "answer1", "answer2")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")  # a newer version may have written more
+
+
+class Calibration(_Part):
+    """From the probability of one way of voting to one that is right as often as it says: log-odds / `temperature`.
+
+    A model that sees both orders must not change its mind when they are exchanged, so there is no intercept.
+    """
+
+    weights: str  # `data.identity.model_identity` of the folder that it was measured on
+    aggregator: str
+    votes: str  # "adaptive 0.9", or judgements per order: "3"
+    temperature: float
+    items: int  # held-out items of the fit
+    error_before: float  # expected calibration error on the other half of the items
+    error_after: float
+
+
+class TrainedStage(_Part):
+    """One stage of the training, for the model card."""
+
+    stage: Literal["sft", "rl"]
+    version: str  # of this package
+    base: str  # name of the folder or repository that the stage began with
+    data: str  # name of the file
+    rows: int | None  # None: trained from a record that does not say
+    steps: int
+    settings: Mapping[str, Any]
+
+
+class PromptPolicy(_Part):
+    """How the model is asked."""
+
+    format: Literal[1] = 1
+    template: str  # with {question}, {answer1} and {answer2}
+    images: Literal["first"] = "first"  # of the user's turn, then the text
+    orders: Literal["both", "any"] = "both"  # both: a verdict in one order alone is refused
+    min_pixels: int | None = None  # of the image processor; None: the folder's own
+    max_pixels: int | None = None
+    stages: tuple[TrainedStage, ...] = ()
+    calibration: tuple[Calibration, ...] = ()
+
+    @field_validator("template")
+    @classmethod
+    def _fields(cls, template: str) -> str:
+        try:
+            parts = [(name, spec, how) for _, name, spec, how in string.Formatter().parse(template) if name is not None]
+        except ValueError as error:
+            raise ValueError(f"not a template: {error}") from error
+        if sorted(parts) != sorted((name, "", None) for name in FIELDS):
+            raise ValueError(f"a template holds each of {{{'}, {'.join(FIELDS)}}} once and no other field")
+        return template
+
+    @property
+    def pixels(self) -> tuple[int, int] | None:
+        return None if self.min_pixels is None or self.max_pixels is None else (self.min_pixels, self.max_pixels)
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2) + "\n"
+
+    def check_orders(self, both_orders: bool, where: str) -> None:
+        """Raises ValueError when one order is asked for and the model is asked in both."""
+        if not both_orders and self.orders == "both":
+            raise ValueError(
+                f'{where}: the model\'s {FILE} says orders "both": ask in both orders, or set it to "any" there'
+            )
+
+
+def read_policy(folder: Path) -> PromptPolicy | None:
+    """None where the folder says nothing.
+
+    Raises:
+        ValueError: the file is damaged, or of a later format.
+    """
+    path = folder / FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        return PromptPolicy.model_validate(json.loads(text))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        reason = f"{where}: {first['msg'].removeprefix('Value error, ')}"
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
+    raise ValueError(f"{path} cannot be read ({reason}): export the model again, or mend it")

@@ -1,0 +1,167 @@
+"""The few routes of the Hugging Face Hub that push and fetch need, on a port of this machine."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+
+class HubServer:
+    """Repositories in memory. Every commit is kept; `refused` answers 403 to whoever writes; `token` is asked for."""
+
+    def __init__(self) -> None:
+        self.commits: dict[str, dict[str, bytes]] = {}  # "org/name@commit" -> content
+        self.branches: dict[str, str] = {}  # "org/name@branch" -> commit
+        self.token: str | None = None
+        self.refused = False
+        self.downloads: list[str] = []
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._http.daemon_threads = True
+        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
+        self._thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._http.server_address[1]}"
+
+    def stop(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join()
+
+    def commit_of(self, repository: str, revision: str) -> str | None:
+        if f"{repository}@{revision}" in self.commits:
+            return revision
+        return self.branches.get(f"{repository}@{revision}")
+
+    def files(self, repository: str, revision: str = "main") -> dict[str, bytes]:
+        return self.commits[f"{repository}@{self.commit_of(repository, revision)}"]
+
+    def _commit(self, repository: str, branch: str, body: bytes) -> str:
+        content = dict(self.files(repository, branch))
+        for line in map(json.loads, body.decode().splitlines()):
+            if line["key"] == "file":
+                assert line["value"]["encoding"] == "base64"
+                content[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+        return self._keep(repository, branch, content)
+
+    def _keep(self, repository: str, branch: str, content: dict[str, bytes]) -> str:
+        said = json.dumps({name: hashlib.sha1(data).hexdigest() for name, data in content.items()}, sort_keys=True)
+        commit = hashlib.sha1(said.encode()).hexdigest()
+        self.commits[f"{repository}@{commit}"] = content
+        self.branches[f"{repository}@{branch}"] = commit
+        return commit
+
+    def _post(self, path: str, body: bytes) -> tuple[int, object]:
+        parts = path.strip("/").split("/")
+        if path == "/api/validate-yaml":
+            assert json.loads(body)["content"].startswith("---\n")
+            return 200, {"errors": [], "warnings": []}
+        if path == "/api/repos/create":
+            tree = json.loads(body)
+            name = f"{tree['organization']}/{tree['name']}" if tree.get("organization") else tree["name"]
+            if f"{name}@main" in self.branches:
+                return 409, {"error": "exists", "url": f"{self.url}/{name}"}
+            self._keep(name, "main", {})
+            return 200, {"url": f"{self.url}/{name}", "id": name, "name": name}
+        assert parts[:2] == ["api", "models"], path
+        repository, what, branch = "/".join(parts[2:4]), parts[4], unquote(parts[5])
+        if what == "branch":
+            self.branches.setdefault(f"{repository}@{branch}", self.branches[f"{repository}@main"])
+            return 200, {}
+        if what == "preupload":
+            names = [file["path"] for file in json.loads(body)["files"]]
+            return 200, {"files": [{"path": x, "uploadMode": "regular", "shouldIgnore": False} for x in names]}
+        assert what == "commit", path
+        commit = self._commit(repository, branch, body)
+        url = f"{self.url}/{repository}/commit/{commit}"
+        return 200, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": "", "pullRequestUrl": None}
+
+    def _get(self, path: str) -> tuple[int, object, str]:
+        """Status, content, commit."""
+        parts = [unquote(part) for part in path.strip("/").split("/")]
+        api = parts[:2] == ["api", "models"]
+        repository, rest = "/".join(parts[2:4] if api else parts[:2]), parts[4:] if api else parts[2:]
+        if f"{repository}@main" not in self.branches:
+            return 404, {"error": "RepoNotFound"}, ""
+        commit = self.commit_of(repository, rest[1] if len(rest) > 1 else "main")
+        if commit is None:
+            return 404, {"error": "RevisionNotFound"}, ""
+        content = self.files(repository, commit)
+        if api and rest and rest[0] == "tree":
+            return 200, [_entry(name, data) for name, data in content.items()], commit
+        if api:
+            siblings = [{"rfilename": name} for name in content]
+            return 200, {"id": repository, "modelId": repository, "sha": commit, "siblings": siblings}, commit
+        name = "/".join(rest[2:])
+        if name not in content:
+            return 404, {"error": "EntryNotFound"}, commit
+        self.downloads.append(name)
+        return 200, content[name], commit
+
+    def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:  # noqa: C901, N805
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                if not self._allowed():
+                    return self._send(401, {"error": "who are you?"})
+                status, content, commit = hub._get(urlsplit(self.path).path)
+                return self._send(status, content, commit)
+
+            def do_HEAD(self) -> None:
+                self.do_GET()
+
+            def do_POST(self) -> None:
+                body = self._body()
+                if not self._allowed():
+                    return self._send(401, {"error": "who are you?"})
+                if hub.refused:
+                    return self._send(403, {"error": "you may not write here"})
+                return self._send(*hub._post(urlsplit(self.path).path, body))
+
+            def _allowed(self) -> bool:
+                return hub.token is None or self.headers.get("Authorization") == f"Bearer {hub.token}"
+
+            def _body(self) -> bytes:
+                if self.headers.get("Transfer-Encoding") != "chunked":
+                    return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                body = b""
+                while size := int(self.rfile.readline(), 16):
+                    body += self.rfile.read(size)
+                    self.rfile.readline()
+                self.rfile.readline()
+                return body
+
+            def _send(self, status: int, content: object, commit: str = "") -> None:
+                data = content if isinstance(content, bytes) else json.dumps(content).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                if isinstance(content, bytes):
+                    self.send_header("ETag", f'"{_blob(content)}"')
+                else:
+                    self.send_header("Content-Type", "application/json")
+                    if isinstance(content, dict) and "error" in content:
+                        self.send_header("X-Error-Code", content["error"])
+                if commit:
+                    self.send_header("X-Repo-Commit", commit)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(data)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        return Handler
+
+
+def _blob(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _entry(name: str, data: bytes) -> dict[str, object]:
+    return {"type": "file", "path": name, "size": len(data), "oid": _blob(data)}
