@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -255,6 +256,11 @@ def data_import(
     split: Annotated[str, typer.Option(help="of a data set on the Hub")] = "train",
     order: Annotated[str, typer.Option(help="of the two responses: auto, drawn or stored")] = "auto",
     seed: Annotated[int, typer.Option(help="of the drawn order")] = 0,
+    processes: Annotated[int | None, typer.Option(help="that read and decode; default: a core each, 8 at most")] = None,
+    remove_duplicates: Annotated[bool, typer.Option(help="set aside pairs that occur again")] = False,
+    remove_overlap_with: Annotated[
+        list[str] | None, typer.Option(help="a benchmark; rows with a question of its are set aside; repeatable")
+    ] = None,
 ) -> None:
     """Check a preference data set, write embedded images to files and bad rows to a quarantine file."""
     with user_errors():
@@ -271,8 +277,11 @@ def data_import(
             split=split,
             order=order,  # type: ignore[arg-type]  # checked above
             seed=seed,
+            processes=processes or min(8, len(os.sched_getaffinity(0))),
+            remove_duplicates=remove_duplicates,
+            remove_overlap_with=remove_overlap_with or (),
         )
-        typer.echo(f"{out}: {len(result.preferences)} usable rows, {result.quarantined} quarantined")
+        typer.echo(f"{out}: {result.rows} usable rows, {result.quarantined} quarantined")
         typer.echo(f"schema, order and counts: {out / 'import.json'}")
         if result.quarantine_path is not None:
             typer.echo(f"reasons: {result.quarantine_path}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -97,7 +96,7 @@ def inspect_source(
 def _statistics(preferences: Sequence[Preference]) -> dict[str, str]:
     number = len(preferences)
     keys = ContentKeys()
-    pairs = Counter(_pair_key(row, keys) for row in preferences)
+    pairs = Counter(map(keys.pair, preferences))
     labels = Counter(row.label for row in preferences)
     longer = sum(len(row.responses[row.label - 1]) > len(row.responses[2 - row.label]) for row in preferences)
     images = Counter(len(row.image_paths) for row in preferences)
@@ -106,7 +105,7 @@ def _statistics(preferences: Sequence[Preference]) -> dict[str, str]:
         "better response is the longer one": f"{longer / number:.1%}",
         "images in a row": ", ".join(f"{count}: {images[count]}" for count in sorted(images)),
         "pairs that occur again (either order, same images)": str(number - len(pairs)),
-        "distinct questions": str(len({_plain(row.question) for row in preferences})),
+        "distinct questions": str(len({row.question.casefold().strip() for row in preferences})),
     }
     for name in ("category", "source"):
         values = Counter(row.metadata[name] for row in preferences if name in row.metadata)
@@ -135,20 +134,10 @@ def _token_statistics(preferences: Sequence[Preference], limits: RowLimits) -> d
 
 def _overlap(preferences: Sequence[Preference], held: Sequence[Preference]) -> str:
     keys = ContentKeys()
-    pairs = {_pair_key(row, keys) for row in held}
-    questions = {_plain(row.question) for row in held}
-    same = sum(_pair_key(row, keys) in pairs for row in preferences)
-    asked = sum(_plain(row.question) in questions for row in preferences)
-    return f"{same} rows as a pair with its images, {asked} by their question"
-
-
-def _pair_key(row: Preference, keys: ContentKeys) -> tuple[object, ...]:
-    """Equal for the same question, responses and pictures, whatever the order, the label and the spacing."""
-    return _plain(row.question), frozenset(map(_plain, row.responses)), keys.images(row.image_paths)
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip().casefold()
+    pairs, asked = set(map(keys.pair, held)), set(map(keys.asked, held))
+    same = sum(keys.pair(row) in pairs for row in preferences)
+    question = sum(keys.asked(row) in asked for row in preferences)
+    return f"{same} rows as a pair with its images, {question} by their question about the same images"
 
 
 def _shown(row: Preference, limits: RowLimits | None) -> ShownRow:

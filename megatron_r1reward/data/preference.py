@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,9 +95,10 @@ def read_preferences(
         ValueError: the file is missing, damaged, of an unknown kind, without one usable row, or its labels are 0 and 1.
     """
     roots = (image_root or fixed_folder(path), *image_roots)
-    source = _Source(path=path, rows=rows if rows is not None else iterate_rows(path), convert=convert)
-    preferences, accounting = _read(source, _preference, roots, media_dir, quarantine, verify_images, fits)
-    _check_labels(path, preferences)
+    source = RowSource(path=path, rows=rows if rows is not None else iterate_rows(path), convert=convert)
+    preferences, accounting = _read(source, parse_preference, roots, media_dir, quarantine, verify_images, fits)
+    labels = Counter(preference.label for preference in preferences)
+    check_labels(path, labels, text_only=sum(not preference.image_paths for preference in preferences))
     return ReadResult(preferences=preferences, **accounting)
 
 
@@ -112,13 +114,15 @@ def read_sft_examples(
 ) -> SftReadResult:
     """Read rows with `message` (any chat, with or without images) and `response`; else as `read_preferences`."""
     roots = (image_root or fixed_folder(path), *image_roots)
-    source = _Source(path=path, rows=iterate_rows(path))
+    source = RowSource(path=path, rows=iterate_rows(path))
     examples, accounting = _read(source, _sft_example, roots, media_dir, quarantine, verify_images, fits)
     return SftReadResult(examples=examples, **accounting)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Source:
+class RowSource:
+    """Rows, and how their columns become ours."""
+
     path: Path
     rows: Iterable[RawRow]
     convert: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
@@ -144,7 +148,7 @@ _Parser = Callable[[str, Mapping[str, Any], MediaResolver], ExampleT]
 
 
 def _read(
-    source: _Source,
+    source: RowSource,
     parse: _Parser[ExampleT],
     roots: Sequence[Path],
     media_dir: Path | None,
@@ -161,7 +165,7 @@ def _read(
         identifier = None
         try:
             fields = source.fields(row)
-            identifier = _identifier(row, fields)
+            identifier = row_identifier(row, fields)
             example = parse(identifier, fields, media)
             if example.id in accepted:
                 example = _another(example, accepted, source)
@@ -174,11 +178,9 @@ def _read(
     usable = _with_sound_images(accepted, rejected, media_dir) if verify_images else accepted
     usable = _that_fit(usable, rejected, fits) if fits is not None else usable
     rejected.write()
-    if zero_labels and not any(isinstance(row, Preference) and row.label == 2 for _, row in accepted.values()):
-        raise ValueError(
-            f"{path}: answers are 0 and 1 ({zero_labels} times 0, never 2): write the number of the better response, "
-            "1 or 2, or import the file with the schema that it has (`r1reward data import --schema`)"
-        )
+    check_zero_labels(
+        path, zero_labels, any(isinstance(row, Preference) and row.label == 2 for _, row in accepted.values())
+    )
     if not usable:
         reason = f"the first of {len(rejected)} reasons: {rejected.first_reason}" if len(rejected) else "it is empty"
         raise ValueError(f"{path}: no usable row ({reason})")
@@ -205,22 +207,31 @@ def _that_fit(
     return kept
 
 
-def _check_labels(path: Path, preferences: Sequence[Preference]) -> None:
-    label = preferences[0].label
-    if len(preferences) >= _ONE_SIDED and all(preference.label == label for preference in preferences):
+def check_zero_labels(path: Path, zeros: int, any_second: bool) -> None:
+    """ValueError where answers count from 0: taken row by row, half would be set aside and the other all say 1."""
+    if zeros and not any_second:
+        raise ValueError(
+            f"{path}: answers are 0 and 1 ({zeros} times 0, never 2): write the number of the better response, "
+            "1 or 2, or import the file with the schema that it has (`r1reward data import --schema`)"
+        )
+
+
+def check_labels(path: Path, labels: Mapping[Label, int], *, text_only: int) -> None:
+    """Warn of a file whose labels are all the same, and count what has no image."""
+    total = sum(labels.values())
+    if total >= _ONE_SIDED and max(labels.values()) == total:
         logger.warning(
             "%s: all %d labels are %d. A model learns the place instead of the content unless the order is drawn: "
             "data.swap = 'random' does that in RL, `r1reward data import` for every stage",
             path,
-            len(preferences),
-            label,
+            total,
+            max(labels, key=lambda label: labels[label]),
         )
-    without = sum(not preference.image_paths for preference in preferences)
-    if without:
-        logger.info("%s: %d of %d rows are text only", path, without, len(preferences))
+    if text_only:
+        logger.info("%s: %d of %d rows are text only", path, text_only, total)
 
 
-def _another(example: ExampleT, accepted: Mapping[str, tuple[RowOrigin, ExampleT]], source: _Source) -> ExampleT:
+def _another(example: ExampleT, accepted: Mapping[str, tuple[RowOrigin, ExampleT]], source: RowSource) -> ExampleT:
     """`example` under an id of its own, where its schema may repeat ids and it says something else than the others."""
     number, name = 1, example.id
     while name in accepted:
@@ -234,7 +245,7 @@ def _another(example: ExampleT, accepted: Mapping[str, tuple[RowOrigin, ExampleT
     return replace(example, id=name)
 
 
-def _identifier(row: RawRow, fields: Mapping[str, Any]) -> str:
+def row_identifier(row: RawRow, fields: Mapping[str, Any]) -> str:
     identifier = fields.get("id")
     if identifier is None:
         identifier = f"{Path(row.origin.source).with_suffix('')}-{row.origin.line}"
@@ -260,7 +271,8 @@ def _with_sound_images(
     return sound
 
 
-def _preference(identifier: str, fields: Mapping[str, Any], media: MediaResolver) -> Preference:
+def parse_preference(identifier: str, fields: Mapping[str, Any], media: MediaResolver) -> Preference:
+    """A row in our columns as a preference, its images not yet opened. Raises RowError where it is none."""
     chat = parse_chat(fields["message"]) if fields.get("message") is not None else None
     question, responses = _question_and_responses(fields, chat)
     image_paths = _image_paths(fields, chat, media)

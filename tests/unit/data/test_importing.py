@@ -14,7 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from megatron_r1reward.cli import app
+from megatron_r1reward.data import import_parts, importing
 from megatron_r1reward.data.importing import import_preferences
 from megatron_r1reward.data.preference import read_preferences
 
@@ -231,3 +234,106 @@ def test_without_a_hub_its_data_sets_are_refused_by_name(folder: Path, monkeypat
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="owner/data: neither a file here nor a data set that the Hub gives"):
         import_preferences("owner/data", folder / "out")
+
+
+def table(folder: Path, count: int) -> Path:
+    """Rows with embedded images of a few colours; some are refused."""
+    rows = [
+        {"id": str(index), "prompt": f"Which {index}?", "chosen": f"good {index}",
+         "rejected": "" if index == 7 else "bad",
+         "image": {"bytes": png(("red", "blue", "green")[index % 3]), "path": None}}
+        for index in range(count)
+    ]  # fmt: skip
+    return write(folder, rows, "parquet")
+
+
+@pytest.mark.slow
+def test_several_processes_write_what_one_writes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_parts, "BATCH_ROWS", 4)
+    source, found = table(folder, 21), []
+    for processes in (1, 2):
+        out = folder / "out"
+        result = import_preferences(source, out, processes=processes)
+        assert (result.rows, result.quarantined) == (20, 1)
+        assert sorted(path.name for path in out.iterdir()) == [
+            "import.json", "media", "preferences.jsonl", "quarantine.jsonl"
+        ]  # fmt: skip
+        found.append([(out / name).read_bytes() for name in ("preferences.jsonl", "quarantine.jsonl", "import.json")])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("killed_after", [0, 1, 3, 5])
+def test_an_import_that_was_killed_reads_and_writes_nothing_twice(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, killed_after: int
+) -> None:
+    monkeypatch.setattr(import_parts, "BATCH_ROWS", 4)
+    source, read = table(folder, 20), []
+    whole = import_preferences(source, folder / "out")
+    expected = whole.path.read_bytes()
+    whole.path.unlink()
+    real = import_parts._read_part
+
+    def one(payload: bytes, *rest: Any) -> None:
+        if len(read) == killed_after:
+            raise KeyboardInterrupt
+        read.append(payload)
+        real(payload, *rest)
+
+    monkeypatch.setattr(import_parts, "_read_part", one)
+    if killed_after < 5:
+        with pytest.raises(KeyboardInterrupt):
+            import_preferences(source, folder / "out")
+    else:  # all parts are there, and the end of the import is not
+        monkeypatch.setattr(importing, "write_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            import_preferences(source, folder / "out")
+        monkeypatch.undo()
+        monkeypatch.setattr(import_parts, "BATCH_ROWS", 4)
+    assert killed_after == 5 or not whole.path.exists(), "no half of a file"
+    again: list[bytes] = []
+    monkeypatch.setattr(
+        import_parts, "_read_part", lambda payload, *rest: (again.append(payload), real(payload, *rest))
+    )
+    assert import_preferences(source, folder / "out").rows == 19
+    refused = 1 if killed_after > 1 else 0  # the part with the refused row is read again: it may be mended now
+    assert len(again) == 5 - killed_after + refused
+    assert whole.path.read_bytes() == expected
+
+
+def test_another_source_does_not_get_the_parts_of_a_killed_import(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(folder, [{"id": 1, "prompt": "q", "chosen": "a", "rejected": "b"}], "jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(importing, "write_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            import_preferences(source, folder / "out", order="stored")
+    source.write_text(source.read_text().replace('"b"', '"c"'))
+    (row,) = import_preferences(source, folder / "out", order="stored").preferences
+    assert row.responses == ("a", "c")
+
+
+def test_repeats_are_counted_and_removed_with_what_a_benchmark_asks(folder: Path) -> None:
+    (folder / "b.png").write_bytes(png("blue"))
+    rows = [
+        {"id": 1, "prompt": "Which digit?", "chosen": "7", "rejected": "3", "image": "a.png"},
+        {"id": 2, "prompt": "which  digit?", "chosen": "3", "rejected": "7", "image": "a.png"},  # a repeat, exchanged
+        {"id": 3, "prompt": "Which digit?", "chosen": "7", "rejected": "3", "image": "b.png"},  # other pixels
+        {"id": 4, "prompt": "Why?", "chosen": "a", "rejected": "b"},
+    ]
+    source = write(folder, rows, "jsonl")
+    benchmark = folder / "bench.json"
+    benchmark.write_text(json.dumps([{"prompt": "WHY?", "chosen": "x", "rejected": "y"}]))
+    result = import_preferences(source, folder / "counted")
+    account = json.loads((folder / "counted" / "import.json").read_text())
+    assert (result.rows, account["duplicates"], account["overlap"]) == (4, 1, {})
+    command = ["data", "import", str(source), "--out", str(folder / "out"), "--remove-duplicates"]
+    done = CliRunner().invoke(app, [*command, "--remove-overlap-with", str(benchmark)])
+    assert done.exit_code == 0, done.output
+    account = json.loads((folder / "out" / "import.json").read_text())
+    assert (account["rows"], account["duplicates"], account["overlap"]) == (2, 1, {str(benchmark): 1})
+    kept = [json.loads(line)["id"] for line in (folder / "out" / "preferences.jsonl").read_text().splitlines()]
+    assert kept == ["1", "3"]
+    refused = [json.loads(line) for line in (folder / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert [row["line"] for row in refused] == [2, 4]
+    assert str(benchmark) in refused[1]["reason"]

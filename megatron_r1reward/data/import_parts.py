@@ -1,0 +1,213 @@
+"""A source read in batches by several processes, each batch's rows kept in a file of their own until the import ends.
+
+    rows --batches--> processes: convert, check, decode images, hash --> OUT/.parts/NUMBER-CONTENT.jsonl, in order
+
+A part is named by what its rows say and how they are read, and appears whole. An import that was killed uses the parts
+that are there; those that hold refused rows are read again, because the reason, e.g. a missing image, may be mended.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import pickle
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from megatron_r1reward.data.identity import ContentKeys
+from megatron_r1reward.data.image_files import Examined, MediaResolver, examine_images
+from megatron_r1reward.data.preference import RowSource, ZeroLabelError, parse_preference, row_identifier
+from megatron_r1reward.data.rows import RawRow, RowError, RowOrigin
+from megatron_r1reward.data.schemas import SCHEMAS
+from megatron_r1reward.files import write_jsonl
+from megatron_r1reward.types import Preference
+
+BATCH_ROWS = 256  # embedded images of a few hundred KB make 100 MB of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How rows are read. `from_one`: winners that the source counts from 0 are counted from 1."""
+
+    schema: str
+    from_one: bool
+    roots: tuple[Path, ...]
+    media_dir: Path
+
+    @property
+    def convert(self) -> Callable[[Mapping[str, Any]], Mapping[str, Any]] | None:
+        if self.schema == "r1_reward":
+            return None
+        convert = SCHEMAS[self.schema].convert
+        return _from_one(convert) if self.from_one else convert
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartRow:
+    """A row that was read: a preference, or the reason why there is none.
+
+    `asked` and `pair` are hashes of its question and images, and of these with both responses in any order.
+    """
+
+    origin: RowOrigin
+    preference: Preference | None
+    reason: str
+    zero_label: bool
+    asked: str
+    pair: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRow:
+    """A preference, or the reason why the row is none; `zero_label`: because its answer is 0."""
+
+    origin: RowOrigin
+    preference: Preference | None
+    reason: str = ""
+    zero_label: bool = False
+
+
+def _read_batch(
+    rows: Iterable[RawRow],
+    *,
+    convert: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None,
+    roots: Sequence[Path],
+    media_dir: Path,
+) -> list[BatchRow]:
+    """Some rows of a source in their order, every image decoded once. Whether ids repeat is for the caller to see."""
+    source, media = RowSource(path=Path(), rows=(), convert=convert), MediaResolver(roots, media_dir)
+    found: list[BatchRow] = []
+    for row in rows:
+        try:
+            fields = source.fields(row)
+            preference = parse_preference(row_identifier(row, fields), fields, media)
+        except RowError as error:
+            zero = isinstance(error, ZeroLabelError)
+            found.append(BatchRow(origin=row.origin, preference=None, reason=str(error), zero_label=zero))
+        else:
+            found.append(BatchRow(origin=row.origin, preference=preference))
+    paths = (path for row in found if row.preference is not None for path in row.preference.image_paths)
+    examined = examine_images(paths, media_dir)
+    return [row if row.preference is None else _examined(row, row.preference, examined) for row in found]
+
+
+def _examined(row: BatchRow, preference: Preference, examined: Mapping[str, Examined]) -> BatchRow:
+    images = [examined[path] for path in preference.image_paths]
+    problem = next((image.problem for image in images if image.problem), "")
+    if problem:
+        return BatchRow(origin=row.origin, preference=None, reason=problem)
+    return replace(row, preference=replace(preference, image_paths=tuple(image.path for image in images)))
+
+
+def read_parts(rows: Iterable[RawRow], folder: Path, reading: Reading, *, processes: int) -> Iterator[PartRow]:
+    """The rows in their order, once all parts are there; at most two batches per process are in memory at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    said = json.dumps(asdict(reading), default=str).encode()
+    there = {path.name for path in folder.iterdir()}
+    batches = _batches(rows)
+    first = list(itertools.islice(batches, 2))
+    names = []
+    with _Pool(processes if len(first) > 1 else 1) as pool:
+        for number, batch in enumerate(itertools.chain(first, batches)):
+            payload = pickle.dumps(batch)
+            name = f"{number:06}-{xxhash.xxh3_128_hexdigest(said + payload)}.jsonl"
+            names.append(name)
+            if name not in there:
+                pool.submit(payload, reading, folder / name)
+    for name in names:
+        path = folder / name
+        with (path if path.exists() else _with_refused(path)).open(encoding="utf-8") as lines:
+            yield from map(_part_row, lines)
+
+
+def _batches(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
+    iterator = iter(rows)
+    while batch := list(itertools.islice(iterator, BATCH_ROWS)):
+        yield batch
+
+
+class _Pool:
+    """Processes that read batches; submitting waits while each of them has two to do. One process is this one."""
+
+    def __init__(self, processes: int) -> None:
+        self._most = 2 * processes
+        self._waiting: deque[Future[None]] = deque()
+        # Not forked: this process may have threads, of pyarrow for one.
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(processes, mp_context=context) if processes > 1 else None
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._pool is not None:
+            if kind is None:
+                for future in self._waiting:
+                    future.result()
+            self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, payload: bytes, reading: Reading, path: Path) -> None:
+        if self._pool is None:
+            _read_part(payload, reading, path)
+            return
+        while len(self._waiting) >= self._most:
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(_read_part, payload, reading, path))
+
+
+def _read_part(payload: bytes, reading: Reading, path: Path) -> None:
+    batch = _read_batch(
+        pickle.loads(payload), convert=reading.convert, roots=reading.roots, media_dir=reading.media_dir
+    )
+    keys, lines, refused = ContentKeys(), [], False
+    for row in batch:
+        preference = row.preference
+        refused = refused or preference is None
+        lines.append(
+            {
+                "origin": vars(row.origin),
+                "preference": None if preference is None else vars(preference),
+                "reason": row.reason,
+                "zero_label": row.zero_label,
+                "asked": "" if preference is None else keys.asked(preference),
+                "pair": "" if preference is None else keys.pair(preference),
+            }
+        )
+    write_jsonl(_with_refused(path) if refused else path, lines)
+
+
+def _with_refused(path: Path) -> Path:
+    return path.with_suffix(".refused.jsonl")
+
+
+def _part_row(line: str) -> PartRow:
+    fields = json.loads(line)
+    origin, found = RowOrigin(**fields.pop("origin")), fields.pop("preference")
+    return PartRow(origin=origin, preference=None if found is None else preference_of(found), **fields)
+
+
+def preference_of(fields: Mapping[str, Any]) -> Preference:
+    """A preference from its fields in JSON."""
+    return Preference(
+        **{**fields, "responses": tuple(fields["responses"]), "image_paths": tuple(fields["image_paths"])}
+    )
+
+
+def _from_one(convert: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Callable[..., Mapping[str, Any]]:
+    """`convert`, with winners that count from 0 counted from 1."""
+
+    def counted(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        row = convert(fields)
+        try:
+            return {**row, "answer": int(float(row["answer"])) + 1}
+        except (TypeError, ValueError):
+            return row  # a name, or nothing: the reader says what is wrong
+
+    return counted
