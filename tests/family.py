@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from megatron_r1reward.checkpoint.hf_model_io import load_hf_weights
@@ -80,6 +82,24 @@ class Member:
         )  # fmt: skip
         response = f"<think>The image shows {number}.</think><answer>1</answer>" * (number + 1)
         return self.packer.sequence(prompt, self.tokenizer.encode(response))
+
+
+def scale_with_yarn(folder: Path, factor: float = 4.0, original: int = 256) -> None:
+    """Give the checkpoint's configuration YaRN: `factor` times `original` positions."""
+    path = folder / "config.json"
+    tree = json.loads(path.read_text())
+    scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    tree["text_config"]["rope_parameters"] |= scaling
+    tree["text_config"]["max_position_embeddings"] = int(factor * original)
+    path.write_text(json.dumps(tree))
+
+
+def transpose_experts(file: Path) -> None:
+    """Stack the experts of a published checkpoint as transformers' modules do and save them: [E, out, in]."""
+    tensors = load_file(file)
+    experts = {name: tensor.transpose(1, 2).contiguous() for name, tensor in tensors.items() if ".experts." in name}
+    assert experts
+    save_file(tensors | experts, file, metadata={"format": "pt"})
 
 
 def odd_images(folder: Path) -> tuple[str, ...]:

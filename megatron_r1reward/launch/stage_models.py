@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_r1reward.checkpoint.manifest import MANIFEST, find_damage
 from megatron_r1reward.cluster.placement import Stage
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.model_folder.examine import folder_problems, served_problems
-from megatron_r1reward.model_folder.folder_weights import read_folder_weights
 from megatron_r1reward.model_folder.prompt_policy import FILE, read_policy
+from megatron_r1reward.servers.command import model_corrections
 
 
 def model_problems(config: RunConfig, stage: Stage) -> Iterator[tuple[str, Path, str]]:
@@ -20,12 +21,16 @@ def model_problems(config: RunConfig, stage: Stage) -> Iterator[tuple[str, Path,
         serves = stage == "rl" and not config.rollout.urls and config.rl.replay is None
         weights = config.checkpoint.init_from is None or serves
         yield from (("model.path", path, text) for text in folder_problems(path, weights=weights))
-        if serves or (stage == "rl" and config.rollout.urls):
-            yield from (("model.path", path, text) for text in _sampled_otherwise(path))
+        if (first := config.checkpoint.init_from) is not None:
+            yield from (("checkpoint.init_from", first, text) for text in _checkpoint_problems(first))
+        if serves:
+            yield from (("model.path", path, text) for text in _serving_problems(path, config))
     elif stage == "eval":
         weights = not config.rollout.urls
         yield from (("model.path", path, text) for text in folder_problems(path, weights=weights, trainable=False))
         yield from (("model.path", path, text) for text in _asked_otherwise(config))
+        if weights:
+            yield from (("model.path", path, text) for text in _serving_problems(path, config))
     elif stage == "annotate" and config.annotate.url is None:
         yield from (("model.path", path, text) for text in served_problems(path))
     judge = config.judge
@@ -50,23 +55,25 @@ def _asked_otherwise(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _sampled_otherwise(path: Path) -> Iterator[str]:
-    """What vLLM reads or computes in another way than transformers and the trainer."""
+def _checkpoint_problems(folder: Path) -> Iterator[str]:
+    """What keeps a folder from giving a model its first weights; hashes are compared when they are read."""
+    steps = sorted(path.name for path in folder.glob("step-*") if path.is_dir())
+    if not folder.is_dir():
+        yield "there is no such folder: name what `r1reward convert import` wrote, or a step folder of a run"
+    elif steps and not (folder / MANIFEST).is_file():
+        yield f"it holds {len(steps)} checkpoints: name one of them, e.g. {folder / steps[-1]}"
+    elif (folder / "config.json").is_file() and not (folder / MANIFEST).is_file():
+        yield "it is a Hugging Face folder: name it as model.path, or what `r1reward convert import` makes of it"
+    else:
+        yield from (f"{text}: copy it again, or name another" for text in find_damage(folder, hashes=False))
+
+
+def _serving_problems(path: Path, config: RunConfig) -> Iterator[str]:
+    """What a rollout server of this folder would not start with."""
     try:
-        weights = read_folder_weights(path)
-    except (ValueError, OSError):
-        return  # said already
-    if weights.has_transposed_experts:
-        yield (
-            "its experts are stacked as [experts, out, in], as transformers 5 saves them, and vLLM reads "
-            "[experts, in, out]: run sft from it, whose export is in that order, or transpose them"
-        )
-    if weights.shape.text.rope.yarn is not None:
-        yield (
-            'config.json has rope_scaling of type "yarn", for which vLLM 0.32 takes original_max_position_embeddings '
-            "four times with M-RoPE: it would sample from another model than the one that is trained; run SFT with it, "
-            "or take the scaling out for RL"
-        )
+        model_corrections(path, config.rollout)
+    except ValueError as error:
+        yield str(error)
 
 
 def check_models(config: RunConfig, stage: Stage) -> None:

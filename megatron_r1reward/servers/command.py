@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_r1reward.config.server_sections import VllmSection
+from megatron_r1reward.model_folder.folder_weights import read_folder_weights
+from megatron_r1reward.model_folder.shape import Family, ModelShape, Yarn, load_shape
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE
 from megatron_r1reward.servers.vllm_main import FORK_FLAG
 
@@ -19,6 +21,7 @@ WeightTransport = Literal["gloo", "nccl", "ipc"]
 
 # Names under which our receivers are registered inside vLLM; "nccl" and "ipc" are vLLM's own, which pickle.
 RECEIVERS: Mapping[WeightTransport, str] = {"gloo": "r1reward_gloo", "nccl": "r1reward_nccl", "ipc": "r1reward_ipc"}
+EXPERTS_LOAD_FORMAT = "r1reward_experts"  # likewise
 GUARD = "megatron_r1reward.network.guard.BearerGuard"
 EXECUTOR = "megatron_r1reward.servers.vllm_executor.WholeAnswerExecutor"
 
@@ -29,6 +32,9 @@ _HIDDEN_VARIABLES = frozenset({
     "VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_SERVER_DEV_MODE", "VLLM_API_KEY",
 })  # fmt: skip
 _MIN_BATCHED_TOKENS = 8192
+# vLLM's MRotaryEmbedding computes YaRN as of this many times the original length, for a longer table of sines. That
+# length enters the frequencies by length / beta only: with as many times larger betas they are right to the last bit.
+_POSITIONS_FACTOR: Mapping[Family, int] = {"qwen2_5_vl": 4, "qwen3_vl": 1, "qwen3_vl_moe": 1}
 # glibc gives large blocks back to the kernel when they are freed. A weight push frees and allocates every layer, and
 # faulting all its pages in again takes longer than the transfer: keep them for the next push.
 _KEEP_FREED_MEMORY = "glibc.malloc.mmap_threshold=1099511627776:glibc.malloc.trim_threshold=1099511627776"
@@ -102,7 +108,50 @@ def server_command(
         command += ["--allowed-local-media-path", str(media_root.resolve())]
     if pixels is not None:
         command += ["--mm-processor-kwargs", json.dumps({"min_pixels": pixels[0], "max_pixels": pixels[1]})]
-    return [*command, *section.extra_args]
+    return [*command, *_correcting_words(model_path, section), *section.extra_args]
+
+
+def _correcting_words(folder: Path, section: VllmSection) -> list[str]:
+    corrections = model_corrections(folder, section)
+    if double := sorted({option.split("=")[0] for option in section.extra_args} & corrections.keys()):
+        raise ValueError(
+            f"extra_args sets {', '.join(double)}, which vLLM is given already to compute {folder} as the trainer "
+            "does: remove it"
+        )
+    return [word for option in corrections.items() for word in option]
+
+
+def model_corrections(folder: Path, section: VllmSection) -> dict[str, str]:
+    """Options without which vLLM 0.32 reads or computes a folder in another way than transformers and the trainer do:
+    option -> value. None for models that are not of our families.
+
+    Raises:
+        ValueError: with them, vLLM could not serve sequences of `max_model_len`.
+    """
+    try:
+        shape = load_shape(folder)
+        transposed = shape.text.experts is not None and read_folder_weights(folder).has_transposed_experts
+    except (ValueError, OSError):  # of another family; or damaged, which is said before servers start
+        return {}
+    found = {}
+    if (yarn := shape.text.rope.yarn) is not None:
+        _check_length(section.max_model_len, yarn, shape, folder)
+        if (factor := _POSITIONS_FACTOR[shape.family]) != 1:
+            betas = {"beta_fast": factor * yarn.beta_fast, "beta_slow": factor * yarn.beta_slow}
+            found["--hf-overrides"] = json.dumps({"text_config": {"rope_parameters": betas}})
+    if transposed:
+        found["--load-format"] = EXPERTS_LOAD_FORMAT
+    return found
+
+
+def _check_length(max_model_len: int, yarn: Yarn, shape: ModelShape, folder: Path) -> None:
+    """vLLM's table of sines ends there, and its engine with the first request that is longer."""
+    positions = int(_POSITIONS_FACTOR[shape.family] * yarn.factor * yarn.original_positions)
+    if max_model_len > positions:
+        raise ValueError(
+            f"max_model_len {max_model_len} is more than the {positions} positions that the YaRN scaling of {folder} "
+            f"reaches ({yarn.factor:g} times {yarn.original_positions}): lower max_model_len, or raise its factor"
+        )
 
 
 def server_environment(

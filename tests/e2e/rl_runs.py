@@ -34,7 +34,7 @@ def config(output: Path, model: Path, data: Path, mode: str, **changed: dict[str
         "checkpoint": {"save_every": 2},
         "monitor": {"tensorboard": False},
     }  # fmt: skip
-    return RunConfig.model_validate(tree | {name: tree[name] | keys for name, keys in changed.items()})
+    return RunConfig.model_validate(tree | {name: tree.get(name, {}) | keys for name, keys in changed.items()})
 
 
 def run(config: RunConfig, topology: Topology, pool: RolloutPool, probe: rl.Probe = lambda: 0.5) -> Accounting:

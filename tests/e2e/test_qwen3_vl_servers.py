@@ -1,4 +1,8 @@
-"""The second model family end to end: a real vLLM server samples, the trainer agrees, before and after a push."""
+"""The second model family end to end: a real vLLM server samples, the trainer agrees, before and after a push, and step
+by step of RL.
+
+The dense member has YaRN; the mixture of experts stacks its experts as transformers 5 saves them.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,19 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import rl_runs
 import torch
 from corpus import CORPUS
-from family import Member
+from family import Member, scale_with_yarn, transpose_experts
 from reference import SERVER
+from safetensors.torch import load_file
 
 from megatron_r1reward.checkpoint.weight_exporter import WeightExporter
 from megatron_r1reward.config.schema import ParallelSection, SamplingSection
 from megatron_r1reward.demo.tiny_models import TINY_SPECS, write_tiny_checkpoint
+from megatron_r1reward.launch import stages
 from megatron_r1reward.models.registry import family_of
+from megatron_r1reward.network.tokens import TOKEN_VARIABLE
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.rollout.open_pool import open_rollout_pool
 from megatron_r1reward.rollout.pool import RolloutPool
@@ -24,10 +32,11 @@ from megatron_r1reward.weight_sync import WeightPushError
 
 pytestmark = pytest.mark.e2e
 TOLERANCE = 1e-3  # float32 on both sides, different kernels
+FILE = "model.safetensors"
 SAMPLING = SamplingSection(max_tokens=24)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def topology() -> Iterator[setup.Topology]:
     yield setup.initialize(ParallelSection(), seed=0)
     setup.shutdown()
@@ -36,10 +45,14 @@ def topology() -> Iterator[setup.Topology]:
 @pytest.fixture(scope="module", params=["qwen3_vl", "qwen3_vl_moe"])
 def member(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Member:
     folder = tmp_path_factory.mktemp("member") / "checkpoint"
+    dense = request.param == "qwen3_vl"
     write_tiny_checkpoint(
-        folder, corpus=CORPUS, spec=TINY_SPECS[request.param], tie_word_embeddings=request.param == "qwen3_vl",
-        init_std=0.15,
-    )  # fmt: skip
+        folder, corpus=CORPUS, spec=TINY_SPECS[request.param], tie_word_embeddings=dense, init_std=0.15
+    )
+    if dense:
+        scale_with_yarn(folder)
+    else:
+        transpose_experts(folder / "model.safetensors")
     return Member(folder)
 
 
@@ -115,3 +128,27 @@ def test_server_and_trainer_agree_before_and_after_a_push(
 def _broken_off(tensors: Iterator[tuple[str, torch.Tensor]], *, after: int) -> Iterator[tuple[str, torch.Tensor]]:
     yield from islice(tensors, after)
     raise ConnectionError("the trainer broke off")
+
+
+def test_rl_trains_on_what_was_sampled(
+    pool: RolloutPool, member: Member, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `r1reward rl` calls, with a server that follows the trainer from step to step."""
+    (server,) = pool.group.members
+    monkeypatch.setenv(TOKEN_VARIABLE, server.bearer_token or "")
+    settings = rl_runs.config(
+        tmp_path / "run", member.folder, data, "synchronous",
+        rl={"steps": 3, "rollout_batch_size": 2, "train_batch_size": 2, "heldout_every": None},
+        rollout={"urls": (server.url,), "dtype": "float32", "max_model_len": SERVER.max_model_len},
+        checkpoint={"save_every": 100},
+    )  # fmt: skip
+    assert stages.rl(settings)
+    found = rl_runs.rows(settings)
+    assert list(found) == [1, 2, 3]
+    assert all(row["mismatch/max_abs"] < TOLERANCE and row["grad_norm"] > 0 for row in found.values()), found
+    before, after = load_file(member.folder / FILE), load_file(settings.run.output_dir / "hf" / FILE)
+    trained = [name for name in before if name.endswith(("mlp.experts.down_proj", "mlp.down_proj.weight"))]
+    for name in trained:
+        then = before[name].transpose(1, 2) if "experts" in name else before[name]
+        assert (after[name] - then).abs().max() > 1e-3, "three steps of another model would show"
+    assert trained

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from family import scale_with_yarn
 from reference import PATIENCE_S, SERVER, Reference
 
 from megatron_r1reward.config.schema import SamplingSection
@@ -42,9 +43,10 @@ SLEEP_LEVELS = {"gloo": None, "ipc": 1}  # who shares a device shares its memory
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """Weights that are not the checkpoint's; tied embeddings."""
+    """Weights that are not the checkpoint's; tied embeddings; YaRN, which vLLM by itself computes otherwise."""
     folder = tmp_path_factory.mktemp("tied")
     write_tiny_checkpoint(folder, corpus=["Which digit is shown?"] * 4, tie_word_embeddings=True, init_std=0.15)
+    scale_with_yarn(folder)
     return Reference(folder, min_pixels=PIXELS[0], max_pixels=PIXELS[1]).redrawn(seed=2)
 
 
@@ -110,7 +112,7 @@ class TestTransport:
             result = pool.generate(prompts, SAMPLING, seed=0)
             assert says(pool, "/is_sleeping") == {"is_sleeping": False}
             assert {span.version for rollout in result.rollouts for span in rollout.weight_spans} == {version}
-            assert max(map(reference.error, result.rollouts)) < 1e-3
+            assert max(map(reference.error, result.rollouts)) < 1e-4
 
     def test_a_part_of_a_fused_layer_is_refused_and_repaired(
         self, name: str, pools: dict[str, RolloutPool], reference: Reference, prompts: list[Prompt]
@@ -121,7 +123,7 @@ class TestTransport:
         assert says(pool, "/is_paused") == {"is_paused": True}
         pool.push_weights(*reference.redrawn(seed=9).weights(), version=6)
         result = pool.generate(prompts, SAMPLING, seed=0)
-        assert max(map(reference.error, result.rollouts)) < 1e-3
+        assert max(map(reference.error, result.rollouts)) < 1e-4
         assert pool.status()[0].restarts == 0
 
 
@@ -171,7 +173,7 @@ def test_one_worker_fails_alone(
     print(f"accounting: {result.accounting}")
     assert result.accounting.answered == len(prompts)
     assert {span.version for rollout in result.rollouts for span in rollout.weight_spans} == {version + 1}
-    assert max(map(reference.error, result.rollouts)) < 1e-3
+    assert max(map(reference.error, result.rollouts)) < 1e-4
     assert pool.status()[0].restarts == 0
 
 

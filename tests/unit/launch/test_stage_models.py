@@ -1,0 +1,35 @@
+"""What a stage says about the folders of its run file before a process starts or anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_r1reward.checkpoint.manifest import write_manifest
+from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.launch.stage_models import check_models
+
+
+def check(model: Path, first: Path) -> None:
+    tree = {"run": {"output_dir": "unused"}, "model": {"path": model}, "data": {"train": "unused"}, "sft": {}}
+    check_models(RunConfig.model_validate(tree | {"checkpoint": {"init_from": first}}), "sft")
+
+
+def test_a_folder_that_gives_no_first_weights_is_said(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"checkpoint.init_from .*/gone cannot be used: there is no such folder: name"):
+        check(tiny_folder, tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"it is a Hugging Face folder: name it as model.path, or what"):
+        check(tiny_folder, tiny_folder)
+    with pytest.raises(ValueError, match=r"manifest.json is missing"):
+        check(tiny_folder, tmp_path)
+    step = tmp_path / "checkpoints" / "step-00000007"
+    step.mkdir(parents=True)
+    (step / "weights").write_text("abc")
+    write_manifest(step, {}, kind="training", run="a", step=7)
+    with pytest.raises(ValueError, match=r"holds 1 checkpoints: name one of them, e.g. .*/checkpoints/step-00000007"):
+        check(tiny_folder, step.parent)
+    check(tiny_folder, step)
+    (step / "weights").write_text("a")
+    with pytest.raises(ValueError, match=r"weights has 1 bytes instead of 3: .*: copy it again, or name another"):
+        check(tiny_folder, step)
