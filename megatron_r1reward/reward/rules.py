@@ -82,9 +82,22 @@ def consistency_value(verdict: JudgeVerdict, levels: ConsistencyLevels) -> float
     return _VALUES[levels].get(verdict, 0.0)
 
 
-def combine(format_reward: float, result_reward: float, consistency: float, section: RewardSection) -> float:
-    """R = format_weight * F + A * (1 + consistency_weight * C); paper sec. 4.3 with both weights 0.5.
+def reward_terms(format_reward: float, result_reward: float, consistency: float) -> tuple[float, float, float]:
+    """F, A and A C. Consistency counts only when the result is right: being consistently wrong earns nothing."""
+    return format_reward, result_reward, result_reward * consistency
 
-    Consistency counts only when the result is right: being consistently wrong earns nothing.
-    """
-    return section.format_weight * format_reward + result_reward * (1.0 + section.consistency_weight * consistency)
+
+def term_weights(section: RewardSection) -> tuple[float, float, float]:
+    """What `reward_terms` count in the reward."""
+    return section.format_weight, 1.0, section.consistency_weight
+
+
+def combine(format_reward: float, result_reward: float, consistency: float, section: RewardSection) -> float:
+    """R = format_weight * F + A * (1 + consistency_weight * C); paper sec. 4.3 with both weights 0.5."""
+    of_format, of_result, of_consistency = (
+        weight * term
+        for weight, term in zip(
+            term_weights(section), reward_terms(format_reward, result_reward, consistency), strict=True
+        )
+    )
+    return of_format + (of_result + of_consistency)

@@ -20,6 +20,7 @@ from megatron_r1reward.algorithm.returns import (
 )
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.balance import ModelCost, spread_over_ranks
+from megatron_r1reward.reward.rules import reward_terms, term_weights
 from megatron_r1reward.training.schedule import LossOutput, run_micro_batches
 from megatron_r1reward.training.state import TrainState
 from megatron_r1reward.types import PackedBatch, ScoredRollout
@@ -126,10 +127,11 @@ def compared_rewards(config: RunConfig, scored: Sequence[ScoredRollout]) -> torc
         algorithm.overlong_buffer,
     )
     if algorithm.normalize_terms:
-        weights, terms_KN = _reward_terms(config, scored)
+        terms = [reward_terms(s.format_reward, s.result_reward, s.consistency_reward) for s in scored]
+        terms_KN = torch.tensor(terms).float().T
         rewards_N[trained_N] = decoupled_rewards(
             torch.cat([terms_KN, penalties_N[None]])[:, trained_N],
-            (*weights, algorithm.overlong_weight),
+            (*term_weights(config.reward), algorithm.overlong_weight),
             group_N[trained_N],
             baseline=algorithm.baseline,
         )
@@ -142,12 +144,6 @@ def compared_rewards(config: RunConfig, scored: Sequence[ScoredRollout]) -> torc
         )
     rewards_N[~trained_N] = torch.nan
     return rewards_N
-
-
-def _reward_terms(config: RunConfig, scored: Sequence[ScoredRollout]) -> tuple[tuple[float, ...], torch.Tensor]:
-    """Weights and terms of `reward.rules.combine`: F, A and A C, float32 [3, N]."""
-    parts = [(s.format_reward, s.result_reward, s.result_reward * s.consistency_reward) for s in scored]
-    return (config.reward.format_weight, 1.0, config.reward.consistency_weight), torch.tensor(parts).float().T
 
 
 def pack(state: TrainState, scored: Sequence[ScoredRollout], shards: Shards) -> RolloutBatch:
