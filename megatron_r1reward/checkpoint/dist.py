@@ -19,8 +19,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_r1reward.checkpoint.manifest import find_damage, read_manifest
 from megatron_r1reward.files import read_json, write_text
@@ -250,7 +252,17 @@ def load_weights(folder: Path, model: Any) -> None:
 
 def _load(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
     # megatron-core calls "missing" what nobody asked for, and "unexpected" what was asked for and is not there.
-    loaded, unused, absent = dist_checkpointing.load(sharded, str(folder), strict=StrictHandling.RETURN_ALL)
+    try:
+        loaded, unused, absent = dist_checkpointing.load(sharded, str(folder), strict=StrictHandling.RETURN_ALL)
+    except (CheckpointException, CheckpointingException) as error:  # e.g. tensors of other shapes
+        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        refused = next((cause for cause in causes if isinstance(cause, CheckpointingException)), None)
+        if refused is None:  # it cannot be read
+            raise
+        raise ValueError(
+            f"checkpoint {folder} is not of the model in model.path ({str(refused).splitlines()[0]}): take both from "
+            "one model"
+        ) from None
     absent = {key for key in absent if "_extra_state" not in key}
     unused = {key for key in unused if not key.startswith(_OPTIONAL) and "_extra_state" not in key}
     for keys, what in ((absent, "lacks {} tensors of this model"), (unused, "has {} tensors that this model has not")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from megatron_r1reward.checkpoint.dist import (
 )
 from megatron_r1reward.checkpoint.saver import CheckpointSaver, expired
 from megatron_r1reward.config.schema import CheckpointSection, RunConfig
+from megatron_r1reward.conversion.convert import import_folder
+from megatron_r1reward.demo.tiny_models import TINY_SPECS, write_tiny_checkpoint
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training.schedule import train_micro_batches
@@ -170,3 +173,16 @@ def test_retention_keeps_the_last_the_best_and_every_kth(tmp_path: Path) -> None
     assert gone(keep_last=1, keep_every=3) == [1, 2, 4, 5]
     assert gone(keep_last=1, keep_best=1) == [1, 2, 3, 5]
     assert gone(keep_last=1, keep_best=2) == [1, 3, 5]
+
+
+def test_first_weights_of_another_model_are_one_line(config: RunConfig, topology: Topology, tmp_path: Path) -> None:
+    """megatron-core's own message spreads over pages, and names no file."""
+    spec = dataclasses.replace(TINY_SPECS["qwen2_5_vl"], intermediate_size=128)
+    write_tiny_checkpoint(tmp_path / "hf", corpus=["Which digit is shown?"] * 4, spec=spec)
+    import_folder(tmp_path / "hf", tmp_path / "megatron", progress=False)
+    other = config.model_copy(update={"checkpoint": CheckpointSection(init_from=tmp_path / "megatron")})
+    with pytest.raises(
+        ValueError, match=r"checkpoint .*/megatron is not of the model in model.path \(.*\): take"
+    ) as end:
+        build_state(other, topology, optimizer_steps=1)
+    assert "\n" not in str(end.value)
