@@ -207,6 +207,7 @@ class CheckpointSection(Section):
     keep_every: PositiveInt | None = None  # steps; checkpoints of multiples of it are never removed
     resume: bool = True
     same_data: bool = True  # refuse to resume on other data or in another order: the next step would not be the same
+    same_models: bool = True  # likewise with another judge, reference policy, tokenizer or chat template
     init_from: Path | None = None  # distributed checkpoint with the first weights; None: model.path's safetensors
 
 

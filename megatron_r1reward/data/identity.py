@@ -66,8 +66,9 @@ class ContentKeys:
         return [self._images[path] for path in paths]
 
 
-def model_identity(folder: Path) -> str:
-    """Of a Hugging Face folder: its small files in full, and blocks spread over each file of weights.
+def model_identity(folder: Path, *, weights: bool = True) -> str:
+    """Of a Hugging Face folder: its small files in full, and blocks spread over each file of weights. Without `weights`
+    only what text and images become, and what the weights would mean: configuration, tokenizer, processor, template.
 
     Raises:
         ValueError: there is no such folder.
@@ -75,9 +76,11 @@ def model_identity(folder: Path) -> str:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give the Hugging Face folder of a model")
     digest = xxhash.xxh3_128()
-    patterns = (*_DESCRIPTIONS, *(f"*{suffix}" for suffix in _WEIGHTS))
+    patterns = (*_DESCRIPTIONS, *(f"*{suffix}" for suffix in (_WEIGHTS if weights else ())))
     named = {path for pattern in patterns for path in folder.glob(pattern)}
     named.discard(folder / prompt_policy.FILE)  # says how the model is asked, not what it computes
+    if not weights:
+        named = {path for path in named if not path.name.endswith(".index.json")}
     for path in sorted(named):
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())

@@ -95,7 +95,7 @@ class ConsistencyJudge:
         self.free: set[str] = set()  # URLs of servers that do not constrain replies
         self.breaker = CircuitBreaker(section.breaker_failures)
         self._servers = servers
-        self.identity = _identity(section)
+        self.identity = judge_identity(section)
         self._steps_without = 0
         self.counts: Counter[str] = Counter()  # of the last batch: calls, cached, over_budget, not_tried, steps_without
 
@@ -282,7 +282,7 @@ class JudgeBatch:
         return verdict
 
 
-def _identity(section: JudgeSection) -> str:
+def judge_identity(section: JudgeSection) -> str:
     """Whose verdicts are remembered. Neither name nor address says which weights a server of ours serves."""
     ours = not section.urls or section.api_key_variable == TOKEN_VARIABLE  # what a supervisor sets for its servers
     if ours and section.model_path is not None:

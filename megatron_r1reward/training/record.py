@@ -21,8 +21,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from megatron_r1reward.checkpoint.manifest import hash_range
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.data.identity import model_identity
 from megatron_r1reward.files import atomic_path, write_bytes
+from megatron_r1reward.training.models_read import first_weights
 from megatron_r1reward.training.step_sampler import StepRollouts
 from megatron_r1reward.types import ScoredRollout
 
@@ -73,17 +73,10 @@ def origin_of(config: RunConfig, data: Mapping[str, Any]) -> Origin:
         format=_FORMAT,
         run=str(config.run.output_dir.resolve()),
         data=dict(data),
-        model=_first_weights(config),
+        model=first_weights(config),
         image_roots=tuple(map(str, _image_roots(config))),
         config=config.model_dump(mode="json"),
     )
-
-
-def _first_weights(config: RunConfig) -> str:
-    first = config.checkpoint.init_from
-    if first is None or not (manifest := first / "manifest.json").is_file():
-        return model_identity(config.model.path)
-    return f"{model_identity(config.model.path)} {_hash(manifest)}"  # a manifest holds the hashes of all tensors
 
 
 def _image_roots(config: RunConfig) -> list[Path]:

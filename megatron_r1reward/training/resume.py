@@ -22,6 +22,7 @@ from megatron_r1reward.model_folder import prompt_policy
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training.data_parallel import synchronize_parameters
 from megatron_r1reward.training.heartbeat import RunControl
+from megatron_r1reward.training.models_read import check_models_read
 from megatron_r1reward.training.state import TrainState
 from megatron_r1reward.types import Preference
 
@@ -73,11 +74,13 @@ def _digest(texts: Iterable[str]) -> str:
 
 
 def resume(state: TrainState) -> bool:
-    """Continue from the newest intact checkpoint, when there is one; collective. `state.data` must be set.
+    """Continue from the newest intact checkpoint, when there is one; collective. `state.data` and `state.models` must
+    be set.
 
     Raises:
         ValueError: there are checkpoints, but none can be used, or `checkpoint.resume` is false: a new run would mix
-            with the old one; or the checkpoint was trained on other data and `checkpoint.same_data` is true.
+            with the old one; or the checkpoint was trained on other data and `checkpoint.same_data` is true; or with
+            other models and `checkpoint.same_models` is true.
     """
     root = state.saver.root
     if not state.config.checkpoint.resume:
@@ -99,6 +102,7 @@ def resume(state: TrainState) -> bool:
     state.step = int(saved["step"])
     state.producer = saved.get("producer")
     _check_data(state, saved["data"], folder)
+    check_models_read(saved.get("models"), state.models, folder, same=state.config.checkpoint.same_models)
     log.info("resumed from %s after step %d", folder, state.step)
     return True
 
@@ -153,6 +157,7 @@ def save(state: TrainState, *, score: float | None = None, producer: Mapping[str
         "config": state.config.model_dump(mode="json"),
         "working_directory": str(Path.cwd()),  # what relative paths of the configuration are relative to
         "data": state.data,
+        "models": state.models,
         "weight_version": state.step,  # what the rollout servers call these weights
         "producer": producer,
         prompt_policy.FILE: _said(state),  # for `convert export`

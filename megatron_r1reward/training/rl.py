@@ -41,6 +41,7 @@ from megatron_r1reward.training import alarms, resume
 from megatron_r1reward.training.data_parallel import make_room_for_servers, synchronize_parameters
 from megatron_r1reward.training.heartbeat import RunControl
 from megatron_r1reward.training.loop import Stage, finish, run_to_end
+from megatron_r1reward.training.models_read import models_read
 from megatron_r1reward.training.policy_update import update_policy
 from megatron_r1reward.training.producer import RolloutProducer
 from megatron_r1reward.training.record import Recorder, Replay, origin_of
@@ -172,7 +173,7 @@ def run(config: RunConfig, topology: Topology, services: Services | None) -> Pat
     if topology.is_main:
         log_method(config)
     state = prepare(config, topology)
-    state.data = description
+    state.data, state.models = description, models_read(config, topology, rl=True)
     state.described = rl_policy(config, rows=description.get("rows"))
     resumed = resume.resume(state)
     resume.prepare(state)

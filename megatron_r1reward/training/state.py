@@ -57,6 +57,7 @@ class TrainState:
     exporter: WeightExporter  # of `module`, for pushes and exports
     saver: CheckpointSaver
     data: dict[str, Any] = field(default_factory=dict)  # what decides which rows a step trains on; kept in checkpoints
+    models: dict[str, str] = field(default_factory=dict)  # of `models_read`; kept in checkpoints
     reference: torch.nn.Module | None = None  # the frozen initial policy, only when the reward holds a KL term
     described: PromptPolicy | None = None  # what the exported folder says about itself; None: it is no reward model
     producer: dict[str, Any] | None = None  # RL: of the checkpoint resumed from, `RolloutProducer.state`

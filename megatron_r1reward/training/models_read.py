@@ -1,0 +1,86 @@
+"""Which models a run reads again each time it starts, by what they are: a folder may hold another one under the same
+path, and the same one may have moved."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_r1reward.checkpoint.manifest import hash_range
+from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.data.identity import model_identity
+from megatron_r1reward.parallel.setup import Topology
+from megatron_r1reward.reward.consistency import judge_identity
+
+log = logging.getLogger(__name__)
+
+_MEANING = {
+    "files": "configuration, tokenizer, processor or chat template of model.path",
+    "reference": "the reference policy (weights of model.path, or checkpoint.init_from)",
+    "rollout files": "configuration or tokenizer of rollout.model_path",
+    "judge": "the judge",
+}
+
+
+def first_weights(config: RunConfig) -> str:
+    """Identity of the policy that training begins with, which is also the reference policy."""
+    first = config.checkpoint.init_from
+    if first is None or not (manifest := first / "manifest.json").is_file():
+        return model_identity(config.model.path)
+    hashes = hash_range(manifest, 0, manifest.stat().st_size)  # a manifest holds the hashes of all tensors
+    return f"{model_identity(config.model.path)} {hashes}"
+
+
+def models_read(config: RunConfig, topology: Topology, *, rl: bool) -> dict[str, str]:
+    """Kind of model -> identity; collective, the main rank reads. Weights that a checkpoint replaces do not count.
+
+    Raises:
+        ValueError: a folder is missing.
+    """
+    answer: dict[str, str] | ValueError = {}
+    if topology.is_main:
+        try:
+            answer = _read(config, rl)
+        except ValueError as error:  # on all ranks, or the others would wait
+            answer = error
+    answer = topology.from_main(answer)
+    if isinstance(answer, ValueError):
+        raise answer
+    return answer
+
+
+def _read(config: RunConfig, rl: bool) -> dict[str, str]:
+    found = {"files": model_identity(config.model.path, weights=False)}
+    if rl and config.algorithm.needs_reference:
+        found["reference"] = first_weights(config)
+    if not rl or config.rl.replay is not None:
+        return found
+    if config.rollout.model_path is not None:
+        found["rollout files"] = model_identity(config.rollout.model_path, weights=False)
+    if config.reward.use_judge:
+        found["judge"] = judge_identity(config.judge)
+    return found
+
+
+def check_models_read(saved: Mapping[str, str] | None, now: Mapping[str, str], folder: Path, *, same: bool) -> None:
+    """Compare what checkpoint `folder` was trained with.
+
+    Raises:
+        ValueError: a model is another one, and `same` (`checkpoint.same_models`) is true.
+    """
+    if saved is None:
+        log.warning("%s is of an earlier version and does not say which models it was trained with", folder)
+        return
+    changed = [_MEANING[kind] for kind in _MEANING if kind in saved and kind in now and saved[kind] != now[kind]]
+    gone = [f"{_MEANING[kind]} was not used then" for kind in _MEANING if kind in now and kind not in saved]
+    gone += [f"{_MEANING[kind]} is not used any more" for kind in _MEANING if kind in saved and kind not in now]
+    if not changed and not gone:
+        return
+    text = "; ".join([f"{what} changed" for what in changed] + gone)
+    if changed and same:
+        raise ValueError(
+            f"{folder} was trained with other models ({text}): restore them, or set checkpoint.same_models=false to go "
+            "on with the new ones"
+        )
+    log.warning("%s was trained with other models (%s); going on with those of now", folder, text)
