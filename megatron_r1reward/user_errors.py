@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +30,18 @@ _FIXES = {
     errno.EADDRINUSE: "another process has the port: end it, or choose another port",
     errno.ECONNREFUSED: "nobody listens there: check host and port, and whether the server runs",
 }
+# Words of torch, safetensors, SQLite and Python about what a user can mend.
+_MACHINE = (
+    (
+        r"out of memory|OutOfMemoryError|can't allocate memory|not enough memory|^MemoryError",
+        "lower data.token_budget or data.max_pixels, set parallel.recompute, or use more GPUs; "
+        "`r1reward plan RUN.toml` says what fits",
+    ),
+    (r"EADDRINUSE|[Aa]ddress already in use", _FIXES[errno.EADDRINUSE]),
+    (r"No space left on device|database or disk is full|os error 28", _FIXES[errno.ENOSPC]),
+    (r"Disk quota exceeded|os error 122", _FIXES[errno.EDQUOT]),
+    (r"Read-only file system|readonly database|os error 30", _FIXES[errno.EROFS]),
+)
 
 
 @contextmanager
@@ -35,28 +49,35 @@ def user_errors(*, level: int = logging.INFO, component: bool = False) -> Iterat
     """Around the body of a command: sets up logging, and turns what the user can mend into one line on standard error.
 
     ValueError is a user's mistake by the rule of this code; so are the system's refusals (OSError) and what this
-    package itself gives up with (RuntimeError raised in it: no server answers, a checkpoint is damaged). Errors of
-    libraries and failed assertions keep their traceback and exit code 1.
+    package itself gives up with (RuntimeError raised in it: no server answers, a checkpoint is damaged), and what
+    libraries say about a machine that is full (`machine_line`). Other errors of libraries and failed assertions keep
+    their traceback and exit code 1.
 
     Args:
         level: of the log.
-        component: a rank or a server, whose log is read by whoever looks for a fault: only ValueError is a line there.
+        component: a rank or a server, whose log is read by whoever looks for a fault: only ValueError is a line there,
+            and a full machine a line after its traceback.
     """
     _quieten(level)
     try:
         yield
     except (typer.Exit, typer.Abort):  # an exit code on its way, which is a RuntimeError too
         raise
-    except (ValueError, OSError, RuntimeError) as error:
-        if not isinstance(error, ValueError) and (component or not _is_ours(error)):
+    except Exception as error:
+        if (line := machine_line(error)) is not None:
+            if component:
+                traceback.print_exc()
+            tell(line)
+        elif not isinstance(error, ValueError) and (component or not _is_ours(error)):
             raise
-        tell(error)
+        else:
+            tell(one_line(error))
         sys.exit(EXIT_USER_ERROR)
 
 
-def tell(error: BaseException) -> None:
+def tell(line: str) -> None:
     """The line, red on a terminal. Nothing in it is read as markup."""
-    line = f"error: {one_line(error)}"
+    line = f"error: {line}"
     print(f"\033[31m{line}\033[0m" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
 
 
@@ -71,10 +92,26 @@ def one_line(error: BaseException) -> str:
     return f"{thing}{error.strerror or error}{fix}"
 
 
+def machine_line(error: BaseException) -> str | None:
+    """What is wrong and what to do, where a library says in its own words that the machine has no more memory, disk or
+    that port. None for any other error."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return None  # `one_line` has it, with the file
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    fix = next((fix for pattern, fix in _MACHINE if re.search(pattern, text)), None)
+    if fix is None or isinstance(error, ValueError):
+        return None
+    # The first of a list of reports (one per rank); torch's advice about its allocator helps in rare cases only.
+    text = re.split(r"Of the allocated memory|Exception raised from|\n", text, maxsplit=1)[0].strip().rstrip(". ")
+    return f"{text}: {fix}"
+
+
 def _is_ours(error: BaseException) -> bool:
     """Whether a user has to do with it: the system refused something, or this package raised it, not a library."""
     if isinstance(error, OSError):
         return True
+    if not isinstance(error, RuntimeError):
+        return False
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -19,17 +18,13 @@ from megatron_r1reward.cluster.server_health import unhealthy
 from megatron_r1reward.config.server_sections import VllmSection
 from megatron_r1reward.network.tokens import bearer, new_token
 from megatron_r1reward.servers.command import WeightTransport, server_command, server_environment
+from megatron_r1reward.servers.explain_death import address_in_use, explain
 from megatron_r1reward.servers.keeper import KEEPER_GRACE_S, ScratchFolder, remove_unmapped, shared_memory_of
 from megatron_r1reward.servers.member import Report, ServerError
 from megatron_r1reward.servers.server_devices import sees_gpu
 
 _SIGTERM_GRACE_S = KEEPER_GRACE_S + 5.0
 _POLL_INTERVAL_S = 0.2
-_ERROR = re.compile(r"\b\w+(?:Error|Exception|Interrupt): .*")
-_ENGINE = "(EngineCore"
-_NOISE = re.compile(r"nanobind|- leaked|skipped remainder")  # printed by triton's bindings at every exit
-_TAIL_LINES = 25
-_ADDRESS_IN_USE = re.compile(rb"\[Errno 98\]|Address already in use|address already in use")
 _PORT_ATTEMPTS = 3
 ONE_TOKEN = {"prompt": "ready?", "max_tokens": 1, "temperature": 0}  # a server that completes this is ready
 
@@ -201,7 +196,13 @@ class VllmServer:
         """Raise ServerError, with the last lines of the log, if the process has ended."""
         if not self.alive:
             code = self._process.returncode if self._process is not None else None
-            raise ServerError(self._describe(f"is not running (exit code {code})"))
+            how = f"exit code {code}"
+            if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
+                how = (
+                    "killed by SIGKILL, which the kernel does when memory is used up: lower kv_cache_bytes, "
+                    "max_num_seqs or the number of servers on this machine"
+                )
+            raise ServerError(self._describe(f"is not running ({how})"))
 
     def stop(self, *, grace_s: float = _SIGTERM_GRACE_S) -> None:
         """End the server: SIGTERM to its keeper, which ends everything in time; SIGKILL for all its process group after
@@ -270,30 +271,3 @@ def start_servers(servers: Iterable[VllmServer], progress: Report | None = None)
         for server in servers:
             server.stop()
         raise
-
-
-def explain(log_path: Path, start: int = 0) -> str:
-    """The likely cause of death and the last lines of a vLLM log.
-
-    An error appears once per layer that it passes through. If the engine process reported any, its last one is the
-    cause (earlier ones may have been survived); otherwise the API process failed, and its first one is.
-
-    Args:
-        start: byte at which the server's life begins in the log.
-    """
-    with log_path.open("rb") as log:
-        log.seek(start)
-        lines = [line for line in log.read().decode(errors="replace").splitlines() if not _NOISE.search(line)]
-    errors = [(line, match[0]) for line in lines if "WARNING" not in line and (match := _ERROR.search(line))]
-    of_engine = [error for line, error in errors if line.startswith(_ENGINE)][-1:]
-    of_anyone = [error for _, error in errors[:1]]
-    cause = (of_engine or of_anyone or ["the log shows no error"])[0]
-    tail = "\n".join(f"  | {line}" for line in lines[-_TAIL_LINES:])
-    return f"{cause}\nthe end of its log {log_path}:\n{tail}"
-
-
-def address_in_use(log_path: Path, start: int = 0) -> bool:
-    """Whether a server found its port taken; `start` as in `explain`."""
-    with log_path.open("rb") as log:
-        log.seek(start)
-        return _ADDRESS_IN_USE.search(log.read()) is not None

@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import socket
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -152,3 +155,67 @@ def test_ranks_other_than_the_first_speak_up_only_when_something_is_wrong(monkey
         with user_errors(level=level):
             pass
     assert levels == [logging.INFO, logging.WARNING, logging.ERROR]
+
+
+def out_of_gpu_memory() -> None:
+    import torch
+
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 3.10 GiB is "
+        "free. Of the allocated memory 70.00 GiB is allocated by PyTorch, and 5.00 GiB is reserved by PyTorch"
+    )
+
+
+def out_of_memory() -> None:
+    import torch
+
+    torch.empty(1 << 50, dtype=torch.float64)
+
+
+def out_of_python_memory() -> None:
+    bytearray(1 << 60)
+
+
+def port_in_use() -> None:
+    import torch.distributed as dist
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        dist.TCPStore("127.0.0.1", taken.getsockname()[1], is_master=True, wait_for_workers=False)
+
+
+def full_disk() -> None:
+    from safetensors import SafetensorError
+
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def full_disk_of_sqlite() -> None:
+    raise sqlite3.OperationalError("database or disk is full")
+
+
+@pytest.mark.parametrize(
+    ("fault", "thing", "fix"),
+    [
+        (out_of_gpu_memory, "Tried to allocate 20.00 GiB. GPU 0 has a total", "lower data.token_budget"),
+        (out_of_memory, "allocate 9007199254740992 bytes", "`r1reward plan RUN.toml` says what fits"),
+        (out_of_python_memory, "MemoryError", "lower data.token_budget"),
+        (port_in_use, "port: ", "another process has the port: end it"),
+        (full_disk, "No space left on device (os error 28)", "free some space"),
+        (full_disk_of_sqlite, "disk is full", "free some space"),
+    ],
+)
+def test_a_full_machine_in_the_words_of_libraries_is_a_line(
+    fault: Callable[[], None], thing: str, fix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They were tracebacks; the log of a rank keeps its traceback, and ends with the line."""
+    for component in (False, True):
+        with pytest.raises(SystemExit) as end, user_errors(component=component):
+            fault()
+        assert end.value.code == 2
+        *before, line = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith("error: ")
+        assert thing in line and fix in line
+        assert bool([text for text in before if text.startswith("Traceback")]) == component, before
+        assert len(line) < 400

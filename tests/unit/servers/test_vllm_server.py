@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,8 +18,9 @@ from waiting import wait_until
 from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.rollout.banned import banned_token_ids
 from megatron_r1reward.servers.command import server_command, server_environment
+from megatron_r1reward.servers.explain_death import explain
 from megatron_r1reward.servers.member import ServerError
-from megatron_r1reward.servers.process import VllmServer, explain, start_servers
+from megatron_r1reward.servers.process import VllmServer, start_servers
 
 
 def command(section: ServerSection, **options: object) -> list[str]:
@@ -131,6 +134,42 @@ def test_the_cause_of_death_is_the_engines_last_error(tmp_path: Path) -> None:
     assert first == "RuntimeError: CPU Generator does not use offset"
     assert "EngineDeadError" in tail[-1]
     assert explain(log, start=log.stat().st_size).startswith("the log shows no error")
+
+
+# (vLLM's file, words of its message there, what its user can do)
+MENDABLE = [
+    ("v1/worker/utils.py", "is less than desired GPU memory utilization ", "lower gpu_memory_utilization, or end"),
+    ("v1/core/kv_cache_utils.py", "No available memory for the cache blocks. ", "raise gpu_memory_utilization (on a"),
+    ("v1/core/kv_cache_utils.py", "cache is needed, which is larger than the available KV cache ", "or lower max_mod"),
+    ("config/model.py", "is greater than the derived max_model_len (", "lower max_model_len to max_position_embed"),
+]
+
+
+@pytest.mark.parametrize(("file", "words", "fix"), MENDABLE)
+def test_what_the_user_can_mend_is_said_with_our_keys(file: str, words: str, fix: str, tmp_path: Path) -> None:
+    """And vLLM still says it in these words."""
+    package = importlib.util.find_spec("vllm")
+    assert package is not None and package.submodule_search_locations is not None
+    source = (Path(package.submodule_search_locations[0]) / file).read_text()
+    assert words in re.sub(r'"\s*\n\s*f?"', "", source)
+    log = tmp_path / "server.log"
+    log.write_text(
+        f"(EngineCore pid=2) ERROR 11-29 10:00:00 [core.py:1] ValueError: 3.2 GiB {words.strip()} 5.1 GiB. Do this.\n"
+        "(EngineCore pid=2) ERROR RuntimeError: the engine did not start\n"
+        "(APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    first = explain(log).splitlines()[0]
+    assert first.startswith(f"ValueError: 3.2 GiB {words.strip()}")
+    assert fix in first
+
+
+def test_a_server_without_room_says_which_key_to_change(tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    log.write_text("(EngineCore pid=2) ERROR torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n")
+    assert "2.00 GiB: the model does not fit: raise tensor_parallel_size" in explain(log)
+    program = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    with pytest.raises(ServerError, match=r"killed by SIGKILL, which the kernel does when memory is used up: lower "):
+        start_servers([server_running(program, tmp_path)])
 
 
 def test_a_server_that_never_listens_times_out(tmp_path: Path) -> None:
