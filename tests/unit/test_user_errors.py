@@ -195,6 +195,7 @@ def full_disk_of_sqlite() -> None:
     raise sqlite3.OperationalError("database or disk is full")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "thing", "fix"),
     [

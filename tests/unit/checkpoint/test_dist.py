@@ -175,6 +175,7 @@ def test_retention_keeps_the_last_the_best_and_every_kth(tmp_path: Path) -> None
     assert gone(keep_last=1, keep_best=2) == [1, 3, 5]
 
 
+@pytest.mark.slow
 def test_first_weights_of_another_model_are_one_line(config: RunConfig, topology: Topology, tmp_path: Path) -> None:
     """megatron-core's own message spreads over pages, and names no file."""
     spec = dataclasses.replace(TINY_SPECS["qwen2_5_vl"], intermediate_size=128)

@@ -59,6 +59,7 @@ def stopped_after_one_step(config: RunConfig, topology: Topology) -> None:
     stop.unlink()
 
 
+@pytest.mark.slow
 def test_a_moved_reference_goes_on_and_another_one_is_refused(
     tiny_folder: Path,
     image_paths: tuple[str, ...],
