@@ -98,7 +98,7 @@ def evaluate(run_file: RunFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def launch(
-    stage: Annotated[Stage, typer.Argument(help="sft, rl, eval, annotate or judge")],
+    stage: Annotated[Stage, typer.Argument(help="sft, rl, eval, annotate, judge or serve")],
     run_file: RunFile,
     overrides: Overrides = None,
     local: Annotated[bool, typer.Option(help="processes of this machine, also inside a Slurm job")] = False,

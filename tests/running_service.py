@@ -48,11 +48,12 @@ class HeldJudge(SimulatedJudge):
 
 
 class Running:
-    """The service on a port of this machine."""
+    """The service on a port of this machine, before a judge that is simulated or, with `backend`, real servers."""
 
     def __init__(
         self,
         *,
+        backend: Backend | None = None,
         token: str | None = None,
         concurrency: int = 64,
         cohort_size: int = 3,
@@ -62,9 +63,8 @@ class Running:
         **limits,
     ) -> None:
         self.judge, self.loop = HeldJudge(), EventLoopThread("test-model")
-        self.service = RewardService(
-            Backend(model=self.judge, loop=self.loop), Limits(**limits), concurrency=concurrency, policy=policy
-        )
+        simulated = Backend(model=self.judge, loop=self.loop)
+        self.service = RewardService(backend or simulated, Limits(**limits), concurrency=concurrency, policy=policy)
         self.socket = socket.create_server(("127.0.0.1", 0))
         app = build_app(self.service, token=token)
         self.cohorts = cohorts_of(self.service, size=cohort_size, deadline_s=cohort_deadline_s, on_failure=on_failure)

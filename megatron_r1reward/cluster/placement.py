@@ -15,7 +15,7 @@ from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.config.server_sections import VllmSection
 from megatron_r1reward.run_dir import Component
 
-Stage = Literal["sft", "rl", "eval", "annotate", "judge"]
+Stage = Literal["sft", "rl", "eval", "annotate", "judge", "serve"]
 ServerKind = Literal["rollout", "judge"]
 SERVER_KINDS: tuple[ServerKind, ...] = ("rollout", "judge")
 # What a stage is about; it ends when this component does. A judge has none: it serves until it is told to stop.
@@ -25,6 +25,7 @@ DRIVERS: dict[Stage, str | None] = {
     "eval": "evaluate",
     "annotate": "annotate",
     "judge": None,
+    "serve": "serve",  # the service; it, too, serves until it is told to stop
 }
 
 
@@ -96,7 +97,7 @@ def servers_of(config: RunConfig, stage: Stage) -> dict[ServerKind, int]:
     wanted: dict[ServerKind, int] = {"rollout": 0, "judge": 0}
     if stage == "rl" and config.rl.replay is not None:
         return wanted
-    if stage in ("rl", "eval") and not config.rollout.urls:
+    if stage in ("rl", "eval", "serve") and not config.rollout.urls:
         wanted["rollout"] = config.rollout.count
     if stage == "annotate" and config.annotate.url is None:
         wanted["rollout"] = 1

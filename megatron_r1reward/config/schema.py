@@ -191,12 +191,18 @@ class EvaluationSection(Section):
 
 
 class ServeSection(Section):
-    """The released remote-reward protocol (`r1reward serve-labels`)."""
+    """The released remote-reward protocol (`r1reward serve-labels`), and the model's service on a cluster
+    (`r1reward launch serve`, slurm/serve.sh), which alone has what stands below `allow_anonymous`."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 20240  # the port that the original code base expects; 0: any
     token_variable: str = "R1REWARD_SERVE_TOKEN"  # environment variable with the bearer token that clients must send
     allow_anonymous: bool = False  # serve a network address without a token: the original client cannot send one
+    concurrency: PositiveInt = 64  # requests in progress; more hear 429
+    image_roots: tuple[Path, ...] = ()  # folders that image paths in requests may be in
+    cohort_size: Annotated[int, Field(ge=2)] = 8  # samples per prompt of trainers that send one at a time
+    cohort_deadline_s: Positive = 30.0  # that the first of them waits for the others
+    on_failure: Literal["raise", "neutral"] = "raise"  # samples without a reward
 
 
 class CheckpointSection(Section):

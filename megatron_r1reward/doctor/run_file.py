@@ -43,7 +43,7 @@ def check_run_file(config: RunConfig, stage: Stage) -> list[Finding]:
     """Everything that would stop this stage, or set its rows aside, before it is started."""
     findings = list(_settings(config, stage))
     findings += list(_models(config, stage))
-    if stage != "judge":
+    if stage not in ("judge", "serve"):
         findings += list(_data(config, stage))
     if stage in ("sft", "rl"):
         findings += list(_disk(config))
@@ -71,7 +71,7 @@ def _models(config: RunConfig, stage: Stage) -> Iterator[Finding]:
 
 def _data(config: RunConfig, stage: Stage) -> Iterator[Finding]:
     """Rows are read as the stage reads them: into a folder that goes again."""
-    assert stage != "judge"
+    assert stage != "judge" and stage != "serve"
     with tempfile.TemporaryDirectory(prefix="r1reward-doctor-") as folder:
         try:
             found = read_stage(config, stage, output=Path(folder))

@@ -6,9 +6,11 @@ judge --router--> the server that knows the item, or the least busy --ModelClien
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
@@ -19,6 +21,7 @@ from megatron_r1reward.servers.group import ServerGroup
 from megatron_r1reward.servers.member import Member
 from megatron_r1reward.servers.process import Report, VllmServer, start_servers
 
+T = TypeVar("T")
 SERVED_NAME = "reward-model"
 _ATTEMPTS = 8  # with pauses of up to 10 s: outlasts the notice of a death; waiting for a restart is no attempt
 
@@ -101,9 +104,10 @@ class ServedModel:
             with attempt:
                 member = await self.group.router.acquire(item.key, frozenset(failed))
                 try:
-                    judgements = await self._client(member).judge(
+                    work = self._client(member).judge(
                         item, responses, order=order, n=n, temperature=temperature, seed=seed
                     )
+                    judgements = await _unless_withdrawn(member, work)
                 except ModelUnavailableError as error:
                     failed.add(member)
                     self.group.supervisor.failed(member, str(error))
@@ -137,6 +141,24 @@ class ServedModel:
                 [member.url], model=self._model, api_key=member.bearer_token, options=self._options
             )
         return self._clients[address]
+
+
+async def _unless_withdrawn(member: Member, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work` at a server that may be found hanging meanwhile.
+
+    Raises:
+        ModelUnavailableError: it was taken out of service; this request is asked elsewhere.
+    """
+    call = asyncio.ensure_future(work)
+    member.in_flight.add(call)
+    try:
+        await asyncio.wait({call})
+    finally:
+        member.in_flight.discard(call)
+        call.cancel()  # does nothing to a finished one
+    if call.cancelled():
+        raise ModelUnavailableError(f"{member.url} was taken out of service during the request")
+    return call.result()
 
 
 def asked_by(policy: PromptPolicy | None, options: AskOptions) -> AskOptions:

@@ -117,6 +117,7 @@ def _supervise(
         requeues=stage != "eval",
         finished=lambda: DRIVERS[stage] != "trainer" or run.done.exists(),
         watch=_watcher(config, stage, token),
+        drains=stage == "serve",
     )
     report = Supervisor(run, config.cluster, plan, launcher).run()
     _tell(report, run)

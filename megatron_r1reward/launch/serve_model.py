@@ -1,22 +1,32 @@
-"""`r1reward serve`: a model folder or running servers behind the service, until SIGINT or SIGTERM."""
+"""A model behind the service until SIGINT or SIGTERM: `r1reward serve`, and the driver of `r1reward launch serve`."""
 
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import socket
 import tempfile
+import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 
-from megatron_r1reward.config.schema import ServerSection
+from megatron_r1reward.config.schema import RunConfig, ServerSection
 from megatron_r1reward.hub_name import local_folder
 from megatron_r1reward.judging.ask import AskOptions
 from megatron_r1reward.judging.reward_model import policy_of
-from megatron_r1reward.judging.served import ServedModel, endpoints
-from megatron_r1reward.network.tokens import is_loopback, token_from
+from megatron_r1reward.judging.served import ServedModel, asked_by, endpoints
+from megatron_r1reward.launch.addresses import components, node_address
+from megatron_r1reward.model_folder.prompt_policy import read_policy
+from megatron_r1reward.network.tokens import TOKEN_VARIABLE, is_loopback, token_from
+from megatron_r1reward.run_dir import Address, RunDir
+from megatron_r1reward.servers.build import SERVED_NAME as POLICY
+from megatron_r1reward.servers.group import ServerGroup
 from megatron_r1reward.servers.server_devices import sees_gpu
 from megatron_r1reward.serving.cohorts import Policy
 from megatron_r1reward.serving.other_trainers import add_routes, cohorts_of
@@ -57,11 +67,7 @@ def serve_model(
         ValueError: the address is on the network and there is no token, or `model` is a run file or no model folder.
         ServerError: a server did not start, or does not answer.
     """
-    token = token_from(token_variable)
-    if token is None and not is_loopback(host) and not allow_anonymous:
-        raise ValueError(
-            f"--host {host} is on the network, and {token_variable} holds no token: set it, or give --allow-anonymous"
-        )
+    token = _token(token_variable, host, allow_anonymous, "--host")
     if model.endswith(".toml"):
         raise ValueError(f"{model} is a run file: rewards for known labels are `r1reward serve-labels {model}`")
     if prompt_of is not None and "://" not in model:
@@ -77,25 +83,94 @@ def serve_model(
                 local_folder(model), section, count=servers, log_dir=logs, options=options, report=log.info
             )
         stack.callback(served.close)
-        backend = Backend(model=served, loop=served.group.loop, ready=lambda: served.ready_servers > 0)
-        limits = Limits(image_roots=tuple(root.resolve() for root in image_roots))
-        service = RewardService(backend, limits, concurrency=concurrency, policy=served.policy)
-        shown = host if ":" not in host else f"[{host}]"
-        log.info(
-            "serving %s: page and API at http://%s:%d/%s", model, shown, port, "?token=..." if token is not None else ""
+        offer = _Offer(
+            limits=Limits(image_roots=tuple(root.resolve() for root in image_roots)),
+            concurrency=concurrency,
+            cohort_size=cohort_size,
+            cohort_deadline_s=cohort_deadline_s,
+            on_failure=on_failure,
         )
-        app = build_app(service, token=token)
-        add_routes(
-            app, service, cohorts_of(service, size=cohort_size, deadline_s=cohort_deadline_s, on_failure=on_failure)
-        )
-        uvicorn.run(
-            app,
-            host=host,
-            port=port,
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=_DRAIN_S,
-        )
+        _run(served, offer, what=model, host=host, port=port, token=token)
+
+
+def serve_stage(config: RunConfig) -> None:
+    """The driver of a supervised life: the service before the servers that the supervisor runs, or those at
+    rollout.urls. Its address is in `live/serve.address.json`.
+
+    Raises:
+        ValueError: the address is on the network and there is no token.
+    """
+    section, run = config.serve, RunDir(root=config.run.output_dir)
+    token = _token(section.token_variable, section.host, section.allow_anonymous, "serve.host")
+    folder = config.rollout.model_path or config.model.path
+    options = AskOptions(max_tokens=config.sampling.max_tokens, concurrency=config.rollout.max_concurrency)
+    if "SLURM_JOB_ID" in os.environ and is_loopback(section.host):
+        log.warning("serve.host %s: only programs on this node reach it; 0.0.0.0 is all of its network", section.host)
+    policy = read_policy(folder)
+    if config.rollout.urls:
+        served = endpoints(config.rollout, config.rollout.urls, options=options, model=None, policy=policy)
+    else:
+        servers = components(config, "serve", "rollout", token=token_from(TOKEN_VARIABLE))
+        status = run.live / "rollout-servers.json"
+        group = ServerGroup(config.rollout, name="rollout", servers=servers, served_name=POLICY, status_file=status)
+        served = ServedModel(group, model=POLICY, options=asked_by(policy, options), policy=policy)
+    offer = _Offer(
+        limits=Limits(image_roots=tuple(root.resolve() for root in section.image_roots)),
+        concurrency=section.concurrency,
+        cohort_size=section.cohort_size,
+        cohort_deadline_s=section.cohort_deadline_s,
+        on_failure=section.on_failure,
+    )
+    with closing(served):
+        _run(served, offer, what=str(folder), host=section.host, port=section.port, token=token, run=run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Offer:
+    """What the service takes on."""
+
+    limits: Limits
+    concurrency: int
+    cohort_size: int
+    cohort_deadline_s: float
+    on_failure: Policy
+
+
+def _run(
+    served: ServedModel, offer: _Offer, *, what: str, host: str, port: int, token: str | None, run: RunDir | None = None
+) -> None:
+    """Until SIGINT or SIGTERM, and until what was in progress then is finished. `run`: where to leave the address."""
+    backend = Backend(model=served, loop=served.group.loop, ready=lambda: served.ready_servers > 0)
+    service = RewardService(backend, offer.limits, concurrency=offer.concurrency, policy=served.policy)
+    app = build_app(service, token=token)
+    buffer = cohorts_of(
+        service, size=offer.cohort_size, deadline_s=offer.cohort_deadline_s, on_failure=offer.on_failure
+    )
+    add_routes(app, service, buffer)
+    with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listening:
+        port = listening.getsockname()[1]
+        name = node_address() if run is not None and not is_loopback(host) else host
+        url = f"http://{name if ':' not in name else f'[{name}]'}:{port}"
+        log.info("serving %s: page and API at %s/%s", what, url, "?token=..." if token is not None else "")
+        if run is not None:
+            here = Address(component="serve", url=url, served_name=what, host=name, ready_at=time.time())
+            here.write(run.address("serve"))
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_DRAIN_S)
+        # Having finished its work, uvicorn gives the signal on; here, too, it must not skip the clean-up.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            with suppress(KeyboardInterrupt):
+                uvicorn.Server(config).run(sockets=[listening])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _token(variable: str, host: str, allow_anonymous: bool, key: str) -> str | None:
+    token = token_from(variable)
+    if token is None and not is_loopback(host) and not allow_anonymous:
+        allow = "serve.allow_anonymous = true" if key == "serve.host" else "--allow-anonymous"
+        raise ValueError(f"{key} {host} is on the network, and {variable} holds no token: set it, or give {allow}")
+    return token
 
 
 def cpu_defaults() -> dict[str, Any]:

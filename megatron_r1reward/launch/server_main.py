@@ -15,6 +15,7 @@ from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.stage_data import image_folders
 from megatron_r1reward.launch.addresses import node_address
 from megatron_r1reward.launch.steps import code_of, name_of
+from megatron_r1reward.model_folder.prompt_policy import read_policy
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE, token_from
 from megatron_r1reward.run_dir import Address, RunDir
 from megatron_r1reward.servers.build import SERVED_NAME, common_folder, judge_server, rollout_server
@@ -102,8 +103,14 @@ def _server(config: RunConfig, stage: Stage, kind: ServerKind, index: int, log_p
         in_flight=stage == "rl" and config.asynchrony.mode == "in_flight",
         sampled_log_probs=stage == "rl" and config.sampling.tempered,
         media_root=common_folder(image_folders(config)),
-        pixels=(config.data.min_pixels, config.data.max_pixels),
+        pixels=_pixels(config, stage),
         host=host,
         token=token,
         port=port,
     )
+
+
+def _pixels(config: RunConfig, stage: Stage) -> tuple[int, int]:
+    """A served reward model says itself which image sizes it was trained with."""
+    policy = read_policy(config.rollout.model_path or config.model.path) if stage == "serve" else None
+    return (policy and policy.pixels) or (config.data.min_pixels, config.data.max_pixels)

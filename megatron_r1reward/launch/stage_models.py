@@ -31,6 +31,10 @@ def model_problems(config: RunConfig, stage: Stage) -> Iterator[tuple[str, Path,
         yield from (("model.path", path, text) for text in _asked_otherwise(config))
         if weights:
             yield from (("model.path", path, text) for text in _serving_problems(path, config))
+    elif stage == "serve":
+        path = config.rollout.model_path or path
+        if not config.rollout.urls:
+            yield from (("model.path", path, text) for text in served_problems(path))
     elif stage == "annotate" and config.annotate.url is None:
         yield from (("model.path", path, text) for text in served_problems(path))
     judge = config.judge

@@ -28,7 +28,7 @@ def run_driver(config: RunConfig, stage: Stage) -> None:
         sft(config, rendezvous=rendezvous)
         return
     with quick_imports():
-        from megatron_r1reward.launch import stages
+        from megatron_r1reward.launch import serve_model, stages
         from megatron_r1reward.launch.addresses import connected
 
     match stage:
@@ -38,6 +38,8 @@ def run_driver(config: RunConfig, stage: Stage) -> None:
             stages.evaluate(connected(config, stage), supervised=True)
         case "annotate":
             stages.annotate(connected(config, stage), supervised=True)
+        case "serve":
+            serve_model.serve_stage(config)
         case "judge":
             raise AssertionError("a judge has no driver")
 

@@ -114,6 +114,7 @@ class Plan:
     requeues: bool  # whether another turn brings the stage further
     finished: Callable[[], bool]  # asked when the driver has left with exit code 0
     watch: Callable[[], Closeable] | None = None  # begins to look after the servers where no driver does
+    drains: bool = False  # told to end, the driver first finishes what it has begun, and needs its servers for that
 
 
 class Supervisor:
@@ -363,6 +364,12 @@ class Supervisor:
 
     def _stop_all(self) -> None:
         """SIGTERM to every step, then the hard way."""
+        driver = self._steps.get(self._driver or "")
+        if self._plan.drains and driver is not None:
+            driver.signal(signal.SIGTERM)
+            deadline = time.time() + self._section.grace_s
+            while driver.running and time.time() < deadline:
+                time.sleep(_POLL_INTERVAL_S)
         for step in self._steps.values():
             step.signal(signal.SIGCONT)  # what is stopped hears nothing else
             step.signal(signal.SIGTERM)

@@ -120,6 +120,8 @@ class RewardService:
         """All tasks side by side; one that is refused or fails is an {"error": ...} in its place."""
         if len(request.tasks) > self.limits.batch:
             raise RefusedError(f"{len(request.tasks)} tasks, at most {self.limits.batch} are taken in one batch")
+        asked = [one for task in request.tasks for one in (task.compare, task.rank) if one is not None]
+        wire.check_judgements(asked, self.limits)
         return {"results": await asyncio.gather(*map(self._task, request.tasks))}
 
     async def _task(self, task: wire.BatchTask) -> dict[str, Any]:

@@ -7,6 +7,7 @@ on the network, and texts that imitate the prompt's own marks, which would let a
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,12 @@ from megatron_r1reward.types import Label
 
 # The prompt's headings, the tags of an answer, and special tokens of the chat format.
 _MARKS = re.compile(
-    r"#{4,6}\s*\**\s*\[?\s*(?:Question|Response\s*[12]|Input|Output Format)\b|</?answer>|<\|[a-z_]+\|>", re.IGNORECASE
+    r"#{4,6}\s*\**\s*\[?\s*(?:Question|Response\s*[12]|Input|Output Format)\b|<\s*/?\s*answer\s*>|<\|[a-z_]+\|>",
+    re.IGNORECASE,
 )
+
+_SURROGATES = re.compile(r"[\ud800-\udfff]")
+_UNSEEN = re.compile(r"[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]")
 
 
 class RefusedError(ValueError):
@@ -174,13 +179,18 @@ def checked_item(request: CompareRequest | RankRequest, limits: Limits) -> Item:
         raise RefusedError(f"{len(request.responses)} responses, at most {limits.candidates} are ranked at once")
     if request.votes > limits.votes:
         raise RefusedError(f"{request.votes} votes, at most {limits.votes} are made of a pair and order")
-    pairs = 1 if isinstance(request, CompareRequest) else _pairs(request)
-    judgements = pairs * request.as_votes().calls
-    if judgements > limits.judgements:
-        raise RefusedError(f"up to {judgements} judgements, at most {limits.judgements} are made for one request")
+    check_judgements([request], limits)
     if len(request.images) > limits.images:
         raise RefusedError(f"{len(request.images)} images, at most {limits.images} are taken")
     return Item(question=request.question, images=tuple(_image(image, limits) for image in request.images))
+
+
+def check_judgements(requests: Sequence[CompareRequest | RankRequest], limits: Limits) -> None:
+    """Raises RefusedError when all of these together would cost more than one request may."""
+    pairs = [1 if isinstance(request, CompareRequest) else _pairs(request) for request in requests]
+    judgements = sum(n * request.as_votes().calls for n, request in zip(pairs, requests, strict=True))
+    if judgements > limits.judgements:
+        raise RefusedError(f"up to {judgements} judgements, at most {limits.judgements} are made for one request")
 
 
 def _pairs(request: RankRequest) -> int:
@@ -196,11 +206,20 @@ def _check_texts(texts: Sequence[str], limits: Limits) -> None:
     for text in texts:
         if len(text) > limits.text_characters:
             raise RefusedError(f"a text of {len(text)} characters, at most {limits.text_characters} are taken")
-        if mark := _MARKS.search(text):
+        if lone := _SURROGATES.search(text):
+            raise RefusedError(f"a text holds {lone.group()!a}, half of a character: send valid Unicode")
+        if mark := _MARKS.search(_plain(text)):
             raise RefusedError(
                 f"a text holds {mark.group()!r}, which the prompt uses itself: a response could speak for its judge. "
                 "Remove or rewrite it"
             )
+
+
+def _plain(text: str) -> str:
+    """As a reader sees it: full-width letters as plain ones, nothing that is not shown."""
+    if text.isascii():
+        return text
+    return _UNSEEN.sub("", unicodedata.normalize("NFKC", text))
 
 
 def _image(image: str, limits: Limits) -> str:

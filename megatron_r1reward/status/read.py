@@ -24,7 +24,7 @@ State = Literal["unknown", "starting", "running", "silent", "waiting", "done", "
 BAD: frozenset[State] = frozenset({"failed", "cancelled", "died", "silent"})
 
 # Stages without a trainer say no more than that their servers are ready.
-_WITHOUT_HEARTBEAT = ("eval", "annotate", "judge")
+_WITHOUT_HEARTBEAT = ("eval", "annotate", "judge", "serve")
 _SILENT_MIN_S = 300.0
 _SILENT_STEPS = 10
 _START_MAX_S = 1800.0

@@ -20,10 +20,14 @@ import pytest
 import torch
 from fault_proxy import ProxiedServer, garbage, internal_error, no_fault
 from reference import PATIENCE_S, SERVER, Reference, requests_running
+from running_service import Running
+from service_load import CLIENTS, ask_all, mixed_requests, same
 from tenacity import Retrying, stop_after_delay, wait_fixed
 from waiting import wait_until
 
 from megatron_r1reward.config.schema import JudgeSection, SamplingSection
+from megatron_r1reward.judging.ask import AskOptions
+from megatron_r1reward.judging.served import ServedModel
 from megatron_r1reward.network.tokens import bearer
 from megatron_r1reward.reward.consistency import ConsistencyJudge
 from megatron_r1reward.rollout.banned import banned_token_ids
@@ -33,6 +37,7 @@ from megatron_r1reward.servers.group import ServerGroup
 from megatron_r1reward.servers.keeper import shared_memory_of
 from megatron_r1reward.servers.member import Member
 from megatron_r1reward.servers.process import VllmServer, start_servers
+from megatron_r1reward.serving.service import Backend
 from megatron_r1reward.types import Prompt
 from megatron_r1reward.weight_sync import WeightPushError
 from megatron_r1reward.weight_sync.broadcast_sender import GlooTransport
@@ -340,6 +345,35 @@ def test_judge_is_killed(setup: Setup) -> None:
     wait_until(lambda: setup.judges.status()[0].restarts == 1)
     wait_until(lambda: setup.judges.status()[0].state == "ready", READY_S)
     assert ask() == (6, 0)
+
+
+def test_the_reward_service_loses_no_request_and_answers_as_before(setup: Setup, image_paths: tuple[str, ...]) -> None:
+    """64 clients at once, over two servers of which one is killed: every answer is the one of a quiet service."""
+    group = setup.pool.group
+    form = {"structured_outputs": {"regex": "<think>ok</think><answer>[12]</answer>"}}
+    asked = AskOptions(max_tokens=48, request_extra={"extra_body": form})
+    served = ServedModel(group, model=SERVED_NAME, options=asked)
+    roots = (Path(image_paths[0]).parent,)
+    service = Running(backend=Backend(model=served, loop=group.loop), image_roots=roots, concurrency=CLIENTS)
+    try:
+        requests = mixed_requests([Path(path).name for path in image_paths])
+        quiet = ask_all(service.url, requests, at_once=2)
+        busiest: list[Member] = []
+
+        def kill(done: int) -> None:
+            if done == CLIENTS // 8:
+                member = max(group.members, key=lambda member: member.outstanding)
+                assert member.outstanding > 0
+                os.killpg(setup.servers[group.members.index(member)].pid, signal.SIGKILL)  # type: ignore[arg-type]
+                busiest.append(member)
+
+        loud = ask_all(service.url, requests, at_once=CLIENTS, after=kill)
+        assert [answer.status_code for answer in (*quiet, *loud)] == [200] * 2 * CLIENTS
+        assert all(same(one.json(), other.json()) for one, other in zip(quiet, loud, strict=True))
+        wait_until(lambda: busiest[0].restarts > 0 and busiest[0].failures > 0, READY_S)
+    finally:
+        service.stop()
+        group.loop.run(served.aclose())
 
 
 def requests_of(server: VllmServer) -> int:

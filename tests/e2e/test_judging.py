@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from reference import PATIENCE_S, requests_running
+from running_service import Running
+from waiting import wait_until
 
 from megatron_r1reward import RewardModel, Votes
 from megatron_r1reward.judging.ask import AskOptions, ModelRefusedError
+from megatron_r1reward.judging.served import ServedModel
+from megatron_r1reward.network.tokens import bearer
 from megatron_r1reward.rollout.pool import SERVED_NAME, RolloutPool
+from megatron_r1reward.serving.service import Backend
 
 pytestmark = pytest.mark.e2e
 # The tiny model's weights are random: its answers have the form that a trained model gives them by itself.
@@ -67,8 +76,7 @@ def test_the_service_serves_it(shared_pool: RolloutPool, image_paths: tuple[str,
     """The whole way of a request: HTTP, guard, wire, supervised servers, vLLM."""
     from starlette.testclient import TestClient
 
-    from megatron_r1reward.judging.served import ServedModel
-    from megatron_r1reward.serving.service import Backend, RewardService, build_app
+    from megatron_r1reward.serving.service import RewardService, build_app
     from megatron_r1reward.serving.wire import Limits
 
     served = ServedModel(shared_pool.group, model=SERVED_NAME, options=ASK)
@@ -85,3 +93,39 @@ def test_the_service_serves_it(shared_pool: RolloutPool, image_paths: tuple[str,
     assert sorted(answer.json()["order"]) == [0, 1, 2]
     assert answer.json()["unparsable"] == 0
     shared_pool.group.loop.run(served.aclose())
+
+
+def test_a_client_that_goes_away_frees_the_servers_work(shared_pool: RolloutPool) -> None:
+    """vLLM ends what nobody waits for: it generates less than it was asked for."""
+    extra = {"extra_body": {"min_tokens": 500, "ignore_eos": True}}
+    asked = AskOptions(max_tokens=500, request_extra=extra)
+    served = ServedModel(shared_pool.group, model=SERVED_NAME, options=asked)
+    service = Running(backend=Backend(model=served, loop=shared_pool.group.loop))
+    body = json.dumps({"question": "Which?", "responses": ["a", "b"], "votes": 16}).encode()
+    before = generated(shared_pool)
+    try:
+        address = urlsplit(service.url)
+        with socket.create_connection((address.hostname, address.port)) as client:
+            head = (
+                "POST /v1/compare HTTP/1.1",
+                "Host: a",
+                "Content-Type: application/json",
+                f"Content-Length: {len(body)}",
+            )
+            client.sendall("\r\n".join([*head, "", ""]).encode() + body)
+            wait_until(lambda: requests_running(shared_pool) > 0)
+        wait_until(lambda: requests_running(shared_pool) == 0)
+        assert generated(shared_pool) - before < 2 * 16 * 500
+        wait_until(lambda: service.service.admission.in_progress == 0)
+    finally:
+        service.stop()
+        shared_pool.group.loop.run(served.aclose())
+
+
+def generated(pool: RolloutPool) -> float:
+    """Tokens, since the server's start."""
+    ((url, token),) = pool.group.endpoints()
+    text = httpx.get(f"{url}/metrics", headers=bearer(token), timeout=PATIENCE_S).text
+    wanted = [line for line in text.splitlines() if line.startswith("vllm:generation_tokens_total{")]
+    assert wanted
+    return sum(float(line.split()[-1]) for line in wanted)

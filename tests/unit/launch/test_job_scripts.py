@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[3] / "slurm"
-STAGES = {"annotate": "annotate", "eval": "eval", "judge": "judge", "rl_stage": "rl", "sft_stage": "sft"}
+STAGES = {"rl_stage": "rl", "sft_stage": "sft"} | {name: name for name in ("annotate", "eval", "judge", "serve")}
 
 
 class Site:

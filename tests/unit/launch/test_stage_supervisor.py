@@ -49,6 +49,7 @@ class OneLife:
         self.section = ClusterSection(**{"grace_s": 2, **section})
         self.ends, self.life, self.launcher = ends, life, launcher
         self.watch: Callable[[], ServerGroup] | None = None
+        self.drains = False
 
     def __call__(self, trainer: str, *, tasks: int = 1, server: str | None = None, resumes: bool = True) -> ExitReport:
         texts = {"trainer": BEAT + trainer}
@@ -66,7 +67,7 @@ class OneLife:
 
         plan = Plan(
             info=info, placements=tuple(placements), command=command, startup_timeout_s=120, resumes=resumes,
-            requeues=resumes, finished=self.run.done.exists, watch=self.watch,
+            requeues=resumes, finished=self.run.done.exists, watch=self.watch, drains=self.drains,
         )  # fmt: skip
         return Supervisor(self.run, self.section, plan, self.launcher(self.run, token="secret")).run()
 
@@ -145,6 +146,22 @@ def test_a_server_that_dies_with_the_trainer_is_the_cause(
         "time.sleep(0.5); sys.exit(9)",
     )
     assert (report.code, report.component) == (9, "rollout-0")
+
+
+@pytest.mark.slow
+def test_a_service_finishes_its_work_before_its_servers_end(tmp_path: Path, server_url: str) -> None:
+    life = OneLife(tmp_path, grace_s=60)
+    life.drains = True
+    publish(life.run, server_url)
+    told = "signal.signal(signal.SIGTERM, lambda *_: ({}, sys.exit(0)))\n"
+    working = "time.sleep(0.5), open('{live}/answered', 'w').write(str(os.path.exists('{live}/server-gone')))"
+    report = life(
+        f"{told.format(working)}os.kill(os.getppid(), signal.SIGINT)\n{FOR_EVER}",
+        server="import signal, sys, time\n" + told.format("open('{live}/server-gone', 'w')") + FOR_EVER,
+    )
+    assert report.outcome == "cancelled"
+    assert (life.run.live / "answered").read_text() == "False"
+    assert (life.run.live / "server-gone").exists()
 
 
 # A server that answers /health and completes requests, and what it does once it has published its address.
