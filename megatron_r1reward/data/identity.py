@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,14 +45,6 @@ class ContentKeys:
         if isinstance(example, SftExample):
             return _digest([example.messages, self._seen(example.image_paths), example.response])
         return _digest([self.question(example), example.label])
-
-    def asked(self, preference: Preference) -> str:
-        """The question and the images, whatever spacing and case."""
-        return _digest([_plain(preference.question), self._seen(preference.image_paths)])
-
-    def pair(self, preference: Preference) -> str:
-        """These and both responses, in any order; the label is not part of it."""
-        return _digest([self.asked(preference), sorted(map(_plain, preference.responses))])
 
     def images(self, paths: Iterable[str]) -> tuple[str, ...]:
         """Of the files, in their order."""
@@ -101,10 +92,6 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join(
         f"{key}: {then.get(key)} then, {now.get(key)} now" for key in keys if then.get(key) != now.get(key)
     )
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip().casefold()
 
 
 def _digest(content: Any) -> str:

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from megatron_r1reward.data.near_duplicates import thumbnail
 from megatron_r1reward.data.rows import LFS_POINTER, RowError
 from megatron_r1reward.files import write_bytes
 
@@ -176,13 +177,14 @@ def folders_behind_links(root: Path, limit: int = 20_000) -> list[Path]:
 @dataclass(frozen=True, kw_only=True)
 class Examined:
     """`path`: the file to use, another one where the picture had to be rescaled to 8 bits. `problem`: why it cannot be
-    used, empty where it can."""
+    used, empty where it can. `thumbnail`: of `near_duplicates`, where it was asked for."""
 
     path: str
     problem: str = ""
+    thumbnail: bytes = b""
 
 
-def examine_images(paths: Iterable[str], media_dir: Path | None) -> dict[str, Examined]:
+def examine_images(paths: Iterable[str], media_dir: Path | None, *, thumbnails: bool = False) -> dict[str, Examined]:
     """Decode every distinct image completely, in threads.
 
     Servers would clip pictures of more than 8 bits per channel to white or black. Their 8-bit copies, named by content,
@@ -190,22 +192,23 @@ def examine_images(paths: Iterable[str], media_dir: Path | None) -> dict[str, Ex
     """
     distinct = sorted(set(paths))
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-        return dict(zip(distinct, pool.map(lambda path: _examine(path, media_dir), distinct), strict=True))
+        return dict(zip(distinct, pool.map(lambda path: _examine(path, media_dir, thumbnails), distinct), strict=True))
 
 
-def _examine(path: str, media_dir: Path | None) -> Examined:
+def _examine(path: str, media_dir: Path | None, thumbnails: bool) -> Examined:
     try:
         with _open(path) as image:
             deep = is_deep(image.mode)
             if deep and media_dir is not None:
                 path = _write_8_bit(image, path, media_dir)
-        short, long = sorted(decode(path).size)
+        picture = decode(path)
+        short, long = sorted(picture.size)
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error on damaged files
         return Examined(path=path, problem=f"image {path!r} is corrupt: {error}{_lfs_hint(path)}")
     if long > MAX_ASPECT_RATIO * short:
         problem = f"image {path!r} is {long} by {short} pixels: its aspect ratio exceeds {MAX_ASPECT_RATIO}"
         return Examined(path=path, problem=problem)
-    return Examined(path=path)
+    return Examined(path=path, thumbnail=thumbnail(picture) if thumbnails else b"")
 
 
 def decode(path: str | Path) -> Image.Image:

@@ -21,8 +21,8 @@ from typing import Any
 
 import xxhash
 
-from megatron_r1reward.data.identity import ContentKeys
 from megatron_r1reward.data.image_files import Examined, MediaResolver, examine_images
+from megatron_r1reward.data.near_duplicates import Pictures, pair_key, question_key
 from megatron_r1reward.data.preference import RowSource, ZeroLabelError, parse_preference, row_identifier
 from megatron_r1reward.data.rows import RawRow, RowError, RowOrigin
 from megatron_r1reward.data.schemas import SCHEMAS
@@ -53,15 +53,16 @@ class Reading:
 class PartRow:
     """A row that was read: a preference, or the reason why there is none.
 
-    `asked` and `pair` are hashes of its question and images, and of these with both responses in any order.
+    `question` and `pair` are the keys of `near_duplicates`, `pictures` its thumbnails.
     """
 
     origin: RowOrigin
     preference: Preference | None
     reason: str
     zero_label: bool
-    asked: str
-    pair: str
+    question: bytes = b""
+    pair: bytes = b""
+    pictures: Pictures = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,7 @@ class BatchRow:
     preference: Preference | None
     reason: str = ""
     zero_label: bool = False
+    pictures: Pictures = ()
 
 
 def _read_batch(
@@ -94,7 +96,7 @@ def _read_batch(
         else:
             found.append(BatchRow(origin=row.origin, preference=preference))
     paths = (path for row in found if row.preference is not None for path in row.preference.image_paths)
-    examined = examine_images(paths, media_dir)
+    examined = examine_images(paths, media_dir, thumbnails=True)
     return [row if row.preference is None else _examined(row, row.preference, examined) for row in found]
 
 
@@ -103,7 +105,11 @@ def _examined(row: BatchRow, preference: Preference, examined: Mapping[str, Exam
     problem = next((image.problem for image in images if image.problem), "")
     if problem:
         return BatchRow(origin=row.origin, preference=None, reason=problem)
-    return replace(row, preference=replace(preference, image_paths=tuple(image.path for image in images)))
+    return replace(
+        row,
+        preference=replace(preference, image_paths=tuple(image.path for image in images)),
+        pictures=tuple(image.thumbnail for image in images),
+    )
 
 
 def read_parts(rows: Iterable[RawRow], folder: Path, reading: Reading, *, processes: int) -> Iterator[PartRow]:
@@ -166,7 +172,7 @@ def _read_part(payload: bytes, reading: Reading, path: Path) -> None:
     batch = _read_batch(
         pickle.loads(payload), convert=reading.convert, roots=reading.roots, media_dir=reading.media_dir
     )
-    keys, lines, refused = ContentKeys(), [], False
+    lines, refused = [], False
     for row in batch:
         preference = row.preference
         refused = refused or preference is None
@@ -176,8 +182,9 @@ def _read_part(payload: bytes, reading: Reading, path: Path) -> None:
                 "preference": None if preference is None else vars(preference),
                 "reason": row.reason,
                 "zero_label": row.zero_label,
-                "asked": "" if preference is None else keys.asked(preference),
-                "pair": "" if preference is None else keys.pair(preference),
+                "question": "" if preference is None else question_key(preference).hex(),
+                "pair": "" if preference is None else pair_key(preference).hex(),
+                "pictures": [picture.hex() for picture in row.pictures],
             }
         )
     write_jsonl(_with_refused(path) if refused else path, lines)
@@ -189,8 +196,16 @@ def _with_refused(path: Path) -> Path:
 
 def _part_row(line: str) -> PartRow:
     fields = json.loads(line)
-    origin, found = RowOrigin(**fields.pop("origin")), fields.pop("preference")
-    return PartRow(origin=origin, preference=None if found is None else preference_of(found), **fields)
+    found = fields["preference"]
+    return PartRow(
+        origin=RowOrigin(**fields["origin"]),
+        preference=None if found is None else preference_of(found),
+        reason=fields["reason"],
+        zero_label=fields["zero_label"],
+        question=bytes.fromhex(fields["question"]),
+        pair=bytes.fromhex(fields["pair"]),
+        pictures=tuple(map(bytes.fromhex, fields["pictures"])),
+    )
 
 
 def preference_of(fields: Mapping[str, Any]) -> Preference:

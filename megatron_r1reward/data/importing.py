@@ -17,7 +17,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from megatron_r1reward.data.identity import ContentKeys
+from megatron_r1reward.data.image_files import examine_images
 from megatron_r1reward.data.import_parts import PartRow, Reading, preference_of, read_parts
+from megatron_r1reward.data.near_duplicates import Seen, pictures_of, question_key
 from megatron_r1reward.data.preference import check_labels, check_zero_labels, label_of
 from megatron_r1reward.data.prompt import preference_messages
 from megatron_r1reward.data.rows import RawRow, RowError, fixed_folder, hub_rows, is_hub_id, iterate_rows
@@ -89,9 +91,9 @@ def import_preferences(
         order: "drawn" draws which response stands first, with as many labels 1 as 2; "stored" keeps the source's order;
             "auto" draws where the source names its responses by their quality or has one label only.
         processes: that convert, check and decode.
-        remove_duplicates: set aside pairs that occur again: the same question, images and responses, in any order.
-        remove_overlap_with: benchmarks, or other sources; rows with a question of theirs about the same images are set
-            aside.
+        remove_duplicates: set aside pairs that occur again, the responses in any order, see `near_duplicates`.
+        remove_overlap_with: benchmarks, or other sources; rows with a question of theirs about the same pictures are
+            set aside.
 
     Raises:
         ValueError: `source` cannot be read, is of no known schema, or holds no usable row.
@@ -149,13 +151,13 @@ class _Merge:
 
     def __init__(self, *, ids_repeat: bool, remove_duplicates: bool) -> None:
         self.ids_repeat, self.remove_duplicates = ids_repeat, remove_duplicates
-        self.overlap: dict[str, frozenset[str]] = {}  # source -> hashes of what it asks
+        self.overlap: dict[str, Seen] = {}  # source -> what it asks about which pictures
         self.rows = self.refused = self.zero_labels = self.text_only = self.duplicates = 0
         self.first_reason = ""
         self.labels: Counter[Label] = Counter()
         self.overlapping: Counter[str] = Counter()
         self._ids: dict[str, tuple[int, bytes]] = {}  # id -> line, hash of all that the row says
-        self._pairs: set[bytes] = set()
+        self._pairs = Seen()
 
     def run(self, rows: Iterable[PartRow], merged: Path, quarantine: Path) -> None:
         """Write what can be used to `merged`, and the rest to `quarantine`."""
@@ -205,15 +207,16 @@ class _Merge:
             RowError: why it is not wanted.
         """
         for name, asked in self.overlap.items():
-            if row.asked in asked:
+            if asked.holds(row.question, row.pictures):
                 self.overlapping[name] += 1
-                raise RowError(f"the same question about the same images is in {name}")
-        named, pair = self._named(row, preference), bytes.fromhex(row.pair)
-        if pair in self._pairs:
+                raise RowError(f"the same question about images that look the same is in {name}")
+        named = self._named(row, preference)
+        if self._pairs.holds(row.pair, row.pictures):
             self.duplicates += 1
             if self.remove_duplicates:
-                raise RowError("the same question, images and responses, in some order, as an earlier row")
-        self._pairs.add(pair)
+                raise RowError("question, images and responses, in some order, are those of an earlier row")
+        else:
+            self._pairs.add(row.pair, row.pictures)
         return named
 
     def _named(self, row: PartRow, preference: Preference) -> Preference:
@@ -264,12 +267,18 @@ def _preference_of(row: Mapping[str, Any]) -> Preference:
     )
 
 
-def _asked_in(source: str) -> frozenset[str]:
-    """Hashes of what a benchmark asks."""
-    keys = ContentKeys()
+def _asked_in(source: str) -> Seen:
+    """What a benchmark asks about which pictures."""
     with tempfile.TemporaryDirectory() as scratch:
-        held = import_preferences(source, Path(scratch), order="stored")
-        return frozenset(map(keys.asked, held.preferences))
+        held = import_preferences(source, Path(scratch), order="stored").preferences
+        thumbnails = thumbnails_of(held)
+        return Seen((question_key(row), pictures_of(row, thumbnails)) for row in held)
+
+
+def thumbnails_of(preferences: Sequence[Preference]) -> dict[str, bytes]:
+    """Of all their pictures, by path."""
+    examined = examine_images((path for row in preferences for path in row.image_paths), None, thumbnails=True)
+    return {path: image.thumbnail for path, image in examined.items()}
 
 
 def _schema_of(rows: Iterator[RawRow], name: str, source: str | Path) -> Schema:

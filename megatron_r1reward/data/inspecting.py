@@ -13,9 +13,9 @@ from jinja2 import Environment
 from rich.console import Console
 from rich.table import Table
 
-from megatron_r1reward.data.identity import ContentKeys
 from megatron_r1reward.data.image_files import data_url, upright_size
-from megatron_r1reward.data.importing import import_preferences
+from megatron_r1reward.data.importing import import_preferences, thumbnails_of
+from megatron_r1reward.data.near_duplicates import Seen, pair_key, pictures_of, question_key
 from megatron_r1reward.data.prompt import preference_messages
 from megatron_r1reward.data.stage_data import RowLimits
 from megatron_r1reward.files import write_text
@@ -95,8 +95,11 @@ def inspect_source(
 
 def _statistics(preferences: Sequence[Preference]) -> dict[str, str]:
     number = len(preferences)
-    keys = ContentKeys()
-    pairs = Counter(map(keys.pair, preferences))
+    thumbnails, pairs, repeats = thumbnails_of(preferences), Seen(), 0
+    for row in preferences:
+        key, pictures = pair_key(row), pictures_of(row, thumbnails)
+        repeats += pairs.holds(key, pictures)
+        pairs.add(key, pictures)
     labels = Counter(row.label for row in preferences)
     longer = sum(len(row.responses[row.label - 1]) > len(row.responses[2 - row.label]) for row in preferences)
     images = Counter(len(row.image_paths) for row in preferences)
@@ -104,7 +107,7 @@ def _statistics(preferences: Sequence[Preference]) -> dict[str, str]:
         "better response": f"first {labels[1]}, second {labels[2]}",
         "better response is the longer one": f"{longer / number:.1%}",
         "images in a row": ", ".join(f"{count}: {images[count]}" for count in sorted(images)),
-        "pairs that occur again (either order, same images)": str(number - len(pairs)),
+        "pairs that occur again (either order, same images)": str(repeats),
         "distinct questions": str(len({row.question.casefold().strip() for row in preferences})),
     }
     for name in ("category", "source"):
@@ -133,10 +136,11 @@ def _token_statistics(preferences: Sequence[Preference], limits: RowLimits) -> d
 
 
 def _overlap(preferences: Sequence[Preference], held: Sequence[Preference]) -> str:
-    keys = ContentKeys()
-    pairs, asked = set(map(keys.pair, held)), set(map(keys.asked, held))
-    same = sum(keys.pair(row) in pairs for row in preferences)
-    question = sum(keys.asked(row) in asked for row in preferences)
+    ours, theirs = thumbnails_of(preferences), thumbnails_of(held)
+    pairs = Seen((pair_key(row), pictures_of(row, theirs)) for row in held)
+    asked = Seen((question_key(row), pictures_of(row, theirs)) for row in held)
+    same = sum(pairs.holds(pair_key(row), pictures_of(row, ours)) for row in preferences)
+    question = sum(asked.holds(question_key(row), pictures_of(row, ours)) for row in preferences)
     return f"{same} rows as a pair with its images, {question} by their question about the same images"
 
 

@@ -144,13 +144,15 @@ def _rule(benchmark: str, options: BenchOptions) -> Rule:
 
 
 def _request_fields(text: str) -> dict[str, Any]:
+    """`AskOptions.request_extra` for these fields of the request's body, whatever the client library knows of them."""
     try:
         fields = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"--request {text!r} is no JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f'--request {text!r}: give an object, e.g. {{"max_tokens": null}}')
-    return fields
+    given = {name: value for name, value in fields.items() if value is not None}
+    return dict.fromkeys(fields.keys() - given.keys()) | ({"extra_body": given} if given else {})
 
 
 def _official(

@@ -12,9 +12,11 @@ import httpx
 import pytest
 from reference import PATIENCE_S, requests_running
 from running_service import Running
+from typer.testing import CliRunner
 from waiting import wait_until
 
 from megatron_r1reward import RewardModel, Votes
+from megatron_r1reward.cli import app
 from megatron_r1reward.judging.ask import AskOptions, ModelRefusedError
 from megatron_r1reward.judging.served import ServedModel
 from megatron_r1reward.network.tokens import bearer
@@ -70,6 +72,35 @@ def test_files_are_scored(model: RewardModel, shared_pool: RolloutPool, tmp_path
     rows.write_text(f'{{"question": "q", "responses": ["a", "b", "c"], "images": ["{image_paths[0]}"]}}\n')
     summary = score_file(model, rows, tmp_path / "out.jsonl", ScoreOptions(votes=Votes()), model_name="tiny")
     assert (summary.rows, summary.failed, summary.unparsable) == (1, 0, 0)
+
+
+def test_a_benchmark_is_judged_once(
+    shared_pool: RolloutPool, tmp_path: Path, image_paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy and sampled, in both orders, by the command; a second run finds all of it on record."""
+    ((url, token),) = shared_pool.group.endpoints()
+    monkeypatch.setenv("BENCH_KEY", token or "")
+    rows = [
+        {"id": name, "prompt": "Which?", "chosen": f"It is {name}.", "rejected": "b", "category": "c", "image": path}
+        for name, path in zip("xyz", image_paths, strict=False)
+    ]
+    source, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["bench", "pairs", str(source), "--out", str(out), "--model", url, "--model-name", SERVED_NAME]
+    command += ["--image-root", "/", "--samples", "3", "--max-tokens", "48", "--api-key-variable", "BENCH_KEY"]
+    done = CliRunner().invoke(app, [*command, "--request", json.dumps(FORM)])
+    assert done.exit_code == 0, done.output
+    record = (out / "judgements.jsonl").read_text()
+    lines = [json.loads(line) for line in record.splitlines()]
+    assert len(lines) == len(rows) * 2 * (1 + 3)
+    assert all(line["choice"] in (1, 2) and 0 < line["tokens"] <= 48 for line in lines)
+    texts = {line["text"] for line in lines if line["row"] == 0 and line["order"] == "12" and line["temperature"] > 0}
+    assert len(texts) > 1, "samples differ by their seeds"
+    found = json.loads((out / "bench.json").read_text())
+    assert found["categories"]["c"]["greedy"]["agreement_pairs"] == len(rows)
+    assert (out / "bench.svg").read_text().startswith("<?xml")
+    assert CliRunner().invoke(app, [*command, "--request", json.dumps(FORM)]).exit_code == 0
+    assert (out / "judgements.jsonl").read_text() == record
 
 
 def test_the_service_serves_it(shared_pool: RolloutPool, image_paths: tuple[str, ...]) -> None:

@@ -315,9 +315,10 @@ def test_another_source_does_not_get_the_parts_of_a_killed_import(
 
 def test_repeats_are_counted_and_removed_with_what_a_benchmark_asks(folder: Path) -> None:
     (folder / "b.png").write_bytes(png("blue"))
+    Image.open(folder / "a.png").save(folder / "again.jpg", quality=60)
     rows = [
         {"id": 1, "prompt": "Which digit?", "chosen": "7", "rejected": "3", "image": "a.png"},
-        {"id": 2, "prompt": "which  digit?", "chosen": "3", "rejected": "7", "image": "a.png"},  # a repeat, exchanged
+        {"id": 2, "prompt": "which  digit?", "chosen": "3", "rejected": "7.", "image": "again.jpg"},  # a repeat
         {"id": 3, "prompt": "Which digit?", "chosen": "7", "rejected": "3", "image": "b.png"},  # other pixels
         {"id": 4, "prompt": "Why?", "chosen": "a", "rejected": "b"},
     ]
