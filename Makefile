@@ -80,6 +80,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/weight_push.py --json $(RESULTS)/weight_push.json
 	$(BIN)/python benchmarks/rollout.py --json $(RESULTS)/rollout.json
 	$(BIN)/python benchmarks/conversion.py --json $(RESULTS)/conversion.json
+	$(BIN)/python benchmarks/data_pipeline.py --json $(RESULTS)/data_pipeline.json # 200,000 rows
 	$(BIN)/python benchmarks/ranking.py --json $(RESULTS)/ranking.json # on a finished `make demo`
 
 lint: $(STAMP)

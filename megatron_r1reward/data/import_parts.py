@@ -15,6 +15,7 @@ import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ class _Pool:
         if self._pool is not None:
             if kind is None:
                 for future in self._waiting:
-                    future.result()
+                    _finish(future)
             self._pool.shutdown(cancel_futures=True)
 
     def submit(self, payload: bytes, reading: Reading, path: Path) -> None:
@@ -164,8 +165,18 @@ class _Pool:
             _read_part(payload, reading, path)
             return
         while len(self._waiting) >= self._most:
-            self._waiting.popleft().result()
+            _finish(self._waiting.popleft())
         self._waiting.append(self._pool.submit(_read_part, payload, reading, path))
+
+
+def _finish(future: Future[None]) -> None:
+    try:
+        future.result()
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process of the import was killed, for want of memory as a rule: run the same command again, it goes on "
+            "where it stopped, with fewer --processes"
+        ) from error
 
 
 def _read_part(payload: bytes, reading: Reading, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 Texts are compared by their letters and digits alone, pictures by grey thumbnails: encoded anew as JPEG of quality 50 to
 95, or at another size, a picture of a handwritten digit moves by at most 3.5 of 255 on average; two different ones are
-9 apart. Rows with the same text are few, so every thumbnail can be compared.
+9 apart. Only pictures of about the same brightness are compared with each other.
 """
 
 from __future__ import annotations
@@ -44,16 +44,23 @@ class Seen:
     """Texts with their pictures, as far as they have been added."""
 
     def __init__(self, entries: Iterable[tuple[bytes, Pictures]] = ()) -> None:
-        self._pictures: dict[bytes, list[Pictures]] = {}
+        self._pictures: dict[tuple[bytes, int], list[Pictures]] = {}
         for key, pictures in entries:
             self.add(key, pictures)
 
     def add(self, key: bytes, pictures: Pictures) -> None:
-        self._pictures.setdefault(key, []).append(pictures)
+        self._pictures.setdefault((key, _brightness(pictures)), []).append(pictures)
 
     def holds(self, key: bytes, pictures: Pictures) -> bool:
         """Whether an entry has the same text and pictures that look like these, in their order."""
-        return any(_alike(pictures, other) for other in self._pictures.get(key, ()))
+        level = _brightness(pictures)
+        near = (self._pictures.get((key, other), ()) for other in (level, level - 1, level + 1))
+        return any(_alike(pictures, other) for entries in near for other in entries)
+
+
+def _brightness(pictures: Pictures) -> int:
+    """Mean of the first picture, in steps as wide as alike ones may differ: these are one step apart at most."""
+    return int(sum(pictures[0]) / len(pictures[0]) / _ALIKE) if pictures else 0
 
 
 def _alike(ours: Sequence[bytes], theirs: Sequence[bytes]) -> bool:

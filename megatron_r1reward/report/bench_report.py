@@ -140,7 +140,7 @@ def _draw_categories(axes: Axes, groups: Mapping[str, CategoryScore]) -> None:
     axes.set_yticks(range(len(groups)), [f"{name} ({one.pairs})" for name, one in groups.items()])
     axes.invert_yaxis()
     axes.set_xlabel("right in both orders' mean, %; 95 % interval")
-    axes.legend(frameon=False, fontsize=7)
+    _legend_above(axes)
 
 
 def _draw_votes(axes: Axes, budget: VoteBudget) -> None:
@@ -151,7 +151,12 @@ def _draw_votes(axes: Axes, budget: VoteBudget) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("generated tokens per pair")
     axes.set_ylabel("right, %")
-    axes.legend(frameon=False, fontsize=7)
+    _legend_above(axes)
+
+
+def _legend_above(axes: Axes) -> None:
+    """Where it hides no point."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, frameon=False, fontsize=7)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -6,6 +6,8 @@ import base64
 import io
 import json
 from collections import Counter
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -338,3 +340,12 @@ def test_repeats_are_counted_and_removed_with_what_a_benchmark_asks(folder: Path
     refused = [json.loads(line) for line in (folder / "out" / "quarantine.jsonl").read_text().splitlines()]
     assert [row["line"] for row in refused] == [2, 4]
     assert str(benchmark) in refused[1]["reason"]
+
+
+def test_a_process_that_is_killed_is_named_with_the_way_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    future: Future[None] = Future()
+    future.set_exception(BrokenProcessPool("a child process terminated abruptly"))
+    monkeypatch.setattr(import_parts, "BATCH_ROWS", 4)
+    monkeypatch.setattr(import_parts.ProcessPoolExecutor, "submit", lambda *_: future)
+    with pytest.raises(ValueError, match="goes on where it stopped, with fewer --processes"):
+        import_preferences(table(folder, 20), folder / "out", processes=2)

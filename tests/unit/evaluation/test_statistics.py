@@ -65,6 +65,7 @@ def test_items_with_several_verdicts_are_covered(items: int, samples: int) -> No
     assert max(covered) <= 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "pairs"), [(20, 60), (46, 170), (170, 500)])
 @pytest.mark.parametrize("spread", [0.05, 0.3, 0.6, 0.9])
 def test_pairs_of_the_same_item_are_not_independent(count: int, pairs: int, spread: float) -> None:
