@@ -46,8 +46,9 @@ log = logging.getLogger(__name__)
 _MARGIN_BYTES = 1 << 20  # room for the parts that are no tensors
 
 
-def expired(root: Path, section: CheckpointSection, *, newest: Path) -> list[Path]:
-    """Complete checkpoints that no rule keeps, oldest first. `newest`, just completed, is never among them.
+def expired(root: Path, section: CheckpointSection, *, newest: Path, reach: int = 0) -> list[Path]:
+    """Complete checkpoints that no rule keeps, oldest first. `newest`, just completed, is never among them. With
+    `reach`, those less than so many steps older are kept, and the one before: a rollback may go there.
 
     A folder without a readable manifest counts for no rule and is left alone: it is evidence, not a checkpoint.
     """
@@ -60,13 +61,21 @@ def expired(root: Path, section: CheckpointSection, *, newest: Path) -> list[Pat
         scores[folder] = manifest.get("score")
     folders = list(scores)
     keep = {newest, *folders[-section.keep_last :]}
+    if reach:
+        limit = _step(newest) - reach
+        keep |= {folder for folder in folders if _step(folder) > limit}
+        keep.update([folder for folder in folders if _step(folder) <= limit][-1:])
     if section.keep_every is not None:
-        keep |= {folder for folder in folders if int(folder.name.removeprefix("step-")) % section.keep_every == 0}
+        keep |= {folder for folder in folders if _step(folder) % section.keep_every == 0}
     if section.keep_best:
         scored = [folder for folder in folders if scores[folder] is not None]
         # Of equal scores the later one, which has seen more data.
         keep |= set(sorted(scored, key=lambda folder: (scores[folder] or 0.0, folder.name))[-section.keep_best :])
     return [folder for folder in folders if folder not in keep]
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 class WriteResults:
@@ -137,8 +146,9 @@ class CheckpointSaver:
     removed until the new checkpoint is complete.
     """
 
-    def __init__(self, root: Path, section: CheckpointSection) -> None:
-        self.root, self.section = root, section
+    def __init__(self, root: Path, section: CheckpointSection, *, reach: int = 0) -> None:
+        """`reach` as in `expired`."""
+        self.root, self.section, self.reach = root, section, reach
         self.failures = 0
         self.last_error: str | None = None
         self._queue = AsyncCallsQueue()
@@ -241,7 +251,7 @@ class CheckpointSaver:
                 folder = self.root / pending.staging.name.removesuffix(".partial")
                 publish_folder(pending.staging, folder)
                 write_text(self.root / LATEST, folder.name, durable=True)
-                for old in expired(self.root, self.section, newest=folder):
+                for old in expired(self.root, self.section, newest=folder, reach=self.reach):
                     shutil.rmtree(old)
                 log.info("saved %s in %.1f s", folder, time.monotonic() - pending.started)
             except OSError as error:

@@ -108,8 +108,11 @@ class SamplingSection(Section):
 class HealthSection(Section):
     """When the learning signal counts as gone, and what happens then; docs/algorithm.md."""
 
-    policy: Literal["warn", "stop"] = "warn"  # stop: save and end the run when a cause has lasted `patience` steps
+    # when a cause has lasted `patience` steps. stop: save, end the run; rollback: go on from the last good checkpoint
+    policy: Literal["warn", "stop", "rollback"] = "warn"
     patience: PositiveInt = 5
+    rollback_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the learning rate, at each rollback
+    max_rollbacks: PositiveInt = 2  # of the whole run; one more alarm ends it
     share: Annotated[float, Field(gt=0.5, le=1)] = 0.98  # of responses without answer, cut off, or with one answer
     one_sided_share: Annotated[float, Field(gt=0.5, le=1)] = 0.95  # of all |advantage|, on one side of 0
     min_reward_std: NotNegative = 1e-3  # of the returns

@@ -87,6 +87,7 @@ _TABLE = (
     _metric("advantage/negative_kept", "1", "neither", "share of action tokens that train with a negative advantage"),
     _metric("advantage/balance", "1", "neither", "(positive - negative) / all of the summed |advantage|; 0: balanced"),
     _metric("advantage/filtered_negative", "1", "neither", "share of action tokens zeroed with a negative advantage"),
+    _metric("health/rollbacks", "rollbacks", "lower", "rollbacks of the run so far (health.policy = 'rollback')"),
     # Policy ratio and sampler mismatch
     _metric("ratio/mean", "1", "neither", "mean probability ratio new / old over action tokens"),
     _metric("ratio/max_abs_log", "nats", "lower", "largest |log ratio| new / old"),

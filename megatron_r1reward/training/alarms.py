@@ -10,17 +10,20 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from megatron_r1reward.config.schema import AlgorithmSection, HealthSection
+from megatron_r1reward.config.schema import AlgorithmSection, HealthSection, RunConfig
 
 log = logging.getLogger(__name__)
 
 
 class SignalGoneError(ValueError):
-    """`health.policy` is "stop", and there has been nothing to learn from for `health.patience` steps."""
+    """There has been nothing to learn from for `health.patience` steps, and `health.policy` does not go on."""
 
 
 class Health:
     """Whether there is something to learn from. The same metrics on every rank give the same answer on every rank.
+
+    Attributes:
+        began: the first step of the cause that `check` gave as a reason.
 
     Args:
         speaks: whether this rank writes warnings: when a cause begins, and at every `patience`-th step that it lasts.
@@ -29,6 +32,7 @@ class Health:
     def __init__(self, section: HealthSection, algorithm: AlgorithmSection, *, speaks: bool = True) -> None:
         self._section, self._algorithm, self._speaks = section, algorithm, speaks
         self._lasting: Counter[str] = Counter()  # cause -> steps in a row
+        self.began = 0
 
     def check(self, metrics: Mapping[str, float], step: int) -> str | None:
         """Why the run should stop after step `step`; None: it may go on."""
@@ -42,10 +46,21 @@ class Health:
         gone = [cause for cause, lasted in self._lasting.items() if lasted >= patience]
         if self._section.policy == "warn" or not gone:
             return None
-        return (
-            f"there has been nothing to learn from for {self._lasting[gone[0]]} steps: {found[gone[0]]}; start again "
-            "with other settings, or set health.policy='warn' to go on"
-        )
+        self.began = step - max(self._lasting[cause] for cause in gone) + 1
+        reason = f"there has been nothing to learn from for {self._lasting[gone[0]]} steps: {found[gone[0]]}"
+        if self._section.policy == "rollback":
+            return reason
+        return f"{reason}; start again with other settings, or set health.policy='warn' to go on"
+
+
+def steps_ahead(config: RunConfig) -> int:
+    """Steps between the weights that sample a batch and the step that trains on it, at most."""
+    return 0 if config.asynchrony.mode == "synchronous" else config.asynchrony.batches_ahead
+
+
+def steps_kept(config: RunConfig) -> int:
+    """Checkpoints of so many steps ago have to be there still: an alarm of now may go back to them. 0: none have to."""
+    return config.health.patience + 1 + steps_ahead(config) if config.health.policy == "rollback" else 0
 
 
 def _gone(

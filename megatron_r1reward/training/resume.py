@@ -20,6 +20,7 @@ from megatron_r1reward.data.preference import SftExample
 from megatron_r1reward.files import write_text
 from megatron_r1reward.model_folder import prompt_policy
 from megatron_r1reward.parallel.setup import Topology
+from megatron_r1reward.training import rollback
 from megatron_r1reward.training.data_parallel import synchronize_parameters
 from megatron_r1reward.training.heartbeat import RunControl
 from megatron_r1reward.training.models_read import check_models_read
@@ -87,6 +88,13 @@ def resume(state: TrainState) -> bool:
         if any(root.glob("step-*")) or (root / LATEST).exists():
             raise ValueError(f"{root} holds checkpoints and checkpoint.resume is false: choose another run.output_dir")
         return False
+    return go_on(state)
+
+
+def go_on(state: TrainState) -> bool:
+    """`resume` of a run that is known to be this one; also in the middle of it, after a rollback."""
+    root = state.saver.root
+    rollbacks = rollback.history(root, state.topology)
     folder = find_checkpoint_together(root)
     if folder is None:
         if state.topology.is_main and (state.config.run.output_dir / "metrics.jsonl").exists():
@@ -98,8 +106,12 @@ def resume(state: TrainState) -> bool:
         return False
     if state.topology.is_main:
         keep_identity(root, folder)
+    state.scheduler.num_steps = 0  # megatron-core adds the checkpoint's to them
     saved = load_checkpoint(folder, _trained(state))
-    state.step = int(saved["step"])
+    state.step, state.skipped_in_a_row = int(saved["step"]), 0
+    state.rollbacks = len(rollbacks)
+    if rollbacks:
+        rollback.lower_rate(state, rollbacks[saved.get("rollbacks", 0) :])
     state.producer = saved.get("producer")
     _check_data(state, saved["data"], folder)
     check_models_read(saved.get("models"), state.models, folder, same=state.config.checkpoint.same_models)
@@ -158,6 +170,7 @@ def save(state: TrainState, *, score: float | None = None, producer: Mapping[str
         "working_directory": str(Path.cwd()),  # what relative paths of the configuration are relative to
         "data": state.data,
         "models": state.models,
+        "rollbacks": state.rollbacks,
         "weight_version": state.step,  # what the rollout servers call these weights
         "producer": producer,
         prompt_policy.FILE: _said(state),  # for `convert export`

@@ -46,6 +46,7 @@ from megatron_r1reward.training.policy_update import update_policy
 from megatron_r1reward.training.producer import RolloutProducer
 from megatron_r1reward.training.record import Recorder, Replay, origin_of
 from megatron_r1reward.training.rl_metrics import advantage_metrics, mismatch, step_metrics
+from megatron_r1reward.training.rollback import RollBackError, roll_back
 from megatron_r1reward.training.rollout_batch import Shards, add_advantages, add_log_probs, pack, share_out
 from megatron_r1reward.training.state import TrainState, build_state
 from megatron_r1reward.training.step_sampler import StepSampler
@@ -179,17 +180,35 @@ def run(config: RunConfig, topology: Topology, services: Services | None) -> Pat
     resume.prepare(state)
     if replay is not None:
         replay.check_steps(state.step + 1, config.rl.steps)
-    push_weights(state, services)  # the servers' weights are the trainer's from the first token on
-    with ExitStack() as stack:
-        main = None
-        if topology.is_main:
-            resumed_step = state.step if resumed else None
-            main = stack.enter_context(_main_rank(state, services, replay or preferences, resumed_step=resumed_step))
-        control.begin(state.step, resumed=resumed)
-        finished = run_to_end(state, _stage(state, main), control)
+    while True:
+        try:
+            finished = _train(state, control, services, replay or preferences, resumed=resumed)
+            break
+        except RollBackError as alarm:
+            roll_back(state, alarm)
+            resumed = resume.go_on(state)
     if finished and services is not None:
         log.info("rollouts: %s", services.pool.total)
     return finish(state, control, finished=finished)
+
+
+def _train(
+    state: TrainState,
+    control: RunControl,
+    services: Services | None,
+    source: Replay | Sequence[Preference],
+    *,
+    resumed: bool,
+) -> bool:
+    """From `state.step` to the end, as `run_to_end`."""
+    push_weights(state, services)  # the servers' weights are the trainer's from the first token on
+    with ExitStack() as stack:
+        main = None
+        if state.topology.is_main:
+            resumed_step = state.step if resumed else None
+            main = stack.enter_context(_main_rank(state, services, source, resumed_step=resumed_step))
+        control.begin(state.step, resumed=resumed)
+        return run_to_end(state, _stage(state, main), control)
 
 
 def log_method(config: RunConfig) -> None:
@@ -214,7 +233,15 @@ def _stage(state: TrainState, main: MainRank | None) -> Stage:
         metrics = train_step(state, main, timer)
         if state.topology.is_main:
             alarms.check(metrics, config.algorithm, state.step)
+        if config.health.policy == "rollback":
+            metrics["health/rollbacks"] = float(state.rollbacks)
         return metrics
+
+    def watch(metrics: dict[str, float], step: int) -> str | None:
+        reason = health.check(metrics, step)
+        if reason is not None and config.health.policy == "rollback" and step < config.rl.steps:
+            raise RollBackError(reason, began=health.began, step=step)
+        return reason
 
     stage = Stage(
         title="RL",
@@ -222,7 +249,7 @@ def _stage(state: TrainState, main: MainRank | None) -> Stage:
         step=step,
         headline={"reward": "reward/mean", "right": "reward/result"},
         saves_before=(JudgeDownError,),
-        watch=health.check,
+        watch=watch,
     )
     if main is None:
         return stage

@@ -29,6 +29,7 @@ from megatron_r1reward.parallel.chunks import chunks_of, join_chunks
 from megatron_r1reward.parallel.legality import row_multiple, sequence_multiple
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.rollout.banned import banned_token_ids
+from megatron_r1reward.training.alarms import steps_kept
 from megatron_r1reward.training.data_parallel import (
     check_freezing,
     finalize_gradients,
@@ -58,6 +59,7 @@ class TrainState:
     saver: CheckpointSaver
     data: dict[str, Any] = field(default_factory=dict)  # what decides which rows a step trains on; kept in checkpoints
     models: dict[str, str] = field(default_factory=dict)  # of `models_read`; kept in checkpoints
+    rollbacks: int = 0  # of this run so far, `training.rollback`; kept in checkpoints
     reference: torch.nn.Module | None = None  # the frozen initial policy, only when the reward holds a KL term
     described: PromptPolicy | None = None  # what the exported folder says about itself; None: it is no reward model
     producer: dict[str, Any] | None = None  # RL: of the checkpoint resumed from, `RolloutProducer.state`
@@ -129,7 +131,7 @@ def build_state(
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optimizer, optimizer_steps),
         exporter=WeightExporter(join_chunks(chunks), table, topology),
-        saver=CheckpointSaver(config.run.output_dir / "checkpoints", config.checkpoint),
+        saver=CheckpointSaver(config.run.output_dir / "checkpoints", config.checkpoint, reach=steps_kept(config)),
         reference=reference,
     )
 

@@ -109,6 +109,18 @@ def test_the_policy_stops_when_it_lasts(cause: str) -> None:
     assert text in reasons[5]
 
 
+@pytest.mark.parametrize("cause", CAUSES)
+def test_a_rollback_is_told_where_it_began(cause: str) -> None:
+    health = alarms.Health(HealthSection(policy="rollback", patience=3), AlgorithmSection(), speaks=False)
+    steps: list[dict[str, float]] = [CAUSES[cause][0], {}, *[CAUSES[cause][0]] * 3]
+    reasons = [health.check(LEARNING | step, number) for number, step in enumerate(steps, start=1)]
+    assert reasons[:4] == [None] * 4
+    assert health.began == 3
+    assert reasons[4] is not None
+    assert CAUSES[cause][1] in reasons[4]
+    assert "health.policy" not in reasons[4], "the run goes on"
+
+
 def test_the_papers_filter_above_90_percent_is_provoked_from_rewards() -> None:
     """From rewards to the alarm: 19 of 20 right; at 17 of 20 the wrong ones still train."""
     found = {}
