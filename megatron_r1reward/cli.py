@@ -14,7 +14,7 @@ from megatron_r1reward.conversion.cli import app as convert_app
 from megatron_r1reward.hub.hub_commands import app as hub_app
 from megatron_r1reward.processes import quick_exit, quick_imports
 from megatron_r1reward.run_dir import EXIT_REQUEUE, RunDir
-from megatron_r1reward.use_commands import bench, score, serve, serve_labels
+from megatron_r1reward.use_commands import bench, calibrate, score, serve, serve_labels
 from megatron_r1reward.user_errors import user_errors
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -22,7 +22,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Build, import and inspect pre
 app.add_typer(data_app, name="data")
 app.add_typer(convert_app, name="convert")
 app.add_typer(hub_app, name="hub")
-for command in (bench, score, serve, serve_labels):
+for command in (bench, calibrate, score, serve, serve_labels):
     app.command()(command)
 
 

@@ -185,3 +185,18 @@ def bench(
         result = run_bench(benchmark, source, out, access, options)
         typer.echo(write_bench_report(result, out))
         result.check_complete()
+
+
+def calibrate(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="that `sft` or `rl` exported: <output_dir>/hf")],
+    evaluation: Annotated[Path, typer.Argument(metavar="evaluation.json", help="of `eval`, on these weights")],
+) -> None:
+    """Let a folder carry the calibration that an evaluation has fitted: `compare` then gives it, too."""
+    with user_errors():
+        from megatron_r1reward.evaluation.calibration import calibrate_folder
+
+        for one in calibrate_folder(folder, evaluation):
+            typer.echo(
+                f"{one.aggregator}, votes {one.votes}: temperature {one.temperature:.3f}; calibration error "
+                f"{one.error_before:.3f} before, {one.error_after:.3f} after"
+            )

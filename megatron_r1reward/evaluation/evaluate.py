@@ -40,7 +40,7 @@ from megatron_r1reward.evaluation.voting import (
     voting_accuracy,
 )
 from megatron_r1reward.judging.ask import Judgement
-from megatron_r1reward.reward.rules import ParsedResponse, parse_rollout
+from megatron_r1reward.reward.rules import ParsedResponse, answer_probability, parse_rollout
 from megatron_r1reward.types import Label, Preference, Prompt, Rollout
 
 NO_CATEGORY = "uncategorised"
@@ -112,6 +112,7 @@ def evaluate(
     greedy: bool = False,
     extra: Mapping[str, Sequence[Preference]] | None = None,
     transcripts: int = 6,
+    token_text: Callable[[int], str] | None = None,
     progress: Callable[..., Any] | None = None,
 ) -> EvaluationResult:
     """Sample every pair in both orders and summarise.
@@ -130,6 +131,7 @@ def evaluate(
         extra: pairs of other kinds by name, see `make_pair_kinds`, judged once at temperature 0.
         transcripts: how many judgements to return in full. The choice depends on the pairs and the seed alone, so
             that evaluations of two models can be read side by side.
+        token_text: what a token says, for votes weighted by the answer token's log-prob; None: no such votes.
         progress: handed to the pool.
 
     Raises:
@@ -145,16 +147,9 @@ def evaluate(
         "transcripts": _choose_transcripts(preferences, pairs, transcripts, seed),
         "shuffled_images": shuffle_images,
     }
-    if not shuffle_images:
-        update["vote_budget"] = measure_votes(
-            [{order: _judgements(pair, order) for order in ORDERS} for pair in pairs],
-            [pair.item for pair in pairs],
-            voting={int(k): (result.voting[k], result.voting_intervals[k]) for k in result.voting},
-            samples=samples,
-            seed=seed,
-        )
     coldest = sampling.model_copy(update={"temperature": 0.0})
     kinds = {}
+    decided: list[JudgedPair] = []
     if greedy:
         decided, counted = _ask(pool, shown, prompts, coldest, 1, seed, progress)
         update["greedy"] = GreedyAccuracy(**_both_orders(decided, counted, 1))
@@ -168,6 +163,16 @@ def evaluate(
         for name in fitting:
             kinds[name] = [pair for pair in found if of[pair.preference.id] == name]
         update["pair_kinds"] = tuple(_pair_kind(name, pairs) for name, pairs in kinds.items() if pairs)
+    if not shuffle_images:
+        cold = {pair.preference.id: pair for pair in decided}
+        update["vote_budget"] = measure_votes(
+            [_as_right_and_wrong(pair, token_text) for pair in pairs],
+            [pair.item for pair in pairs],
+            voting={int(k): (result.voting[k], result.voting_intervals[k]) for k in result.voting},
+            samples=samples,
+            seed=seed,
+            greedy=[_as_right_and_wrong(cold.get(pair.preference.id), token_text) for pair in pairs] if cold else (),
+        )
     return result.model_copy(update=update)
 
 
@@ -248,20 +253,32 @@ def _ask(
     )
 
 
-def _judgements(pair: JudgedPair, order: Order) -> list[Judgement]:
-    """For `measure_votes`: choice 1 is the right response."""
-    return [
-        Judgement(
-            order=order,
-            choice=None if sample.parsed.answer is None else 1 if sample.parsed.answer == pair.labels[order] else 2,
-            p_first=None,  # the pool does not ask for the alternatives of the answer's token
-            text=sample.rollout.text,
-            reasoning="",
-            tokens=len(sample.rollout.token_ids),
-            finish_reason=sample.rollout.finish_reason,
-        )
-        for sample in pair.samples[order]
-    ]
+def _as_right_and_wrong(
+    pair: JudgedPair | None, token_text: Callable[[int], str] | None
+) -> dict[Order, list[Judgement]]:
+    """For `measure_votes`: choice 1 is the right response. None: not judged."""
+    if pair is None:
+        return {order: [] for order in ORDERS}
+    return {
+        order: [_right_or_wrong(sample, order, pair.labels[order], token_text) for sample in pair.samples[order]]
+        for order in ORDERS
+    }
+
+
+def _right_or_wrong(sample: Sample, order: Order, label: Label, token_text: Callable[[int], str] | None) -> Judgement:
+    answer, p_answer = sample.parsed.answer, None
+    if answer is not None and token_text is not None:
+        p_answer = answer_probability(sample.rollout, token_text)
+    right = answer == label
+    return Judgement(
+        order=order,
+        choice=None if answer is None else 1 if right else 2,
+        p_first=None if p_answer is None else p_answer if right else 1.0 - p_answer,
+        text=sample.rollout.text,
+        reasoning="",
+        tokens=len(sample.rollout.token_ids),
+        finish_reason=sample.rollout.finish_reason,
+    )
 
 
 def _check(preferences: Sequence[Preference], samples: int, voting: Sequence[int]) -> None:

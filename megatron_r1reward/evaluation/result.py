@@ -58,7 +58,7 @@ class CategoryAccuracy(_Part):
 class VotingPoint(_Part):
     """A way to vote, per pair: what it costs and how often it is right."""
 
-    method: str  # "one order", "both orders", "adaptive"
+    method: str  # "one order", "both orders", "both orders, by log-prob", "adaptive"
     setting: str  # voting@k; votes per order; confidence at which sampling stops
     samples: float
     tokens: float  # generated
@@ -72,6 +72,20 @@ class CalibrationBin(_Part):
     share: float  # of all verdicts
 
 
+class FittedCalibration(_Part):
+    """A temperature for one way of voting, fitted on half of the items and measured on the others."""
+
+    aggregator: Literal["majority", "balanced", "log_prob"]
+    votes: str  # "greedy", judgements per order ("3"), "adaptive 0.9"
+    temperature: float  # log-odds are divided by it
+    items: int  # of the fit
+    measured_items: int
+    error_before: float  # expected calibration error
+    error_after: float
+    bins_before: tuple[CalibrationBin, ...]
+    bins_after: tuple[CalibrationBin, ...]
+
+
 class VoteBudget(_Part):
     """Accuracy against generated tokens, replayed on the evaluation's own samples."""
 
@@ -79,6 +93,7 @@ class VoteBudget(_Part):
     cheapest: VotingPoint | None  # in both orders, not below the interval of the most votes in one order; None: none is
     calibration_error: float | None  # expected, of the probabilities of adaptive sampling; None: nothing parsed
     calibration: tuple[CalibrationBin, ...]  # reliability diagram
+    fits: tuple[FittedCalibration, ...] = ()  # none: too few items, or written by an earlier version
 
 
 class OrderAccuracy(_Part):

@@ -2,28 +2,29 @@
 
     samples of every pair, both orders --replayed by a way to vote--> verdict, probability, tokens spent --> curve, ECE
 
-Three ways, from the same samples: a majority in one order (voting@k), the same number of votes in both orders, and
-adaptive sampling that stops when the posterior is decided (`judging.votes`). No model is asked again.
+From the same samples: a majority in one order (voting@k), the same number of votes in both orders, each a whole vote or
+weighted by the answer token's log-prob, and adaptive sampling that stops when the posterior is decided
+(`judging.votes`). No model is asked again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_r1reward.evaluation.result import CalibrationBin, Interval, VoteBudget, VotingPoint
+from megatron_r1reward.evaluation.calibration import calibration, fit_halves
+from megatron_r1reward.evaluation.result import CalibrationBin, FittedCalibration, Interval, VoteBudget, VotingPoint
 from megatron_r1reward.evaluation.statistics import Estimate, estimate_share
 from megatron_r1reward.judging.ask import ORDERS, Judgement, Order
-from megatron_r1reward.judging.votes import Adaptive, probability, verdict
+from megatron_r1reward.judging.votes import Adaptive, Aggregator, probability, verdict
 
 Floats = NDArray[np.float64]
 CONFIDENCES = (0.8, 0.9, 0.95, 0.99)  # of adaptive sampling
 DEFAULT_CONFIDENCE = Adaptive().confidence
 REPLAYS = 5  # orders of the samples, drawn; a figure is their mean
-BINS = 5  # of the confidence in the verdict, from 1/2 to 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Replayed:
     accuracy: Floats  # [P], a tie is 1/2, no vote 0
     samples: Floats  # [P]
     tokens: Floats  # [P]
-    p_right: Floats  # [P * REPLAYS], probability given to the right response; NaN without a vote
+    p_right: Floats  # [P, REPLAYS], probability given to the right response; NaN without a vote
 
 
 def measure_votes(
@@ -43,6 +44,7 @@ def measure_votes(
     voting: Mapping[int, tuple[float, Interval]],
     samples: int,
     seed: int,
+    greedy: Sequence[Mapping[Order, Sequence[Judgement]]] = (),
 ) -> VoteBudget:
     """Replay the ways to vote.
 
@@ -52,6 +54,7 @@ def measure_votes(
         voting: k -> (accuracy, interval) of voting@k in one order, the mean of both orders.
         samples: K, asked for per order.
         seed: of the orders in which samples are replayed.
+        greedy: the same pairs judged at temperature 0, for the calibration of that; (): not judged so.
     """
     single = [judgement.tokens for pair in pairs for order in ORDERS for judgement in pair[order]]
     mean_tokens = float(np.mean(single)) if single else 0.0
@@ -66,19 +69,45 @@ def measure_votes(
         )
         for k, (mean, interval) in sorted(voting.items())
     ]
-    for k in sorted({k for k in (1, 2, 3, 5, 8, *voting) if k <= samples}):
-        points.append(_point("both orders", f"{k} + {k}", replay(pairs, k, seed), items))
+    weighted = any(one.p_first is not None for pair in pairs for order in ORDERS for one in pair[order])
+    kinds: list[tuple[Aggregator, str]] = [("balanced", "both orders")]
+    kinds += [("log_prob", "both orders, by log-prob")] if weighted else []
+    fits: list[FittedCalibration | None] = []
+    for aggregator, method in kinds:
+        if greedy:
+            found = replay(greedy, 1, seed, aggregator)
+            fits.append(fit_halves(found.p_right, items, aggregator=aggregator, votes="greedy", seed=seed))
+        for k in sorted({k for k in (1, 2, 3, 5, 8, *voting) if k <= samples}):
+            found = replay(pairs, k, seed, aggregator)
+            points.append(_point(method, f"{k} + {k}", found, items))
+            fits.append(fit_halves(found.p_right, items, aggregator=aggregator, votes=str(k), seed=seed))
     bins: tuple[CalibrationBin, ...] = ()
     error: float | None = None
     for confidence in CONFIDENCES:
-        found = replay(pairs, Adaptive(confidence=confidence, max_samples=min(16, 2 * samples)), seed)
+        rule = Adaptive(confidence=confidence, max_samples=min(Adaptive().max_samples, 2 * samples))
+        found = replay(pairs, rule, seed)
         points.append(_point("adaptive", f"{confidence:g}", found, items))
         if confidence == DEFAULT_CONFIDENCE:
-            error, bins = calibration(found.p_right)
-    return VoteBudget(points=tuple(points), cheapest=_cheapest(points), calibration_error=error, calibration=bins)
+            error, bins = calibration(found.p_right.ravel())
+            for aggregator, _ in kinds:
+                found = replay(pairs, rule, seed, aggregator)
+                name = f"adaptive {confidence:g}"
+                fits.append(fit_halves(found.p_right, items, aggregator=aggregator, votes=name, seed=seed))
+    return VoteBudget(
+        points=tuple(points),
+        cheapest=_cheapest(points),
+        calibration_error=error,
+        calibration=bins,
+        fits=tuple(fit for fit in fits if fit is not None),
+    )
 
 
-def replay(pairs: Sequence[Mapping[Order, Sequence[Judgement]]], rule: int | Adaptive, seed: int) -> Replayed:
+def replay(
+    pairs: Sequence[Mapping[Order, Sequence[Judgement]]],
+    rule: int | Adaptive,
+    seed: int,
+    aggregator: Aggregator = "balanced",
+) -> Replayed:
     """Vote on every pair with samples in drawn orders: `rule` votes per order, or until `rule` has enough."""
     generator = np.random.default_rng(seed)
     accuracy, samples, tokens = (np.zeros((len(pairs), REPLAYS)) for _ in range(3))
@@ -91,7 +120,7 @@ def replay(pairs: Sequence[Mapping[Order, Sequence[Judgement]]], rule: int | Ada
                 if place >= rule if isinstance(rule, int) else rule.enough(asked):
                     break
                 asked += [pair[order][drawn[order][place]] for order in ORDERS if place < len(pair[order])]
-            p = probability(asked, "balanced")
+            p = probability(asked, aggregator)
             if p is not None:
                 p_right[row, column] = p
                 accuracy[row, column] = {1: 1.0, 2: 0.0, None: 0.5}[verdict(p)]
@@ -101,30 +130,8 @@ def replay(pairs: Sequence[Mapping[Order, Sequence[Judgement]]], rule: int | Ada
         accuracy=accuracy.mean(axis=1),
         samples=samples.mean(axis=1),
         tokens=tokens.mean(axis=1),
-        p_right=p_right.ravel(),
+        p_right=p_right,
     )
-
-
-def calibration(p_right: Floats) -> tuple[float | None, tuple[CalibrationBin, ...]]:
-    """Expected calibration error of verdicts, and the reliability diagram's bins that hold any.
-
-    Args:
-        p_right: [M], probability that was given to the right response; NaN (no vote) is left out.
-    """
-    known = p_right[~np.isnan(p_right)]
-    if known.size == 0:
-        return None, ()
-    bins = tuple(_bins(np.maximum(known, 1 - known), np.where(known == 0.5, 0.5, known > 0.5)))
-    return sum(one.share * abs(one.confidence - one.accuracy) for one in bins), bins
-
-
-def _bins(confidence: Floats, right: Floats) -> Iterator[CalibrationBin]:
-    place = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
-    for number in range(BINS):
-        if (held := place == number).any():
-            yield CalibrationBin(
-                confidence=float(confidence[held].mean()), accuracy=float(right[held].mean()), share=float(held.mean())
-            )
 
 
 def _point(method: str, setting: str, found: Replayed, items: Sequence[Hashable]) -> VotingPoint:

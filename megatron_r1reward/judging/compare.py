@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_r1reward.judging.ask import ORDERS, Asks, Item, Judgement, Order, all_of
 from megatron_r1reward.judging.votes import (
@@ -15,6 +15,7 @@ from megatron_r1reward.judging.votes import (
     probability,
     verdict,
 )
+from megatron_r1reward.model_folder.prompt_policy import PromptPolicy
 from megatron_r1reward.types import Label
 
 
@@ -53,6 +54,18 @@ class Votes:
         return 0.0 if self.samples == 1 and self.adaptive is None else 1.0
 
     @property
+    def way(self) -> str | None:
+        """The name of this way of voting in calibrations; None for one that is never calibrated."""
+        if not self.both_orders:
+            return None
+        if self.adaptive is not None:
+            usual = self.adaptive.max_samples == Adaptive().max_samples and self.sampling_temperature == 1.0
+            return f"adaptive {self.adaptive.confidence:g}" if usual else None
+        if self.sampling_temperature == 0.0:
+            return "greedy"
+        return str(self.samples) if self.sampling_temperature == 1.0 else None
+
+    @property
     def calls(self) -> int:
         """Judgements that one comparison costs, at most."""
         return self.samples * len(self.orders) if self.adaptive is None else self.adaptive.max_samples
@@ -64,6 +77,7 @@ class Comparison:
 
     verdict: Label | None  # None: a tie, or no judgement could be read
     probability: float | None  # that the first response is better; None: no judgement could be read
+    calibrated: float | None  # as measured on held-out pairs; None: the folder has no calibration of such votes
     share: float | None  # of the votes for the first response, without the prior that `probability` has
     counts: VoteCounts
     orders_agree: bool | None  # None: only one order was asked, or an order has no majority
@@ -81,8 +95,19 @@ class Comparison:
         return sum(judgement.tokens for judgement in self.judgements)
 
 
-async def compare(model: Asks, item: Item, responses: tuple[str, str], votes: Votes, *, seed: int = 0) -> Comparison:
+async def compare(
+    model: Asks,
+    item: Item,
+    responses: tuple[str, str],
+    votes: Votes,
+    *,
+    seed: int = 0,
+    policy: PromptPolicy | None = None,
+) -> Comparison:
     """Ask for judgements of `responses` and count them.
+
+    Args:
+        policy: of the model's folder, for its calibration.
 
     Raises:
         ModelRefusedError, ModelUnavailableError: see `ModelClient.judge`.
@@ -95,7 +120,11 @@ async def compare(model: Asks, item: Item, responses: tuple[str, str], votes: Vo
         while not votes.adaptive.enough(judgements):
             once_each: list[tuple[Order, int]] = [(order, 1) for order in votes.orders]
             judgements += await _ask(model, item, responses, once_each, votes, seed + len(judgements))
-    return summarise(judgements, votes.aggregator)
+    found = summarise(judgements, votes.aggregator)
+    if policy is None:
+        return found
+    p = policy.calibrated(found.probability, aggregator=votes.aggregator, votes=votes.way)
+    return replace(found, calibrated=p)
 
 
 def summarise(judgements: list[Judgement], aggregator: Aggregator) -> Comparison:
@@ -104,6 +133,7 @@ def summarise(judgements: list[Judgement], aggregator: Aggregator) -> Comparison
     return Comparison(
         verdict=verdict(p_first),
         probability=p_first,
+        calibrated=None,
         share=probability(judgements, aggregator, prior=0.0),
         counts=count(judgements),
         orders_agree=orders_agree(judgements),

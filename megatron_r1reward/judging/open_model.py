@@ -10,8 +10,8 @@ import os
 from megatron_r1reward.data.identity import model_identity
 from megatron_r1reward.hub_name import local_folder
 from megatron_r1reward.judging.ask import AskOptions
-from megatron_r1reward.judging.reward_model import RewardModel, policy_of
-from megatron_r1reward.judging.served import asked_by
+from megatron_r1reward.judging.reward_model import RewardModel
+from megatron_r1reward.judging.served import asked_by, policy_of
 from megatron_r1reward.model_folder.prompt_policy import PromptPolicy
 from megatron_r1reward.types import ModelAccess
 

@@ -28,8 +28,8 @@ from megatron_r1reward.judging.ask import AskOptions, Asks, Item, ModelClient
 from megatron_r1reward.judging.compare import Comparison, Votes, compare
 from megatron_r1reward.judging.image_input import ImageInput
 from megatron_r1reward.judging.rank import Ranking, Schedule, rank
-from megatron_r1reward.judging.served import ServedModel, asked_by
-from megatron_r1reward.model_folder.prompt_policy import PromptPolicy, read_policy
+from megatron_r1reward.judging.served import ServedModel, asked_by, policy_of
+from megatron_r1reward.model_folder.prompt_policy import PromptPolicy
 from megatron_r1reward.network.event_loop import EventLoopThread
 from megatron_r1reward.servers.server_devices import sees_gpu
 
@@ -250,7 +250,8 @@ class RewardModel:
         if isinstance(responses, str) or len(responses) != 2:
             raise ValueError(f"compare takes two responses, got {responses!r:.200}: for more use rank")
         pair = (responses[0], responses[1])
-        return await compare(self._model, Item.of(question, images), pair, self.checked(votes), seed=seed)
+        item, chosen = Item.of(question, images), self.checked(votes)
+        return await compare(self._model, item, pair, chosen, seed=seed, policy=self.policy)
 
     async def _rank(
         self,
@@ -314,15 +315,3 @@ _RANK_DEFAULTS: dict[str, Any] = {
     "budget": None,
     "seed": 0,
 }
-
-
-def policy_of(folder: str | Path) -> PromptPolicy | None:
-    """What a model's folder says about how it is asked; None where it says nothing.
-
-    Raises:
-        ValueError: there is no such folder, or what it says cannot be read.
-    """
-    here = local_folder(folder)
-    if not (here / "config.json").is_file():
-        raise ValueError(f"model {here} has no config.json: give a Hugging Face model folder, or a server's URL")
-    return read_policy(here)

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from megatron_r1reward.config.schema import ServerSection
+from megatron_r1reward.data.identity import model_identity
+from megatron_r1reward.hub_name import local_folder
 from megatron_r1reward.judging.ask import AskOptions, Item, Judgement, ModelClient, ModelUnavailableError, Order
 from megatron_r1reward.model_folder.prompt_policy import FILE, PromptPolicy, read_policy
 from megatron_r1reward.servers.group import ServerGroup
@@ -61,7 +63,7 @@ class ServedModel:
             ValueError: `folder` is no model folder, or `gpu_ids` are too few.
             ServerError: a server did not start.
         """
-        policy = read_policy(folder)
+        policy = policy_of(folder)
         size = section.tensor_parallel_size
         if section.gpu_ids and len(section.gpu_ids) < count * size:
             raise ValueError(f"gpu_ids names {len(section.gpu_ids)} GPUs, but {count} servers need {count * size}")
@@ -141,6 +143,19 @@ class ServedModel:
                 [member.url], model=self._model, api_key=member.bearer_token, options=self._options
             )
         return self._clients[address]
+
+
+def policy_of(folder: str | Path) -> PromptPolicy | None:
+    """What a model's folder says about how it is asked; None where it says nothing.
+
+    Raises:
+        ValueError: there is no such folder, or what it says cannot be read.
+    """
+    here = local_folder(folder)
+    if not (here / "config.json").is_file():
+        raise ValueError(f"model {here} has no config.json: give a Hugging Face model folder, or a server's URL")
+    policy = read_policy(here)
+    return policy.of_weights(model_identity(here)) if policy is not None and policy.calibration else policy
 
 
 async def _unless_withdrawn(member: Member, work: Coroutine[Any, Any, T]) -> T:

@@ -19,10 +19,8 @@ import uvicorn
 from megatron_r1reward.config.schema import RunConfig, ServerSection
 from megatron_r1reward.hub_name import local_folder
 from megatron_r1reward.judging.ask import AskOptions
-from megatron_r1reward.judging.reward_model import policy_of
-from megatron_r1reward.judging.served import ServedModel, asked_by, endpoints
+from megatron_r1reward.judging.served import ServedModel, asked_by, endpoints, policy_of
 from megatron_r1reward.launch.addresses import components, node_address
-from megatron_r1reward.model_folder.prompt_policy import read_policy
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE, is_loopback, token_from
 from megatron_r1reward.run_dir import Address, RunDir
 from megatron_r1reward.servers.build import SERVED_NAME as POLICY
@@ -106,7 +104,7 @@ def serve_stage(config: RunConfig) -> None:
     options = AskOptions(max_tokens=config.sampling.max_tokens, concurrency=config.rollout.max_concurrency)
     if "SLURM_JOB_ID" in os.environ and is_loopback(section.host):
         log.warning("serve.host %s: only programs on this node reach it; 0.0.0.0 is all of its network", section.host)
-    policy = read_policy(folder)
+    policy = policy_of(folder)
     if config.rollout.urls:
         served = endpoints(config.rollout, config.rollout.urls, options=options, model=None, policy=policy)
     else:

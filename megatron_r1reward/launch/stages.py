@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 from tqdm import tqdm
@@ -250,5 +251,6 @@ def _evaluate(
             greedy=greedy,
             extra=extra,
             transcripts=transcripts,
+            token_text=cache(lambda token: tokenizer.decode([token])),
             progress=lambda done, total: progress.update(1),
         )

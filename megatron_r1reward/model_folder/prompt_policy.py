@@ -10,6 +10,7 @@ asked with the published R1-Reward prompt in both orders.
 from __future__ import annotations
 
 import json
+import math
 import string
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +39,13 @@ class Calibration(_Part):
     items: int  # held-out items of the fit
     error_before: float  # expected calibration error on the other half of the items
     error_after: float
+
+    def apply(self, probability: float) -> float:
+        """The calibrated probability, in (0, 1); 0 and 1 stay."""
+        if not 0.0 < probability < 1.0:
+            return probability
+        odds = (math.log(probability) - math.log1p(-probability)) / self.temperature
+        return 1.0 / (1.0 + math.exp(-odds)) if odds >= 0 else math.exp(odds) / (1.0 + math.exp(odds))
 
 
 class TrainedStage(_Part):
@@ -78,6 +86,18 @@ class PromptPolicy(_Part):
     @property
     def pixels(self) -> tuple[int, int] | None:
         return None if self.min_pixels is None or self.max_pixels is None else (self.min_pixels, self.max_pixels)
+
+    def of_weights(self, weights: str) -> PromptPolicy:
+        """Without the calibrations that were measured on other weights, which a conversion may have carried here."""
+        kept = tuple(one for one in self.calibration if one.weights == weights)
+        return self.model_copy(update={"calibration": kept})
+
+    def calibrated(self, probability: float | None, *, aggregator: str, votes: str | None) -> float | None:
+        """By the calibration of just this way of voting; None where there is none."""
+        if probability is None or votes is None:
+            return None
+        fits = [one for one in self.calibration if (one.aggregator, one.votes) == (aggregator, votes)]
+        return fits[0].apply(probability) if fits else None
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"

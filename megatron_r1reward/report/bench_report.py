@@ -17,6 +17,7 @@ from megatron_r1reward.evaluation.statistics import Estimate
 from megatron_r1reward.files import atomic_path, write_text
 from megatron_r1reward.report.charts import COLOURS, STYLE
 from megatron_r1reward.report.published_scores import COLUMNS, PUBLISHED
+from megatron_r1reward.report.vote_charts import plot_votes
 
 # Our name of a group -> the published column.
 _COLUMN_OF: Mapping[str, str] = {"reasoning/math": "math", "reasoning/coding": "coding", "vqa": "VQA"}
@@ -82,6 +83,13 @@ def _vote_budget(budget: VoteBudget) -> Iterator[str]:
     ])  # fmt: skip
     if budget.calibration_error is not None:
         yield from ("", f"Expected calibration error of adaptive votes: {budget.calibration_error:.3f}.")
+    if budget.fits:
+        yield from ("", "## Calibration: fitted on half of the items, measured on the others", "")
+        yield from _table(("aggregator", "votes", "temperature", "items", "error before", "error after"), [
+            [fit.aggregator, fit.votes, f"{fit.temperature:.3f}", f"{fit.items} / {fit.measured_items}",
+             f"{fit.error_before:.3f}", f"{fit.error_after:.3f}"]
+            for fit in budget.fits
+        ])  # fmt: skip
 
 
 def _published(result: BenchResult) -> Iterator[str]:
@@ -122,7 +130,8 @@ def draw_bench(result: BenchResult, path: Path) -> None:
         axes = figure.subplots(1, panels, squeeze=False)[0]
         _draw_categories(axes[0], groups)
         if result.vote_budget is not None:
-            _draw_votes(axes[1], result.vote_budget)
+            plot_votes(axes[1], result.vote_budget)
+            _legend_above(axes[1])
         with atomic_path(path) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None})
 
@@ -140,17 +149,6 @@ def _draw_categories(axes: Axes, groups: Mapping[str, CategoryScore]) -> None:
     axes.set_yticks(range(len(groups)), [f"{name} ({one.pairs})" for name, one in groups.items()])
     axes.invert_yaxis()
     axes.set_xlabel("right in both orders' mean, %; 95 % interval")
-    _legend_above(axes)
-
-
-def _draw_votes(axes: Axes, budget: VoteBudget) -> None:
-    for method, colour in zip(dict.fromkeys(point.method for point in budget.points), COLOURS, strict=False):
-        points = sorted((point for point in budget.points if point.method == method), key=lambda point: point.tokens)
-        tokens, accuracy = [point.tokens for point in points], [100 * point.accuracy for point in points]
-        axes.plot(tokens, accuracy, marker="o", markersize=3, linewidth=1.4, color=colour, label=method)
-    axes.set_xscale("log")
-    axes.set_xlabel("generated tokens per pair")
-    axes.set_ylabel("right, %")
     _legend_above(axes)
 
 

@@ -9,10 +9,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megatron_r1reward.data.image_files import data_url
-from megatron_r1reward.evaluation.result import EvaluationResult, Interval, Order, PairKind, Transcript
+from megatron_r1reward.evaluation.result import EvaluationResult, Interval, Order, PairKind, Transcript, VoteBudget
+from megatron_r1reward.report.charts import Drawing
 from megatron_r1reward.report.curves import RL_CURVES, SFT_CURVES, drawings
 from megatron_r1reward.report.inputs import RunFiles
 from megatron_r1reward.report.timeline_chart import draw_timeline
+from megatron_r1reward.report.vote_charts import draw_reliability, draw_votes
 from megatron_r1reward.run_dir import duration
 
 MAX_TRANSCRIPTS = 6
@@ -87,8 +89,16 @@ def render_page(run: RunFiles, report: Mapping[str, Any]) -> str:
         rl_charts=drawings(RL_CURVES, run.rl_rows),
         timeline=draw_timeline(run.timeline),
         sft_charts=drawings(SFT_CURVES, run.sft_rows),
+        vote_charts=_vote_charts(run.rl.vote_budget),
         transcripts=_side_by_side(run),
     )
+
+
+def _vote_charts(budget: VoteBudget | None) -> list[Drawing]:
+    if budget is None:
+        return []
+    reliability = draw_reliability(budget.fits)
+    return [draw_votes(budget), *([reliability] if reliability is not None else [])]
 
 
 def _cards(run: RunFiles) -> list[Card]:

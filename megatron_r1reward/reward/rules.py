@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
@@ -101,3 +102,20 @@ def combine(format_reward: float, result_reward: float, consistency: float, sect
         )
     )
     return of_format + (of_result + of_consistency)
+
+
+def answer_probability(rollout: Rollout, token_text: Callable[[int], str]) -> float | None:
+    """Probability that the sampler gave to the answer it drew, at the token that holds the digit of the first <answer>.
+
+    The other digit has at most the rest. None: no token is the digit alone.
+    """
+    texts = [token_text(token) for token in rollout.token_ids]
+    start = "".join(texts).find("<answer>")
+    if start < 0:
+        return None
+    place, digit_from = 0, start + len("<answer>")
+    for text, log_prob in zip(texts, rollout.log_probs, strict=True):
+        place += len(text)
+        if place > digit_from and text.strip() in ("1", "2"):
+            return min(1.0, math.exp(log_prob))
+    return None

@@ -87,7 +87,8 @@ class RewardService:
     async def compare(self, request: wire.CompareRequest) -> dict[str, Any]:
         item = self._checked(request)
         pair = (request.responses[0], request.responses[1])
-        work = compare(self.backend.model, item, pair, request.as_votes(), seed=request.seed)
+        votes, policy = request.as_votes(), self.policy
+        work = compare(self.backend.model, item, pair, votes, seed=request.seed, policy=policy)
         answer = wire.compare_answer(await self._elsewhere(work))
         self._count(len(answer["judgements"]), answer["unparsable"])
         return answer

@@ -112,6 +112,7 @@ class OneJudgement(BaseModel):
 class CompareAnswer(BaseModel):
     verdict: Annotated[Label | None, Field(description="the better response; null: a tie, or nothing could be read")]
     probability: Annotated[float | None, Field(description="that the first response is better")]
+    calibrated: Annotated[float | None, Field(description="the same, right as often as it says; null: not calibrated")]
     first: int
     second: int
     unparsable: int
@@ -149,6 +150,7 @@ def compare_answer(comparison: Comparison) -> dict[str, Any]:
     return {
         "verdict": comparison.verdict,
         "probability": comparison.probability,
+        "calibrated": comparison.calibrated,
         "first": comparison.counts.first,
         "second": comparison.counts.second,
         "unparsable": comparison.counts.unparsable,

@@ -108,6 +108,7 @@ def test_what_is_no_reward_model_or_has_another_card_is_refused(trained: Path, t
     assert call("card", trained, "--force")[0] == 0
 
 
+@pytest.mark.slow
 def test_the_snippet_for_transformers_runs(trained: Path, tmp_path: Path) -> None:
     assert call("card", trained)[0] == 0
     snippets = re.findall(r"```python\n(.*?)```", (trained / "README.md").read_text(), re.DOTALL)
@@ -120,6 +121,7 @@ def test_the_snippet_for_transformers_runs(trained: Path, tmp_path: Path) -> Non
     compile(snippets[1], "vllm snippet", "exec")
 
 
+@pytest.mark.slow
 def test_a_pushed_model_comes_back_under_its_name(trained: Path, hub: HubServer, tmp_path: Path) -> None:
     code, output = call("push", trained, NAME, "--endpoint", hub.url, "--revision", "v1")
     assert code == 0, output
@@ -162,6 +164,7 @@ def test_what_cannot_be_is_one_line(hub: HubServer, trained: Path, arguments, sa
     assert says in output.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_who_may_not_write_hears_which_variable(hub: HubServer, trained: Path, monkeypatch) -> None:
     hub.refused = True
     code, output = call("push", trained, NAME, "--endpoint", hub.url)

@@ -18,6 +18,7 @@ from megatron_r1reward.evaluation.result import (
     CategoryAccuracy,
     Counts,
     EvaluationResult,
+    FittedCalibration,
     GreedyAccuracy,
     PairKind,
     Transcript,
@@ -30,6 +31,7 @@ from megatron_r1reward.evaluation.statistics import Estimate
 from megatron_r1reward.report.charts import Chart, Series, draw
 from megatron_r1reward.report.report import build_report
 from megatron_r1reward.report.timeline_chart import draw_timeline
+from megatron_r1reward.report.vote_charts import draw_reliability, draw_votes
 
 VOID_TAGS = {"meta", "img", "br", "link", "input", "hr"}
 KS = (1, 5, 15)
@@ -376,10 +378,25 @@ def test_ways_to_vote_are_shown_against_their_tokens(run_dir: Path) -> None:
         cheapest=adaptive,
         calibration_error=0.021,
         calibration=(CalibrationBin(confidence=0.75, accuracy=0.96, share=1.0),),
-    )
+        fits=(
+            FittedCalibration(
+                aggregator="balanced", votes="adaptive 0.9", temperature=0.31, items=33, measured_items=32,
+                error_before=0.24, error_after=0.02,
+                bins_before=(CalibrationBin(confidence=0.75, accuracy=0.96, share=1.0),),
+                bins_after=(CalibrationBin(confidence=0.95, accuracy=0.96, share=1.0),),
+            ),
+        ),
+    )  # fmt: skip
     found = EvaluationResult.model_validate_json(path.read_text())
     path.write_text(found.model_copy(update={"vote_budget": budget}).to_json())
     assert build_report(run_dir)["rl"]["vote_budget"]["cheapest"]["tokens"] == 45.0
     text = " ".join(Page((run_dir / "report.html").read_text()).text.split())
     assert "Within the interval of voting@15 with the fewest tokens: adaptive (0.9), 20.0 % of its tokens." in text
     assert "expected calibration error 2.1 %" in text
+    assert "adaptive 0.9balanced0.31 33 / 3224.0 %2.0 %" in text
+    assert "fitted on 33 items (temperature 0.31), shown on 32 others" in text
+    for drawing in (draw_votes(budget), draw_reliability(budget.fits)):
+        assert drawing is not None
+        ElementTree.fromstring(base64.b64decode(drawing.image.split(",")[1]).decode())
+        assert drawing.image in (run_dir / "report.html").read_text()
+    assert draw_reliability(()) is None
