@@ -76,6 +76,7 @@ def write_source(path: Path, rows: int, seed: int = 0) -> None:
 
 def pack_all(data: Path, model: Path) -> int:
     """Every row as a prompt with a short response, in packed micro-batches on the CPU; returns the packed rows."""
+    torch.set_num_threads(1)
     preferences = read_preferences(data, verify_images=False, image_root=data.parent).preferences
     tokenizer, config = AutoTokenizer.from_pretrained(model), load_hf_config(model)
     builder = PromptBuilder(tokenizer, TOKEN_BUDGET)
