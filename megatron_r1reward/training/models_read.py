@@ -59,7 +59,8 @@ def _read(config: RunConfig, rl: bool) -> dict[str, str]:
     if config.rollout.model_path is not None:
         found["rollout files"] = model_identity(config.rollout.model_path, weights=False)
     if config.reward.use_judge:
-        found["judge"] = judge_identity(config.judge)
+        identity = judge_identity(config.judge)
+        found["judge"] = "" if identity == " ".join(config.judge.urls) else identity  # no name: an address may change
     return found
 
 

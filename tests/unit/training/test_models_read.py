@@ -94,10 +94,10 @@ def test_a_moved_reference_goes_on_and_another_one_is_refused(
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs), "as if it had never stopped nor moved"
 
 
-def described(model: Path, judge: Path | None = None, **sections: dict[str, Any]) -> dict[str, str]:
+def described(model: Path, folder: Path | None = None, **sections: dict[str, Any]) -> dict[str, str]:
     tree: dict[str, Any] = {
         "run": {"output_dir": "unused"}, "model": {"path": model}, "data": {"train": "unused"}, "rl": {},
-        "judge": {"model_path": judge}, "reward": {"use_judge": judge is not None},
+        "judge": {"model_path": folder}, "reward": {"use_judge": folder is not None},
     }  # fmt: skip
     return models_read(RunConfig.model_validate(tree | sections), ALONE, rl=True)
 
@@ -109,6 +109,10 @@ def test_each_model_that_is_read_again_counts_by_content(tiny_folder: Path, tmp_
     moved = tmp_path / "elsewhere"
     shutil.copytree(judge, moved)
     assert described(copied(model, tmp_path / "model2"), moved) == then
+
+    for url, name in (("http://a/v1", None), ("http://b/v1", None), ("http://a/v1", "x"), ("http://b/v1", "x")):
+        found = described(model, reward={"use_judge": True}, judge={"urls": [url], "model": name})
+        assert found["judge"] == (name or ""), "an endpoint is known by its name, wherever it is"
 
     other_weights(model)
     assert described(model, judge) == then, "without a reference, a checkpoint has replaced them"

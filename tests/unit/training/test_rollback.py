@@ -47,15 +47,21 @@ def recorded(tiny_folder: Path, image_paths: tuple[str, ...], tmp_path_factory: 
 
 
 def collapsing(
-    monkeypatch: pytest.MonkeyPatch, changed: dict[str, float], *, after: int = 2, cured: bool = True
+    monkeypatch: pytest.MonkeyPatch,
+    changed: dict[str, float],
+    *,
+    after: int = 2,
+    cured: bool = True,
+    shown: tuple[str, ...] = (),
 ) -> None:
-    """Steps after `after` show a cause, as long as the rate is what it was: training is real, the numbers are not."""
+    """Steps after `after` show a cause, as long as the rate is what it was: training is real, the numbers are not,
+    but for those `shown`."""
     train_step = rl.train_step
 
     def step(state: Any, *given: Any) -> dict[str, float]:
         metrics = train_step(state, *given)
         gone = state.step > after and (not cured or metrics["lr"] > 0.9 * RATE)
-        return metrics | LEARNING | {"grad_norm": metrics["grad_norm"]} | (changed if gone else {})
+        return metrics | LEARNING | {name: metrics[name] for name in ("grad_norm", *shown)} | (changed if gone else {})
 
     monkeypatch.setattr(rl, "train_step", step)
 
@@ -141,6 +147,21 @@ def test_without_a_good_checkpoint_it_stops_and_says_why(
     collapsing(monkeypatch, CAUSES["same answer, 1"][0], after=0)
     with pytest.raises(SignalGoneError, match=r"no checkpoint of step -1 or earlier to go back to: lower"):
         rl.run(elsewhere(recorded, tmp_path), topology, None)
+
+
+def test_an_entropy_that_the_rate_itself_destroys_recovers(
+    recorded: RunConfig, topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The entropy is the policy's own: at this rate it falls from 4.7 to 3 nats within two steps."""
+    collapsing(monkeypatch, {}, shown=("entropy",))
+    config = elsewhere(
+        recorded, tmp_path, optimizer={"lr": 0.03}, health={"min_entropy": 3.6, "rollback_factor": 0.03}
+    )  # fmt: skip
+    assert rl.run(config, topology, None) is not None
+    (entry,) = json.loads((tmp_path / "checkpoints" / "rollbacks.json").read_text())
+    assert (entry["began"], entry["to"]) == (3, 1)
+    assert "the policy's entropy is" in entry["reason"]
+    assert min(row["entropy"] for row in rows(config)) > 3.6
 
 
 def test_checkpoints_that_an_alarm_may_go_back_to_are_kept(tmp_path: Path) -> None:
