@@ -37,7 +37,7 @@ step() {  # step NAME SECONDS COMMAND...: go on after a failure, remember it
     >> "$results/stages.jsonl"
 }
 
-scale=1; [ ${#dry[@]} -eq 0 ] || scale=10  # a busy CPU: only a hang is cut short
+scale=1; [ ${#dry[@]} -eq 0 ] || scale=40  # a busy CPU: only a hang is cut short
 train=("$python" benchmarks/gpu_training.py "${dry[@]}")
 if [ ${#dry[@]} -eq 0 ]; then
   step build 40 "$python" -m megatron_r1reward.kernels.policy_loss.cuda_cluster

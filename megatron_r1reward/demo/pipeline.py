@@ -27,7 +27,7 @@ from megatron_r1reward.report.inputs import BEST_OF_FILE, BestOfFile
 # The kind of question that a model of this size learns within minutes, explained by an annotator who is wrong at times,
 # as annotators are: the cold start imitates the mistakes, too, and RL is what unlearns them.
 CATEGORIES = ("digit",)
-ANNOTATOR_ERROR_RATE = 0.0
+ANNOTATOR_ERROR_RATE = 0.2
 CLAIM = re.compile(r"\d+|\b(?:odd|even)\b")
 FIXED_TEXTS = ["system\nYou are a helpful assistant.", "<think>", "</think><answer>", "</answer>"]
 FIXED_TEXTS += [f" is in Response {label}" for label in (1, 2)] + [f"Response {label} is better." for label in (1, 2)]
@@ -73,7 +73,7 @@ def _stages(out: Path, seed: int) -> list[Stage]:
               model__path=sft, data__train=data / "pool.jsonl", evaluation__data=data / "heldout.jsonl"),
         stage("rl", "StableReinforce on the hard set", "rl", "rl.toml", 5,
               model__path=sft, judge__model_path=judge, data__train=data / "pool.jsonl",
-              evaluation__data=data / "heldout.jsonl"),
+              data__select=out / "annotate" / "hard.json", evaluation__data=data / "heldout.jsonl"),
         stage("eval_rl", "evaluation after RL", "eval", "eval.toml", 2,
               model__path=rl, data__train=data / "pool.jsonl", evaluation__data=data / "heldout.jsonl",
               evaluation__shuffled_images_control="true"),
