@@ -55,7 +55,7 @@ def _results(queue: Any, processes: Sequence[Any], timeout_s: float) -> list[Any
     return results
 
 
-def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout_s: float = 500.0) -> list[Any]:
+def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout_s: float = 1500.0) -> list[Any]:
     """The results of `function(*args)` on `size` ranks, in rank order; the first error fails the test.
 
     `timeout_s` is a bound on a hang. With a GPU, `function` and `args` must be picklable.

@@ -16,7 +16,7 @@ from megatron_r1reward.network.tokens import bearer
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.types import Prompt, Rollout, TensorMeta
 
-PATIENCE_S = 120.0  # with a server on a busy machine; httpx's own is 5 s
+PATIENCE_S = 600.0  # with a server on a busy machine; httpx's own is 5 s
 SERVER = ServerSection(
     dtype="float32", max_model_len=1024, max_num_seqs=64, kv_cache_bytes=1 << 27, request_timeout_s=300.0,
     health_timeout_s=60.0, probe_timeout_s=120.0,

@@ -56,7 +56,7 @@ SECTION = SERVER.model_copy(
 )
 LONG = SamplingSection(max_tokens=300)
 TOLERANCE = 1e-3
-READY_S = 400.0
+READY_S = 1200.0
 
 
 CLOSED_ROUTES = (

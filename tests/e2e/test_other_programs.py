@@ -39,7 +39,7 @@ def test_trl_takes_a_grpo_step(service: Running, tiny_folder: Path, tmp_path: Pa
     package_folder("trl")
     script = Path(__file__).with_name("trl_step.py")
     command = [sys.executable, str(script), str(tiny_folder), service.url, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == {"reward": pytest.approx(0.5), "groups": 1, "failed": 0}
     assert service.judge.calls == 2  # one pair of completions, both orders

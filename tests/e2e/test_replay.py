@@ -84,7 +84,7 @@ def test_under_the_supervisor_no_server_is_started(recorded: RunConfig, tmp_path
     changed = {"num_threads": 1, "output_dir": output}
     dump_config(replay_of(recorded, output, run=changed), run_file)
     command = [sys.executable, "-m", "megatron_r1reward.cli", "launch", "rl", str(run_file), "--local"]
-    subprocess.run(command, check=True, timeout=300)
+    subprocess.run(command, check=True, timeout=1200)
     assert json.loads((output / "exit.json").read_text())["outcome"] == "done"
     assert [path.name for path in sorted((output / "logs-0").glob("*.log"))] == ["supervisor.log", "trainer.log"]
     before, after = weights(recorded), load_file(output / "hf" / "model.safetensors")

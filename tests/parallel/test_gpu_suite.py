@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 def suite(results: Path, *stages: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHON": sys.executable, "STAGES": " ".join(stages), "OMP_NUM_THREADS": "1"}
     command = [str(ROOT / "benchmarks" / "gpu_suite.sh"), "--dry-run", str(results)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=500)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1500)
 
 
 def test_a_dry_run_trains_on_the_second_device_and_ends_with_a_table(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_a_stage_that_fails_does_not_end_the_suite_and_is_told(tmp_path: Path) -
     program.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(program), "STAGES": "ipc sanitize"}
     command = [str(ROOT / "benchmarks" / "gpu_suite.sh"), "--dry-run", str(tmp_path / "out")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1500)
     assert result.returncode == 1
     stages = [json.loads(line) for line in (tmp_path / "out" / "stages.jsonl").read_text().splitlines()]
     assert [(stage["name"], stage["status"]) for stage in stages] == [("ipc", 3), ("sanitize", 0)]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from jobs import REPOSITORY, Cluster, tool
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
 DOCTOR = [sys.executable, "-m", "megatron_r1reward.cli", "doctor", "--quick", "--json"]
 
 
@@ -23,7 +23,7 @@ def in_job(folder: Path) -> tuple[int, dict[str, Any]]:
     line = " ".join([*DOCTOR, "--folder", str(folder), ">", str(output)])
     shape = ["--nodes=2", "--nodelist=n1,n2", "--oversubscribe", "--mem=1000", "--time=10", "--cpus-per-task=2"]
     command = ["sbatch", "--wait", "--parsable", *shape, f"--chdir={REPOSITORY}", f"--output={folder.parent}/%j.out"]
-    done = subprocess.run([*command, "--wrap", line], capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run([*command, "--wrap", line], capture_output=True, text=True, timeout=1500, check=False)
     return done.returncode, json.loads(output.read_text())
 
 

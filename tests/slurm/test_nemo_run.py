@@ -15,7 +15,7 @@ from megatron_r1reward.status.read import read_status
 
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.timeout(1800),
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(not LAUNCHER.exists(), reason="no .venv-recipes: make recipes builds NeMo-Run's environment"),
 ]
 

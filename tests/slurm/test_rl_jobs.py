@@ -16,7 +16,7 @@ from scenarios import Chain, Colocated
 
 from megatron_r1reward.training.resume import describe_data
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 COMPARED = ("loss", "grad_norm", "lr", "entropy", "reward/mean", "response/mean_tokens")
 ALL_STEPS = {"rollout-0", "judge-0", "trainer"}
 

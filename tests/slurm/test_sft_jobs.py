@@ -14,7 +14,7 @@ from scenarios import Chain
 
 from megatron_r1reward.run_dir import ExitReport
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 COMPARED = ("sft/loss", "grad_norm", "lr", "entropy")
 
 

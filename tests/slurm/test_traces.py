@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from scenarios import Bench
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 
 
 @pytest.mark.scenario("reference")
