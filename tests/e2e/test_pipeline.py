@@ -31,7 +31,10 @@ RECIPES = Path(__file__).parents[2] / "recipes" / "demo"
 SMALLER = {
     "sft.toml": {"sft": {"steps": 60}},
     "judge.toml": {"sft": {"steps": 20}},
-    "eval.toml": {"annotate": {"max_rows": 60}, "evaluation": {"max_pairs": 12, "samples": 5, "voting": [1, 5]}},
+    "eval.toml": {
+        "annotate": {"max_rows": 60},
+        "evaluation": {"max_pairs": 12, "samples": 5, "voting": [1, 5], "extra_pairs": 8},
+    },
     "rl.toml": {
         "rl": {"steps": 2, "rollout_batch_size": 16, "train_batch_size": 8, "heldout_every": 2},
         "sampling": {"temperature": 0.8},  # what is trained on is what was sampled, also at another temperature than 1
