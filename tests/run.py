@@ -61,14 +61,14 @@ _RUNS = ("tests/e2e/test_pipeline.py", "tests/e2e/test_faults.py")
 # The longest first: a suite begins when there is a place and memory for it.
 ALL = (
     Suite(name="slurm", arguments=("tests/slurm",), memory_gib=7),
-    Suite(name="servers", arguments=("tests/e2e", *(f"--ignore={file}" for file in _RUNS)), memory_gib=4),
     Suite(name="runs", arguments=_RUNS, memory_gib=4),
     Suite(name="ranks", arguments=("tests/parallel",), memory_gib=4),
+    Suite(name="servers", arguments=("tests/e2e", *(f"--ignore={file}" for file in _RUNS)), memory_gib=4),
     *UNITS,
     Suite(name="browser", arguments=("tests/browser",), memory_gib=2),
     Suite(name="gpu", arguments=("tests/gpu",), memory_gib=2),  # the only ones that see GPUs
 )
-AT_ONCE = 4
+AT_ONCE = 3
 
 
 @dataclass

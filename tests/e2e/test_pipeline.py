@@ -125,7 +125,9 @@ def test_servers_that_hang_and_die_in_the_middle_of_a_run(finished: Path, tmp_pa
         "rollout.count": 1,
         "rollout.health_interval_s": 0.5,
         "rollout.health_failures": 2,
+        "rollout.health_timeout_s": 30.0,  # a busy machine is no hang
         "judge.health_interval_s": 0.5,
+        "judge.health_timeout_s": 30.0,
     }
     command = [sys.executable, "-m", "megatron_r1reward.cli", "rl", str(RECIPES / "rl.toml")]
     process = subprocess.Popen([*command, *(f"{key}={value}" for key, value in overrides.items())])

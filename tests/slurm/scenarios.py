@@ -220,6 +220,7 @@ def rl_servers_hang_and_die(bench: Bench) -> Job:
     """The only rollout server hangs while the judge's vLLM dies; later the rollout server's whole step is killed."""
     bench.wait_for_hard_set()
     limits = ("rollout.health_interval_s=1", "rollout.health_failures=2", "judge.health_interval_s=1")
+    limits += ("rollout.health_timeout_s=30", "judge.health_timeout_s=30")  # a busy machine is no hang
     with _with_servers:
         job = bench.rl("rl-mended", "rl.steps=6", *limits)
         job.wait_step(1)
