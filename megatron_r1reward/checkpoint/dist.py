@@ -172,6 +172,11 @@ def find_checkpoint(root: Path) -> Path | None:
     return None
 
 
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint, by its folder's name."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def _run_of(root: Path) -> str | None:
     """The run that the checkpoints of a folder belong to. Where only step folders were copied it is theirs."""
     if (root / RUN_ID).is_file():

@@ -36,6 +36,7 @@ from megatron_r1reward.checkpoint.dist import (
     random_state,
     sharded_state,
     sharding_metadata,
+    step_of,
 )
 from megatron_r1reward.checkpoint.manifest import hash_range, read_manifest, write_manifest
 from megatron_r1reward.checkpoint.streaming import WrittenItem
@@ -62,20 +63,16 @@ def expired(root: Path, section: CheckpointSection, *, newest: Path, reach: int 
     folders = list(scores)
     keep = {newest, *folders[-section.keep_last :]}
     if reach:
-        limit = _step(newest) - reach
-        keep |= {folder for folder in folders if _step(folder) > limit}
-        keep.update([folder for folder in folders if _step(folder) <= limit][-1:])
+        limit = step_of(newest) - reach
+        keep |= {folder for folder in folders if step_of(folder) > limit}
+        keep.update([folder for folder in folders if step_of(folder) <= limit][-1:])
     if section.keep_every is not None:
-        keep |= {folder for folder in folders if _step(folder) % section.keep_every == 0}
+        keep |= {folder for folder in folders if step_of(folder) % section.keep_every == 0}
     if section.keep_best:
         scored = [folder for folder in folders if scores[folder] is not None]
         # Of equal scores the later one, which has seen more data.
         keep |= set(sorted(scored, key=lambda folder: (scores[folder] or 0.0, folder.name))[-section.keep_best :])
     return [folder for folder in folders if folder not in keep]
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
 
 
 class WriteResults:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from megatron_r1reward.checkpoint.dist import LATEST, describe_problem
+from megatron_r1reward.checkpoint.dist import LATEST, describe_problem, step_of
 from megatron_r1reward.files import read_json, write_text
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training.alarms import SignalGoneError, steps_ahead
@@ -79,14 +79,14 @@ def roll_back(state: TrainState, alarm: RollBackError) -> None:
     last = alarm.began - 2 - steps_ahead(config)  # its weights sampled the step before the alarm began
 
     def choose() -> tuple[Rollback, ...] | None:
-        good = (f for f in sorted(root.glob("step-????????"), reverse=True) if _step(f) <= last)
+        good = (f for f in sorted(root.glob("step-????????"), reverse=True) if step_of(f) <= last)
         folder = next((f for f in good if describe_problem(f) is None), None)
         if folder is None:
             return None
         entry = Rollback(
             step=alarm.step,
             began=alarm.began,
-            to=_step(folder),
+            to=step_of(folder),
             factor=config.health.rollback_factor,
             reason=alarm.reason,
         )
@@ -138,7 +138,7 @@ def _complete(root: Path, entries: tuple[Rollback, ...]) -> tuple[Rollback, ...]
     """Remove the checkpoints after the one that the last entry goes back to."""
     to = entries[-1].to
     for folder in sorted(root.glob("step-????????"), reverse=True):
-        if _step(folder) > to:
+        if step_of(folder) > to:
             shutil.rmtree(folder)
     write_text(root / LATEST, f"step-{to:08d}", durable=True)
     done = (*entries[:-1], replace(entries[-1], done=True))
@@ -148,7 +148,3 @@ def _complete(root: Path, entries: tuple[Rollback, ...]) -> tuple[Rollback, ...]
 
 def _write(root: Path, entries: Sequence[Rollback]) -> None:
     write_text(root / FILE, json.dumps([asdict(entry) for entry in entries], indent=2) + "\n", durable=True)
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
