@@ -108,11 +108,7 @@ def save_hf_folder(
     assert next(stream, None) is None
     if len(files) > 1:
         (staging / st.INDEX).write_text(st.index_text(files))
-    others = dict(texts or {})
-    st.copy_side_files(template, [name for name in sides if name not in others], staging)
-    for name, text in others.items():
-        if text is not None:
-            (staging / name).write_text(text)
+    st.write_side_files(template, sides, staging, texts or {})
     (staging / "config.json").write_text(config_for((template / "config.json").read_text(), {m.dtype for m in metas}))
     publish_folder(staging, out)
 

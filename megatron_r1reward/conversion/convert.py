@@ -246,17 +246,14 @@ def write_hf_folder(
         return summary
     template = source.template
     config = config_for((template.folder / "config.json").read_text(), {t.meta.dtype for f in files for t in f.tensors})
-    texts = {"config.json": config}
+    texts: dict[str, str | None] = {"config.json": config}
     if template.weights.index is not None:
         unchanged = tuple(files) == template.weights.files
         texts[st.INDEX] = template.weights.index if unchanged else st.index_text(files)
     with _staging(out) as staging:
         run_jobs(staging, jobs, sources, threads=threads, fingerprint=options, progress=progress)
-        others = texts | source.said_by_training() | (extra_files or {})
-        st.copy_side_files(template.folder, [name for name in template.side_files if name not in others], staging)
-        for name, text in others.items():
-            if text is not None:
-                (staging / name).write_text(text)
+        texts |= {**source.said_by_training(), **(extra_files or {})}
+        st.write_side_files(template.folder, template.side_files, staging, texts)
         _publish(staging, out)
     return summary
 

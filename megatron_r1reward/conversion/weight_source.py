@@ -44,7 +44,7 @@ class FolderTemplate:
     def save(self, folder: Path) -> None:
         """Keep everything in `folder` that `load_template` needs."""
         folder.mkdir(parents=True, exist_ok=True)
-        st.copy_side_files(self.folder, self.side_files, folder)
+        st.write_side_files(self.folder, self.side_files, folder, {})
         tree = {"files": {f.name: f.header for f in self.weights.files}, "index": self.weights.index}
         (folder / HEADERS).write_text(json.dumps(tree))
 

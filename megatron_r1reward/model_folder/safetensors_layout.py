@@ -225,8 +225,12 @@ def side_files(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def copy_side_files(folder: Path, names: Iterable[str], out: Path) -> None:
-    """Copy what `side_files` has found."""
+def write_side_files(folder: Path, names: Iterable[str], out: Path, texts: Mapping[str, str | None]) -> None:
+    """Copy what `side_files` has found, but for `texts`: other content by file name, None for a file to leave out."""
     for name in names:
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / name, out / name)
+        if name not in texts:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, out / name)
+    for name, text in texts.items():
+        if text is not None:
+            (out / name).write_text(text)
