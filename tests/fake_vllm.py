@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import torch
+from local_server import LocalServer
 from waiting import Door
 
 from megatron_r1reward.types import Prompt
@@ -27,7 +28,7 @@ class _QuietServer(ThreadingHTTPServer):
         """Clients that hang up are part of the plan."""
 
 
-class FakeVllm:
+class FakeVllm(LocalServer):
     """Answers every generate request according to `fault`; routes in `refused` answer 500.
 
     Generate requests are behind `door` until their answer is sent: a client that has it finds them gone. Asleep it
@@ -44,13 +45,7 @@ class FakeVllm:
         self.resident = set(MEMORY)
         self.calls: list[str] = []  # "METHOD /path?query", in order of arrival
         self._stopping = threading.Event()
-        self._http = _QuietServer(("127.0.0.1", 0), self._handler())
-        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
-        self._thread.start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._http.server_address[1]}"
+        super().__init__(self._handler(), _QuietServer)
 
     @property
     def generate_calls(self) -> int:
@@ -59,9 +54,7 @@ class FakeVllm:
     def stop(self) -> None:
         self._stopping.set()
         self.door.open()
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
+        super().stop()
 
     def _generate(self, body: dict[str, Any]) -> tuple[int, str]:
         if self.resident != MEMORY:

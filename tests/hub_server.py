@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote, urlsplit
 
+from local_server import LocalServer
 
-class HubServer:
+
+class HubServer(LocalServer):
     """Repositories in memory. Every commit is kept; `refused` answers 403 to whoever writes; `token` is asked for."""
 
     def __init__(self) -> None:
@@ -19,19 +20,7 @@ class HubServer:
         self.token: str | None = None
         self.refused = False
         self.downloads: list[str] = []
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._http.daemon_threads = True
-        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
-        self._thread.start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._http.server_address[1]}"
-
-    def stop(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
+        super().__init__(self._handler())
 
     def commit_of(self, repository: str, revision: str) -> str | None:
         if f"{repository}@{revision}" in self.commits:

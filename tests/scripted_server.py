@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
+from local_server import LocalServer
 from waiting import Door
 
 Action = str | int | float  # a reply's text; an HTTP status to fail with; seconds to hang
 HTML, BAD_JSON, WRONG_SHAPE = "<html>gateway</html>", "{broken json", '{"choices": []}'
 
 
-class ScriptedServer:
+class ScriptedServer(LocalServer):
     """Answers the n-th chat call with the n-th action, the last one for ever; counts what happens.
 
     Requests are behind a door until their answer is sent: `chat`, or `models` for the list of models.
@@ -26,22 +27,13 @@ class ScriptedServer:
         self.model_lookups = 0
         self._lock = threading.Lock()
         self._stopping = threading.Event()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._http.daemon_threads = True
-        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
-        self._thread.start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._http.server_address[1]}"
+        super().__init__(self._handler())
 
     def stop(self) -> None:
         self._stopping.set()
         self.chat.open()
         self.models.open()
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
+        super().stop()
 
     def _take(self, body: dict) -> Action:
         with self._lock:
