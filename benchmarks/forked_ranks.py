@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable, Sequence
 from queue import Empty
@@ -15,20 +14,15 @@ from typing import Any
 import torch
 
 from megatron_r1reward.parallel import setup
+from megatron_r1reward.weight_sync import broadcast_group
 
-
-def _reserved_port() -> socket.socket:
-    """Bound but never listening: rank 0 may listen on this port, and the kernel gives it to nobody else."""
-    reservation = socket.socket()
-    reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    reservation.bind(("127.0.0.1", 0))
-    return reservation
+_HOST = "127.0.0.1"
 
 
 def _entry(function: Callable[..., Any], rank: int, size: int, port: int, args: tuple[Any, ...], queue: Any) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    # As under torchrun: the store that they meet at is there already, and no rank has to find its port free.
+    os.environ.update(MASTER_ADDR=_HOST, MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     torch.set_num_threads(1)
     try:
         queue.put((rank, "ok", function(*args)))
@@ -62,20 +56,19 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout_s: fl
     """
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
     queue = context.Queue()
-    with _reserved_port() as reservation:
-        port = reservation.getsockname()[1]
-        processes = [
-            context.Process(target=_entry, args=(function, rank, size, port, args, queue)) for rank in range(size)
-        ]
+    store = broadcast_group.listen(_HOST, timeout_s)
+    processes = [
+        context.Process(target=_entry, args=(function, rank, size, store.port, args, queue)) for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        results = _results(queue, processes, timeout_s)
+    finally:
         for process in processes:
-            process.start()
-        try:
-            results = _results(queue, processes, timeout_s)
-        finally:
-            for process in processes:
-                process.join(5)
-                if process.is_alive():
-                    process.kill()
+            process.join(5)
+            if process.is_alive():
+                process.kill()
     errors = [f"rank {rank}:\n{value}" for rank, status, value in results if status == "error"]
     assert not errors, "\n".join(errors)
     return [value for _, _, value in sorted(results, key=lambda item: item[0])]

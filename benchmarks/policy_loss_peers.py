@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -92,11 +91,8 @@ def megatron(inputs: TokenInputs, length: int) -> Step:
     from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 
     if not dist.is_initialized():
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         backend = "nccl" if inputs.weights.is_cuda else "gloo"
-        dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         parallel_state.initialize_model_parallel()
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
