@@ -29,6 +29,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from types import FrameType
 from typing import Any
 
@@ -184,8 +186,8 @@ def _waits_for_device(name: str, args: Any, kwargs: Any, result_on_device: bool)
 # --- the rules --------------------------------------------------------------------------------------------------------
 
 
-def _check(func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> None:
-    name = func._schema.name
+def _check(operator: _Operator, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> None:
+    name = operator.name
     ours = [t for t in tensors if isinstance(t, DeviceTensor)]
     theirs = [t for t in tensors if not isinstance(t, DeviceTensor) and t.device.type == "cpu"]
     if name.startswith("c10d::"):
@@ -204,12 +206,11 @@ def _check(func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> No
         if written is not None and not isinstance(written, DeviceTensor) and written.dim():
             raise DeviceError(f"{name}: a host tensor is written into a device tensor")
         return
-    pointwise = torch.Tag.pointwise in func.tags or name in _LIKE_POINTWISE
-    if not pointwise or any(t.dim() for t in theirs):
+    if not operator.pointwise or any(t.dim() for t in theirs):
         sides = [("device" if isinstance(t, DeviceTensor) else "host", tuple(t.shape)) for t in tensors]
         raise DeviceError(f"{name} between both sides: {sides}")
-    for argument, value in zip(func._schema.arguments, args, strict=False):
-        if _is_written(argument) and isinstance(value, torch.Tensor) and not isinstance(value, DeviceTensor):
+    for value in operator.written_values(args, {}):
+        if isinstance(value, torch.Tensor) and not isinstance(value, DeviceTensor):
             raise DeviceError(f"{name}: a device result is written into a host scalar")
 
 
@@ -224,28 +225,55 @@ def _in_host_group(args: Any, kwargs: Any) -> bool:
     return False
 
 
-def _is_written(argument: Any) -> bool:
-    return argument.alias_info is not None and argument.alias_info.is_write
+@dataclass(frozen=True, kw_only=True)
+class _Operator:
+    """What the schema of an operator says: torch makes it anew at each question, a fifth of a test's time."""
+
+    name: str
+    overload: str
+    pointwise: bool
+    changes_sizes: bool  # of the tensor object that it is given
+    written: tuple[tuple[int, str], ...]  # places and names of the arguments that it writes
+
+    @staticmethod
+    @cache
+    def of(func: Any) -> _Operator:
+        schema = func._schema
+        return _Operator(
+            name=schema.name,
+            overload=schema.overload_name,
+            pointwise=torch.Tag.pointwise in func.tags or schema.name in _LIKE_POINTWISE,
+            changes_sizes=torch.Tag.inplace_view in func.tags,
+            written=tuple(
+                (number, argument.name)
+                for number, argument in enumerate(schema.arguments)
+                if argument.alias_info is not None and argument.alias_info.is_write
+            ),
+        )
+
+    def written_values(self, args: Any, kwargs: Any) -> list[Any]:
+        return [args[number] if number < len(args) else kwargs.get(name) for number, name in self.written]
 
 
 def _execute(func: Any, args: Any, kwargs: Any) -> Any:
     """Check, count, compute on the host's values, and put the result on the side where it belongs."""
+    operator = _Operator.of(func)
     tensors: list[torch.Tensor] = []
     _collect(args, tensors)
     _collect(kwargs, tensors)
-    _check(func, args, kwargs, tensors)
+    _check(operator, args, kwargs, tensors)
     any_ours = any(isinstance(t, DeviceTensor) for t in tensors)
     wanted = kwargs.get("device")
     on_device = any_ours if wanted is None else torch.device(wanted).type == DEVICE.type
-    if (any_ours or on_device) and _waits_for_device(func._schema.name, args, kwargs, on_device):
-        _count_wait(func._schema.name)
+    if (any_ours or on_device) and _waits_for_device(operator.name, args, kwargs, on_device):
+        _count_wait(operator.name)
     if wanted is not None and on_device:
         kwargs = kwargs | {"device": HOST}
     if kwargs.get("pin_memory"):
         kwargs = kwargs | {"pin_memory": False}
-    result = _call(func, _mapped(_to_host, args), _mapped(_to_host, kwargs))
-    written = _written(func, args, kwargs)
-    if torch.Tag.inplace_view in func.tags:  # the sizes of the object itself change
+    result = _call(func, operator, _mapped(_to_host, args), _mapped(_to_host, kwargs))
+    written = _written(operator, args, kwargs)
+    if operator.changes_sizes:
         for tensor in written.values():
             torch._C.TensorBase.data.__set__(tensor, DeviceTensor(tensor.host))  # type: ignore[attr-defined]
     if not on_device:
@@ -269,7 +297,7 @@ def _collect(value: Any, found: list[torch.Tensor]) -> None:
     take a third of a test's time)."""
     if isinstance(value, torch.Tensor):
         found.append(value)
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, (list, tuple)):
         for item in value:
             _collect(item, found)
     elif isinstance(value, dict):
@@ -280,30 +308,30 @@ def _collect(value: Any, found: list[torch.Tensor]) -> None:
 def _mapped(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return change(value)
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return type(value)([_mapped(change, item) for item in value])
     if isinstance(value, dict):
         return {key: _mapped(change, item) for key, item in value.items()}
     return value
 
 
-def _call(func: Any, args: Any, kwargs: Any) -> Any:
+_WIDER = {"aten::mm": torch.ops.aten.mm.out, "aten::addmm": torch.ops.aten.addmm.out}
+
+
+def _call(func: Any, operator: _Operator, args: Any, kwargs: Any) -> Any:
     """Products whose result is wider than their operands exist on a GPU only: here the operands are widened."""
-    plain = {"aten::mm": torch.ops.aten.mm.out, "aten::addmm": torch.ops.aten.addmm.out}.get(func._schema.name)
-    if func._schema.overload_name != "dtype_out" or plain is None:
+    plain = _WIDER.get(operator.name) if operator.overload == "dtype_out" else None
+    if plain is None:
         return func(*args, **kwargs)
     *operands, dtype = args
     return plain(*(operand.to(dtype) for operand in operands), **kwargs)
 
 
-def _written(func: Any, args: Any, kwargs: Any) -> dict[int, DeviceTensor]:
+def _written(operator: _Operator, args: Any, kwargs: Any) -> dict[int, DeviceTensor]:
     """The device tensors that an operator writes, by the identity of their values: in-place operators return them."""
     found = {}
-    for number, argument in enumerate(func._schema.arguments):
-        if not _is_written(argument):
-            continue
-        value = args[number] if number < len(args) else kwargs.get(argument.name)
-        for item in value if isinstance(value, list | tuple) else [value]:
+    for value in operator.written_values(args, kwargs):
+        for item in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(item, DeviceTensor):
                 found[id(item.host)] = item
     return found
