@@ -10,7 +10,7 @@ chosen), False, or None (no verdict in the text).
 | benchmark | groups | without a verdict |
 |---|---|---|
 | VL-RewardBench (Li et al., arXiv 2411.17451) | by the id's source | not counted |
-| Multimodal RewardBench (Yasunaga et al., arXiv 2502.14191) | category, two of them split by id | a seeded coin |
+| Multimodal RewardBench (Yasunaga et al., arXiv 2502.14191) | category, two of them split by id | a seeded coin chooses |
 | pairs: any other file | by its `category` | wrong |
 | MM-RLHF-RewardBench (Zhang et al., arXiv 2502.10391) | by the picture's path | wrong |
 """
@@ -33,7 +33,8 @@ _COIN_SEED = 123
 class Rule:
     """`legacy_group`: the grouping of the released R1-Reward scripts where it differs. `all_of_id`: report Acc+.
 
-    `drawn_order`: the benchmark draws which response stands first; else they stand as in its file.
+    `drawn_order`: the benchmark draws which response stands first; else they stand as in its file. `first_is_better`:
+    of a row as it stands there; the coin chooses a response, and is right where that is the better one.
     """
 
     group: Callable[[Row], str]
@@ -41,6 +42,7 @@ class Rule:
     drawn_order: bool = False
     legacy_group: Callable[[Row], str] | None = None
     all_of_id: bool = False
+    first_is_better: Callable[[Row], bool] = lambda row: True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,7 @@ def official_score(rule: Rule, rows: Sequence[Row], right: Verdicts, *, legacy: 
     group_of = rule.legacy_group if legacy else rule.group
     if group_of is None:
         raise ValueError("this benchmark has no legacy grouping: leave the legacy option out")
-    settled = _settle("wrong" if legacy else rule.without_verdict, right)
+    settled = _settle(rule, rows, right, without="wrong" if legacy else rule.without_verdict)
     places: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
         places.setdefault(group_name(group_of, row), []).append(place)
@@ -155,13 +157,18 @@ def items_of(rows: Sequence[Row]) -> list[Hashable]:
     return [_item(row, place) for place, row in enumerate(rows)]
 
 
-def _settle(without: Literal["dropped", "wrong", "coin"], right: Verdicts) -> list[bool | None]:
+def _settle(
+    rule: Rule, rows: Sequence[Row], right: Verdicts, *, without: Literal["dropped", "wrong", "coin"]
+) -> list[bool | None]:
     """What counts for each row: None where it is left out of the denominator."""
     if without == "dropped":
         return list(right)
-    coin = random.Random(_COIN_SEED)
-    toss = without == "coin"
-    return [(toss and coin.random() < 0.5) if verdict is None else verdict for verdict in right]
+    coin = random.Random(_COIN_SEED)  # tossed for rows without a verdict only, as in the official script
+
+    def missing(row: Row) -> bool:
+        return without == "coin" and (coin.random() < 0.5) == rule.first_is_better(row)
+
+    return [missing(row) if verdict is None else verdict for row, verdict in zip(rows, right, strict=True)]
 
 
 def _tally(rule: Rule, rows: Sequence[Row], settled: Verdicts, places: Sequence[int]) -> GroupScore:
@@ -198,7 +205,7 @@ def _vl_legacy_group(row: Row) -> str:
 
 
 def _multimodal_group(row: Row) -> str:
-    category, name = str(row["Category"]).lower(), str(row["ID"]).lower()
+    category, name = str(row["Category"]), str(row["ID"]).lower()
     if category == "safety":
         return "safety/bias" if name.startswith("pairs") else "safety/toxicity"
     if category == "reasoning":
@@ -216,7 +223,9 @@ def _mm_rlhf_group(row: Row) -> str:
 
 RULES: Mapping[str, Rule] = {
     "vl-rewardbench": Rule(group=_vl_group, legacy_group=_vl_legacy_group, without_verdict="dropped", drawn_order=True),
-    "multimodal-rewardbench": Rule(group=_multimodal_group, without_verdict="coin"),
+    "multimodal-rewardbench": Rule(
+        group=_multimodal_group, without_verdict="coin", first_is_better=lambda row: row.get("Better") != "Output2"
+    ),
     "mm-rlhf-rewardbench": Rule(group=_mm_rlhf_group, without_verdict="wrong", all_of_id=True),
     "pairs": Rule(group=lambda row: str(row.get("category") or "all"), without_verdict="wrong"),
 }

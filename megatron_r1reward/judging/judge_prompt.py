@@ -50,11 +50,17 @@ def _answer_text(text: str) -> Label | None:
     return _LABELS[names[-1].lower()] if names else None
 
 
+def _brackets_as_published(text: str) -> Label | None:
+    """Multimodal RewardBench's own script: [[A]] anywhere, else [[B]] anywhere."""
+    return 1 if "[[A]]" in text else 2 if "[[B]]" in text else None
+
+
 VERDICTS: Mapping[str, Reader] = {
     "answer": _strict,  # <answer>1</answer>
     "released": _released,
     "answer-text": _answer_text,
     "brackets": lambda text: _by_pattern(r"\[\[([ABab12])\]\]", text),  # [[A]]
+    "multimodal-rewardbench": _brackets_as_published,
     "boxed": lambda text: _by_pattern(r"\\boxed\{\s*(?:\\text\{)?\s*(\w+)", text),  # \boxed{1}
 }
 

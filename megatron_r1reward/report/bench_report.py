@@ -19,9 +19,6 @@ from megatron_r1reward.report.charts import COLOURS, STYLE
 from megatron_r1reward.report.published_scores import COLUMNS, PUBLISHED
 from megatron_r1reward.report.vote_charts import plot_votes
 
-# Our name of a group -> the published column.
-_COLUMN_OF: Mapping[str, str] = {"reasoning/math": "math", "reasoning/coding": "coding", "vqa": "VQA"}
-
 
 def write_bench_report(result: BenchResult, out: Path) -> str:
     """Write bench.md and bench.svg into `out`; returns the text of the first."""
@@ -108,7 +105,7 @@ def _published(result: BenchResult) -> Iterator[str]:
 
 def _ours(result: BenchResult, columns: Sequence[str]) -> list[str]:
     score = result.official
-    found = {_COLUMN_OF.get(name, name): group.accuracy.accuracy for name, group in score.groups.items()}
+    found = {_column_of(name, columns): group.accuracy.accuracy for name, group in score.groups.items()}
     safety = [found[name] for name in ("safety/bias", "safety/toxicity") if name in found]
     if safety and len(safety) == 1:
         found["safety"] = safety[0]
@@ -119,6 +116,12 @@ def _ours(result: BenchResult, columns: Sequence[str]) -> list[str]:
     found |= {"Acc+": None if plus is None else plus.accuracy}
     found |= {"mean of columns": sum(known) / len(known) if len(known) == 7 else None}
     return [_percent(found.get(name)) for name in columns]
+
+
+def _column_of(group: str, columns: Sequence[str]) -> str:
+    """The published column of a group, e.g. "math" of "reasoning/math"; the group's own name where there is none."""
+    last = group.rpartition("/")[2].removesuffix("_task").lower()
+    return next((column for column in columns if column.lower() == last), group)
 
 
 def draw_bench(result: BenchResult, path: Path) -> None:

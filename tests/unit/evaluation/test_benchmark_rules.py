@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 
 from megatron_r1reward.evaluation.benchmark_rules import RULES, both_orders_score, official_score
+from megatron_r1reward.judging.judge_prompt import verdict_reader
 
 VL, MM, MRB = (RULES[name] for name in ("vl-rewardbench", "mm-rlhf-rewardbench", "multimodal-rewardbench"))
 
@@ -93,11 +97,52 @@ def test_an_answer_without_a_verdict_counts_as_each_benchmark_says() -> None:
     assert (vl.overall.accuracy.counted, vl.overall.accuracy.accuracy, vl.without_verdict) == (1, 1.0, 1)
     mm = official_score(MM, [{"id": "a", "image": "mcq/1"}, {"id": "a", "image": "mcq/1"}], [True, None])
     assert (mm.overall.accuracy.accuracy, mm.overall.accuracy_plus.accuracy) == (0.5, 0.0)
-    many = [{"ID": str(i), "Category": "vqa"} for i in range(1000)]
-    coins = [official_score(MRB, many, [None] * 1000).overall.accuracy for _ in range(2)]
-    assert coins[0] == coins[1]
-    assert coins[0].counted == 1000
-    assert 440 < coins[0].right < 560
+
+
+def multimodal_rewardbench_script(answers: list[dict]) -> dict[str, tuple[int, int]]:
+    """The rule of that benchmark's scripts/2_get_accuracy.py, in our words: one line per answer, in the file's order."""
+    random.seed(123)  # the script uses the module's own generator
+    right: dict[str, list[bool]] = {}
+    for answer in answers:
+        text = answer["output"]
+        chosen = "A" if "[[A]]" in text else "B" if "[[B]]" in text else "A" if random.random() < 0.5 else "B"
+        name, category = answer["ID"].lower(), answer["Meta"]["Category"]
+        if category == "safety":
+            category = "safety/bias" if name.startswith("pairs") else "safety/toxicity"
+        if category == "reasoning":
+            category = "reasoning/math" if name.startswith("math") else "reasoning/coding"
+        for group in ("all", category):
+            right.setdefault(group, []).append(chosen == answer["Label"])
+    return {group: (sum(found), len(found)) for group, found in right.items()}
+
+
+def test_multimodal_rewardbench_equals_its_own_script_on_recorded_answers() -> None:
+    """As many rows as the public subset has; a tenth of the answers without a verdict, some with both."""
+    kinds = [
+        ("general/correctness", "nocaps", 623), ("general/preference", "visitbench", 654), ("knowledge", "mmmu", 630),
+        ("reasoning", "MathVista", 514), ("reasoning", "EMMA-coding", 584), ("safety", "PAIRS", 508),
+        ("vqa", "seedbench", 1198),
+    ]  # fmt: skip
+    draw = np.random.default_rng(0)
+    said = ["I choose [[A]].", "Final verdict: [[B]]", "None", "Not [[B]] but [[A]], no: [[B]]", "[[C]] or [[a]]"]
+    rows, texts = [], []
+    for category, source, size in kinds:
+        for number in range(size):
+            better = "Output2" if draw.random() < 0.5 else "Output1"
+            rows.append({"ID": f"{source}_{number}", "Category": category, "Better": better})
+            texts.append(said[draw.choice(5, p=[0.5, 0.3, 0.07, 0.1, 0.03])])
+    answers = [
+        {"ID": row["ID"], "Label": "B" if row["Better"] == "Output2" else "A", "Meta": row, "output": text}
+        for row, text in zip(rows, texts, strict=True)
+    ]
+    read = verdict_reader("multimodal-rewardbench")
+    labels = [2 if row["Better"] == "Output2" else 1 for row in rows]
+    choices = [read(text) for text in texts]
+    right = [None if choice is None else choice == label for choice, label in zip(choices, labels, strict=True)]
+    score = official_score(MRB, rows, right)
+    whole = score.overall.accuracy
+    assert (len(rows), score.without_verdict) == (4711, sum(text in (said[2], said[4]) for text in texts))
+    assert {**counts(score), "all": (whole.right, whole.counted)} == multimodal_rewardbench_script(answers)
 
 
 def test_multimodal_rewardbench_splits_safety_and_reasoning_by_id() -> None:
@@ -106,7 +151,7 @@ def test_multimodal_rewardbench_splits_safety_and_reasoning_by_id() -> None:
         {"ID": "hateful_2", "Category": "safety"},
         {"ID": "MATH-V_3", "Category": "reasoning"},
         {"ID": "code_4", "Category": "reasoning"},
-        {"ID": "x", "Category": "General/Correctness"},
+        {"ID": "x", "Category": "general/correctness"},
     ]
     score = official_score(MRB, rows, [True, False, True, False, True])
     assert counts(score) == {
