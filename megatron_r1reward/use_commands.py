@@ -162,7 +162,8 @@ def bench(
         Path | None, typer.Option(help="another model's prompt, with {question}, {response_1}, {response_2}")
     ] = None,
     verdict: Annotated[
-        str, typer.Option(help="answer, released, answer-text, brackets, boxed, or a pattern with a group (docs/use.md)")
+        str,
+        typer.Option(help="answer, released, answer-text, brackets, boxed, or a pattern with a group (docs/use.md)"),
     ] = "answer",
     request: Annotated[str, typer.Option(help="JSON fields of each request; null leaves one out")] = "{}",
     seed: int = 0,

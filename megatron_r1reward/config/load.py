@@ -130,8 +130,11 @@ def dump_config(config: RunConfig, path: Path) -> None:
 
 
 def _toml(value: Any) -> str:
-    assert not isinstance(value, Mapping), "sections are one level deep"
+    if isinstance(value, Mapping):  # in a list only: sections are one level deep
+        return "{" + ", ".join(f"{key} = {_toml(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, float):
         return repr(value)
-    # Strings, booleans, integers and lists of them are the same in JSON and TOML but for DEL and escaped surrogates.
+    # Strings, booleans and integers are the same in JSON and TOML but for DEL and escaped surrogates.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from megatron_r1reward.config.data_section import DataSection
 from megatron_r1reward.config.methods import SECTIONS, with_defaults
 from megatron_r1reward.config.rl_sections import (
     AlgorithmSection,
@@ -127,27 +128,6 @@ class ProfileSection(Section):
     steps: PositiveInt = 1
     ranks: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
     tool: Literal["torch", "nsys"] = "torch"  # torch: Chrome traces in <output_dir>/profile; nsys: cudaProfilerStart
-
-
-class DataSection(Section):
-    train: Path
-    select: Path | None = None  # JSON list of ids to train on, e.g. the hard set that `r1reward annotate` writes
-    image_root: Path | None = None  # relative image paths are resolved against it; None: the folder of the data
-    image_roots: tuple[Path, ...] = ()  # further folders that image paths and links may lead to
-    max_pixels: PositiveInt = 501_760  # 640 * 28 * 28, the published training setting
-    min_pixels: PositiveInt = 3_136  # 4 * 28 * 28
-    token_budget: PositiveInt = 8192  # tokens of one packed micro-batch
-    swap: Literal["random", "never", "always"] = "random"  # order of the two responses, redrawn every epoch
-    max_prompt_tokens: PositiveInt = 20_480
-
-    @model_validator(mode="after")
-    def _pixels(self) -> DataSection:
-        if self.max_pixels < self.min_pixels:
-            raise ValueError(
-                f"data.max_pixels {self.max_pixels} is below data.min_pixels {self.min_pixels}: no image has a size "
-                "between them; exchange them"
-            )
-        return self
 
 
 class OptimizerSection(Section):

@@ -71,6 +71,13 @@ def count_attempts(answers: Iterable[Label | None], label: Label, limit: int) ->
     return tuple(outcomes)
 
 
+def difficulty_of(record: AttemptRecord, label: Label) -> int:
+    """Attempts needed to say `label`, which may have been corrected since; one more than were made: none did."""
+    if not record.answers:  # rows of earlier versions
+        return record.difficulty
+    return next((place for place, answer in enumerate(record.answers, 1) if answer == label), len(record.answers) + 1)
+
+
 def select_hard(records: Iterable[AttemptRecord]) -> list[str]:
     """Ids of the preferences that needed a second attempt or were never solved: the RL set (R1-Reward, section 3).
 

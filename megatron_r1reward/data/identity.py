@@ -38,13 +38,13 @@ class ContentKeys:
     def question(self, preference: Preference) -> str:
         """What a model is asked about a preference in its stored order. The label is not part of it."""
         messages = preference_messages(preference.question, preference.responses, len(preference.image_paths))
-        return _digest([messages, self._seen(preference.image_paths)])
+        return digest_of([messages, self._seen(preference.image_paths)])
 
     def row(self, example: Preference | SftExample) -> str:
         """Everything about a row that training or judging depends on."""
         if isinstance(example, SftExample):
-            return _digest([example.messages, self._seen(example.image_paths), example.response])
-        return _digest([self.question(example), example.label])
+            return digest_of([example.messages, self._seen(example.image_paths), example.response])
+        return digest_of([self.question(example), example.label])
 
     def images(self, paths: Iterable[str]) -> tuple[str, ...]:
         """Of the files, in their order."""
@@ -94,7 +94,8 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     )
 
 
-def _digest(content: Any) -> str:
+def digest_of(content: Any) -> str:
+    """32 hexadecimal digits of a JSON value."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

@@ -78,17 +78,51 @@ def is_swapped(mode: str, *, seed: int, epoch: int | str, preference_id: str) ->
     return bool(hashlib.sha256(f"{seed}/{epoch}/{preference_id}".encode()).digest()[0] & 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataStage:
+    """Steps [`first`, `end`), counted from 0, train on `rows`, places in the preferences; `end` None: all that follow."""
+
+    first: int
+    end: int | None
+    rows: tuple[int, ...]
+
+
 class PromptLoader:
-    """Prompts for rollout batches."""
+    """Prompts for rollout batches.
+
+    Args:
+        stages: a curriculum; each passes over its own rows from its first step on. None: all rows at every step.
+    """
 
     def __init__(
-        self, preferences: Sequence[Preference], builder: PromptBuilder, section: DataSection, *, seed: int
+        self,
+        preferences: Sequence[Preference],
+        builder: PromptBuilder,
+        section: DataSection,
+        *,
+        seed: int,
+        stages: Sequence[DataStage] = (),
     ) -> None:
         self.preferences, self.builder, self.section, self.seed = preferences, builder, section, seed
-        self.sampler = EpochSampler(len(preferences), seed=seed)
+        self._stages = stages
+        self._samplers = [EpochSampler(len(stage.rows), seed=seed) for stage in stages]
+        self._sampler = EpochSampler(len(preferences), seed=seed)
 
     def batch(self, step: int, batch_size: int) -> list[Prompt]:
-        return [self.prompt(draw.index, draw.epoch) for draw in self.sampler.batch(step, batch_size)]
+        number = self._stage_at(step)
+        if number is None:
+            return [self.prompt(draw.index, draw.epoch) for draw in self._sampler.batch(step, batch_size)]
+        stage = self._stages[number]
+        draws = self._samplers[number].batch(step - stage.first, batch_size)
+        return [self.prompt(stage.rows[draw.index], f"stage{number + 1}-{draw.epoch}") for draw in draws]
+
+    def rows_at(self, step: int) -> Sequence[int]:
+        """Places of the preferences that a step may train on."""
+        number = self._stage_at(step)
+        return range(len(self.preferences)) if number is None else self._stages[number].rows
+
+    def _stage_at(self, step: int) -> int | None:
+        return next((n for n, stage in enumerate(self._stages) if stage.end is None or step < stage.end), None)
 
     def prompt(self, index: int, occurrence: int | str) -> Prompt:
         """Example `index`; in which of the two orders is drawn from the seed and `occurrence`, its epoch as a rule."""

@@ -1,8 +1,10 @@
 """Judgements of a benchmark's pairs: asked for once, kept line by line, read by whoever counts them.
 
-    {"key", "row", "order", "sample", "temperature", "text", "choice", "right", "tokens", "finish_reason"}
+    {"key", "row", "order", "sample", "temperature", "text", "choice", "right", "tokens", "finish_reason", "content",
+     "model"}
 
 `row` is the pair's place in its file; `order` "21": the responses were exchanged; `choice` speaks of the stored order.
+`content` (`ContentKeys.question`) says which row it is in any other file: `data.judgements` selects by it.
 `key` is the content of what was asked, of whom and how, so that a run that was killed asks for nothing twice. How a
 verdict is read is no part of it: the texts are there and are read again.
 """
@@ -20,6 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_r1reward.data.identity import ContentKeys
 from megatron_r1reward.files import recover_jsonl, write_jsonl
 from megatron_r1reward.judging.ask import ORDERS, Item, Judgement, Order, as_shown
 from megatron_r1reward.judging.compare import seed_of
@@ -87,6 +90,11 @@ def judge_pairs(model: RewardModel, preferences: Mapping[int, Preference], path:
     """
     requests = list(_requests(preferences, asking))
     known = _recorded(path, preferences, asking.read)
+    keys = ContentKeys()
+    said = {
+        place: {"content": keys.question(row), "model": str(asking.asked_as[0])} for place, row in preferences.items()
+    }
+    _complete(path, known, requests, said)
     todo = [request for request in requests if request.key not in known]
     failed: list[str] = []
     with path.open("a", encoding="utf-8") as sink, tqdm(desc="bench", total=len(requests), disable=None) as bar:
@@ -99,6 +107,7 @@ def judge_pairs(model: RewardModel, preferences: Mapping[int, Preference], path:
                 except (ValueError, RuntimeError) as error:
                     failed.append(f"row {request.place}, order {request.order}: {error}")
                     return
+            line |= said[request.place]
             known[request.key] = line
             sink.write(json.dumps(line, ensure_ascii=False) + "\n")
             sink.flush()
@@ -123,6 +132,20 @@ def judge_pairs(model: RewardModel, preferences: Mapping[int, Preference], path:
             else:
                 samples.setdefault(where, []).append(known[request.key])
     return Judged(greedy=greedy, samples=samples, failed=failed, asked=len(requests))
+
+
+def _complete(
+    path: Path,
+    known: Mapping[str, dict[str, Any]],
+    requests: Sequence[_Request],
+    said: Mapping[int, Mapping[str, str]],
+) -> None:
+    """Lines of earlier versions do not say what they are about."""
+    lacking = [request for request in requests if request.key in known and "content" not in known[request.key]]
+    for request in lacking:
+        known[request.key].update(said[request.place])
+    if lacking:
+        write_jsonl(path, known.values())
 
 
 def _requests(preferences: Mapping[int, Preference], asking: Asking) -> Iterator[_Request]:

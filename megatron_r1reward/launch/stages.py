@@ -16,9 +16,9 @@ from tqdm import tqdm
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.difficulty import read_records, select_hard, summary
 from megatron_r1reward.data.identity import model_identity
-from megatron_r1reward.data.importing import selection
 from megatron_r1reward.data.loader import seeded_sample
 from megatron_r1reward.data.prompt import TEMPLATE, PromptBuilder
+from megatron_r1reward.data.selection import selection
 from megatron_r1reward.data.stage_data import read_heldout, read_training_preferences, template_of
 from megatron_r1reward.evaluation.cold_start_set import ColdStartSet, ReasoningFilter, build_cold_start, card
 from megatron_r1reward.evaluation.evaluate import evaluate as evaluate_pairs

@@ -39,7 +39,12 @@ _DECIDES = (
 )
 # What updates follow from besides: a replay may change it, and says so.
 _SHAPES = ("model", "parallel", "moe", "precision", "data", "optimizer", "rl", "algorithm")
-_FREE = {"model.path", "data.train", "data.image_root", "data.select", "rl.record", "rl.replay", "rl.heldout_every"}
+_FREE = {
+    "model.path", "data.train", "data.image_root", "rl.record", "rl.replay", "rl.heldout_every",
+    # Which rows a step trains on is compared by what it comes to, see `check_data`.
+    "data.select", "data.categories", "data.difficulty", "data.accuracy", "data.curriculum", "data.attempts",
+    "data.judgements",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +169,7 @@ class Replay:
         if reasons:
             raise ValueError(
                 f"rl.replay {self._folder} is of other data or another order of them ({'; '.join(reasons)}): set "
-                "data.train, data.select, data.swap and run.seed to the recorded run's"
+                "data.train, data.select, data.curriculum, data.swap and run.seed to the recorded run's"
             )
 
     def check_steps(self, first: int, last: int) -> None:

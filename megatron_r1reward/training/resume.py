@@ -51,11 +51,14 @@ def row_contents(rows: Sequence[Preference] | Sequence[SftExample], topology: To
     return answer[0]
 
 
-def describe_data(rows: Mapping[str, str], *, seed: int, batch_size: int, order: str = "random") -> dict[str, object]:
+def describe_data(
+    rows: Mapping[str, str], *, seed: int, batch_size: int, order: str = "random", stages: object = None
+) -> dict[str, object]:
     """What decides which rows a step trains on: the rows (after the selection of hard ones) and how they are drawn.
 
     Args:
         rows: id -> `ContentKeys.row`, in the order of the data.
+        stages: of a curriculum, `SelectedRows.description`.
     """
     return {
         "rows": len(rows),
@@ -64,6 +67,7 @@ def describe_data(rows: Mapping[str, str], *, seed: int, batch_size: int, order:
         "seed": seed,
         "batch_size": batch_size,
         "response_order": order,
+        "stages": stages,
     }
 
 
@@ -126,6 +130,7 @@ def _trained(state: TrainState) -> Trained:
 def _check_data(state: TrainState, saved: dict[str, Any], folder: Path) -> None:
     """Everything random is drawn from (seed, step): the cursor is the step, as long as the data are the same."""
     now = json.loads(json.dumps(state.data))
+    saved = {"stages": None, **saved}  # earlier versions knew none
     unknown = sorted(now.keys() - saved.keys())
     if unknown:
         log.warning(
@@ -148,6 +153,7 @@ def _check_data(state: TrainState, saved: dict[str, Any], folder: Path) -> None:
 _MEANING = {
     "ids": "the ids of the rows",
     "content": "what the rows say (texts, labels, images)",
+    "stages": "data.curriculum, or the rows of its stages,",
 }
 
 

@@ -25,10 +25,9 @@ import torch
 from megatron_r1reward.config.methods import describe
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.curriculum import Curriculum
-from megatron_r1reward.data.identity import ContentKeys
-from megatron_r1reward.data.importing import keep_selected
 from megatron_r1reward.data.loader import PromptLoader
 from megatron_r1reward.data.prompt import PromptBuilder
+from megatron_r1reward.data.selection import SelectedRows, select_rows
 from megatron_r1reward.data.stage_data import read_training_preferences, template_of
 from megatron_r1reward.monitor.sinks import Monitor, build_monitor
 from megatron_r1reward.monitor.timeline import Timeline
@@ -51,7 +50,7 @@ from megatron_r1reward.training.rollout_batch import Shards, add_advantages, add
 from megatron_r1reward.training.state import TrainState, build_state
 from megatron_r1reward.training.step_sampler import StepSampler
 from megatron_r1reward.training.trained_policy import rl_policy
-from megatron_r1reward.types import Preference, ScoredRollout
+from megatron_r1reward.types import ScoredRollout
 
 log = logging.getLogger(__name__)
 Probe = Callable[[], float]
@@ -168,7 +167,7 @@ def run(config: RunConfig, topology: Topology, services: Services | None) -> Pat
         torch.set_num_threads(config.run.num_threads)
     output = config.run.output_dir
     replay = None if config.rl.replay is None else Replay(config)
-    preferences, description = _data(config, topology, replay)
+    selected, description = _data(config, topology, replay)
     control = RunControl(output, topology, total_steps=config.rl.steps)
     control.loading()
     if topology.is_main:
@@ -182,7 +181,7 @@ def run(config: RunConfig, topology: Topology, services: Services | None) -> Pat
         replay.check_steps(state.step + 1, config.rl.steps)
     while True:
         try:
-            finished = _train(state, control, services, replay or preferences, resumed=resumed)
+            finished = _train(state, control, services, replay or selected, resumed=resumed)
             break
         except RollBackError as alarm:
             roll_back(state, alarm)
@@ -196,7 +195,7 @@ def _train(
     state: TrainState,
     control: RunControl,
     services: Services | None,
-    source: Replay | Sequence[Preference],
+    source: Replay | SelectedRows | None,
     *,
     resumed: bool,
 ) -> bool:
@@ -268,32 +267,54 @@ def _stage(state: TrainState, main: MainRank | None) -> Stage:
     )
 
 
-def _data(config: RunConfig, topology: Topology, replay: Replay | None) -> tuple[Sequence[Preference], dict[str, Any]]:
-    """The preferences to train on, and what describes them. A replay gets along without: then none, and the record's.
+def _data(config: RunConfig, topology: Topology, replay: Replay | None) -> tuple[SelectedRows | None, dict[str, Any]]:
+    """The rows to train on, on the main rank, and on all what describes them; collective. A replay gets along without:
+    then none, and the record's description.
 
     Raises:
         ValueError: there is no usable row, or the record is of other data.
     """
+    message: tuple[dict[str, Any], Exception | None] = ({}, None)
+    selected = None
+    if topology.is_main:  # alone: hundreds of thousands of rows on every rank of a node would fill its memory
+        try:
+            selected, description = _read(config, replay)
+            message = (description, None)
+        except ValueError as error:
+            message = ({}, error)
+    description, error = topology.from_main(message)
+    if error is not None:
+        raise error
+    return selected, description
+
+
+def _read(config: RunConfig, replay: Replay | None) -> tuple[SelectedRows | None, dict[str, Any]]:
     if replay is not None and not config.data.train.exists():
         log.info("data.train %s is not here: trained is on what %s recorded", config.data.train, replay.origin.run)
-        return (), replay.origin.data
+        return None, replay.origin.data
     data = read_training_preferences(config, "rl")
-    preferences = keep_selected(data.preferences, config.data.select, set_aside=data.set_aside)
-    log.info("%d of %d preferences are trained on", len(preferences), len(data.preferences))
+    selected = select_rows(
+        data.preferences,
+        config.data,
+        batch_size=config.rl.rollout_batch_size,
+        steps=config.rl.steps,
+        set_aside=data.set_aside,
+    )
     description = resume.describe_data(
-        resume.row_contents(preferences, topology),
+        selected.contents,
         seed=config.run.seed,
         batch_size=config.rl.rollout_batch_size,
         order=config.data.swap,
+        stages=selected.description,
     )
     if replay is not None:
         replay.check_data(description)
-    return preferences, description
+    return selected, description
 
 
 @contextmanager
 def _main_rank(
-    state: TrainState, services: Services | None, source: Replay | Sequence[Preference], *, resumed_step: int | None
+    state: TrainState, services: Services | None, source: Replay | SelectedRows | None, *, resumed_step: int | None
 ) -> Iterator[MainRank]:
     config, output = state.config, state.config.run.output_dir
     with ExitStack() as stack:
@@ -307,6 +328,7 @@ def _main_rank(
             yield MainRank(services=None, producer=source, monitor=monitor, timeline=timeline)
             return
         assert services is not None
+        assert source is not None  # only other ranks, and replays, have no rows
         producer = _producer(state, services, source, timeline)
         stack.callback(producer.close)
         recorder = None
@@ -315,16 +337,12 @@ def _main_rank(
         yield MainRank(services=services, producer=producer, recorder=recorder, monitor=monitor, timeline=timeline)
 
 
-def _producer(
-    state: TrainState, services: Services, preferences: Sequence[Preference], timeline: Timeline
-) -> RolloutProducer:
+def _producer(state: TrainState, services: Services, selected: SelectedRows, timeline: Timeline) -> RolloutProducer:
     config = state.config
     builder = PromptBuilder(state.tokenizer, config.data.max_prompt_tokens, template=template_of(config.model.path))
-    loader = PromptLoader(preferences, builder, config.data, seed=config.run.seed)
+    loader = PromptLoader(selected.preferences, builder, config.data, seed=config.run.seed, stages=selected.stages)
     learned = json.loads(state.producer["accuracies"]) if state.producer else {}
-    keys = ContentKeys()
-    contents = {row.id: keys.row(row) for row in preferences} if config.rl.dynamic_sampling_rounds else None
-    curriculum = Curriculum(loader, learned, contents=contents)
+    curriculum = Curriculum(loader, learned, contents=selected.contents)
     sampler = StepSampler(services.pool, services.scorer, loader, config, curriculum=curriculum, timeline=timeline)
     return RolloutProducer(sampler, config.asynchrony, steps=config.rl.steps, state=state.producer)
 

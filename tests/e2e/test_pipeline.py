@@ -225,6 +225,8 @@ def rl_command(finished: Path, server: VllmServer, output: Path, *, rollout_url:
         "model.path": finished / "sft" / "hf",
         "data.train": finished / "data" / "pool.jsonl",
         "data.select": finished / "annotate" / "hard.json",
+        "data.attempts": finished / "annotate" / "attempts.jsonl",
+        "data.curriculum": "[{until_step = 4, difficulty = [2, 9]}, {}]",  # a resume is in the middle of a stage
         "rollout.urls": json.dumps([rollout_url or server.url]),
         "judge.urls": json.dumps([server.url]),
         "judge.retries": 0,

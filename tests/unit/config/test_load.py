@@ -100,7 +100,12 @@ def test_missing_file_and_bad_toml(tmp_path):
 
 
 def test_the_resolved_file_reads_back_equal(run_file, tmp_path):
-    config = load_config(run_file, ["optimizer.lr=3e-7", 'judge.urls=["http://a:1"]', 'judge.model=it\'s \\"quoted\\"'])
+    curriculum = "data.curriculum=[{until_step = 4, categories = ['a \"b\"']}, {accuracy = [0.1, 1.0]}]"
+    config = load_config(
+        run_file,
+        ["optimizer.lr=3e-7", 'judge.urls=["http://a:1"]', 'judge.model=it\'s \\"quoted\\"', curriculum,
+         "data.judgements=judged.jsonl"],
+    )  # fmt: skip
     dump_config(config, tmp_path / "resolved.toml")
     assert load_config(tmp_path / "resolved.toml") == config
 

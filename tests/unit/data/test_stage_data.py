@@ -11,10 +11,10 @@ from PIL import Image
 
 from megatron_r1reward.config.load import load_config
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.data.importing import keep_selected
 from megatron_r1reward.data.packing import expand_images
 from megatron_r1reward.data.pixels import ImageProcessor
 from megatron_r1reward.data.prompt import PromptBuilder
+from megatron_r1reward.data.selection import keep_selected
 from megatron_r1reward.data.stage_data import RowLimits, image_folders, read_stage, read_training_preferences
 from megatron_r1reward.servers.build import common_folder
 

@@ -42,6 +42,7 @@ def test_the_same_rows_are_silent(caplog: pytest.LogCaptureFixture) -> None:
         (saved({"a": "content of a", "b": "edited"}), r"\(what the rows say \(texts, labels, images\) changed\)"),
         (saved({"b": "content of b", "a": "content of a"}), "the ids of the rows changed"),
         (saved(ROWS, seed=1), "seed: 1 then, 0 now"),
+        (saved(ROWS, stages=[[2, 1, "a"], [None, 2, "b"]]), "data.curriculum, or the rows of its stages, changed"),
     ],
 )
 def test_other_rows_under_the_same_ids_are_other_data(then: dict[str, Any], message: str) -> None:
@@ -60,7 +61,7 @@ def test_going_on_with_new_rows_says_so_and_drops_what_was_sampled_from_the_old_
 
 
 def test_a_checkpoint_of_the_last_version_resumes_and_the_unknown_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    old = {key: value for key, value in saved(ROWS).items() if key != "content"}
+    old = {key: value for key, value in saved(ROWS).items() if key not in ("content", "stages")}
     with caplog.at_level(logging.WARNING):
         check(state_with(ROWS), old)
     assert "does not say what it was trained with: what the rows say (texts, labels, images)" in caplog.text

@@ -16,7 +16,7 @@ from waiting import wait_until
 
 from megatron_r1reward.config.schema import DataSection, JudgeSection, RewardSection, RunConfig
 from megatron_r1reward.data.curriculum import Curriculum
-from megatron_r1reward.data.loader import PromptLoader
+from megatron_r1reward.data.loader import DataStage, PromptLoader
 from megatron_r1reward.monitor.timeline import Timeline
 from megatron_r1reward.reward.consistency import ConsistencyJudge
 from megatron_r1reward.reward.score import RewardScorer, count
@@ -90,6 +90,7 @@ def sampler_of(
     rounds: int = 3,
     learned: Any = None,
     scorer: Any = None,
+    stages: Sequence[DataStage] = (),
 ) -> StepSampler:
     config = RunConfig.model_validate(
         {
@@ -101,7 +102,7 @@ def sampler_of(
     rows = [
         Preference(id=f"p{i}", question="", responses=("", ""), label=1, image_paths=()) for i in range(preferences)
     ]
-    loader = PromptLoader(rows, Builder(), DataSection(train=tmp_path), seed=0)  # type: ignore[arg-type]
+    loader = PromptLoader(rows, Builder(), DataSection(train=tmp_path), seed=0, stages=stages)  # type: ignore[arg-type]
     curriculum = Curriculum(loader, learned)
     return StepSampler(pool, scorer or Scorer(), loader, config, curriculum=curriculum, timeline=Timeline(None))
 
@@ -150,6 +151,17 @@ def test_the_end_of_the_data_ends_the_rounds(tmp_path: Path) -> None:
     batch = sampler_of(pool, tmp_path, preferences=6, rounds=10).generate(0)
     assert [len(prompts) for prompts in pool.asked] == [4, 2]
     assert (batch.rounds, batch.uninformative, len(batch.rollouts)) == (1, 4, 4 * SAMPLES)
+
+
+def test_replacements_are_of_the_same_stage_of_the_curriculum(tmp_path: Path) -> None:
+    stages = [DataStage(first=0, end=2, rows=(1, 3, 5, 7, 9, 11)), DataStage(first=2, end=None, rows=tuple(range(6)))]
+    pool = Pool({})
+    sampler = sampler_of(pool, tmp_path, rounds=10, stages=stages)
+    sampler.generate(1)
+    assert {name for names in asked(pool) for name in names} == {f"p{i}" for i in stages[0].rows}
+    pool.asked.clear()
+    sampler.generate(2)
+    assert {name for names in asked(pool) for name in names} == {f"p{i}" for i in stages[1].rows}
 
 
 def test_a_failed_prompt_is_replaced_and_a_failed_replacement_is_not(tmp_path: Path) -> None:
