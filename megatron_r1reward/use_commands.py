@@ -163,7 +163,7 @@ def bench(
     ] = None,
     verdict: Annotated[
         str,
-        typer.Option(help="answer, released, answer-text, brackets, boxed, or a pattern with a group (docs/use.md)"),
+        typer.Option(help="answer, released, answer-text, brackets, boxed, a pattern with a group (docs/use.md)"),
     ] = "answer",
     request: Annotated[str, typer.Option(help="JSON fields of each request; null leaves one out")] = "{}",
     seed: int = 0,

@@ -94,8 +94,8 @@ class DataSection(Selection):
             elif stage.until_step is not None:
                 if stage.until_step <= last:
                     raise ValueError(
-                        f"data.curriculum stage {number} ends at step {stage.until_step}, and the one before at {last}: "
-                        "let until_step increase"
+                        f"data.curriculum stage {number} ends at step {stage.until_step}, and the one before at "
+                        f"{last}: let until_step increase"
                     )
                 last = stage.until_step
         return self

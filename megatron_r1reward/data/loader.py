@@ -80,7 +80,7 @@ def is_swapped(mode: str, *, seed: int, epoch: int | str, preference_id: str) ->
 
 @dataclass(frozen=True, kw_only=True)
 class DataStage:
-    """Steps [`first`, `end`), counted from 0, train on `rows`, places in the preferences; `end` None: all that follow."""
+    """Steps [`first`, `end`), counted from 0, train on `rows`, places in the preferences; `end` None: to the last."""
 
     first: int
     end: int | None

@@ -88,9 +88,7 @@ def _end(criteria: CurriculumStage, first: int, rows: int, batch_size: int, name
     if criteria.epochs is not None:
         return first + math.ceil(criteria.epochs * rows / batch_size)
     if criteria.until_step is not None and criteria.until_step <= first:
-        raise ValueError(
-            f"{name}: until_step {criteria.until_step} is over when the stages before end, at step {first}"
-        )
+        raise ValueError(f"{name}: until_step {criteria.until_step} is past: the stages before end at step {first}")
     return criteria.until_step
 
 

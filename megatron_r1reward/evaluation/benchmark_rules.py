@@ -10,7 +10,7 @@ chosen), False, or None (no verdict in the text).
 | benchmark | groups | without a verdict |
 |---|---|---|
 | VL-RewardBench (Li et al., arXiv 2411.17451) | by the id's source | not counted |
-| Multimodal RewardBench (Yasunaga et al., arXiv 2502.14191) | category, two of them split by id | a seeded coin chooses |
+| Multimodal RewardBench (Yasunaga et al., arXiv 2502.14191) | category, two split by id | a seeded coin chooses |
 | pairs: any other file | by its `category` | wrong |
 | MM-RLHF-RewardBench (Zhang et al., arXiv 2502.10391) | by the picture's path | wrong |
 """

@@ -154,7 +154,7 @@ def test_what_holds_nothing_or_is_never_reached_is_said(
     refused("data.curriculum stage 1: none of its rows is among those that the rest of", categories=["read"],
             curriculum=[{"until_step": 3, "categories": ["count"]}, {}])  # fmt: skip
     refused("data.categories: no row has 'cuont'; there are colour, count, read", categories=["cuont"])
-    refused("data.curriculum stage 2: until_step 3 is over when the stages before end, at step 6",
+    refused("data.curriculum stage 2: until_step 3 is past: the stages before end at step 6",
             curriculum=[{"epochs": 2}, {"until_step": 3}, {}])  # fmt: skip
     gone = attempts.with_name("gone.jsonl")
     refused("data.attempts .*gone.jsonl cannot be read: No such file", attempts=gone, difficulty=[1, 1])

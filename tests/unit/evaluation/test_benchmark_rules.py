@@ -100,7 +100,7 @@ def test_an_answer_without_a_verdict_counts_as_each_benchmark_says() -> None:
 
 
 def multimodal_rewardbench_script(answers: list[dict]) -> dict[str, tuple[int, int]]:
-    """The rule of that benchmark's scripts/2_get_accuracy.py, in our words: one line per answer, in the file's order."""
+    """The rule of that benchmark's scripts/2_get_accuracy.py, in our words: one line per answer, in order."""
     random.seed(123)  # the script uses the module's own generator
     right: dict[str, list[bool]] = {}
     for answer in answers:
