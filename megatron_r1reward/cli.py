@@ -258,6 +258,7 @@ def data_import(
     seed: Annotated[int, typer.Option(help="of the drawn order")] = 0,
     processes: Annotated[int | None, typer.Option(help="that read and decode; default: a core each, 8 at most")] = None,
     remove_duplicates: Annotated[bool, typer.Option(help="set aside pairs that occur again")] = False,
+    remove_near_duplicates: Annotated[bool, typer.Option(help="set aside pairs one word from an earlier one")] = False,
     remove_overlap_with: Annotated[
         list[str] | None, typer.Option(help="a benchmark; rows with a question of its are set aside; repeatable")
     ] = None,
@@ -279,6 +280,7 @@ def data_import(
             seed=seed,
             processes=processes or min(8, len(os.sched_getaffinity(0))),
             remove_duplicates=remove_duplicates,
+            remove_near_duplicates=remove_near_duplicates,
             remove_overlap_with=remove_overlap_with or (),
         )
         typer.echo(f"{out}: {result.rows} usable rows, {result.quarantined} quarantined")

@@ -23,13 +23,14 @@ from typing import Any
 import xxhash
 
 from megatron_r1reward.data.image_files import Examined, MediaResolver, examine_images
-from megatron_r1reward.data.near_duplicates import Pictures, pair_key, question_key
+from megatron_r1reward.data.near_duplicates import Pictures, near_keys, pair_key, question_key, short_key
 from megatron_r1reward.data.preference import RowSource, ZeroLabelError, parse_preference, row_identifier
 from megatron_r1reward.data.rows import RawRow, RowError, RowOrigin
 from megatron_r1reward.data.schemas import SCHEMAS
 from megatron_r1reward.files import write_jsonl
 from megatron_r1reward.types import Preference
 
+_FORMAT = 2  # of the parts; those of another version are read again
 BATCH_ROWS = 256  # embedded images of a few hundred KB make 100 MB of it
 
 
@@ -54,7 +55,7 @@ class Reading:
 class PartRow:
     """A row that was read: a preference, or the reason why there is none.
 
-    `question` and `pair` are the keys of `near_duplicates`, `pictures` its thumbnails.
+    `question`, `pair` (64 bits of it) and `near` are the keys of `near_duplicates`, `pictures` its thumbnails.
     """
 
     origin: RowOrigin
@@ -62,7 +63,8 @@ class PartRow:
     reason: str
     zero_label: bool
     question: bytes = b""
-    pair: bytes = b""
+    pair: int = 0
+    near: tuple[int, ...] = ()
     pictures: Pictures = ()
 
 
@@ -116,7 +118,7 @@ def _examined(row: BatchRow, preference: Preference, examined: Mapping[str, Exam
 def read_parts(rows: Iterable[RawRow], folder: Path, reading: Reading, *, processes: int) -> Iterator[PartRow]:
     """The rows in their order, once all parts are there; at most two batches per process are in memory at a time."""
     folder.mkdir(parents=True, exist_ok=True)
-    said = json.dumps(asdict(reading), default=str).encode()
+    said = json.dumps([_FORMAT, asdict(reading)], default=str).encode()
     there = {path.name for path in folder.iterdir()}
     batches = _batches(rows)
     first = list(itertools.islice(batches, 2))
@@ -194,7 +196,8 @@ def _read_part(payload: bytes, reading: Reading, path: Path) -> None:
                 "reason": row.reason,
                 "zero_label": row.zero_label,
                 "question": "" if preference is None else question_key(preference).hex(),
-                "pair": "" if preference is None else pair_key(preference).hex(),
+                "pair": 0 if preference is None else int.from_bytes(pair_key(preference)[:8], "little"),
+                "near": () if preference is None else near_keys(preference),
                 "pictures": [picture.hex() for picture in row.pictures],
             }
         )
@@ -214,7 +217,8 @@ def _part_row(line: str) -> PartRow:
         reason=fields["reason"],
         zero_label=fields["zero_label"],
         question=bytes.fromhex(fields["question"]),
-        pair=bytes.fromhex(fields["pair"]),
+        pair=fields["pair"],
+        near=tuple(fields["near"]),
         pictures=tuple(map(bytes.fromhex, fields["pictures"])),
     )
 
@@ -224,6 +228,11 @@ def preference_of(fields: Mapping[str, Any]) -> Preference:
     return Preference(
         **{**fields, "responses": tuple(fields["responses"]), "image_paths": tuple(fields["image_paths"])}
     )
+
+
+def content_key(preference: Preference) -> int:
+    """64 bits of all that a row says but its id."""
+    return short_key(json.dumps(vars(replace(preference, id="")), sort_keys=True, ensure_ascii=True))
 
 
 def _from_one(convert: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Callable[..., Mapping[str, Any]]:

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from megatron_r1reward.data.image_files import examine_images
-from megatron_r1reward.data.import_parts import PartRow, Reading, preference_of, read_parts
+from megatron_r1reward.data.import_parts import PartRow, Reading, read_parts
 from megatron_r1reward.data.near_duplicates import Seen, pictures_of, question_key
 from megatron_r1reward.data.preference import check_labels, check_zero_labels, label_of
 from megatron_r1reward.data.prompt import preference_messages
-from megatron_r1reward.data.rows import RawRow, RowError, fixed_folder, hub_rows, is_hub_id, iterate_rows
+from megatron_r1reward.data.repeats import MergedRows, Repeats, find_repeats
+from megatron_r1reward.data.rows import RawRow, RowOrigin, fixed_folder, hub_rows, is_hub_id, iterate_rows
 from megatron_r1reward.data.schemas import SCHEMAS, Schema, counts_from_zero, detect, nearest
 from megatron_r1reward.files import atomic_path, write_text
-from megatron_r1reward.types import Label, Preference
+from megatron_r1reward.types import Preference
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class ImportResult:
     rows: int
     quarantined: int
     quarantine_path: Path | None  # None when every row was usable
+    near_duplicates: int  # rows that differ by one word from another
 
     @property
     def preferences(self) -> tuple[Preference, ...]:
@@ -76,11 +78,13 @@ def import_preferences(
     seed: int = 0,
     processes: int = 1,
     remove_duplicates: bool = False,
+    remove_near_duplicates: bool = False,
     remove_overlap_with: Sequence[str] = (),
 ) -> ImportResult:
     """Write `preferences.jsonl`, `media/` (images that were embedded), `quarantine.jsonl` and `import.json` into `out`.
 
-    Streamed: of a row that was read only hashes stay in memory. A killed import goes on with what it has read.
+    Streamed: of a row that was read only hashes stay in memory, about 150 bytes. A killed import goes on with what it
+    has read.
 
     Args:
         source: what `iterate_rows` takes, or the id of a data set on the Hub.
@@ -90,6 +94,7 @@ def import_preferences(
             "auto" draws where the source names its responses by their quality or has one label only.
         processes: that convert, check and decode.
         remove_duplicates: set aside pairs that occur again, the responses in any order, see `near_duplicates`.
+        remove_near_duplicates: likewise pairs that differ by one word from an earlier one.
         remove_overlap_with: benchmarks, or other sources; rows with a question of theirs about the same pictures are
             set aside.
 
@@ -97,7 +102,7 @@ def import_preferences(
         ValueError: `source` cannot be read, is of no known schema, or holds no usable row.
     """
     out.mkdir(parents=True, exist_ok=True)
-    path = Path(source)
+    path, parts = Path(source), out / ".parts"
 
     def rows() -> Iterator[RawRow]:
         return hub_rows(str(source), split) if is_hub_id(str(source)) else iterate_rows(path)
@@ -110,140 +115,119 @@ def import_preferences(
         roots=(root, *image_roots),
         media_dir=out / "media",
     )
-    merge = _Merge(ids_repeat=reading.convert is not None, remove_duplicates=remove_duplicates)
-    merge.overlap.update({other: _asked_in(other) for other in remove_overlap_with})
-    parts, quarantine = out / ".parts", out / "quarantine.jsonl"
+    overlap = {other: _asked_in(other) for other in remove_overlap_with}
+    draw = order == "drawn" or (None if order == "auto" and not chosen.better_first else order == "auto")
     parts.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parts) as scratch:
-        merged = Path(scratch) / "merged.jsonl"
-        merge.run(read_parts(rows(), parts, reading, processes=processes), merged, quarantine)
-        merge.check(path, quarantine)
-        draw = order == "drawn" or (order == "auto" and (chosen.better_first or len(merge.labels) == 1))
-        wanted = np.random.default_rng(seed).permutation(merge.rows) % 2 + 1 if draw else None
-        written = _write_rows(merged, out / "preferences.jsonl", wanted)
-    if not draw:
-        check_labels(path, merge.labels, text_only=merge.text_only)
-    account = {
-        "source": str(source),
-        "schema": chosen.name,
-        "order": f"drawn, seed {seed}" if draw else "as stored",
-        "rows": merge.rows,
-        **written,
-        "text_only": merge.text_only,
-        "quarantined": merge.refused,
-        "duplicates": merge.duplicates,
-        "overlap": merge.overlapping,
-    }
+    with tempfile.TemporaryDirectory(dir=parts) as scratch, closing(MergedRows(Path(scratch))) as merged:
+        counts = _merge(read_parts(rows(), parts, reading, processes=processes), merged, overlap)
+        repeats = find_repeats(
+            merged,
+            ids_repeat=reading.convert is not None,
+            remove_duplicates=remove_duplicates,
+            remove_near_duplicates=remove_near_duplicates,
+        )
+        account = _write_set(out, path, merged, repeats, counts, draw=draw, seed=seed)
+    account = {"source": str(source), "schema": chosen.name, **account}
     write_text(out / "import.json", json.dumps(account, indent=2) + "\n")
     shutil.rmtree(parts)
     return ImportResult(
         path=out / "preferences.jsonl",
-        rows=merge.rows,
-        quarantined=merge.refused,
-        quarantine_path=quarantine if merge.refused else None,
+        rows=account["rows"],
+        quarantined=account["quarantined"],
+        quarantine_path=out / "quarantine.jsonl" if account["quarantined"] else None,
+        near_duplicates=account["near_duplicates"],
     )
 
 
-class _Merge:
-    """The rows of all parts in turn: ids made distinct, repeats and overlap found, refused rows set aside."""
+@dataclass(kw_only=True)
+class _Counts:
+    """Of what was read: answers of 0, refused rows, and rows that a benchmark asks, by its name."""
 
-    def __init__(self, *, ids_repeat: bool, remove_duplicates: bool) -> None:
-        self.ids_repeat, self.remove_duplicates = ids_repeat, remove_duplicates
-        self.overlap: dict[str, Seen] = {}  # source -> what it asks about which pictures
-        self.rows = self.refused = self.zero_labels = self.text_only = self.duplicates = 0
-        self.first_reason = ""
-        self.labels: Counter[Label] = Counter()
-        self.overlapping: Counter[str] = Counter()
-        self._ids: dict[str, tuple[int, bytes]] = {}  # id -> line, hash of all that the row says
-        self._pairs = Seen()
+    zero_labels: int = 0
+    refused: int = 0
+    overlap: Counter[str] = field(default_factory=Counter)
 
-    def run(self, rows: Iterable[PartRow], merged: Path, quarantine: Path) -> None:
-        """Write what can be used to `merged`, and the rest to `quarantine`."""
-        with (
-            merged.open("w", encoding="utf-8") as sink,
-            atomic_path(quarantine) as temporary,
-            temporary.open("w", encoding="utf-8", errors="backslashreplace") as aside,
-        ):
-            for row in rows:
-                self._add(row, sink, aside)
-        if not self.refused:
-            quarantine.unlink()
 
-    def _add(self, row: PartRow, sink: IO[str], aside: IO[str]) -> None:
-        preference, reason = row.preference, row.reason
-        self.zero_labels += row.zero_label
+def _merge(parts: Iterable[PartRow], merged: MergedRows, overlap: Mapping[str, Seen]) -> _Counts:
+    """Collect the rows of all parts, without what benchmarks ask."""
+    counts = _Counts()
+    for row in parts:
+        counts.zero_labels += row.zero_label
+        reason = row.reason
+        if row.preference is not None:
+            name = next((name for name, asked in overlap.items() if asked.holds(row.question, row.pictures)), None)
+            if name is None:
+                merged.add(row, row.preference)
+                continue
+            counts.overlap[name] += 1
+            reason = f"the same question about images that look the same is in {name}"
+        counts.refused += 1
+        merged.refuse(row.origin, reason)
+    merged.close()
+    return counts
+
+
+def _placed(rows: MergedRows, repeats: Repeats) -> Iterator[tuple[RowOrigin, Preference | None, str]]:
+    """The rows in order under their own ids; what says the same as an earlier one is refused where that is wanted."""
+    place = -1
+    for origin, preference, reason in rows.all():
         if preference is not None:
-            try:
-                preference = self._wanted(row, preference)
-            except RowError as error:
-                preference, reason = None, str(error)
-        if preference is None:
-            self.refused += 1
-            self.first_reason = self.first_reason or reason
-            origin = row.origin
-            line = {"source": origin.source, "line": origin.line, "reason": reason, "row": origin.excerpt}
-            aside.write(json.dumps(line, ensure_ascii=False) + "\n")
-            return
-        self.rows += 1
-        self.labels[preference.label] += 1
-        self.text_only += not preference.image_paths
-        sink.write(json.dumps(vars(preference), ensure_ascii=False) + "\n")
-
-    def check(self, source: Path, quarantine: Path) -> None:
-        """ValueError where the labels count from 0, or no row is left."""
-        check_zero_labels(source, self.zero_labels, self.labels[2] > 0)
-        if not self.rows:
-            reason = f"the first of {self.refused} reasons: {self.first_reason}" if self.refused else "it is empty"
-            raise ValueError(f"{source}: no usable row ({reason})")
-        if self.refused:
-            log.warning("%s: %d rows are set aside, see %s", source, self.refused, quarantine)
-
-    def _wanted(self, row: PartRow, preference: Preference) -> Preference:
-        """A sound row under an id of its own; repeats and overlap are counted.
-
-        Raises:
-            RowError: why it is not wanted.
-        """
-        for name, asked in self.overlap.items():
-            if asked.holds(row.question, row.pictures):
-                self.overlapping[name] += 1
-                raise RowError(f"the same question about images that look the same is in {name}")
-        named = self._named(row, preference)
-        if self._pairs.holds(row.pair, row.pictures):
-            self.duplicates += 1
-            if self.remove_duplicates:
-                raise RowError("question, images and responses, in some order, are those of an earlier row")
-        else:
-            self._pairs.add(row.pair, row.pictures)
-        return named
-
-    def _named(self, row: PartRow, preference: Preference) -> Preference:
-        """`preference` under an id of its own, where its schema may repeat ids and it says something else.
-
-        Raises:
-            RowError: it repeats a row, or an id that must be its own.
-        """
-        number, name = 1, preference.id
-        content = json.dumps(vars(replace(preference, id="")), sort_keys=True, ensure_ascii=True)
-        digest = hashlib.blake2b(content.encode(), digest_size=16).digest()
-        while name in self._ids:
-            line, other = self._ids[name]
-            if not self.ids_repeat:
-                raise RowError(f"duplicate id {preference.id!r}, first used in line {line}")
-            if other == digest:
-                raise RowError(f"the same as line {line}, id {name!r}")
-            number += 1
-            name = f"{preference.id}#{number}"
-        self._ids[name] = (row.origin.line, digest)
-        return replace(preference, id=name)
+            place += 1
+            reason = repeats.refused.get(place, "")
+            preference = None if reason else replace(preference, id=repeats.names.get(place, preference.id))
+        yield origin, preference, reason
 
 
-def _write_rows(merged: Path, path: Path, wanted: np.ndarray | None) -> dict[str, Any]:
+def _write_set(
+    out: Path, source: Path, merged: MergedRows, repeats: Repeats, counts: _Counts, *, draw: bool | None, seed: int
+) -> dict[str, Any]:
+    """Quarantine and preferences; the account of them. `draw` None: where all labels are the same."""
+    number, labels, text_only = repeats.kept(merged)
+    refused = counts.refused + len(repeats.refused)
+    reason = _set_aside(_placed(merged, repeats), out / "quarantine.jsonl")
+    check_zero_labels(source, counts.zero_labels, labels[2] > 0)
+    if not number:
+        said = f"the first of {refused} reasons: {reason}" if refused else "it is empty"
+        raise ValueError(f"{source}: no usable row ({said})")
+    if refused:
+        log.warning("%s: %d rows are set aside, see %s", source, refused, out / "quarantine.jsonl")
+    drawn = len(labels) == 1 if draw is None else draw
+    wanted = np.random.default_rng(seed).permutation(number) % 2 + 1 if drawn else None
+    kept = (preference for _, preference, _ in _placed(merged, repeats) if preference is not None)
+    written = _write_rows(kept, out / "preferences.jsonl", wanted)
+    if not drawn:
+        check_labels(source, labels, text_only=text_only)
+    return {
+        "order": f"drawn, seed {seed}" if drawn else "as stored",
+        "rows": number,
+        **written,
+        "text_only": text_only,
+        "quarantined": refused,
+        "duplicates": len(repeats.duplicates),
+        "near_duplicates": len(repeats.near_duplicates),
+        "overlap": counts.overlap,
+    }
+
+
+def _set_aside(rows: Iterable[tuple[RowOrigin, Preference | None, str]], path: Path) -> str:
+    """Write the refused ones to `path`; without any there is no file. Returns the first reason."""
+    first: str | None = None
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as sink:
+        for origin, preference, reason in rows:
+            if preference is None:
+                first = reason if first is None else first
+                line = {"source": origin.source, "line": origin.line, "reason": reason, "row": origin.excerpt}
+                sink.write(json.dumps(line, ensure_ascii=False) + "\n")
+    if first is None:
+        path.unlink()
+    return first or ""
+
+
+def _write_rows(preferences: Iterable[Preference], path: Path, wanted: np.ndarray | None) -> dict[str, Any]:
     """Our rows, with the label `wanted` for each; their labels, and how many changed places for that."""
     labels, exchanged = {"1": 0, "2": 0}, 0
-    with merged.open(encoding="utf-8") as lines, atomic_path(path) as temporary, temporary.open("w") as sink:
-        for place, line in enumerate(lines):
-            row = preference_of(json.loads(line))
+    with atomic_path(path) as temporary, temporary.open("w") as sink:
+        for place, row in enumerate(preferences):
             change = wanted is not None and row.label != int(wanted[place])
             if change:
                 row = replace(row, responses=row.responses[::-1], label=2 if row.label == 1 else 1)

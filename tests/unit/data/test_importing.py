@@ -342,6 +342,42 @@ def test_repeats_are_counted_and_removed_with_what_a_benchmark_asks(folder: Path
     assert str(benchmark) in refused[1]["reason"]
 
 
+def test_near_repeats_are_counted_and_removed(folder: Path) -> None:
+    (folder / "b.png").write_bytes(png("blue"))
+    long = "The red car on the left stands beside an old tree"
+    rows = [
+        {"id": 1, "prompt": "Which?", "chosen": long, "rejected": "no", "image": "a.png"},
+        {"id": 2, "prompt": "Which?", "chosen": "No.", "rejected": long.replace("red", "blue"), "image": "a.png"},
+        {"id": 3, "prompt": "Which?", "chosen": long.replace("red", "green"), "rejected": "no", "image": "b.png"},
+        {"id": 4, "prompt": "Which?", "chosen": long.replace("tree", "old tree"), "rejected": "no", "image": "a.png"},
+        {"id": 5, "prompt": "Which?", "chosen": long, "rejected": "NO", "image": "a.png"},  # a repeat
+    ]
+    source = write(folder, rows, "jsonl")
+    result = import_preferences(source, folder / "counted")
+    account = json.loads((folder / "counted" / "import.json").read_text())
+    assert (result.rows, account["duplicates"], account["near_duplicates"]) == (5, 1, 2)
+    command = ["data", "import", str(source), "--out", str(folder / "out"), "--remove-near-duplicates"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    kept = [json.loads(line)["id"] for line in (folder / "out" / "preferences.jsonl").read_text().splitlines()]
+    assert kept == ["1", "3", "5"]
+    refused = [json.loads(line) for line in (folder / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert [(row["line"], row["reason"]) for row in refused] == [
+        (2, "it differs by one word from line 1, id '1'"), (4, "it differs by one word from line 1, id '1'")
+    ]  # fmt: skip
+
+
+def test_repeated_ids_get_names_that_nobody_else_has(folder: Path) -> None:
+    rows = [
+        {"id": name, "prompt": f"Which {number}?", "chosen": "a", "rejected": "b"}
+        for number, name in enumerate(("x", "x#2", "x", "x", "y"))
+    ]
+    result = import_preferences(write(folder, [*rows, rows[2]], "jsonl"), folder / "out")
+    assert [row.id for row in result.preferences] == ["x", "x#2", "x#3", "x#4", "y"]
+    (refused,) = [json.loads(line) for line in (folder / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert refused["reason"] == "the same as line 3, id 'x#3'"
+
+
 def test_a_process_that_is_killed_is_named_with_the_way_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     future: Future[None] = Future()
     future.set_exception(BrokenProcessPool("a child process terminated abruptly"))

@@ -9,7 +9,14 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from megatron_r1reward.data.near_duplicates import Seen, pair_key, question_key, thumbnail
+from megatron_r1reward.data.near_duplicates import (
+    Seen,
+    near_keys,
+    one_word_apart,
+    pair_key,
+    question_key,
+    thumbnail,
+)
 from megatron_r1reward.types import Preference
 
 
@@ -54,3 +61,37 @@ def test_texts_are_their_letters_and_digits() -> None:
     assert pair_key(row("q", "It is 7.", "It is 3.")) == pair_key(row("q", "it is 3", "It is 7!", label=2))
     assert pair_key(row("q", "It is 7.", "It is 3.")) != pair_key(row("q", "It is 7.", "It is 8."))
     assert pair_key(row("\u54ea\u4e2a\u6570\u5b57", "\u4e03")) != pair_key(row("\u54ea\u4e2a\u6570", "\u4e03"))
+
+
+LONG = ["The", "red", "car", "on", "the", "left", "stands", "beside", "an", "old", "tree", "near", "the", "river"]
+
+
+@pytest.mark.parametrize("place", range(len(LONG)))
+def test_texts_that_differ_by_one_word_are_found_wherever_it_is(place: int) -> None:
+    text = " ".join(LONG)
+    changes = {
+        "replaced": [*LONG[:place], "blue", *LONG[place + 1 :]],
+        "left out": LONG[:place] + LONG[place + 1 :],
+        "added": [*LONG[:place], "really", *LONG[place:]],
+    }
+    for name, words in changes.items():
+        changed = " ".join(words).upper() + "!"
+        for ours, theirs in (
+            (row("q", text, "no"), row("Q?", "No.", changed)),  # in a response, in the other order
+            (row(text, "yes", "no"), row(changed, "no", "yes")),
+        ):
+            assert one_word_apart(ours, theirs), name
+            assert one_word_apart(theirs, ours), name
+            assert set(near_keys(ours)) & set(near_keys(theirs)), name
+
+
+def test_what_says_something_else_is_not_one_word_apart() -> None:
+    text = " ".join(LONG)
+    other = text.replace("red", "blue").replace("old", "tall")
+    assert not one_word_apart(row("q", text, "no"), row("q", other, "no")), "two words"
+    assert not one_word_apart(row("q", text, "no"), row("q?", text.replace("red", "blue"), "yes")), "two texts"
+    assert not one_word_apart(row("q", text, "no"), row("q", text, "no")), "a repeat is another thing"
+    assert not one_word_apart(row("q", f"{text} 7", "no"), row("q", f"{text} 8", "no")), "a number"
+    assert not one_word_apart(row("q", "It is a cat", "no"), row("q", "It is a dog", "no")), "a short answer"
+    chinese = "\u8fd9\u8f86\u7ea2\u8272\u7684\u6c7d\u8f66\u505c\u5728\u6811\u65c1\u8fb9"  # written without spaces
+    assert one_word_apart(row("q", chinese, "no"), row("q", chinese.replace("\u7ea2", "\u84dd"), "no"))
