@@ -212,8 +212,8 @@ def data_inspect(
     """Figures of a preference data set, and rows as the model will read them, in one HTML file and here."""
     with user_errors():
         from megatron_r1reward.config.load import load_config
-        from megatron_r1reward.data.inspecting import inspect_source
         from megatron_r1reward.data.stage_data import RowLimits
+        from megatron_r1reward.report.inspecting import inspect_source
 
         if stage not in ("rl", "annotate", "eval"):
             raise ValueError(f"--stage {stage!r}: give rl, annotate or eval")
@@ -266,6 +266,8 @@ def data_import(
     """Check a preference data set, write embedded images to files and bad rows to a quarantine file."""
     with user_errors():
         from megatron_r1reward.data.importing import import_preferences
+        from megatron_r1reward.files import write_bytes
+        from megatron_r1reward.report.balance_chart import balance_svg
 
         if order not in ("auto", "drawn", "stored"):
             raise ValueError(f"--order {order!r}: give auto, drawn or stored")
@@ -284,7 +286,8 @@ def data_import(
             remove_overlap_with=remove_overlap_with or (),
         )
         typer.echo(f"{out}: {result.rows} usable rows, {result.quarantined} quarantined")
-        typer.echo(f"schema, order and counts: {out / 'import.json'}")
+        write_bytes(out / "balance.svg", balance_svg(result.account["balance"]))
+        typer.echo(f"schema, order and counts: {out / 'import.json'}; a picture: {out / 'balance.svg'}")
         if result.quarantine_path is not None:
             typer.echo(f"reasons: {result.quarantine_path}")
 

@@ -16,7 +16,7 @@ import itertools
 import os
 import re
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,6 +193,23 @@ def examine_images(paths: Iterable[str], media_dir: Path | None, *, thumbnails: 
     distinct = sorted(set(paths))
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
         return dict(zip(distinct, pool.map(lambda path: _examine(path, media_dir, thumbnails), distinct), strict=True))
+
+
+class ImageCheck:
+    """Decodes every image once over several calls. Of those that are as they should be only the path is kept."""
+
+    def __init__(self, media_dir: Path | None) -> None:
+        self._media_dir, self._sound = media_dir, set[str]()
+        self._special: dict[str, Examined] = {}
+
+    def __call__(self, paths: Set[str]) -> Mapping[str, Examined]:
+        """Those with a problem, or with another file to use, of all that were ever asked about."""
+        for path, found in examine_images(paths - self._sound - self._special.keys(), self._media_dir).items():
+            if found.problem or found.path != path:
+                self._special[path] = found
+            else:
+                self._sound.add(path)
+        return self._special
 
 
 def _examine(path: str, media_dir: Path | None, thumbnails: bool) -> Examined:

@@ -23,6 +23,7 @@ from megatron_r1reward.data.prompt import preference_messages
 from megatron_r1reward.data.repeats import MergedRows, Repeats, find_repeats
 from megatron_r1reward.data.rows import RawRow, RowOrigin, fixed_folder, hub_rows, is_hub_id, iterate_rows
 from megatron_r1reward.data.schemas import SCHEMAS, Schema, counts_from_zero, detect, nearest
+from megatron_r1reward.data.set_figures import SetFigures
 from megatron_r1reward.files import atomic_path, write_text
 from megatron_r1reward.types import Preference
 
@@ -58,7 +59,7 @@ class ImportResult:
     rows: int
     quarantined: int
     quarantine_path: Path | None  # None when every row was usable
-    near_duplicates: int  # rows that differ by one word from another
+    account: Mapping[str, Any]  # `import.json`
 
     @property
     def preferences(self) -> tuple[Preference, ...]:
@@ -135,7 +136,7 @@ def import_preferences(
         rows=account["rows"],
         quarantined=account["quarantined"],
         quarantine_path=out / "quarantine.jsonl" if account["quarantined"] else None,
-        near_duplicates=account["near_duplicates"],
+        account=account,
     )
 
 
@@ -224,17 +225,18 @@ def _set_aside(rows: Iterable[tuple[RowOrigin, Preference | None, str]], path: P
 
 
 def _write_rows(preferences: Iterable[Preference], path: Path, wanted: np.ndarray | None) -> dict[str, Any]:
-    """Our rows, with the label `wanted` for each; their labels, and how many changed places for that."""
-    labels, exchanged = {"1": 0, "2": 0}, 0
+    """Our rows, with the label `wanted` for each; their figures, and how many changed places for that."""
+    figures, exchanged = SetFigures(), 0
     with atomic_path(path) as temporary, temporary.open("w") as sink:
         for place, row in enumerate(preferences):
             change = wanted is not None and row.label != int(wanted[place])
             if change:
                 row = replace(row, responses=row.responses[::-1], label=2 if row.label == 1 else 1)
-            labels[str(row.label)] += 1
+            figures.add(row, exchanged=change)
             exchanged += change
             sink.write(json.dumps({**preference_row(row), "exchanged": change}, ensure_ascii=False) + "\n")
-    return {"labels": labels, "exchanged": exchanged}
+    balance = figures.to_json()
+    return {"labels": balance["labels"], "exchanged": exchanged, "balance": balance}
 
 
 def _preference_of(row: Mapping[str, Any]) -> Preference:

@@ -24,6 +24,7 @@ from megatron_r1reward.types import Preference
 _SIDE = 16
 _ALIKE = 3.5  # mean difference of grey levels, of 255
 _FEWEST_WORDS = 8  # in shorter texts one word is the answer
+_ALPHANUMERIC = re.compile(r"[^\W_]+")
 # A character of a script that is written without spaces is a word.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 Pictures = tuple[bytes, ...]  # thumbnails of a row's pictures, in their order
@@ -46,17 +47,19 @@ def pair_key(preference: Preference) -> bytes:
 
 def near_keys(preference: Preference) -> tuple[int, ...]:
     """64 bits each, up to twelve; two pairs that are one word apart have one in common."""
-    question, (first, second) = preference.question, preference.responses
+    texts = (preference.question, *preference.responses)
+    question, first, second = map(_plain, texts)
+    others_of = (
+        ("question", *sorted((first, second))),
+        ("response", question, second),
+        ("response", question, first),
+    )
     found = []
-    for text, others in (
-        (question, ("question", *sorted((first, second), key=_plain))),
-        (first, ("response", question, second)),
-        (second, ("response", question, first)),
-    ):
+    for text, others in zip(texts, others_of, strict=True):
         words = _words(text)
         if len(words) < _FEWEST_WORDS - 1:  # one more of them may be enough
             continue
-        same = short_key("\0".join([*map(_plain, others), str(len(preference.image_paths))]))
+        same = short_key("\0".join([*others, str(len(preference.image_paths))]))
         for half in {(len(words) - 1) // 2, len(words) // 2}:
             found += [short_key(f"{same} begins {words[:half]}"), short_key(f"{same} ends {words[-half:]}")]
     return tuple(found)
@@ -143,7 +146,7 @@ def _digest(texts: Sequence[str]) -> bytes:
 def _plain(text: str) -> str:
     """Letters and digits in their compatible form; the text itself where it has none."""
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return "".join(character for character in folded if character.isalnum()) or folded
+    return "".join(_ALPHANUMERIC.findall(folded)) or folded
 
 
 def _words(text: str) -> list[str]:

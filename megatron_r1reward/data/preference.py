@@ -7,16 +7,17 @@ to a quarantine file with its reason; it is never fatal and never dropped in sil
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_r1reward.data.chat import IMAGE_PLACEHOLDER, Chat, parse_chat, show_placeholders
-from megatron_r1reward.data.image_files import MediaResolver, examine_images
+from megatron_r1reward.data.image_files import ImageCheck, MediaResolver
 from megatron_r1reward.data.prompt import split_message_text
 from megatron_r1reward.data.rows import Quarantine, RawRow, RowError, RowOrigin, fixed_folder, iterate_rows
 from megatron_r1reward.types import Label, Preference
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _LABEL = re.compile(r"\s*(?:<answer>\s*([12])\s*</answer>|([12]))\s*")
 _PLACEHOLDER = re.compile(rf"\s*{IMAGE_PLACEHOLDER}\n?")
+_BATCH_ROWS = 1024
 _ONE_SIDED = 16  # as many equal labels in a row are no accident
 # `<|im_end|>` in a text would end the turn it stands in.
 _CONTROL_TOKEN = re.compile(r"<\|[A-Za-z_]+\|>")
@@ -156,31 +158,36 @@ def _read(
     verify_images: bool,
     fits: Callable[[ExampleT], str] | None,
 ) -> tuple[tuple[ExampleT, ...], dict[str, Any]]:
-    """The usable rows, and the fields of `_Accounting`."""
+    """The usable rows, and the fields of `_Accounting`. Read in batches: of a row that is used nothing else is kept."""
     path, media = source.path, MediaResolver(roots, media_dir)
     rejected = Quarantine(quarantine or path.with_name(f"{path.name}.quarantine.jsonl"))
-    accepted: dict[str, tuple[RowOrigin, ExampleT]] = {}
-    zero_labels, set_aside = 0, set[str | None]()
-    for row in source.rows:
-        identifier = None
-        try:
-            fields = source.fields(row)
-            identifier = row_identifier(row, fields)
-            example = parse(identifier, fields, media)
-            if example.id in accepted:
-                example = _another(example, accepted, source)
-        except RowError as error:
-            rejected.add(row.origin, str(error))
-            zero_labels += isinstance(error, ZeroLabelError)
-            set_aside.add(identifier)
-        else:
-            accepted[example.id] = (row.origin, example)
-    usable = _with_sound_images(accepted, rejected, media_dir) if verify_images else accepted
-    usable = _that_fit(usable, rejected, fits) if fits is not None else usable
+    taken: dict[str, tuple[int, ExampleT | None]] = {}  # id -> line, and what stands there, where ids may repeat
+    usable: dict[str, ExampleT] = {}
+    check = ImageCheck(media_dir) if verify_images else None
+    zero_labels, any_second, set_aside = 0, False, set[str | None]()
+    rows = iter(source.rows)
+    while batch := list(itertools.islice(rows, _BATCH_ROWS)):
+        parsed = []
+        for row in batch:
+            identifier = None
+            try:
+                fields = source.fields(row)
+                identifier = row_identifier(row, fields)
+                example = parse(identifier, fields, media)
+                if example.id in taken:
+                    example = _another(example, taken, source)
+            except RowError as error:
+                rejected.add(row.origin, str(error))
+                zero_labels += isinstance(error, ZeroLabelError)
+                set_aside.add(identifier)
+            else:
+                taken[example.id] = row.origin.line, None if source.convert is None else example
+                any_second = any_second or (isinstance(example, Preference) and example.label == 2)
+                parsed.append((row.origin, example))
+        sound = parsed if check is None else _with_sound_images(parsed, check, rejected)
+        usable.update((example.id, example) for example in _that_fit(sound, rejected, fits))
     rejected.write()
-    check_zero_labels(
-        path, zero_labels, any(isinstance(row, Preference) and row.label == 2 for _, row in accepted.values())
-    )
+    check_zero_labels(path, zero_labels, any_second)
     if not usable:
         reason = f"the first of {len(rejected)} reasons: {rejected.first_reason}" if len(rejected) else "it is empty"
         raise ValueError(f"{path}: no usable row ({reason})")
@@ -189,22 +196,20 @@ def _read(
     accounting = {
         "quarantined": len(rejected),
         "quarantine_path": rejected.path if len(rejected) else None,
-        "set_aside": frozenset((set_aside - {None} | accepted.keys()) - usable.keys()),
+        "set_aside": frozenset((set_aside - {None} | taken.keys()) - usable.keys()),
     }
-    return tuple(example for _, example in usable.values()), accounting
+    return tuple(usable.values()), accounting
 
 
 def _that_fit(
-    rows: dict[str, tuple[RowOrigin, ExampleT]], rejected: Quarantine, fits: Callable[[ExampleT], str]
-) -> dict[str, tuple[RowOrigin, ExampleT]]:
-    kept = {}
-    for identifier, (origin, example) in rows.items():
-        reason = fits(example)
+    rows: Sequence[tuple[RowOrigin, ExampleT]], rejected: Quarantine, fits: Callable[[ExampleT], str] | None
+) -> Iterator[ExampleT]:
+    for origin, example in rows:
+        reason = "" if fits is None else fits(example)
         if reason:
             rejected.add(origin, reason)
         else:
-            kept[identifier] = (origin, example)
-    return kept
+            yield example
 
 
 def check_zero_labels(path: Path, zeros: int, any_second: bool) -> None:
@@ -231,15 +236,15 @@ def check_labels(path: Path, labels: Mapping[Label, int], *, text_only: int) -> 
         logger.info("%s: %d of %d rows are text only", path, text_only, total)
 
 
-def _another(example: ExampleT, accepted: Mapping[str, tuple[RowOrigin, ExampleT]], source: RowSource) -> ExampleT:
+def _another(example: ExampleT, taken: Mapping[str, tuple[int, ExampleT | None]], source: RowSource) -> ExampleT:
     """`example` under an id of its own, where its schema may repeat ids and it says something else than the others."""
     number, name = 1, example.id
-    while name in accepted:
-        origin, other = accepted[name]
-        if source.convert is None:
-            raise RowError(f"duplicate id {example.id!r}, first used in line {origin.line}")
+    while name in taken:
+        line, other = taken[name]
+        if other is None:
+            raise RowError(f"duplicate id {example.id!r}, first used in line {line}")
         if replace(other, id=example.id) == example:
-            raise RowError(f"the same as line {origin.line}, id {name!r}")
+            raise RowError(f"the same as line {line}, id {name!r}")
         number += 1
         name = f"{example.id}#{number}"
     return replace(example, id=name)
@@ -257,18 +262,20 @@ def row_identifier(row: RawRow, fields: Mapping[str, Any]) -> str:
 
 
 def _with_sound_images(
-    accepted: dict[str, tuple[RowOrigin, ExampleT]], rejected: Quarantine, media_dir: Path | None
-) -> dict[str, tuple[RowOrigin, ExampleT]]:
-    examined = examine_images((path for _, row in accepted.values() for path in row.image_paths), media_dir)
-    sound = {}
-    for identifier, (origin, example) in accepted.items():
-        images = [examined[path] for path in example.image_paths]
-        problem = next((image.problem for image in images if image.problem), "")
+    rows: Sequence[tuple[RowOrigin, ExampleT]], check: ImageCheck, rejected: Quarantine
+) -> list[tuple[RowOrigin, ExampleT]]:
+    special = check({path for _, row in rows for path in row.image_paths})
+    kept = []
+    for origin, row in rows:
+        found = [special[path] for path in row.image_paths if path in special]
+        problem = next((image.problem for image in found if image.problem), "")
         if problem:
             rejected.add(origin, problem)
-        else:
-            sound[identifier] = (origin, replace(example, image_paths=tuple(image.path for image in images)))
-    return sound
+            continue
+        if found:
+            row = replace(row, image_paths=tuple(special[p].path if p in special else p for p in row.image_paths))
+        kept.append((origin, row))
+    return kept
 
 
 def parse_preference(identifier: str, fields: Mapping[str, Any], media: MediaResolver) -> Preference:

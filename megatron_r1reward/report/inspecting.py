@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment
@@ -19,6 +19,7 @@ from megatron_r1reward.data.near_duplicates import Seen, pair_key, pictures_of, 
 from megatron_r1reward.data.prompt import preference_messages
 from megatron_r1reward.data.stage_data import RowLimits
 from megatron_r1reward.files import write_text
+from megatron_r1reward.report.balance_chart import balance_url
 from megatron_r1reward.types import Preference
 
 _MEASURED = 1000  # rows whose tokens are counted
@@ -26,7 +27,7 @@ _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title 
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; } pre { white-space: pre-wrap; }
 section { border-top: 1px solid #999; padding: 1rem 0; } img { max-width: 20rem; margin-right: .5rem; }
-</style><h1>{{ title }}</h1><table>
+</style><h1>{{ title }}</h1><img style="max-width: 100%" src="{{ picture }}" alt="labels, order and lengths"><table>
 {% for name, value in statistics.items() %}<tr><th>{{ name }}</th><td>{{ value }}</td></tr>{% endfor %}</table>
 {% for row in rows %}<section><h2>{{ row.id }}</h2><p>better: Response {{ row.label }}
 {% if row.lengths %}, {{ row.lengths }}{% endif %}</p>
@@ -78,7 +79,8 @@ def inspect_source(
         read = import_preferences(source, Path(scratch) / "set", schema=schema, image_root=image_root, split=split,
                                   order="stored")  # fmt: skip
         preferences = read.preferences
-        statistics = {"rows": str(len(preferences)), "set aside": str(read.quarantined), **_statistics(preferences)}
+        statistics = {"rows": str(len(preferences)), "set aside": str(read.quarantined), **_statistics(read.account)}
+        statistics["distinct questions"] = str(len({row.question.casefold().strip() for row in preferences}))
         for number, other in enumerate(against):
             held = import_preferences(other, Path(scratch) / f"other-{number}", order="stored").preferences
             statistics[f"also in {other}"] = _overlap(preferences, held)
@@ -87,33 +89,26 @@ def inspect_source(
         places = sorted({round(place) for place in np.linspace(0, len(preferences) - 1, min(rows, len(preferences)))})
         shown = [_shown(preferences[place], limits) for place in places]
     title = f"{source}: {len(preferences)} preferences"
-    page_text = Environment(autoescape=True).from_string(_PAGE).render(title=title, statistics=statistics, rows=shown)
-    write_text(page, page_text)
+    template = Environment(autoescape=True).from_string(_PAGE)
+    picture = balance_url(read.account["balance"])
+    write_text(page, template.render(title=title, statistics=statistics, rows=shown, picture=picture))
     _print(console or Console(), title, statistics, shown)
     return statistics
 
 
-def _statistics(preferences: Sequence[Preference]) -> dict[str, str]:
-    number = len(preferences)
-    thumbnails, pairs, repeats = thumbnails_of(preferences), Seen(), 0
-    for row in preferences:
-        key, pictures = pair_key(row), pictures_of(row, thumbnails)
-        repeats += pairs.holds(key, pictures)
-        pairs.add(key, pictures)
-    labels = Counter(row.label for row in preferences)
-    longer = sum(len(row.responses[row.label - 1]) > len(row.responses[2 - row.label]) for row in preferences)
-    images = Counter(len(row.image_paths) for row in preferences)
+def _statistics(account: Mapping[str, Any]) -> dict[str, str]:
+    """What the import counted, in words."""
+    balance = account["balance"]
     found = {
-        "better response": f"first {labels[1]}, second {labels[2]}",
-        "better response is the longer one": f"{longer / number:.1%}",
-        "images in a row": ", ".join(f"{count}: {images[count]}" for count in sorted(images)),
-        "pairs that occur again (either order, same images)": str(repeats),
-        "distinct questions": str(len({row.question.casefold().strip() for row in preferences})),
+        "better response": f"first {balance['labels']['1']}, second {balance['labels']['2']}",
+        "better response is the longer one": f"{balance['longer_is_better'] / account['rows']:.1%}",
+        "images in a row": ", ".join(f"{number}: {count}" for number, count in balance["images"].items()),
+        "pairs that occur again (either order, same images)": str(account["duplicates"]),
+        "pairs one word from an earlier one": str(account["near_duplicates"]),
     }
-    for name in ("category", "source"):
-        values = Counter(row.metadata[name] for row in preferences if name in row.metadata)
-        if values:
-            found[name] = ", ".join(f"{value}: {count}" for value, count in values.most_common(12))
+    for name in ("categories", "sources"):
+        if balance[name]:
+            found[name] = ", ".join(f"{value}: {count}" for value, count in list(balance[name].items())[:12])
     return found
 
 

@@ -39,4 +39,5 @@ def test_figures_and_rows_as_the_model_reads_them(tmp_path: Path, tiny_folder: P
         assert "set aside" in text
     assert "Which &lt;b&gt;?" in html
     assert html.count("<img src=") == 2
+    assert html.count("data:image/svg+xml;base64,") == 1  # the picture of labels, order and lengths
     assert "rollout.max_model_len is 2000" in html
