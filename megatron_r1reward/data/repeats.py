@@ -122,7 +122,7 @@ class Repeats:
         found: Counter[Label] = Counter()
         for label in (1, 2):
             if labels[label]:
-                found[label] = int(labels[label])  # type: ignore[index]
+                found[label] = int(labels[label])
         text_only = int((np.asarray(rows.images)[stay] == 0).sum())
         return int(stay.sum()), found, text_only
 

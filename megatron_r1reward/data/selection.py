@@ -42,7 +42,7 @@ class SelectedRows:
     def description(self) -> list[list[object]] | None:
         """What decides which of the rows a step sees, for the checkpoint."""
         contents = list(self.contents.values())
-        found = [
+        found: list[list[object]] = [
             [stage.end, len(stage.rows), digest_of([contents[place] for place in stage.rows])] for stage in self.stages
         ]
         return found or None

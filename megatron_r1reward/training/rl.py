@@ -282,9 +282,9 @@ def _data(config: RunConfig, topology: Topology, replay: Replay | None) -> tuple
             message = (description, None)
         except ValueError as error:
             message = ({}, error)
-    description, error = topology.from_main(message)
-    if error is not None:
-        raise error
+    description, problem = topology.from_main(message)
+    if problem is not None:
+        raise problem
     return selected, description
 
 
