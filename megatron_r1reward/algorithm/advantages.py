@@ -42,11 +42,15 @@ def normalize_and_filter(
         "paper": reject |z| > filter_sigma.
         "released_code": reject z outside [mu - 3, mu + 3], mu being the mean of the *raw* returns, then |z| > 10. The
             interval is mis-centred unless mu = 0; it is here for comparison with the released model.
+        "clamp": reject nothing, and take an outlier for what the bound is: z is clamped to [-filter_sigma, filter_sigma].
+            The paper's rule takes all evidence of the rarer kind away when it is rarer than 1 in filter_sigma^2 + 1;
+            here its weight stops growing instead.
         "none": reject nothing.
     Under each of them a non-finite return is rejected and left out of the statistics: one broken token must not erase
     the batch.
 
-    With `config.normalize = "none"` the raw return trains, but the filter still judges z.
+    With `config.normalize = "none"` the raw return trains, but the filter still judges z ("clamp": the return is what
+    the clamped z stands for).
 
     Args:
         returns_R: float [R], this rank's action tokens; R may be 0.
@@ -64,6 +68,10 @@ def normalize_and_filter(
     z_R = (centred_R / std).float()
     filtered_R = ~finite_R | _rejected(z_R, float(mean), config)
     kept_R = z_R if config.normalize == "global" else raw_R.float()
+    if config.filter == "clamp":
+        bound = config.filter_sigma if config.normalize == "global" else config.filter_sigma * float(std)
+        centre = 0.0 if config.normalize == "global" else float(mean)
+        kept_R = kept_R.clamp(centre - bound, centre + bound)
     return AdvantageResult(
         advantages=torch.where(filtered_R, 0.0, kept_R),
         filtered_mask=filtered_R,
@@ -79,7 +87,7 @@ def _rejected(z_R: Tensor, raw_mean: float, config: AlgorithmSection) -> Tensor:
         case "released_code":
             outside = (z_R < raw_mean - RELEASED_HALF_WIDTH) | (z_R > raw_mean + RELEASED_HALF_WIDTH)
             return outside | (z_R.abs() > RELEASED_BOUND)
-        case "none":
+        case "clamp" | "none":
             return torch.zeros_like(z_R, dtype=torch.bool)
 
 

@@ -140,7 +140,7 @@ class AlgorithmSection(Section):
     overlong_buffer: Fraction = 0.0  # DAPO: the last share of sampling.max_tokens in which length costs; 0: none
     overlong_weight: NotNegative = 1.0  # what a response of sampling.max_tokens tokens pays
     normalize: Literal["global", "none"] = "global"
-    filter: Literal["paper", "released_code", "none"] = "paper"
+    filter: Literal["paper", "released_code", "clamp", "none"] = "paper"
     filter_sigma: Positive = 3.0
     preclip: bool = True
     preclip_min: Positive = 1e-3

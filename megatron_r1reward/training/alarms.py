@@ -80,14 +80,14 @@ def _gone(
     elif negative > 0 and not metrics["advantage/negative_kept"]:
         text = (
             f"the advantage filter removed all negative evidence ({_percent(negative)} of the tokens) {right}: what is "
-            "wrong is no longer learned from; use harder rows (data.select), a larger algorithm.filter_sigma (now "
-            f"{algorithm.filter_sigma:g}) or algorithm.filter='none'"
+            "wrong is no longer learned from; use harder rows (data.select), algorithm.filter='clamp', a larger "
+            f"algorithm.filter_sigma (now {algorithm.filter_sigma:g}) or algorithm.filter='none'"
         )
         yield "one_sided", text
     elif positive > 0 and not metrics["advantage/positive_kept"]:
         text = (
             f"the advantage filter removed all positive evidence ({_percent(positive)} of the tokens) {right}: what is "
-            "right is never learned; use easier rows (data.select) or algorithm.filter='none'"
+            "right is never learned; use easier rows (data.select), algorithm.filter='clamp' or 'none'"
         )
         yield "one_sided", text
     elif (share := 0.5 + 0.5 * abs(metrics["advantage/balance"])) > section.one_sided_share:
@@ -95,8 +95,8 @@ def _gone(
         text = (
             f"{_percent(share)} of the evidence is {side} {right} "
             f"(health.one_sided_share {section.one_sided_share:g}): the policy is told one thing only; with a filter "
-            f"use a larger algorithm.filter_sigma (now {algorithm.filter_sigma:g}) or algorithm.filter='none', without "
-            "one algorithm.normalize='global' or a baseline"
+            f"use algorithm.filter='clamp', a larger algorithm.filter_sigma (now {algorithm.filter_sigma:g}) or "
+            "algorithm.filter='none', without one algorithm.normalize='global' or a baseline"
         )
         yield "one_sided", text
     elif metrics["grad_norm"] == 0.0:

@@ -60,6 +60,34 @@ def test_filtered_is_exactly_zero_and_not_clamped() -> None:
     assert float(result.advantages[0]) == pytest.approx(-0.1, abs=1e-2)
 
 
+@pytest.mark.parametrize(("p", "tokens"), [(0.8, 100), (0.95, 100), (255 / 256, 256)])
+def test_clamped_evidence_keeps_its_sign_and_a_bounded_weight(p: float, tokens: int) -> None:
+    """Above 90 % right the paper's rule leaves no negative evidence; clamped, what is wrong is still learned from."""
+    plain, result = run(batch(p, tokens), filter="none"), run(batch(p, tokens), filter="clamp")
+    assert torch.equal(result.advantages, plain.advantages.clamp(-3, 3))
+    assert not result.filtered_mask.any()
+    assert float(result.advantages[-1]) == pytest.approx(max(-3.0, -math.sqrt(p / (1 - p))), abs=1e-4)
+    raw = run(batch(p, tokens), filter="clamp", normalize="none").advantages
+    torch.testing.assert_close((raw - result.mean) / result.std, result.advantages, rtol=1e-5, atol=1e-5)
+
+
+# Share of the evidence that is negative, by rule: the second table of docs/algorithm.md.
+SHARES = [
+    (0.80, 100, {"none": 50, "clamp": 50, "paper": 50, "released_code": 0}),
+    (0.95, 100, {"none": 50, "clamp": 41, "paper": 0, "released_code": 0}),
+    (0.98, 100, {"none": 50, "clamp": 30, "paper": 0, "released_code": 0}),
+    (255 / 256, 256, {"none": 50, "clamp": 16, "paper": 0, "released_code": 0}),
+]
+
+
+@pytest.mark.parametrize(("p", "tokens", "shares"), SHARES)
+def test_how_much_evidence_is_negative_under_each_rule(p: float, tokens: int, shares: dict[str, int]) -> None:
+    for rule, share in shares.items():
+        advantages = run(batch(p, tokens), filter=rule).advantages
+        negative = -advantages.clamp(max=0).sum() / advantages.abs().sum()
+        assert round(100 * float(negative)) == share, rule
+
+
 def test_filter_sigma() -> None:
     returns = batch(0.8, 100)  # z_wrong = -2
     assert run(returns, filter_sigma=1.9).filtered_mask.sum() == 20
@@ -75,7 +103,7 @@ def test_released_code_also_has_an_absolute_bound(tokens: int, z: float, kept: b
     assert result.filtered_mask[:-1].all()  # z = -0.1 is far below the mis-centred interval
 
 
-@pytest.mark.parametrize("rule", ["paper", "released_code", "none"])
+@pytest.mark.parametrize("rule", ["paper", "released_code", "clamp", "none"])
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
 def test_a_broken_token_is_filtered_and_does_not_erase_the_batch(rule: str, broken: float) -> None:
     clean = batch(0.5, 10)
