@@ -42,7 +42,7 @@ def normalize_and_filter(
         "paper": reject |z| > filter_sigma.
         "released_code": reject z outside [mu - 3, mu + 3], mu being the mean of the *raw* returns, then |z| > 10. The
             interval is mis-centred unless mu = 0; it is here for comparison with the released model.
-        "clamp": reject nothing, and take an outlier for what the bound is: z is clamped to [-filter_sigma, filter_sigma].
+        "clamp": reject nothing; z is clamped to [-filter_sigma, filter_sigma].
             The paper's rule takes all evidence of the rarer kind away when it is rarer than 1 in filter_sigma^2 + 1;
             here its weight stops growing instead.
         "none": reject nothing.

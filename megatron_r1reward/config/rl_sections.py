@@ -21,6 +21,7 @@ class RlSection(Section):
     steps: PositiveInt = 100  # rollout batches
     rollout_batch_size: PositiveInt = 256  # prompts per step
     train_batch_size: PositiveInt = 128  # prompts (times samples_per_prompt rollouts) per optimizer step
+    epochs_per_batch: PositiveInt = 1  # passes of the optimizer over a rollout batch
     # Further rounds of generation per step, each with other prompts in place of those whose samples were all right or
     # all wrong; when they are used up the step goes on with what there is. 0: off
     dynamic_sampling_rounds: Annotated[int, Field(ge=0)] = 0
@@ -39,6 +40,16 @@ class RlSection(Section):
         if self.record is not None and self.replay is not None:
             raise ValueError(f"rl.replay {self.replay} samples nothing that rl.record could keep: set one of them")
         return self
+
+    @property
+    def mini_batches(self) -> int:
+        """Optimizer steps of one pass over a rollout batch."""
+        return self.rollout_batch_size // self.train_batch_size
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Of one step."""
+        return self.mini_batches * self.epochs_per_batch
 
 
 class AsynchronySection(Section):

@@ -317,6 +317,10 @@ class RunConfig(Section):
                 f"rl.train_batch_size {rl.train_batch_size} is below rl.rollout_batch_size {rl.rollout_batch_size}, so "
                 "later optimizer steps of a batch train a policy that has changed: make them equal",
             ),
+            (
+                rl.epochs_per_batch > 1,
+                f"rl.epochs_per_batch {rl.epochs_per_batch} trains a policy that has changed: set it to 1",
+            ),
             (mode != "synchronous", f"asynchrony.mode {mode!r} samples by older weights: set it to 'synchronous'"),
             (
                 dtype != engine,

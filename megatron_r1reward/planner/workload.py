@@ -92,7 +92,7 @@ def describe(config: RunConfig, shape: ModelShape, layout: Layout, stage: Stage)
         response_tokens=response,
         longest=longest,
         sequences=sequences,
-        optimizer_steps=1 if stage == "sft" else config.rl.rollout_batch_size // config.rl.train_batch_size,
+        optimizer_steps=1 if stage == "sft" else config.rl.optimizer_steps,
         micro_batches=math.ceil(per_rank / count),
         mean=typical,
         largest=(replace(typical, name="full budget", tokens=max(data.token_budget, typical.tokens)), single),

@@ -22,13 +22,14 @@ from megatron_r1reward.types import PackedBatch
 
 
 def update_policy(state: TrainState, rollouts: RolloutBatch) -> dict[str, float]:
-    """One optimizer step per mini-batch; returns metrics averaged over them, the same on every rank."""
+    """One optimizer step per mini-batch and pass; returns metrics averaged over them, the same on every rank."""
     started = time.monotonic()
+    passes = state.config.rl.epochs_per_batch
     rollouts, left_out = without_idle_sequences(state, rollouts)
-    totals = [left_out]
+    totals = [{name: passes * value for name, value in left_out.items()}]
     norms, skipped = [], 0
     loss, request = _loss(state, rollouts)
-    for indices in rollouts.mini_batches:
+    for indices in rollouts.mini_batches * passes:
         micro_batches = state.packer.plan(rollouts.sequences, indices)
         statistics, outcome = train_micro_batches(state, rollouts.sequences, micro_batches, loss, request=request)
         totals += statistics
@@ -40,7 +41,7 @@ def update_policy(state: TrainState, rollouts: RolloutBatch) -> dict[str, float]
         "grad_norm": sum(norms) / len(norms),
         "lr": outcome.lr,
         "update/skipped": skipped,
-        "update/idle_sequences": total["idle_sequences"],
+        "update/idle_sequences": total["idle_sequences"] / passes,
         "ratio/mean": total["ratio"] / total["tokens"],
         "ratio/max_abs_log": total["max_abs_log_ratio"],
         "ratio/preclipped_fraction": total["preclipped"] / total["tokens"],

@@ -150,7 +150,7 @@ def prepare(config: RunConfig, topology: Topology) -> TrainState:
             f"{topology.data_parallel_size} data-parallel ranks: every rank needs one"
         )
     config.sampling.check_for_rl()
-    updates = config.rl.steps * config.rl.rollout_batch_size // config.rl.train_batch_size
+    updates = config.rl.steps * config.rl.optimizer_steps
     with_reference = config.algorithm.needs_reference
     return build_state(config, topology, optimizer_steps=updates, with_reference=with_reference, sampled=True)
 

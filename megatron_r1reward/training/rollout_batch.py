@@ -75,7 +75,7 @@ def share_out(state: TrainState, scored: Sequence[ScoredRollout]) -> tuple[Shard
     return spread_over_ranks(
         costs,
         _expected_idle(config, scored),
-        mini_batches=config.rl.rollout_batch_size // config.rl.train_batch_size,
+        mini_batches=config.rl.mini_batches,
         ranks=state.topology.data_parallel_size,
     )
 

@@ -36,6 +36,7 @@ def rl_policy(config: RunConfig, *, rows: int | None) -> PromptPolicy:
         "steps": config.rl.steps,
         "rollout_batch_size": config.rl.rollout_batch_size,
         "train_batch_size": config.rl.train_batch_size,
+        "epochs_per_batch": config.rl.epochs_per_batch,
         "samples_per_prompt": config.algorithm.samples_per_prompt,
         "learning_rate": config.optimizer.lr,
         "precision": config.model.precision,

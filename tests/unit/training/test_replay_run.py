@@ -92,6 +92,26 @@ def test_a_replay_goes_on_after_an_interruption(first: RunConfig, topology: Topo
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
+def test_several_passes_over_a_batch(first: RunConfig, topology: Topology, tmp_path: Path) -> None:
+    """The policy leaves the one that sampled; the denominator stays whole also where idle responses are left out."""
+    found = {}
+    for name, passes, skip in (("one", 1, True), ("two", 2, True), ("all", 2, False)):
+        again = elsewhere(
+            first,
+            tmp_path / name,
+            rl={"train_batch_size": 8, "epochs_per_batch": passes},
+            algorithm={"skip_idle_sequences": skip},
+        )
+        rl.run(again, topology, None)
+        found[name] = rows(again)
+    assert all(row["ratio/max_abs_log"] < 1e-5 for row in found["one"]), "one optimizer step, by the old weights"
+    assert all(row["ratio/max_abs_log"] > 1e-4 for row in found["two"])
+    for with_idle, without in zip(found["all"], found["two"], strict=True):
+        for name in UPDATE:
+            assert without[name] == pytest.approx(with_idle[name], rel=1e-3, abs=1e-5), name
+
+
 def test_a_step_that_is_missing_is_noticed_at_the_start(first: RunConfig, topology: Topology, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lacks 2 of the steps 1 to 5, the first is 4: set rl.steps to at most 3"):
         rl.run(elsewhere(first, tmp_path, rl={"steps": 5}), topology, None)
