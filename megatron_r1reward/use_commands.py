@@ -166,13 +166,26 @@ def bench(
         typer.Option(help="answer, released, answer-text, brackets, boxed, a pattern with a group (docs/use.md)"),
     ] = "answer",
     request: Annotated[str, typer.Option(help="JSON fields of each request; null leaves one out")] = "{}",
+    judge: Annotated[
+        str | None, typer.Option(help="folder or URLs of a consistency judge of the samples: judge-filtered votes")
+    ] = None,
+    judge_name: Annotated[
+        str | None, typer.Option(help="at the judge's URLs; default: the first that they list")
+    ] = None,
+    judge_key_variable: Annotated[str, typer.Option(help="variable that holds the key of the judge's URLs")] = (
+        "OPENAI_API_KEY"
+    ),
     seed: int = 0,
 ) -> None:
     """A public benchmark by its own rule and in both orders."""
     with user_errors():
         from megatron_r1reward.evaluation.bench import BenchOptions, run_bench
+        from megatron_r1reward.evaluation.judged_votes import JudgeAccess
         from megatron_r1reward.report.bench_report import write_bench_report
 
+        asked = None
+        if judge is not None:
+            asked = JudgeAccess(judge=judge, judge_name=judge_name, api_key_variable=judge_key_variable)
         options = BenchOptions(
             image_root=image_root,
             legacy=legacy,
@@ -181,6 +194,7 @@ def bench(
             prompt=prompt,
             verdict=verdict,
             request=request,
+            judge=asked,
             seed=seed,
         )
         result = run_bench(benchmark, source, out, access, options)

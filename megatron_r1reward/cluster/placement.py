@@ -92,6 +92,13 @@ class _Room:
         return tuple(taken)
 
 
+def asks_judge(config: RunConfig, stage: Stage) -> bool:
+    """Whether the stage has questions for a judge, wherever that is."""
+    if stage == "rl":
+        return config.reward.use_judge and config.rl.replay is None
+    return stage == "eval" and config.evaluation.judge_filtered_votes
+
+
 def servers_of(config: RunConfig, stage: Stage) -> dict[ServerKind, int]:
     """How many servers of each kind the stage starts; servers that are reached by URL are not among them."""
     wanted: dict[ServerKind, int] = {"rollout": 0, "judge": 0}
@@ -102,7 +109,7 @@ def servers_of(config: RunConfig, stage: Stage) -> dict[ServerKind, int]:
     if stage == "annotate" and config.annotate.url is None:
         wanted["rollout"] = 1
     shared = bool(config.judge.urls) or config.cluster.shared_judge is not None
-    if stage == "judge" or (stage == "rl" and config.reward.use_judge and not shared):
+    if stage == "judge" or (asks_judge(config, stage) and not shared):
         wanted["judge"] = config.judge.count
     if wanted["judge"] and config.judge.model_path is None:
         raise ValueError("this stage starts a judge: set judge.model_path (or judge.urls, or cluster.shared_judge)")

@@ -168,6 +168,8 @@ class EvaluationSection(Section):
     # Wrong against wrong, near-equal and identical responses, so many of each, made of the data; 0: none
     extra_pairs: Annotated[int, Field(ge=0)] = 100
     transcripts: Annotated[int, Field(ge=0)] = 6
+    # Votes without those whose reasoning [judge] does not find to support them
+    judge_filtered_votes: bool = False
 
 
 class ServeSection(Section):

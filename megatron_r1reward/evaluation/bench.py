@@ -26,8 +26,9 @@ from megatron_r1reward.evaluation.bench_score import (
     vote_curves,
 )
 from megatron_r1reward.evaluation.benchmark_rules import RULES, OfficialScore, Rule, official_score
-from megatron_r1reward.evaluation.judgements import Asking, Judged, judge_pairs
-from megatron_r1reward.evaluation.result import VoteBudget
+from megatron_r1reward.evaluation.judged_votes import JudgeAccess, open_vote_judge
+from megatron_r1reward.evaluation.judgements import Asking, Judged, judge_pairs, judge_samples
+from megatron_r1reward.evaluation.result import JudgedSamples, VoteBudget
 from megatron_r1reward.files import write_text
 from megatron_r1reward.judging.ask import AskOptions
 from megatron_r1reward.judging.judge_prompt import JudgePrompt
@@ -45,6 +46,7 @@ class BenchOptions:
         samples: per pair and order at `temperature`, beside the greedy judgement; 0: none.
         prompt, verdict: of another model, see `JudgePrompt.load`.
         request: fields of every request, JSON; null leaves one out.
+        judge: of the samples' reasonings, for judge-filtered votes; None: no such votes.
     """
 
     image_root: Path | None = None
@@ -54,6 +56,7 @@ class BenchOptions:
     prompt: Path | None = None
     verdict: str = "answer"
     request: str = "{}"
+    judge: JudgeAccess | None = None
     seed: int = 0
 
 
@@ -90,6 +93,8 @@ def run_bench(benchmark: str, source: Path, out: Path, access: ModelAccess, opti
         ValueError: an option, the file or the model cannot be meant, or no pair could be judged.
     """
     rule = _rule(benchmark, options)
+    if options.judge is not None:
+        options.judge.check()  # before hours of asking
     prompt = JudgePrompt.load(options.prompt, verdict=options.verdict)
     request = _request_fields(options.request)
     out.mkdir(parents=True, exist_ok=True)
@@ -111,7 +116,13 @@ def run_bench(benchmark: str, source: Path, out: Path, access: ModelAccess, opti
     rows = [dict(row.fields or {}) for row in raw]
     official, legacy = _official(rule, rows, judged, preferences, options)
     overall, categories = score_categories(rule, rows, judged, preferences, options.samples)
-    curves = vote_curves(rows, judged, overall, options.samples, options.seed) if options.samples else None
+    curves = None
+    if options.samples:
+        supported: JudgedSamples | str = "no consistency judge was asked: --judge names one"
+        if options.judge is not None:
+            with open_vote_judge(options.judge, out, max_model_len=access.max_model_len) as judge:
+                supported = judge_samples(judged, out / "judgements.jsonl", judge)
+        curves = vote_curves(rows, judged, overall, options.samples, options.seed, supported)
     result = BenchResult(
         benchmark=benchmark,
         model=access.model if access.model_name is None else access.model_name,
@@ -140,6 +151,8 @@ def _rule(benchmark: str, options: BenchOptions) -> Rule:
         raise ValueError(
             f"--samples {options.samples} at --temperature {options.temperature}: copies; raise it above 0"
         )
+    if options.judge is not None and not options.samples:
+        raise ValueError(f"--judge {options.judge.judge} is about samples: give --samples, e.g. 15")
     return rule
 
 

@@ -16,7 +16,7 @@ from megatron_r1reward.evaluation.benchmark_rules import (
     items_of,
 )
 from megatron_r1reward.evaluation.judgements import Judged
-from megatron_r1reward.evaluation.result import VoteBudget
+from megatron_r1reward.evaluation.result import JudgedSamples, VoteBudget
 from megatron_r1reward.evaluation.statistics import Estimate, estimate_share
 from megatron_r1reward.evaluation.vote_budget import measure_votes
 from megatron_r1reward.evaluation.voting import Votes, any_correct, voting_accuracy
@@ -86,11 +86,18 @@ def score_categories(
     return score(range(len(rows))), {name: score(places) for name, places in sorted(members.items())}
 
 
-def vote_curves(rows: Sequence[Row], judged: Judged, overall: CategoryScore, samples: int, seed: int) -> VoteBudget:
-    """Accuracy against generated tokens, replayed on the samples."""
+def vote_curves(
+    rows: Sequence[Row],
+    judged: Judged,
+    overall: CategoryScore,
+    samples: int,
+    seed: int,
+    supported: JudgedSamples | str,
+) -> VoteBudget:
+    """Accuracy against generated tokens, replayed on the samples. `supported`: see `measure_votes`."""
     pairs = [{order: judged.judgements(place, order) for order in ORDERS} for place in range(len(rows))]
     voting = {k: (estimate.mean, estimate.interval) for k, estimate in overall.voting.items()}
-    return measure_votes(pairs, items_of(rows), voting=voting, samples=samples, seed=seed)
+    return measure_votes(pairs, items_of(rows), voting=voting, samples=samples, seed=seed, judged=supported)
 
 
 def _votes(judged: Judged, order: Order, rows: int, samples: int) -> Votes:

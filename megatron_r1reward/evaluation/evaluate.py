@@ -7,14 +7,15 @@ Several samples, because the accuracy of one sample and of a majority vote are t
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, Protocol
 
 import numpy as np
 
 from megatron_r1reward.config.schema import SamplingSection
+from megatron_r1reward.evaluation.judged_pair import JudgedPair, Sample, as_right_and_wrong, ask_about, category_of
+from megatron_r1reward.evaluation.judged_votes import VoteJudge
 from megatron_r1reward.evaluation.pair_kinds import SAME
 from megatron_r1reward.evaluation.result import (
     ORDERS,
@@ -30,7 +31,7 @@ from megatron_r1reward.evaluation.result import (
 )
 from megatron_r1reward.evaluation.shuffled_images import shuffle_images as with_shuffled_images
 from megatron_r1reward.evaluation.statistics import Estimate, estimate_mean, estimate_share
-from megatron_r1reward.evaluation.vote_budget import measure_votes
+from megatron_r1reward.evaluation.vote_budget import NO_JUDGE, measure_votes
 from megatron_r1reward.evaluation.voting import (
     Floats,
     Votes,
@@ -39,11 +40,8 @@ from megatron_r1reward.evaluation.voting import (
     order_agreement,
     voting_accuracy,
 )
-from megatron_r1reward.judging.ask import Judgement
-from megatron_r1reward.reward.rules import ParsedResponse, answer_probability, parse_rollout
-from megatron_r1reward.types import Label, Preference, Prompt, Rollout
-
-NO_CATEGORY = "uncategorised"
+from megatron_r1reward.reward.rules import parse_rollout
+from megatron_r1reward.types import Preference, Prompt, Rollout
 
 
 class PromptSource(Protocol):
@@ -74,31 +72,6 @@ class Generator(Protocol):
     ) -> Generated: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    rollout: Rollout
-    parsed: ParsedResponse
-
-
-@dataclass(frozen=True, kw_only=True)
-class JudgedPair:
-    """A preference and what the model said about it, by answer order. Responses that were quarantined are missing
-    here; the model gave them, so they count as answers that do not parse."""
-
-    preference: Preference
-    samples: Mapping[Order, tuple[Sample, ...]]
-    labels: Mapping[Order, Label]
-
-    @property
-    def category(self) -> str:
-        return _category(self.preference)
-
-    @property
-    def item(self) -> Hashable:
-        """Pairs about the same images and question are not independent of each other."""
-        return self.preference.metadata.get("item") or (self.preference.question, self.preference.image_paths)
-
-
 def evaluate(
     preferences: Sequence[Preference],
     pool: Generator,
@@ -113,6 +86,7 @@ def evaluate(
     extra: Mapping[str, Sequence[Preference]] | None = None,
     transcripts: int = 6,
     token_text: Callable[[int], str] | None = None,
+    judge: VoteJudge | str = NO_JUDGE,
     progress: Callable[..., Any] | None = None,
 ) -> EvaluationResult:
     """Sample every pair in both orders and summarise.
@@ -132,6 +106,7 @@ def evaluate(
         transcripts: how many judgements to return in full. The choice depends on the pairs and the seed alone, so
             that evaluations of two models can be read side by side.
         token_text: what a token says, for votes weighted by the answer token's log-prob; None: no such votes.
+        judge: of the reasonings, for judge-filtered votes; or why there are no such votes.
         progress: handed to the pool.
 
     Raises:
@@ -165,13 +140,15 @@ def evaluate(
         update["pair_kinds"] = tuple(_pair_kind(name, pairs) for name, pairs in kinds.items() if pairs)
     if not shuffle_images:
         cold = {pair.preference.id: pair for pair in decided}
+        told, judged = ask_about(pairs, judge)
         update["vote_budget"] = measure_votes(
-            [_as_right_and_wrong(pair, token_text) for pair in pairs],
+            [as_right_and_wrong(pair, token_text) for pair in told],
             [pair.item for pair in pairs],
             voting={int(k): (result.voting[k], result.voting_intervals[k]) for k in result.voting},
             samples=samples,
             seed=seed,
-            greedy=[_as_right_and_wrong(cold.get(pair.preference.id), token_text) for pair in pairs] if cold else (),
+            greedy=[as_right_and_wrong(cold.get(pair.preference.id), token_text) for pair in pairs] if cold else (),
+            judged=judged,
         )
     return result.model_copy(update=update)
 
@@ -250,34 +227,6 @@ def _ask(
         failed=len(preferences) - len(pairs),
         quarantined=len(generated.quarantined),
         truncated=sum(sample.rollout.finish_reason == "length" for sample in flat),
-    )
-
-
-def _as_right_and_wrong(
-    pair: JudgedPair | None, token_text: Callable[[int], str] | None
-) -> dict[Order, list[Judgement]]:
-    """For `measure_votes`: choice 1 is the right response. None: not judged."""
-    if pair is None:
-        return {order: [] for order in ORDERS}
-    return {
-        order: [_right_or_wrong(sample, order, pair.labels[order], token_text) for sample in pair.samples[order]]
-        for order in ORDERS
-    }
-
-
-def _right_or_wrong(sample: Sample, order: Order, label: Label, token_text: Callable[[int], str] | None) -> Judgement:
-    answer, p_answer = sample.parsed.answer, None
-    if answer is not None and token_text is not None:
-        p_answer = answer_probability(sample.rollout, token_text)
-    right = answer == label
-    return Judgement(
-        order=order,
-        choice=None if answer is None else 1 if right else 2,
-        p_first=None if p_answer is None else p_answer if right else 1.0 - p_answer,
-        text=sample.rollout.text,
-        reasoning="",
-        tokens=len(sample.rollout.token_ids),
-        finish_reason=sample.rollout.finish_reason,
     )
 
 
@@ -367,7 +316,7 @@ def _choose_transcripts(
     """First samples of `count` pairs, dealt round-robin over the categories, alternating between the two orders."""
     by_category: dict[str, list[str]] = defaultdict(list)
     for index in np.random.default_rng(seed).permutation(len(preferences)):
-        by_category[_category(preferences[index])].append(preferences[index].id)
+        by_category[category_of(preferences[index])].append(preferences[index].id)
     rounds = zip_longest(*(by_category[name] for name in sorted(by_category)))
     chosen = [name for dealt in rounds for name in dealt if name is not None][:count]
     judged = {pair.preference.id: pair for pair in pairs}
@@ -391,7 +340,3 @@ def _transcript(pair: JudgedPair, order: Order) -> Transcript:
         text=sample.rollout.text,
         answer=sample.parsed.answer,
     )
-
-
-def _category(preference: Preference) -> str:
-    return preference.metadata.get("category", NO_CATEGORY)

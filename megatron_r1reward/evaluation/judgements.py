@@ -1,12 +1,13 @@
 """Judgements of a benchmark's pairs: asked for once, kept line by line, read by whoever counts them.
 
     {"key", "row", "order", "sample", "temperature", "text", "choice", "right", "tokens", "finish_reason", "content",
-     "model"}
+     "model", "judged"}
 
 `row` is the pair's place in its file; `order` "21": the responses were exchanged; `choice` speaks of the stored order.
 `content` (`ContentKeys.question`) says which row it is in any other file: `data.judgements` selects by it.
 `key` is the content of what was asked, of whom and how, so that a run that was killed asks for nothing twice. How a
-verdict is read is no part of it: the texts are there and are read again.
+verdict is read is no part of it: the texts are there and are read again. `judged` is what a consistency judge says
+about a sample, {"by", "consistent"}; missing: it was not asked, or did not say.
 """
 
 from __future__ import annotations
@@ -23,17 +24,20 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_r1reward.data.identity import ContentKeys
+from megatron_r1reward.evaluation.judged_votes import VoteJudge, ask_judge
+from megatron_r1reward.evaluation.result import JudgedSamples
 from megatron_r1reward.files import recover_jsonl, write_jsonl
 from megatron_r1reward.judging.ask import ORDERS, Item, Judgement, Order, as_shown
 from megatron_r1reward.judging.compare import seed_of
 from megatron_r1reward.judging.judge_prompt import Reader
 from megatron_r1reward.judging.reward_model import RewardModel
+from megatron_r1reward.reward.rules import parse_response
 from megatron_r1reward.types import Label, Preference
 
 log = logging.getLogger(__name__)
 
 _CONCURRENT_REQUESTS = 64
-Line = Mapping[str, Any]
+Line = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,7 @@ class Judged:
                 reasoning="",
                 tokens=line["tokens"],
                 finish_reason=line["finish_reason"],
+                consistent=line.get("judged", {}).get("consistent"),
             )
             for line in self.samples.get((place, order), ())
         ]
@@ -162,6 +167,26 @@ def _requests(preferences: Mapping[int, Preference], asking: Asking) -> Iterator
                 )
 
 
+def judge_samples(judged: Judged, path: Path, judge: VoteJudge) -> JudgedSamples | str:
+    """Ask whether each sample's reasoning supports its verdict, and write that beside it, in `judged` and in `path`.
+
+    Returns:
+        How often the judge says what, or why there are no judge-filtered votes.
+    """
+    lines = [line for part in judged.samples.values() for line in part if line["choice"] is not None]
+    cases = [(parse_response(line["text"]).reasoning, as_shown(line["choice"], line["order"])) for line in lines]
+    said, found = ask_judge(judge, cases)
+    for line, consistent in zip(lines, said, strict=True):
+        line.pop("judged", None)
+        if consistent is not None:
+            line["judged"] = {"by": judge.name, "consistent": consistent}
+    told = {line["key"]: line for line in lines}
+    recorded = recover_jsonl(path)
+    if any(line != told.get(line["key"], line) for line in recorded):
+        write_jsonl(path, [told.get(line["key"], line) for line in recorded])
+    return found
+
+
 async def _ask(model: RewardModel, request: _Request, seed: int) -> dict[str, Any]:
     """One judgement as a line of the record."""
     pair, order = request.preference.responses, request.order
@@ -196,6 +221,7 @@ def _recorded(path: Path, preferences: Mapping[int, Preference], read: Reader) -
         choice = None if answer is None else as_shown(answer, line["order"])
         if choice != line["choice"] and line["row"] in preferences:
             line |= {"choice": choice, "right": _right(choice, preferences[line["row"]])}
+            line.pop("judged", None)  # that was about another verdict
             changed = True
     if changed:
         write_jsonl(path, lines.values())

@@ -58,12 +58,22 @@ class CategoryAccuracy(_Part):
 class VotingPoint(_Part):
     """A way to vote, per pair: what it costs and how often it is right."""
 
-    method: str  # "one order", "both orders", "both orders, by log-prob", "adaptive"
+    method: str  # "one order", "both orders", "both orders, by log-prob", "both orders, judge-filtered", "adaptive"
     setting: str  # voting@k; votes per order; confidence at which sampling stops
     samples: float
     tokens: float  # generated
     accuracy: float  # a tie counts 1/2
     interval: Interval
+    fallbacks: float = 0.0  # judge-filtered: orders per pair of which no vote was left, so that all of them counted
+
+
+class JudgedSamples(_Part):
+    """What a consistency judge says about the samples that have a verdict: does the reasoning support it?"""
+
+    judge: str
+    consistent: int
+    inconsistent: int  # left out by judge-filtered votes
+    unknown: int  # the judge gave no verdict; they count
 
 
 class CalibrationBin(_Part):
@@ -94,6 +104,8 @@ class VoteBudget(_Part):
     calibration_error: float | None  # expected, of the probabilities of adaptive sampling; None: nothing parsed
     calibration: tuple[CalibrationBin, ...]  # reliability diagram
     fits: tuple[FittedCalibration, ...] = ()  # none: too few items, or written by an earlier version
+    judged: JudgedSamples | None = None  # None: there are no judge-filtered votes
+    not_judged: str | None = None  # why; None as well: written by an earlier version
 
 
 class OrderAccuracy(_Part):

@@ -74,6 +74,7 @@ class Judgement:
     reasoning: str
     tokens: int  # generated
     finish_reason: str
+    consistent: bool | None = None  # whether the reasoning supports the verdict, as a judge says; None: it does not
 
 
 class Asks(Protocol):

@@ -7,6 +7,7 @@ Three ways to count the same judgements (`Aggregator`):
 - "log_prob": as balanced, but a vote is the probability that the answer token's distribution gives to the first
   response (`Judgement.p_first`); a hard vote where the endpoint does not tell.
 
+Before that, `supported` may leave out votes whose reasoning a consistency judge says does not support them.
 A judgement without a verdict does not vote. Shares are smoothed by Jeffreys' prior (half a vote for either side), so
 that one vote is not certainty; without any vote the probability is None.
 """
@@ -79,6 +80,22 @@ def probability(judgements: Sequence[Judgement], aggregator: Aggregator, *, prio
         return share(judgements, soft=False, prior=prior)
     shares = shares_by_order(judgements, soft=aggregator == "log_prob", prior=prior)
     return sum(shares.values()) / len(shares) if shares else None
+
+
+def supported(judgements: Sequence[Judgement]) -> tuple[list[Judgement], int]:
+    """Judge-filtered votes: those whose reasoning supports them, and how many orders kept votes that it does not.
+
+    A vote that the judge calls inconsistent is left out; one about which it says nothing stays. An order of which no
+    vote would be left keeps all of its votes, because the other one alone would also measure a taste for a place.
+    """
+    kept: list[Judgement] = []
+    fallbacks = 0
+    for order in ORDERS:
+        voters = [item for item in judgements if item.order == order and item.choice is not None]
+        left = [item for item in voters if item.consistent is not False]
+        fallbacks += len(left) == 0 < len(voters)
+        kept += left or voters
+    return kept, fallbacks
 
 
 def verdict(p_first: float | None) -> Label | None:

@@ -6,7 +6,7 @@ import os
 import socket
 from pathlib import Path
 
-from megatron_r1reward.cluster.placement import ServerKind, Stage, servers_of
+from megatron_r1reward.cluster.placement import ServerKind, Stage, asks_judge, servers_of
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE
 from megatron_r1reward.run_dir import Address, RunDir
@@ -41,7 +41,7 @@ def connected(config: RunConfig, stage: Stage) -> RunConfig:
     judge = config.judge
     rollout = config.rollout.model_copy(update={"sender_host": node_address()} | _transport_of_servers(config))
     shared = config.cluster.shared_judge
-    if stage == "rl" and config.reward.use_judge and not judge.urls and shared is not None:
+    if asks_judge(config, stage) and not judge.urls and shared is not None:
         judge = judge.model_copy(update={"urls": shared_judge_urls(shared), "api_key_variable": TOKEN_VARIABLE})
     return config.model_copy(update={"rollout": rollout, "judge": judge})
 

@@ -17,6 +17,7 @@ from megatron_r1reward.cluster.placement import (
     Placement,
     Site,
     Stage,
+    asks_judge,
     describe,
     place,
     servers_of,
@@ -138,7 +139,8 @@ def _server_token(config: RunConfig, stage: Stage) -> str:
         ValueError: a judge is shared between jobs, and the environment does not give both the same token.
     """
     token = token_from(TOKEN_VARIABLE)
-    if token is None and (stage == "judge" or (stage == "rl" and config.cluster.shared_judge is not None)):
+    shares = asks_judge(config, stage) and config.cluster.shared_judge is not None
+    if token is None and (stage == "judge" or shares):
         raise ValueError(
             f"a judge that several jobs share needs a token that all of them know: submit each with the same "
             f"{TOKEN_VARIABLE}, e.g. from `openssl rand -hex 32`"

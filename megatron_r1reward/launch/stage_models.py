@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_r1reward.checkpoint.manifest import MANIFEST, find_damage
-from megatron_r1reward.cluster.placement import Stage
+from megatron_r1reward.cluster.placement import Stage, asks_judge
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.model_folder.examine import folder_problems, served_problems
 from megatron_r1reward.model_folder.prompt_policy import FILE, read_policy
@@ -38,7 +38,7 @@ def model_problems(config: RunConfig, stage: Stage) -> Iterator[tuple[str, Path,
     elif stage == "annotate" and config.annotate.url is None:
         yield from (("model.path", path, text) for text in served_problems(path))
     judge = config.judge
-    judged = stage == "judge" or (stage == "rl" and config.reward.use_judge and config.rl.replay is None)
+    judged = stage == "judge" or asks_judge(config, stage)
     if judged and not judge.urls and judge.model_path is not None:
         yield from (("judge.model_path", judge.model_path, text) for text in served_problems(judge.model_path))
 

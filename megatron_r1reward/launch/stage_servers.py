@@ -11,9 +11,11 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_r1reward.cluster.placement import ServerKind, Stage
+from megatron_r1reward.cluster.placement import ServerKind, Stage, asks_judge
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.stage_data import image_folders
+from megatron_r1reward.evaluation.judged_votes import VoteJudge
+from megatron_r1reward.hub_name import model_name
 from megatron_r1reward.launch.addresses import components
 from megatron_r1reward.model_folder.examine import load_tokenizer
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE, token_from
@@ -96,6 +98,22 @@ def open_evaluation_pool(config: RunConfig, *, supervised: bool = False) -> Iter
     """Rollout servers of `model.path` whose weights do not change."""
     with _open_pool(config, "eval", supervised) as pool:
         yield pool
+
+
+@contextmanager
+def open_vote_judge(config: RunConfig, *, supervised: bool = False) -> Iterator[VoteJudge | str]:
+    """The judge of an evaluation's judge-filtered votes, or why there are none."""
+    if not asks_judge(config, "eval"):
+        yield "evaluation.judge_filtered_votes is false"
+        return
+    section = config.judge.model_copy(update={"max_calls_per_step": None})  # there are no steps
+    config = config.model_copy(update={"judge": section})
+    with ExitStack() as stack:
+        running = _components(config, "eval", "judge") if supervised else []
+        started = [] if running else _start_judges(config, stack)
+        judge, _ = stack.enter_context(_open_judge(config, started, running))
+        folder = None if section.model_path is None else model_name(section.model_path)
+        yield VoteJudge(judge=judge, name=section.model or folder or ", ".join(section.urls))
 
 
 @contextmanager

@@ -22,12 +22,20 @@ from megatron_r1reward.data.selection import selection
 from megatron_r1reward.data.stage_data import read_heldout, read_training_preferences, template_of
 from megatron_r1reward.evaluation.cold_start_set import ColdStartSet, ReasoningFilter, build_cold_start, card
 from megatron_r1reward.evaluation.evaluate import evaluate as evaluate_pairs
+from megatron_r1reward.evaluation.judged_votes import VoteJudge
 from megatron_r1reward.evaluation.pair_kinds import make_pair_kinds
 from megatron_r1reward.evaluation.result import EvaluationResult
+from megatron_r1reward.evaluation.vote_budget import NO_JUDGE
 from megatron_r1reward.files import write_jsonl, write_text
 from megatron_r1reward.launch.addresses import connected
 from megatron_r1reward.launch.stage_models import check_models
-from megatron_r1reward.launch.stage_servers import open_annotator, open_evaluation_pool, open_judge, open_rl_services
+from megatron_r1reward.launch.stage_servers import (
+    open_annotator,
+    open_evaluation_pool,
+    open_judge,
+    open_rl_services,
+    open_vote_judge,
+)
 from megatron_r1reward.model_folder.examine import load_tokenizer
 from megatron_r1reward.processes import quick_imports
 from megatron_r1reward.reward.score import RewardScorer
@@ -182,7 +190,10 @@ def evaluate(config: RunConfig, *, supervised: bool = False) -> None:
     output.mkdir(parents=True, exist_ok=True)
     section = config.evaluation
     pairs = _heldout(config)
-    with open_evaluation_pool(config, supervised=supervised) as pool:
+    with (
+        open_vote_judge(config, supervised=supervised) as judge,
+        open_evaluation_pool(config, supervised=supervised) as pool,
+    ):
         result = _evaluate(
             config,
             pool,
@@ -192,6 +203,7 @@ def evaluate(config: RunConfig, *, supervised: bool = False) -> None:
             transcripts=section.transcripts,
             greedy=section.greedy,
             extra=make_pair_kinds(pairs, section.extra_pairs, config.run.seed),
+            judge=judge,
         )
         if section.shuffled_images_control:
             control = _evaluate(config, pool, pairs, samples=1, voting=(1,), transcripts=0, shuffle_images=True)
@@ -234,6 +246,7 @@ def _evaluate(
     shuffle_images: bool = False,
     greedy: bool = False,
     extra: Mapping[str, Sequence[Preference]] | None = None,
+    judge: VoteJudge | str = NO_JUDGE,
 ) -> EvaluationResult:
     tokenizer = load_tokenizer(config.model.path)
     title = "control: shuffled images" if shuffle_images else "evaluate"
@@ -252,5 +265,6 @@ def _evaluate(
             extra=extra,
             transcripts=transcripts,
             token_text=cache(lambda token: tokenizer.decode([token])),
+            judge=judge,
             progress=lambda done, total: progress.update(1),
         )

@@ -17,7 +17,7 @@ from megatron_r1reward.evaluation.statistics import Estimate
 from megatron_r1reward.files import atomic_path, write_text
 from megatron_r1reward.report.charts import COLOURS, STYLE
 from megatron_r1reward.report.published_scores import COLUMNS, PUBLISHED
-from megatron_r1reward.report.vote_charts import plot_votes
+from megatron_r1reward.report.vote_charts import judged_votes, plot_votes
 
 
 def write_bench_report(result: BenchResult, out: Path) -> str:
@@ -78,6 +78,8 @@ def _vote_budget(budget: VoteBudget) -> Iterator[str]:
          f"{_percent(point.accuracy)} [{_percent(point.interval[0])}, {_percent(point.interval[1])}]"]
         for point in budget.points
     ])  # fmt: skip
+    if (said := judged_votes(budget)) is not None:
+        yield from ("", said)
     if budget.calibration_error is not None:
         yield from ("", f"Expected calibration error of adaptive votes: {budget.calibration_error:.3f}.")
     if budget.fits:

@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from numpy.typing import NDArray
 
 SMOOTH_FROM = 30  # points: shorter curves are shown as they are
-COLOURS = ("#2f6fde", "#e07b1a", "#12946f", "#a347b8")
+COLOURS = ("#2f6fde", "#e07b1a", "#12946f", "#a347b8", "#b3363e")
 
 STYLE = Path(__file__).parent / "templates" / "chart.mplstyle"
 

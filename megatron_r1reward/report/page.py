@@ -14,7 +14,7 @@ from megatron_r1reward.report.charts import Drawing
 from megatron_r1reward.report.curves import RL_CURVES, SFT_CURVES, drawings
 from megatron_r1reward.report.inputs import RunFiles
 from megatron_r1reward.report.timeline_chart import draw_timeline
-from megatron_r1reward.report.vote_charts import draw_reliability, draw_votes
+from megatron_r1reward.report.vote_charts import draw_reliability, draw_votes, judged_votes
 from megatron_r1reward.run_dir import duration
 
 MAX_TRANSCRIPTS = 6
@@ -90,6 +90,7 @@ def render_page(run: RunFiles, report: Mapping[str, Any]) -> str:
         timeline=draw_timeline(run.timeline),
         sft_charts=drawings(SFT_CURVES, run.sft_rows),
         vote_charts=_vote_charts(run.rl.vote_budget),
+        judged_votes=judged_votes(run.rl.vote_budget) if run.rl.vote_budget is not None else None,
         transcripts=_side_by_side(run),
     )
 

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_r1reward.evaluation.result import CalibrationBin, FittedCalibration, VoteBudget
+from megatron_r1reward.evaluation.vote_budget import JUDGE_FILTERED
 from megatron_r1reward.report.charts import COLOURS, STYLE, Drawing, LegendEntry
 
 USUAL = ("greedy", "adaptive 0.9")  # ways of voting whose calibration is drawn, the first that was fitted
@@ -19,7 +20,9 @@ USUAL = ("greedy", "adaptive 0.9")  # ways of voting whose calibration is drawn,
 def plot_votes(axes: Axes, budget: VoteBudget) -> list[LegendEntry]:
     """Accuracy in percent against tokens per pair, one curve per method, with 95 % intervals."""
     entries = []
-    for method, colour in zip(dict.fromkeys(point.method for point in budget.points), COLOURS, strict=False):
+    methods = list(dict.fromkeys(point.method for point in budget.points))
+    assert len(methods) <= len(COLOURS), f"{methods} are more than there are colours"
+    for method, colour in zip(methods, COLOURS, strict=False):
         points = sorted((point for point in budget.points if point.method == method), key=lambda point: point.tokens)
         means = [100 * point.accuracy for point in points]
         below = [max(0.0, 100 * (point.accuracy - point.interval[0])) for point in points]
@@ -34,6 +37,20 @@ def plot_votes(axes: Axes, budget: VoteBudget) -> list[LegendEntry]:
     axes.set_xlabel("generated tokens per pair")
     axes.set_ylabel("right, %")
     return entries
+
+
+def judged_votes(budget: VoteBudget) -> str | None:
+    """What a consistency judge has to do with these votes, in a sentence; None: written by an earlier version."""
+    if (judged := budget.judged) is None:
+        return None if budget.not_judged is None else f"There are no judge-filtered votes: {budget.not_judged}."
+    asked = judged.consistent + judged.inconsistent + judged.unknown
+    filtered = [point for point in budget.points if point.method == JUDGE_FILTERED]
+    fallbacks = ", ".join(f"{point.setting}: {point.fallbacks:.2f}" for point in filtered)
+    return (
+        f"Judge-filtered votes leave out the {judged.inconsistent} of {asked} samples whose reasoning does not support "
+        f"the verdict, as {judged.judge} says ({judged.unknown} without an answer count). An order of which no vote is "
+        f"left keeps all of its votes; such orders per pair: {fallbacks}. The judge's own work is not in the tokens."
+    )
 
 
 def draw_votes(budget: VoteBudget) -> Drawing:

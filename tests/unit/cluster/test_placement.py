@@ -146,6 +146,14 @@ def test_servers_that_are_reached_by_url_are_not_started() -> None:
     assert [p.component.name for p in place(shared, "rl", site(1))] == ["trainer"]
 
 
+def test_an_evaluation_has_a_judge_where_its_votes_are_filtered() -> None:
+    filtered = {"judge_filtered_votes": True}
+    names = [p.component.name for p in place(config(evaluation=filtered), "eval", site(1))]
+    assert names == ["rollout-0", "judge-0", "evaluate"]
+    elsewhere = config(evaluation=filtered, judge={"urls": ["http://a:1"]})
+    assert [p.component.name for p in place(elsewhere, "eval", site(1))] == ["rollout-0", "evaluate"]
+
+
 @pytest.mark.parametrize(
     ("sections", "nodes", "message"),
     [

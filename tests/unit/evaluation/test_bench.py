@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,6 +119,59 @@ def test_one_set_of_judgements_answers_greedy_voting_and_every_category(always_f
     assert "any-correct@5" in text
     assert "generated tokens per pair" in picture
     assert "voting@5" in picture
+
+
+class SeeingModel(ScriptedServer):
+    """Greedily and in some samples it is right for a reason; in the others it is wrong, and its reason is another."""
+
+    def _take(self, body: dict) -> str:
+        super()._take(body)
+        text = body["messages"][0]["content"][-1]["text"]
+        right = 1 if re.search(r"\[Response 1\]:\s+a\d", text) else 2
+        lucky = body["temperature"] == 0 or body["seed"] % 3 == 0
+        return (
+            f"<think>It fits.</think><answer>{right}</answer>"
+            if lucky
+            else f"<think>Odd.</think><answer>{3 - right}</answer>"
+        )
+
+
+class SeeingJudge(ScriptedServer):
+    def _take(self, body: dict) -> str:
+        super()._take(body)
+        return "0" if "Odd." in str(body["messages"]) else "1"
+
+
+def test_a_judge_is_asked_once_about_each_sample_and_its_votes_are_left_out(rows, tmp_path) -> None:
+    out, model, judge = tmp_path / "out", SeeingModel([""]), SeeingJudge([""])
+    try:
+        assert bench(rows, out, model.url, "--samples", "6").exit_code == 0
+        assert "There are no judge-filtered votes: no consistency judge" in (out / "bench.md").read_text()
+        done = bench(rows, out, model.url, "--samples", "6", "--judge", judge.url)
+        assert done.exit_code == 0, done.output
+        assert len(model.requests) == 3 * 2 * (1 + 6), "the samples on record are judged"
+        asked = len(judge.requests)
+        assert asked <= 4, "equal questions are asked once"
+        lines = [json.loads(line) for line in (out / "judgements.jsonl").read_text().splitlines()]
+        said = [line for line in lines if line["temperature"] > 0]
+        assert {line["judged"]["by"] for line in said} == {judge.url}
+        assert all(line["judged"]["consistent"] == ("Odd." not in line["text"]) for line in said)
+        assert not any("judged" in line for line in lines if line["temperature"] == 0)
+        found = json.loads((out / "bench.json").read_text())["vote_budget"]
+        odd = sum("Odd." in line["text"] for line in said)
+        assert found["judged"] == {
+            "judge": judge.url, "consistent": len(said) - odd, "inconsistent": odd, "unknown": 0,
+        }  # fmt: skip
+        accuracy = {(one["method"], one["setting"]): one["accuracy"] for one in found["points"]}
+        assert accuracy["both orders, judge-filtered", "6 + 6"] > accuracy["both orders", "6 + 6"]
+        assert f"as {judge.url} says" in (out / "bench.md").read_text()
+        record = (out / "judgements.jsonl").read_text()
+        assert bench(rows, out, model.url, "--samples", "6", "--judge", judge.url).exit_code == 0
+        assert (len(judge.requests), (out / "judgements.jsonl").read_text()) == (asked, record)
+        assert "give --samples" in bench(rows, out, model.url, "--judge", judge.url).output
+    finally:
+        model.stop()
+        judge.stop()
 
 
 def test_the_verdicts_of_another_prompt_are_read_again_without_asking(rows, tmp_path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from megatron_r1reward.evaluation.calibration import calibration
-from megatron_r1reward.evaluation.result import VotingPoint
+from megatron_r1reward.evaluation.result import JudgedSamples, VotingPoint
 from megatron_r1reward.evaluation.vote_budget import measure_votes, replay
 from megatron_r1reward.judging.ask import ORDERS, Judgement, Order
 from megatron_r1reward.judging.votes import Adaptive
@@ -69,6 +71,27 @@ def test_a_model_that_no_votes_bring_to_the_majority_has_no_cheapest_way() -> No
     budget = measure_votes([WRONG] * 20, list(range(20)), voting={15: (0.9, (0.8, 0.95))}, samples=K, seed=0)
     assert budget.cheapest is None
     assert budget.calibration_error is not None and budget.calibration_error > 0.7  # sure and always wrong
+
+
+def test_votes_that_the_judge_does_not_find_supported_are_left_out_and_an_order_without_others_is_counted() -> None:
+    """Three of five votes are wrong; the judge sees through all of them, or through every vote of one order."""
+    votes = pair([1, 1, 2, 2, 2], [1, 1, 2, 2, 2])
+    seen = {order: [replace(one, consistent=one.choice == 1) for one in votes[order]] for order in ORDERS}
+    lost = {"12": [replace(one, consistent=False) for one in votes["12"]], "21": seen["21"]}
+    assert replay([votes], 5, 0).accuracy.tolist() == [0.0]
+    found = replay([seen, lost], 5, 0, filtered=True)
+    assert found.accuracy[0] == 1.0
+    assert found.fallbacks.tolist() == [0.0, 1.0]
+    assert found.tokens.tolist() == [2 * 5 * TOKENS] * 2, "the model has made the votes that are left out, too"
+    counts = JudgedSamples(judge="j", consistent=4, inconsistent=6, unknown=0)
+    budget = measure_votes(
+        [seen] * 20, list(range(20)), voting={5: (0.0, (0.0, 0.1))}, samples=5, seed=0, judged=counts
+    )
+    assert _point(budget.points, "both orders, judge-filtered", "5 + 5").accuracy == 1.0
+    assert budget.cheapest is not None and budget.cheapest.method != "both orders, judge-filtered"
+    without = measure_votes([seen] * 20, list(range(20)), voting={}, samples=5, seed=0, judged="nobody asked")
+    assert "both orders, judge-filtered" not in {one.method for one in without.points}
+    assert (without.judged, without.not_judged) == (None, "nobody asked")
 
 
 def test_a_pool_that_says_nothing_readable_has_no_calibration() -> None:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from simulated_judge import SimulatedJudge
 
 from megatron_r1reward.judging.ask import Item, Judgement, Order
 from megatron_r1reward.judging.compare import Votes, compare
-from megatron_r1reward.judging.votes import Adaptive, count, orders_agree, probability, verdict
+from megatron_r1reward.judging.votes import Adaptive, count, orders_agree, probability, supported, verdict
 
 ITEM = Item(question="Which?")
 
@@ -37,6 +38,18 @@ def test_what_is_not_said_is_not_a_vote() -> None:
     assert orders_agree(judgements) is None
     assert probability([said("12", None)], "log_prob") is None
     assert verdict(None) is None
+
+
+def test_votes_that_their_reasoning_does_not_support_are_left_out_where_others_are_left() -> None:
+    def judged(order: Order, choice: int | None, consistent: bool | None) -> Judgement:
+        return replace(said(order, choice), consistent=consistent)
+
+    votes = [judged("12", 1, True), judged("12", 2, False), judged("21", 1, None), judged("21", 2, False)]
+    kept, fallbacks = supported(votes)
+    assert ([item.choice for item in kept], fallbacks) == ([1, 1], 0)  # what the judge does not know counts
+    kept, fallbacks = supported([judged("12", 1, True), judged("21", 2, False), judged("21", None, None)])
+    assert ([item.order for item in kept], fallbacks) == (["12", "21"], 1)
+    assert verdict(probability(kept, "balanced")) is None, "one order alone must not decide"
 
 
 def test_soft_votes_are_the_answer_tokens_probability() -> None:

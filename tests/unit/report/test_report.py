@@ -20,6 +20,7 @@ from megatron_r1reward.evaluation.result import (
     EvaluationResult,
     FittedCalibration,
     GreedyAccuracy,
+    JudgedSamples,
     PairKind,
     Transcript,
     VoteBudget,
@@ -28,10 +29,11 @@ from megatron_r1reward.evaluation.result import (
     several,
 )
 from megatron_r1reward.evaluation.statistics import Estimate
+from megatron_r1reward.evaluation.vote_budget import JUDGE_FILTERED
 from megatron_r1reward.report.charts import Chart, Series, draw
 from megatron_r1reward.report.report import build_report
 from megatron_r1reward.report.timeline_chart import draw_timeline
-from megatron_r1reward.report.vote_charts import draw_reliability, draw_votes
+from megatron_r1reward.report.vote_charts import draw_reliability, draw_votes, judged_votes
 
 VOID_TAGS = {"meta", "img", "br", "link", "input", "hr"}
 KS = (1, 5, 15)
@@ -374,7 +376,7 @@ def test_ways_to_vote_are_shown_against_their_tokens(run_dir: Path) -> None:
     assert "Accuracy against generated tokens" not in (run_dir / "report.html").read_text()
     path, adaptive = run_dir / "eval_rl/evaluation.json", point("adaptive", "0.9", 45.0)
     budget = VoteBudget(
-        points=(point("one order", "voting@15", 225.0), adaptive),
+        points=(point("one order", "voting@15", 225.0), adaptive, point(JUDGE_FILTERED, "3 + 3", 90.0)),
         cheapest=adaptive,
         calibration_error=0.021,
         calibration=(CalibrationBin(confidence=0.75, accuracy=0.96, share=1.0),),
@@ -386,6 +388,7 @@ def test_ways_to_vote_are_shown_against_their_tokens(run_dir: Path) -> None:
                 bins_after=(CalibrationBin(confidence=0.95, accuracy=0.96, share=1.0),),
             ),
         ),
+        judged=JudgedSamples(judge="judge/hf", consistent=900, inconsistent=90, unknown=10),
     )  # fmt: skip
     found = EvaluationResult.model_validate_json(path.read_text())
     path.write_text(found.model_copy(update={"vote_budget": budget}).to_json())
@@ -394,6 +397,12 @@ def test_ways_to_vote_are_shown_against_their_tokens(run_dir: Path) -> None:
     assert "Within the interval of voting@15 with the fewest tokens: adaptive (0.9), 20.0 % of its tokens." in text
     assert "expected calibration error 2.1 %" in text
     assert "adaptive 0.9balanced0.31 33 / 3224.0 %2.0 %" in text
+    assert (
+        "leave out the 90 of 1000 samples whose reasoning does not support the verdict, as judge/hf says (10 " in text
+    )
+    assert judged_votes(budget.model_copy(update={"judged": None, "not_judged": "it is off"})) == (
+        "There are no judge-filtered votes: it is off."
+    )
     assert "fitted on 33 items (temperature 0.31), shown on 32 others" in text
     for drawing in (draw_votes(budget), draw_reliability(budget.fits)):
         assert drawing is not None
