@@ -28,6 +28,10 @@ SERVED_NAME = "reward-model"
 _ATTEMPTS = 8  # with pauses of up to 10 s: outlasts the notice of a death; waiting for a restart is no attempt
 
 
+class _WithdrawnError(ModelUnavailableError):
+    """Its server was taken out of service meanwhile."""
+
+
 class ServedModel:
     """Judges through a group of servers, on the group's event loop; closing it stops the servers that are its own."""
 
@@ -112,7 +116,8 @@ class ServedModel:
                     judgements = await _unless_withdrawn(member, work)
                 except ModelUnavailableError as error:
                     failed.add(member)
-                    self.group.supervisor.failed(member, str(error))
+                    if not isinstance(error, _WithdrawnError):  # the supervisor knows why it withdrew this one
+                        self.group.supervisor.failed(member, str(error))
                     raise
                 finally:
                     self.group.router.release(member)
@@ -162,7 +167,7 @@ async def _unless_withdrawn(member: Member, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work` at a server that may be found hanging meanwhile.
 
     Raises:
-        ModelUnavailableError: it was taken out of service; this request is asked elsewhere.
+        _WithdrawnError: it was taken out of service; this request is asked elsewhere.
     """
     call = asyncio.ensure_future(work)
     member.in_flight.add(call)
@@ -172,7 +177,7 @@ async def _unless_withdrawn(member: Member, work: Coroutine[Any, Any, T]) -> T:
         member.in_flight.discard(call)
         call.cancel()  # does nothing to a finished one
     if call.cancelled():
-        raise ModelUnavailableError(f"{member.url} was taken out of service during the request")
+        raise _WithdrawnError(f"{member.url} was taken out of service during the request")
     return call.result()
 
 

@@ -138,7 +138,9 @@ def _run(
     served: ServedModel, offer: _Offer, *, what: str, host: str, port: int, token: str | None, run: RunDir | None = None
 ) -> None:
     """Until SIGINT or SIGTERM, and until what was in progress then is finished. `run`: where to leave the address."""
-    backend = Backend(model=served, loop=served.group.loop, ready=lambda: served.ready_servers > 0)
+    backend = Backend(
+        model=served, loop=served.group.loop, ready=lambda: served.ready_servers > 0, servers=served.group.status
+    )
     service = RewardService(backend, offer.limits, concurrency=offer.concurrency, policy=served.policy)
     app = build_app(service, token=token)
     buffer = cohorts_of(

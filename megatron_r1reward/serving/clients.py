@@ -89,19 +89,38 @@ class TrlReward:
 
 
 async def compute_score(
-    data_source: str, solution_str: str, ground_truth: Any, extra_info: dict[str, Any] | None = None
-) -> float:
+    data_source: str,
+    solution_str: str,
+    ground_truth: Any,
+    extra_info: dict[str, Any] | None = None,
+    *,
+    on_failure: Literal["neutral", "raise"] = "raise",
+) -> float | dict[str, float]:
     """verl's custom reward function: one sample at a time; the service gathers the samples of one question.
 
     `extra_info["question"]` is the question (verl's data sets carry it), `extra_info["images"]` its images as paths
     under the service's roots or data URLs.
 
+    Args:
+        on_failure: set by `reward.custom_reward_function.reward_kwargs`. "neutral" gives 0.5 to a sample that got no
+            reward; every score then comes with `r1_reward_failed`, 0 or 1, whose mean verl reports among its metrics.
+
     Raises:
-        RewardServiceError: no question, or no reward.
+        RewardServiceError: no question, or, by "raise", no reward.
     """
     information = extra_info or {}
     if not isinstance(information.get("question"), str):
         raise RewardServiceError('extra_info has no "question": add the column, the samples of one question are ranked')
+    if on_failure == "raise":
+        return await _one_score(solution_str, information)
+    try:
+        return {"score": await _one_score(solution_str, information), "r1_reward_failed": 0.0}
+    except RewardServiceError as error:
+        log.warning("no reward for a sample (neutral): %s", error)
+        return {"score": NEUTRAL, "r1_reward_failed": 1.0}
+
+
+async def _one_score(solution_str: str, information: dict[str, Any]) -> float:
     token = os.environ.get(TOKEN_VARIABLE)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     body = {

@@ -5,30 +5,30 @@
     POST /nemo_gym/compare {"conversation_history", "response_objs", "principle"} -> {"rewards", "comparison_results",
                            "metrics"}                                                         (its comparison server)
 
-OpenRLHF's batches and NeMo-Gym's lists are ranked as they come, equal prompts together; slime's single samples wait for
-their cohort (`cohorts`). For TRL and verl, which call a function, see `clients`.
+Samples that come one at a time (slime's, and those of newer OpenRLHF) wait for their cohort (`cohorts`); those of one
+prompt that come in one batch, and NeMo-Gym's lists, are ranked as they come. Chat templates around questions and
+responses are taken off (`chat_format`). For TRL and verl, which call a function, see `clients`.
 """
 
 from __future__ import annotations
 
-import logging
+import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from megatron_r1reward.serving import wire
+from megatron_r1reward.serving.chat_format import content_text, question_of, response_in, response_text
 from megatron_r1reward.serving.cohorts import CohortBuffer, NoRewardError, Policy
 from megatron_r1reward.serving.service import RewardService
 
-log = logging.getLogger(__name__)
-
 
 class OpenRlhfRequest(BaseModel):
-    """One batch; `query` is prompt and response in one text, as the trainer decoded it."""
+    """Samples; `query` is prompt and response in one text, as the trainer decoded it."""
 
     query: list[str]
     prompts: list[str]
@@ -36,7 +36,7 @@ class OpenRlhfRequest(BaseModel):
 
 
 class SlimeRequest(BaseModel):
-    prompt: str
+    prompt: str | list[dict[str, Any]]  # a conversation where the trainer does not apply its template
     response: str
     label: Any = None
     images: list[str] = []
@@ -49,13 +49,15 @@ class NemoGymRequest(BaseModel):
 
 
 def cohorts_of(service: RewardService, *, size: int, deadline_s: float, on_failure: Policy) -> CohortBuffer:
-    """A cohort buffer whose groups are ranked by the service, with its checks."""
+    """A cohort buffer whose groups are ranked by the service; its counts are in the service's metrics."""
 
     async def rewards(question: str, responses: Sequence[str], images: Sequence[str]) -> Sequence[float]:
         request = wire.RankRequest(question=question, responses=list(responses), images=list(images))
         return list((await service.rank(request))["rewards"])
 
-    return CohortBuffer(rewards, size=size, deadline_s=deadline_s, on_failure=on_failure)
+    buffer = CohortBuffer(rewards, limits=service.limits, size=size, deadline_s=deadline_s, on_failure=on_failure)
+    service.telemetry.cohorts = buffer.counts
+    return buffer
 
 
 def add_routes(app: FastAPI, service: RewardService, cohorts: CohortBuffer) -> None:
@@ -64,29 +66,20 @@ def add_routes(app: FastAPI, service: RewardService, cohorts: CohortBuffer) -> N
     @app.post("/openrlhf")
     async def openrlhf(body: OpenRlhfRequest) -> Any:
         if len(body.query) != len(body.prompts):
-            return _refused(f"{len(body.query)} queries, but {len(body.prompts)} prompts")
-        texts = [query.removeprefix(prompt) for query, prompt in zip(body.query, body.prompts, strict=True)]
+            raise wire.RefusedError(f"{len(body.query)} queries, but {len(body.prompts)} prompts")
+        try:
+            texts = [response_in(query, prompt) for query, prompt in zip(body.query, body.prompts, strict=True)]
+        except ValueError as error:
+            raise wire.RefusedError(str(error)) from error
         return {"rewards": await _by_prompt(cohorts, body.prompts, texts)}
 
     @app.post("/slime")
     async def slime(body: SlimeRequest) -> Any:
-        return await cohorts.reward(body.prompt, body.response, body.images)
+        return await cohorts.reward(question_of(body.prompt), response_text(body.response), body.images)
 
     @app.post("/nemo_gym/compare")
-    async def nemo_gym(body: NemoGymRequest) -> Any:
-        question = "\n".join(_text(turn.get("content")) for turn in body.conversation_history)
-        if body.principle:
-            question += f"\nPrinciple: {body.principle}"
-        answer = await service.rank(
-            wire.RankRequest(question=question, responses=[response_text(item) for item in body.response_objs])
-        )
-        results = [
-            {"response_i": i, "response_j": j, "winner": None if one["verdict"] is None else (i, j)[one["verdict"] - 1]}
-            for one in answer["comparisons"]
-            for i, j in [one["pair"]]
-        ]
-        metrics = {name: answer[name] for name in ("calls", "ties", "unparsable", "confidence")}
-        return {"rewards": answer["rewards"], "comparison_results": results, "metrics": metrics}
+    async def nemo_gym(body: NemoGymRequest, request: Request) -> Response:
+        return await service.admitted(request, "nemo_gym", _nemo_gym(service, body))
 
     @app.exception_handler(NoRewardError)
     async def no_reward(request: object, error: NoRewardError) -> JSONResponse:
@@ -94,36 +87,51 @@ def add_routes(app: FastAPI, service: RewardService, cohorts: CohortBuffer) -> N
 
     @app.exception_handler(wire.RefusedError)
     async def refused(request: object, error: wire.RefusedError) -> JSONResponse:
-        return _refused(str(error))
+        return JSONResponse({"error": str(error)}, status_code=422)
 
 
 async def _by_prompt(cohorts: CohortBuffer, prompts: Sequence[str], texts: Sequence[str]) -> list[float]:
-    """Rewards of a batch: the samples of one prompt are ranked together, here and now."""
+    """Rewards of a batch: samples of one prompt are ranked together, here and now; single ones wait for others."""
     places: dict[str, list[int]] = defaultdict(list)
     for place, prompt in enumerate(prompts):
         places[prompt].append(place)
+
+    async def of(prompt: str, members: Sequence[int]) -> list[float]:
+        question = question_of(prompt)
+        if len(members) == 1:
+            return [await cohorts.reward(question, texts[members[0]])]
+        return await cohorts.group(question, [texts[place] for place in members])
+
+    found = await asyncio.gather(*(of(prompt, members) for prompt, members in places.items()))
     rewards = [0.0] * len(texts)
-    for prompt, members in places.items():
-        found = await cohorts.group(prompt, [texts[place] for place in members])
-        for place, reward in zip(members, found, strict=True):
+    for members, group in zip(places.values(), found, strict=True):
+        for place, reward in zip(members, group, strict=True):
             rewards[place] = reward
     return rewards
 
 
-def response_text(item: dict[str, Any]) -> str:
+async def _nemo_gym(service: RewardService, body: NemoGymRequest) -> dict[str, Any]:
+    question = "\n".join(content_text(turn.get("content")) for turn in body.conversation_history)
+    if body.principle:
+        question += f"\nPrinciple: {body.principle}"
+    try:
+        asked = wire.RankRequest(question=question, responses=[_response_object(item) for item in body.response_objs])
+    except ValidationError as error:
+        raise wire.RefusedError(f"response_objs: {error.errors()[0]['msg']}") from error
+    answer = await service.rank(asked)
+    results = [
+        {"response_i": i, "response_j": j, "winner": None if one["verdict"] is None else (i, j)[one["verdict"] - 1]}
+        for one in answer["comparisons"]
+        for i, j in [one["pair"]]
+    ]
+    metrics = {name: answer[name] for name in ("calls", "ties", "unparsable", "confidence")}
+    return {"rewards": answer["rewards"], "comparison_results": results, "metrics": metrics}
+
+
+def _response_object(item: dict[str, Any]) -> str:
     """The text of a response object of the Responses API, or of a chat message."""
     if "output" in item:
         return "".join(
-            _text(part.get("content")) for part in item["output"] if part.get("type", "message") == "message"
+            content_text(part.get("content")) for part in item["output"] if part.get("type", "message") == "message"
         )
-    return _text(item.get("content"))
-
-
-def _text(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    return "".join(part.get("text", "") for part in content or [] if isinstance(part, dict))
-
-
-def _refused(reason: str) -> JSONResponse:
-    return JSONResponse({"error": reason}, status_code=422)
+    return content_text(item.get("content"))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from megatron_r1reward.judging.ask import Asks, Item, ModelUnavailableError
@@ -30,9 +30,11 @@ from megatron_r1reward.judging.compare import compare
 from megatron_r1reward.judging.rank import rank
 from megatron_r1reward.model_folder.prompt_policy import PromptPolicy
 from megatron_r1reward.network.event_loop import EventLoopThread
+from megatron_r1reward.servers.member import ServerStatus
 from megatron_r1reward.servers.router import NoServerError
 from megatron_r1reward.serving import wire
 from megatron_r1reward.serving.admission import Admission, BodyLimit, FullError, ServiceGuard
+from megatron_r1reward.serving.telemetry import Telemetry
 from megatron_r1reward.serving.wire import Limits, RefusedError
 
 log = logging.getLogger(__name__)
@@ -44,33 +46,12 @@ _WATCH_INTERVAL_S = 0.5  # how soon the work of a client that has gone is stoppe
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """The model and the event loop that it belongs to; `ready` says whether a server can answer now."""
+    """The model and the event loop that it belongs to; whether a server can answer now, and the state of each."""
 
     model: Asks
     loop: EventLoopThread
     ready: Callable[[], bool] = lambda: True
-
-
-class Telemetry:
-    """What /metrics shows."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "r1reward_requests_total", "Requests by route and HTTP status", ("route", "status"), registry=self.registry
-        )
-        self.seconds = Histogram(
-            "r1reward_request_seconds",
-            "Time from admission to answer",
-            ("route",),
-            buckets=(0.1, 0.3, 1, 3, 10, 30, 100, 300),
-            registry=self.registry,
-        )
-        self.judgements = Counter("r1reward_judgements_total", "Judgements made", registry=self.registry)
-        self.unparsable = Counter(
-            "r1reward_unparsable_total", "Judgements without a readable verdict", registry=self.registry
-        )
-        self.in_progress = Gauge("r1reward_requests_in_progress", "Requests being worked on", registry=self.registry)
+    servers: Callable[[], Sequence[ServerStatus]] = lambda: ()
 
 
 class RewardService:
@@ -81,7 +62,7 @@ class RewardService:
     ) -> None:
         self.backend, self.limits, self.policy = backend, limits, policy
         self.admission = Admission(concurrency)
-        self.telemetry = Telemetry()
+        self.telemetry = Telemetry(backend.servers)
         self.telemetry.in_progress.set_function(lambda: self.admission.in_progress)
 
     async def compare(self, request: wire.CompareRequest) -> dict[str, Any]:
@@ -134,6 +115,22 @@ class RewardService:
             raise RefusedError("a task is either {compare: ...} or {rank: ...}")
         except (ValueError, ModelUnavailableError, NoServerError) as error:
             return {"error": str(error)}
+
+    async def admitted(self, request: Request, route: str, work: Coroutine[Any, Any, Any]) -> Response:
+        """Do the work if there is room for it, and as long as the client is there; its result as JSON."""
+        began = time.monotonic()
+        try:
+            with self.admission.enter():
+                response: Response = JSONResponse(await _while_connected(request, work))
+        except FullError:
+            work.close()
+            tree = {"error": f"{self.admission.limit} requests are in progress: come again"}
+            response = JSONResponse(tree, status_code=429, headers={"Retry-After": str(RETRY_AFTER_S)})
+        except (ValueError, ModelUnavailableError, NoServerError) as error:
+            response = _error_response(error)
+        self.telemetry.requests.labels(route, response.status_code).inc()
+        self.telemetry.seconds.labels(route).observe(time.monotonic() - began)
+        return response
 
     async def _elsewhere(self, work: Coroutine[Any, Any, T]) -> T:
         """On the model's loop; cancelling the request cancels the work."""
@@ -192,37 +189,21 @@ def build_app(service: RewardService, *, token: str | None) -> FastAPI:
 
 
 def _add_judging_routes(app: FastAPI, service: RewardService) -> None:
-    async def admitted(request: Request, route: str, work: Coroutine[Any, Any, dict[str, Any]]) -> Response:
-        """Do the work if there is room for it, and as long as the client is there."""
-        began = time.monotonic()
-        try:
-            with service.admission.enter():
-                response: Response = JSONResponse(await _while_connected(request, work))
-        except FullError:
-            work.close()
-            tree = {"error": f"{service.admission.limit} requests are in progress: come again"}
-            response = JSONResponse(tree, status_code=429, headers={"Retry-After": str(RETRY_AFTER_S)})
-        except (ValueError, ModelUnavailableError, NoServerError) as error:
-            response = _error_response(error)
-        service.telemetry.requests.labels(route, response.status_code).inc()
-        service.telemetry.seconds.labels(route).observe(time.monotonic() - began)
-        return response
-
     @app.post("/v1/compare", response_model=wire.CompareAnswer)
     async def compare_route(body: wire.CompareRequest, request: Request) -> Response:
-        return await admitted(request, "compare", service.compare(body))
+        return await service.admitted(request, "compare", service.compare(body))
 
     @app.post("/v1/rank", response_model=wire.RankAnswer)
     async def rank_route(body: wire.RankRequest, request: Request) -> Response:
-        return await admitted(request, "rank", service.rank(body))
+        return await service.admitted(request, "rank", service.rank(body))
 
     @app.post("/v1/score", response_model=wire.ScoreAnswer)
     async def score_route(body: wire.RankRequest, request: Request) -> Response:
-        return await admitted(request, "score", service.score(body))
+        return await service.admitted(request, "score", service.score(body))
 
     @app.post("/v1/batch", response_model=wire.BatchAnswer)
     async def batch_route(body: wire.BatchRequest, request: Request) -> Response:
-        return await admitted(request, "batch", service.batch(body))
+        return await service.admitted(request, "batch", service.batch(body))
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

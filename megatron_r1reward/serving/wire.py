@@ -176,15 +176,21 @@ def checked_item(request: CompareRequest | RankRequest, limits: Limits) -> Item:
     Raises:
         RefusedError: see the head of this module.
     """
-    _check_texts([request.question, *request.responses], limits)
+    check_texts(request.responses, limits)
     if len(request.responses) > limits.candidates:
         raise RefusedError(f"{len(request.responses)} responses, at most {limits.candidates} are ranked at once")
     if request.votes > limits.votes:
         raise RefusedError(f"{request.votes} votes, at most {limits.votes} are made of a pair and order")
     check_judgements([request], limits)
-    if len(request.images) > limits.images:
-        raise RefusedError(f"{len(request.images)} images, at most {limits.images} are taken")
-    return Item(question=request.question, images=tuple(_image(image, limits) for image in request.images))
+    return check_item(request.question, request.images, limits)
+
+
+def check_item(question: str, images: Sequence[str], limits: Limits) -> Item:
+    """The question with its images, or RefusedError."""
+    check_texts([question], limits)
+    if len(images) > limits.images:
+        raise RefusedError(f"{len(images)} images, at most {limits.images} are taken")
+    return Item(question=question, images=tuple(_image(image, limits) for image in images))
 
 
 def check_judgements(requests: Sequence[CompareRequest | RankRequest], limits: Limits) -> None:
@@ -204,7 +210,8 @@ def _pairs(request: RankRequest) -> int:
     return {"all_pairs": every, "swiss": min(every, rounds * (count // 2))}.get(request.schedule, count)
 
 
-def _check_texts(texts: Sequence[str], limits: Limits) -> None:
+def check_texts(texts: Sequence[str], limits: Limits) -> None:
+    """Raises RefusedError for what no prompt may hold."""
     for text in texts:
         if len(text) > limits.text_characters:
             raise RefusedError(f"a text of {len(text)} characters, at most {limits.text_characters} are taken")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,10 +16,15 @@ import pytest
 from PIL import Image
 from waiting import wait_until
 
+from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.data.prompt import TEMPLATE
+from megatron_r1reward.judging.ask import AskOptions
+from megatron_r1reward.judging.served import endpoints
 from megatron_r1reward.model_folder.prompt_policy import PromptPolicy
+from megatron_r1reward.serving.service import Backend
 
 JSON = {"Content-Type": "application/json"}  # by hand: httpx would not send half a character
+FIRST = "<think>The first.</think><answer>1</answer>"
 PAIR = {"question": "Which?", "responses": ["bad", "good"]}
 
 
@@ -214,6 +220,55 @@ def _accepts(url: str) -> bool:
     except httpx.TransportError:
         return False
     return True
+
+
+def test_the_requests_of_a_hanging_server_move_to_another_one(serve, start) -> None:
+    """It takes requests and answers nothing any more, its health checks included: nobody waits for it in vain."""
+    hanging, well = serve("1"), serve("1")
+    for server in (hanging, well):
+        server.actions = [FIRST]
+    section = ServerSection(health_interval_s=0.05, health_timeout_s=2.0, health_failures=1, request_timeout_s=600)
+    served = endpoints(section, [hanging.url, well.url], options=AskOptions(), model="judge-model")
+    backend = Backend(
+        model=served, loop=served.group.loop, ready=lambda: served.ready_servers > 0, servers=served.group.status
+    )
+    with closing(served):
+        service = start(backend=backend)
+        probes = len(well.requests)
+        hanging.chat.close()
+        hanging.models.close()
+        answers: list[httpx.Response] = []
+
+        def ask(number: int) -> None:
+            answers.append(
+                httpx.post(f"{service.url}/v1/compare", json={**PAIR, "question": f"{number}?"}, timeout=120)
+            )
+
+        clients = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+        for client in clients:
+            client.start()
+        wait_until(lambda: hanging.chat.inside > 0)
+        for client in clients:
+            client.join()
+        assert [answer.status_code for answer in answers] == [200] * 6
+        assert all((one["first"], one["second"], one["orders_agree"]) == (1, 1, False) for one in map(_json, answers))
+        assert len(well.requests) - probes == 12, "every judgement was made, and once"
+        assert service.http.get("/ready").status_code == 200
+        (sick, other) = served.group.status()
+        assert (sick.state, other.state) == ("quarantined", "ready")
+        assert "health checks failed" in sick.last_error and sick.requests == 0
+        metrics = service.http.get("/metrics").text
+        assert 'r1reward_servers{state="quarantined"} 1.0' in metrics
+        assert 'r1reward_server_failures_total{server="reward-model-1"} 0.0' in metrics
+        failures = re.search(r'r1reward_server_failures_total\{server="reward-model-0"\} (\S+)', metrics)
+        assert failures is not None and float(failures[1]) >= 1
+        hanging.chat.open()
+        hanging.models.open()
+        wait_until(lambda: served.ready_servers == 2)
+
+
+def _json(answer: httpx.Response) -> dict:
+    return answer.json()
 
 
 def test_a_model_that_does_not_answer_is_not_the_callers_fault(start) -> None:
