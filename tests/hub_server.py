@@ -12,9 +12,16 @@ from local_server import LocalServer
 
 
 class HubServer(LocalServer):
-    """Repositories in memory. Every commit is kept; `refused` answers 403 to whoever writes; `token` is asked for."""
+    """Repositories in memory. Every commit is kept; `refused` answers 403 to whoever writes; `token` is asked for.
 
-    def __init__(self) -> None:
+    Files whose name ends in `large` go over the LFS protocol: batch -> PUT -> verify -> `lfsFile` lines in the commit.
+    """
+
+    def __init__(self, *, large: tuple[str, ...] = ()) -> None:
+        self.large = large
+        self.objects: dict[str, bytes] = {}  # of LFS, by SHA-256
+        self.verified: set[str] = set()
+        self.lfs_calls: list[str] = []  # "batch", "PUT oid", "verify oid"
         self.commits: dict[str, dict[str, bytes]] = {}  # "org/name@commit" -> content
         self.branches: dict[str, str] = {}  # "org/name@branch" -> commit
         self.token: str | None = None
@@ -36,6 +43,11 @@ class HubServer(LocalServer):
             if line["key"] == "file":
                 assert line["value"]["encoding"] == "base64"
                 content[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            if line["key"] == "lfsFile":
+                value = line["value"]
+                assert value["algo"] == "sha256" and value["oid"] in self.verified, "a commit of what was not uploaded"
+                assert value["size"] == len(self.objects[value["oid"]])
+                content[value["path"]] = self.objects[value["oid"]]
         return self._keep(repository, branch, content)
 
     def _keep(self, repository: str, branch: str, content: dict[str, bytes]) -> str:
@@ -57,6 +69,15 @@ class HubServer(LocalServer):
                 return 409, {"error": "exists", "url": f"{self.url}/{name}"}
             self._keep(name, "main", {})
             return 200, {"url": f"{self.url}/{name}", "id": name, "name": name}
+        if path.endswith("/info/lfs/objects/batch"):
+            return 200, self._batch(json.loads(body))
+        if parts[0] == "lfs-verify":
+            asked = json.loads(body)
+            self.lfs_calls.append(f"verify {asked['oid']}")
+            if len(self.objects.get(asked["oid"], b"")) != asked["size"]:
+                return 404, {"error": "EntryNotFound"}
+            self.verified.add(asked["oid"])
+            return 200, {}
         assert parts[:2] == ["api", "models"], path
         repository, what, branch = "/".join(parts[2:4]), parts[4], unquote(parts[5])
         if what == "branch":
@@ -64,11 +85,30 @@ class HubServer(LocalServer):
             return 200, {}
         if what == "preupload":
             names = [file["path"] for file in json.loads(body)["files"]]
-            return 200, {"files": [{"path": x, "uploadMode": "regular", "shouldIgnore": False} for x in names]}
+            modes = {name: "lfs" if name.endswith(self.large or "/") else "regular" for name in names}
+            return 200, {"files": [{"path": x, "uploadMode": modes[x], "shouldIgnore": False} for x in names]}
         assert what == "commit", path
         commit = self._commit(repository, branch, body)
         url = f"{self.url}/{repository}/commit/{commit}"
         return 200, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": "", "pullRequestUrl": None}
+
+    def _batch(self, asked: dict) -> dict[str, object]:
+        """What has to be uploaded, and where; nothing for what is here already."""
+        assert asked["operation"] == "upload" and "basic" in asked["transfers"]
+        self.lfs_calls.append("batch")
+        found = []
+        for one in asked["objects"]:
+            actions = {name: {"href": f"{self.url}/lfs-{name}/{one['oid']}"} for name in ("upload", "verify")}
+            found.append(one if one["oid"] in self.verified else one | {"actions": actions})
+        return {"transfer": "basic", "objects": found}
+
+    def _put(self, path: str, body: bytes) -> tuple[int, object]:
+        oid = path.strip("/").split("/")[1]
+        self.lfs_calls.append(f"PUT {oid}")
+        if hashlib.sha256(body).hexdigest() != oid:
+            return 400, {"error": "other content than its name says"}
+        self.objects[oid] = body
+        return 200, {}
 
     def _get(self, path: str) -> tuple[int, object, str]:
         """Status, content, commit."""
@@ -83,6 +123,8 @@ class HubServer(LocalServer):
         content = self.files(repository, commit)
         if api and rest and rest[0] == "tree":
             return 200, [_entry(name, data) for name, data in content.items()], commit
+        if api and rest and rest[0].startswith("xet-"):
+            return 404, {"error": "there is no Xet storage here"}, commit
         if api:
             siblings = [{"rfilename": name} for name in content]
             return 200, {"id": repository, "modelId": repository, "sha": commit, "siblings": siblings}, commit
@@ -113,6 +155,9 @@ class HubServer(LocalServer):
                     return self._send(403, {"error": "you may not write here"})
                 return self._send(*hub._post(urlsplit(self.path).path, body))
 
+            def do_PUT(self) -> None:
+                return self._send(*hub._put(urlsplit(self.path).path, self._body()))
+
             def _allowed(self) -> bool:
                 return hub.token is None or self.headers.get("Authorization") == f"Bearer {hub.token}"
 
@@ -132,6 +177,10 @@ class HubServer(LocalServer):
                 self.send_header("Content-Length", str(len(data)))
                 if isinstance(content, bytes):
                     self.send_header("ETag", f'"{_blob(content)}"')
+                    oid = hashlib.sha256(content).hexdigest()
+                    if oid in hub.verified:
+                        self.send_header("X-Linked-Etag", f'"{oid}"')
+                        self.send_header("X-Linked-Size", str(len(content)))
                 else:
                     self.send_header("Content-Type", "application/json")
                     if isinstance(content, dict) and "error" in content:

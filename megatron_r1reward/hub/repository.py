@@ -114,6 +114,9 @@ def _one_line(what: str) -> Iterator[None]:
         status = error.response.status_code if error.response is not None else "no"
         hint = ": set HF_TOKEN to a token that may do this" if status in (401, 403) else ""
         raise ValueError(f"{what}: the server answered {status}{hint} ({str(error).splitlines()[0][:300]})") from error
+    except ConnectionError as error:  # of hf_xet, which huggingface_hub takes for large files wherever it is installed
+        fix = "set HF_HUB_DISABLE_XET=1 for a server that has only the LFS protocol"
+        raise ValueError(f"{what}: large files could not be sent over Xet ({str(error)[:300]}): {fix}") from error
     except _HTTP_ERROR as error:
         reason = type(error).__name__
         raise ValueError(f"{what} cannot be reached ({reason}): check the network and HF_ENDPOINT") from error

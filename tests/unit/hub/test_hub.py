@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -145,6 +146,30 @@ def test_a_pushed_model_comes_back_under_its_name(trained: Path, hub: HubServer,
     with RewardModel.connect("http://127.0.0.1:9", folder=f"{NAME}@v1") as model:
         assert model.policy is not None and model.policy.template == TEMPLATE
     assert len(hub.downloads) == asked  # from the cache: compute nodes have no network
+
+
+@pytest.mark.slow
+def test_weights_go_over_the_lfs_protocol_and_come_back_equal(trained: Path, hub: HubServer, monkeypatch) -> None:
+    """Weights are too large for a commit: uploaded by content, verified, named in the commit, fetched by content."""
+    hub.large = (".safetensors",)
+    code, output = call("push", trained, NAME, "--endpoint", hub.url)
+    assert code == 2 and "set HF_HUB_DISABLE_XET=1 for a server that has only the LFS protocol" in output
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    code, output = call("push", trained, NAME, "--endpoint", hub.url)
+    assert code == 0, output
+    weights = (trained / "model.safetensors").read_bytes()
+    oid = hashlib.sha256(weights).hexdigest()
+    assert hub.lfs_calls == ["batch", f"PUT {oid}", f"verify {oid}"]
+    assert hub.files(NAME)["model.safetensors"] == weights
+    code, output = call("fetch", f"{NAME}@main", "--endpoint", hub.url)
+    assert code == 0, output
+    folder = Path(output.splitlines()[-1])
+    assert (folder / "model.safetensors").read_bytes() == weights
+    assert model_identity(folder) == model_identity(trained)
+    (trained / "README.md").write_text((trained / "README.md").read_text() + "\nA word more.\n")
+    assert call("push", trained, NAME, "--endpoint", hub.url)[0] == 0
+    assert hub.lfs_calls[3:] in ([], ["batch"]), "what is there is not sent again"
+    assert hub.files(NAME)["model.safetensors"] == weights
 
 
 @pytest.mark.parametrize(
