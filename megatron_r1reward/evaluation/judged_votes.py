@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from megatron_r1reward.config.schema import JudgeSection
 from megatron_r1reward.evaluation.result import JudgedSamples
@@ -125,7 +125,7 @@ def open_vote_judge(access: JudgeAccess, out: Path, *, max_model_len: int) -> It
             return
         folder = access.check()
         # vLLM on a CPU would take 92 % of the machine's memory for its cache.
-        cpu = {} if sees_gpu() else {"kv_cache_bytes": 1 << 30}
+        cpu: dict[str, Any] = {} if sees_gpu() else {"kv_cache_bytes": 1 << 30}
         section = JudgeSection(model_path=folder, max_model_len=max_model_len, **cpu)
         server = judge_server(section, 0, log_path=out / "judge.log")
         stack.callback(server.close)
