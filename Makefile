@@ -43,6 +43,7 @@ peers: $(PEERS)
 
 $(PEERS): $(STAMP)
 	$(BIN)/pip install --quiet --no-deps "trl>=1.16,<2" "accelerate>=1.10" "verl==0.9.1"
+	-$(BIN)/pip install --quiet --no-deps "openrlhf==0.11.2"
 	touch $@
 
 demo: $(STAMP)

@@ -1,18 +1,24 @@
-"""Other programs' own code against the service: TRL's trainer takes a step, verl's loader loads our reward function."""
+"""Other programs' own code against the service: TRL's trainer takes a step, verl's loader loads our reward function,
+OpenRLHF's rollout asks for rewards."""
 
 from __future__ import annotations
 
 import asyncio
+import importlib
 import importlib.util
 import json
 import subprocess
 import sys
+import types
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from running_service import Running
+from transformers import AutoTokenizer
 
 from megatron_r1reward.serving import clients
 
@@ -61,3 +67,42 @@ def test_verls_loader_loads_our_reward_function(service: Running, monkeypatch: p
 
     rewards = asyncio.run(batch())
     assert rewards[1] > rewards[2] > rewards[0]
+
+
+class Engine:
+    """In place of OpenRLHF's vLLM actor: answers the n-th prompt with the n-th text."""
+
+    def __init__(self, tokenizer: Any, texts: tuple[str, ...]) -> None:
+        self._tokenizer, self._texts = tokenizer, iter(texts)
+
+    async def generate(self, prompt_token_ids: list[int], *_: object, **__: object) -> SimpleNamespace:
+        ids = self._tokenizer(next(self._texts) + self._tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids, finish_reason="stop", logprobs=None)])
+
+
+def test_openrlhfs_rollout_asks_for_rewards(
+    service: Running, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its samples come one by one, in the tokens of the chat template; the three of a prompt are a cohort."""
+    folder = package_folder("openrlhf")
+    for name, place in (("openrlhf", folder), ("openrlhf.utils", folder / "utils")):
+        package = types.ModuleType(name)  # their own import DeepSpeed
+        package.__path__ = [str(place)]
+        monkeypatch.setitem(sys.modules, name, package)
+    monkeypatch.delitem(sys.modules, "openrlhf.utils.agent", raising=False)
+    agent = importlib.import_module("openrlhf.utils.agent")
+    executor = agent.SingleTurnAgentExecutor(f"{service.url}/openrlhf")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    chat = [{"role": "user", "content": "Which?"}]
+    prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    engine = Engine(tokenizer, ("bad", "good", "fair"))
+    params = SimpleNamespace(max_tokens=16, logprobs=None)
+
+    async def rollout() -> list[dict[str, Any]]:
+        return await asyncio.gather(
+            *(executor.execute(prompt, "no label", params, 512, tokenizer, engine) for _ in range(3))
+        )
+
+    (bad,), (good,), (fair,) = (sample["reward"] for sample in asyncio.run(rollout()))
+    assert good > fair > bad
+    assert service.cohorts.counts == {"samples": 3, "cohorts": 1, "incomplete": 0}
