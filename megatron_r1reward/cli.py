@@ -178,6 +178,7 @@ def data_digits(
     judge_rows: int = 4000,
     categories: Annotated[str | None, typer.Option(help="kinds of question, comma-separated; default: all")] = None,
     annotator_error_rate: Annotated[float, typer.Option(help="share of reasonings for the wrong response")] = 0.0,
+    unlabelled_pairs: Annotated[int, typer.Option(help="of two wrong, and as many of two near-equal responses")] = 0,
 ) -> None:
     """Preferences over real handwritten digits (ships with scikit-learn)."""
     with user_errors():
@@ -193,6 +194,7 @@ def data_digits(
             judge_rows=judge_rows,
             categories=categories.split(",") if categories else CATEGORIES,
             annotator_error_rate=annotator_error_rate,
+            unlabelled_pairs=unlabelled_pairs,
         )
         typer.echo(f"{out}: {summary.rows}, {summary.images} images; see {out / 'README.md'}")
 

@@ -25,9 +25,15 @@ class Preference:
     id: str
     question: str
     responses: tuple[str, str]
-    label: Label
+    label: Label | None  # None: neither is known to be better, which only RL with a reward for agreement takes
     image_paths: tuple[str, ...]  # absolute paths; order is the order of the images in the prompt
     metadata: Mapping[str, str] = field(default_factory=dict)  # e.g. category, source
+
+    @property
+    def known_label(self) -> Label:
+        """Where rows without a label are not read."""
+        assert self.label is not None, f"{self.id} has no label"
+        return self.label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +41,29 @@ class Prompt:
     """A preference rendered as the reward model's input, in one of the two answer orders.
 
     `token_ids` are unexpanded: every image is ONE `<|image_pad|>` (vLLM expands it itself; the trainer expands it
-    from the image grid). `label` is the right answer in the order shown, i.e. already swapped when `swapped`.
+    from the image grid). `label` is the right answer in the order shown, i.e. already swapped when `swapped`; None
+    where the preference has none. Prompts of one `group` are the two orders of one pair: their samples are compared
+    with each other.
     """
 
     id: str  # unique within a run: preference id, order and occurrence
     preference_id: str
     token_ids: tuple[int, ...]
     image_paths: tuple[str, ...]
-    label: Label
+    label: Label | None
     swapped: bool
+    group: str = ""  # "": the prompt is a group of its own
+
+    @property
+    def group_id(self) -> str:
+        """Equal for all prompts whose samples are compared with each other."""
+        return self.group or self.id
+
+    @property
+    def known_label(self) -> Label:
+        """Where rows without a label are not read."""
+        assert self.label is not None, f"{self.id} has no label"
+        return self.label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +92,7 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredRollout:
-    """A rollout and the parts of its reward R = 0.5 F + A (1 + 0.5 C)."""
+    """A rollout and the parts of its reward, by default R = 0.5 F + A (1 + 0.5 C)."""
 
     rollout: Rollout
     format_reward: float  # F in {0, 1}
@@ -81,6 +101,8 @@ class ScoredRollout:
     reward: float
     predicted: Label | None  # strict parse of <answer>; None when it is not exactly 1 or 2
     verdict: JudgeVerdict
+    # Values of the reward's other terms, before their weights: agreement with oneself, functions of the user's
+    terms: Mapping[str, float] = field(default_factory=dict)
     masked: bool = False  # trains nothing and is no part of any statistic of the rewards
 
 
@@ -174,3 +196,4 @@ class ModelAccess:
     max_model_len: int = 16384  # of started servers
     api_key_variable: str = "OPENAI_API_KEY"
     prompt_of: Path | None = None  # the folder that the servers at URLs serve: it says its prompt
+    trust_parser: bool = False  # run the code that the folder carries for reading its verdicts

@@ -17,6 +17,7 @@ from megatron_r1reward.user_errors import user_errors
 PromptOf = Annotated[
     Path | None, typer.Option(help="the folder that the servers at URLs serve: asked with its own prompt")
 ]
+TrustParser = Annotated[bool, typer.Option("--trust-parser", help="run the code in its reward_model.json")]
 _ACCESS_OPTIONS: Mapping[str, Any] = {  # of the fields of `ModelAccess`
     "model": Annotated[
         str, typer.Option(help="folder or ORG/NAME@REVISION, served here; or URLs of servers, with commas")
@@ -27,6 +28,7 @@ _ACCESS_OPTIONS: Mapping[str, Any] = {  # of the fields of `ModelAccess`
     "max_model_len": Annotated[int, typer.Option(help="of started servers: prompt, images and judgement")],
     "api_key_variable": Annotated[str, typer.Option(help="variable that holds the URL's key")],
     "prompt_of": PromptOf,
+    "trust_parser": TrustParser,
 }
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="the run file")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="applied left to right")]
@@ -86,6 +88,7 @@ def serve(
         str, typer.Option(help="samples without a reward: neutral (0.5, counted) or raise")
     ] = "raise",
     prompt_of: PromptOf = None,
+    trust_parser: TrustParser = False,
 ) -> None:
     """A trained model behind HTTP: compare, rank, score, and a page to try it; OpenAPI at /openapi.json."""
     with user_errors():
@@ -110,6 +113,7 @@ def serve(
             cohort_deadline_s=cohort_deadline,
             on_failure=on_failure,  # type: ignore[arg-type]  # checked there
             prompt_of=prompt_of,
+            trust_parser=trust_parser,
         )
 
 

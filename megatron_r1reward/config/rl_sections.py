@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from megatron_r1reward.config.methods import Method, with_defaults
 from megatron_r1reward.config.section import Fraction, NotNegative, Positive, PositiveInt, Section
+from megatron_r1reward.user_parts import names_a_function
 
 
 class SftSection(Section):
@@ -22,6 +23,8 @@ class RlSection(Section):
     rollout_batch_size: PositiveInt = 256  # prompts per step
     train_batch_size: PositiveInt = 128  # prompts (times samples_per_prompt rollouts) per optimizer step
     epochs_per_batch: PositiveInt = 1  # passes of the optimizer over a rollout batch
+    # both_orders: a step has rollout_batch_size / 2 pairs, each shown in both orders, which are one group
+    pairing: Literal["one_order", "both_orders"] = "one_order"
     # Further rounds of generation per step, each with other prompts in place of those whose samples were all right or
     # all wrong; when they are used up the step goes on with what there is. 0: off
     dynamic_sampling_rounds: Annotated[int, Field(ge=0)] = 0
@@ -36,6 +39,11 @@ class RlSection(Section):
             raise ValueError(
                 f"rl.rollout_batch_size {self.rollout_batch_size} is not a multiple of "
                 f"rl.train_batch_size {self.train_batch_size}: choose a divisor"
+            )
+        if self.pairing == "both_orders" and self.rollout_batch_size % 2:
+            raise ValueError(
+                f"rl.pairing 'both_orders' asks two prompts about a pair, and rl.rollout_batch_size "
+                f"{self.rollout_batch_size} is odd: make it even"
             )
         if self.record is not None and self.replay is not None:
             raise ValueError(f"rl.replay {self.replay} samples nothing that rl.record could keep: set one of them")
@@ -71,17 +79,81 @@ class AsynchronySection(Section):
         return self
 
 
+class PromptSection(Section):
+    """How the model is asked and how its verdict is read, where that is not as published; docs/parts.md."""
+
+    template: Path | None = None  # file with {question}, {answer1}, {answer2}; None: what model.path says, or published
+    # A reader's name, a regular expression, or "path/to/file.py:function"; None: what model.path says, or "answer"
+    parser: str | None = None
+    trust_parser: bool = False  # run the parser's code that model.path carries
+
+
 Truncated = Literal["penalise", "mask", "as_is"]
+AGREEMENT = "agreement"
+BUILT_IN_TERMS = ("format", "result", "consistency", AGREEMENT)
+
+
+class RewardTerm(Section):
+    """One term of the reward: a built-in one, or a function of the user's that values all responses of a step."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
+    function: str | None = None  # "path/to/file.py:function"; None: the built-in term of this name
+
+    @model_validator(mode="after")
+    def _something(self) -> RewardTerm:
+        if self.function is None and self.name not in BUILT_IN_TERMS:
+            raise ValueError(
+                f"reward.terms: {self.name!r} is none of the built-in {', '.join(BUILT_IN_TERMS)}: name its function, "
+                '"path/to/file.py:function"'
+            )
+        if self.function is not None and self.name in BUILT_IN_TERMS:
+            raise ValueError(f"reward.terms: {self.name!r} is a built-in term: give the function another name")
+        if self.function is not None and not names_a_function(self.function):
+            raise ValueError(
+                f'reward.terms: function {self.function!r} of {self.name!r} is not of the form "path/to/file.py:name"'
+            )
+        return self
 
 
 class RewardSection(Section):
     format_weight: NotNegative = 0.5
     consistency_weight: NotNegative = 0.5
+    agreement_weight: NotNegative = 0.0  # agreeing with oneself in the other order; needs rl.pairing = "both_orders"
+    terms: tuple[RewardTerm, ...] = ()  # in place of the above; none: format, result, consistency (and agreement)
     consistency_levels: Literal["paper", "released_code"] = "paper"  # {0, 1} or {-1, 0, 1}
     use_judge: bool = True
     # A response that the token limit cut off: penalise: it has not answered (F = A = 0), so the policy learns to end;
     # mask: it trains nothing (overlong filtering of DAPO); as_is: its text is scored, as in the released code.
     truncated: Truncated = "penalise"
+
+    @property
+    def all_terms(self) -> tuple[RewardTerm, ...]:
+        """What the reward is the sum of."""
+        if self.terms:
+            return self.terms
+        weights = {"format": self.format_weight, "result": 1.0, "consistency": self.consistency_weight}
+        if self.agreement_weight:
+            weights[AGREEMENT] = self.agreement_weight
+        return tuple(RewardTerm(name=name, weight=weight) for name, weight in weights.items())
+
+    @property
+    def rewards_agreement(self) -> bool:
+        """Whether something is earned without a label."""
+        return any(term.name == AGREEMENT for term in self.all_terms)
+
+    @model_validator(mode="after")
+    def _terms(self) -> RewardSection:
+        names = [term.name for term in self.terms]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"reward.terms names {twice[0]!r} twice: give one of them another name")
+        weights = ("format_weight", "consistency_weight", "agreement_weight")
+        fields = type(self).model_fields
+        if self.terms and (set_too := [key for key in weights if getattr(self, key) != fields[key].default]):
+            raise ValueError(
+                f"reward.terms takes the place of reward.{set_too[0]}: give the weight in reward.terms alone"
+            )
+        return self
 
 
 class SamplingSection(Section):
@@ -192,8 +264,6 @@ class AlgorithmSection(Section):
     def _bounds(self) -> AlgorithmSection:
         if not self.preclip_min < 1.0 < self.preclip_max:
             raise ValueError(f"preclip_min {self.preclip_min} and preclip_max {self.preclip_max} must enclose 1")
-        if self.baseline != "none" and self.samples_per_prompt == 1:
-            raise ValueError(f"baseline {self.baseline!r} compares samples of one prompt: set samples_per_prompt > 1")
         if self.dual_clip is not None and self.loss in ("cispo", "sapo"):
             raise ValueError(
                 f"dual_clip {self.dual_clip} bounds the ratio of a clipped loss, and loss is {self.loss!r}: "

@@ -16,6 +16,7 @@ from megatron_r1reward.config.rl_sections import (
     AlgorithmSection,
     AsynchronySection,
     HealthSection,
+    PromptSection,
     RewardSection,
     RlSection,
     SamplingSection,
@@ -259,6 +260,7 @@ class RunConfig(Section):
     precision: PrecisionSection = PrecisionSection()
     profile: ProfileSection = ProfileSection()
     data: DataSection
+    prompt: PromptSection = PromptSection()
     optimizer: OptimizerSection = OptimizerSection()
     sft: SftSection = SftSection()
     rl: RlSection = RlSection()
@@ -290,10 +292,24 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _samples_can_be_trained_on(self) -> RunConfig:
         mode = self.asynchrony.mode
-        if self.rl.dynamic_sampling_rounds and self.algorithm.samples_per_prompt == 1:
+        grouped = self.algorithm.samples_per_prompt > 1 or self.rl.pairing == "both_orders"
+        if self.algorithm.baseline != "none" and not grouped:
+            raise ValueError(
+                f"algorithm.baseline {self.algorithm.baseline!r} compares samples of one prompt: set "
+                "algorithm.samples_per_prompt > 1, or rl.pairing to 'both_orders'"
+            )
+        if self.rl.dynamic_sampling_rounds and not grouped:
             raise ValueError(
                 "rl.dynamic_sampling_rounds looks for prompts whose samples are partly right, and "
                 "algorithm.samples_per_prompt is 1: set it above 1"
+            )
+        if self.reward.rewards_agreement and self.rl.pairing != "both_orders":
+            raise ValueError(
+                "the reward's term 'agreement' compares the two orders of a pair: set rl.pairing to 'both_orders'"
+            )
+        if self.rl.pairing == "both_orders" and self.data.swap != "random":
+            raise ValueError(
+                f"data.swap {self.data.swap!r} shows one order, and rl.pairing 'both_orders' shows both: remove one"
             )
         if mode != "synchronous" and self.algorithm.truncated_importance_sampling is None:
             raise ValueError(

@@ -53,7 +53,7 @@ class Curriculum:
             return dict(self._accuracies)
 
     def draw(self, number: int, *, step: int, round_: int, used: Collection[str]) -> list[Prompt]:
-        """`number` prompts (fewer where the step's rows end) of preferences that are not in `used`.
+        """The prompts of `number` preferences (fewer where the step's rows end) that are not in `used`.
 
         Preferences whose samples were all right or all wrong when last seen come last; the order is otherwise random,
         drawn from (seed, step, round). Their ids are not those of any epoch's prompts.
@@ -63,7 +63,8 @@ class Curriculum:
         order = np.random.default_rng((self._loader.seed, step, round_)).permutation(self._loader.rows_at(step))
         candidates = [int(index) for index in order if preferences[index].id not in used]
         candidates.sort(key=lambda index: not is_informative(accuracies.get(self._keys[preferences[index].id])))
-        return [self._loader.prompt(index, f"{step}+{round_}") for index in candidates[:number]]
+        occurrence = f"{step}+{round_}"
+        return [prompt for index in candidates[:number] for prompt in self._loader.prompts(index, occurrence)]
 
 
 def is_informative(accuracy: float | None) -> bool:

@@ -24,8 +24,8 @@ import xxhash
 
 from megatron_r1reward.data.image_files import Examined, MediaResolver, examine_images
 from megatron_r1reward.data.near_duplicates import Pictures, near_keys, pair_key, question_key, short_key
-from megatron_r1reward.data.preference import RowSource, ZeroLabelError, parse_preference, row_identifier
-from megatron_r1reward.data.rows import RawRow, RowError, RowOrigin
+from megatron_r1reward.data.preference import RowSource, parse_preference, row_identifier
+from megatron_r1reward.data.rows import RawRow, RowError, RowOrigin, ZeroLabelError
 from megatron_r1reward.data.schemas import SCHEMAS
 from megatron_r1reward.files import write_jsonl
 from megatron_r1reward.types import Preference

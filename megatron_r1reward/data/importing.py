@@ -18,10 +18,10 @@ import numpy as np
 from megatron_r1reward.data.image_files import examine_images
 from megatron_r1reward.data.import_parts import PartRow, Reading, read_parts
 from megatron_r1reward.data.near_duplicates import Seen, pictures_of, question_key
-from megatron_r1reward.data.preference import check_labels, check_zero_labels, label_of
+from megatron_r1reward.data.preference import check_labels, check_zero_labels
 from megatron_r1reward.data.prompt import preference_messages
 from megatron_r1reward.data.repeats import MergedRows, Repeats, find_repeats
-from megatron_r1reward.data.rows import RawRow, RowOrigin, fixed_folder, hub_rows, is_hub_id, iterate_rows
+from megatron_r1reward.data.rows import RawRow, RowOrigin, fixed_folder, hub_rows, is_hub_id, iterate_rows, label_of
 from megatron_r1reward.data.schemas import SCHEMAS, Schema, counts_from_zero, detect, nearest
 from megatron_r1reward.data.set_figures import SetFigures
 from megatron_r1reward.files import atomic_path, write_text
@@ -45,7 +45,7 @@ def preference_row(preference: Preference) -> dict[str, Any]:
         "question": preference.question,
         "response_1": preference.responses[0],
         "response_2": preference.responses[1],
-        "answer": [f"<answer>{preference.label}</answer>"],
+        "answer": [f"<answer>{preference.known_label}</answer>"],
         "images": list(preference.image_paths),
         **preference.metadata,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol, TypeVar
 
@@ -92,6 +92,8 @@ class PromptLoader:
 
     Args:
         stages: a curriculum; each passes over its own rows from its first step on. None: all rows at every step.
+        both_orders: every preference gives two prompts, its two orders, which stand next to each other and are one
+            group; else one prompt, in an order that is drawn.
     """
 
     def __init__(
@@ -102,19 +104,24 @@ class PromptLoader:
         *,
         seed: int,
         stages: Sequence[DataStage] = (),
+        both_orders: bool = False,
     ) -> None:
         self.preferences, self.builder, self.section, self.seed = preferences, builder, section, seed
+        self.orders = 2 if both_orders else 1  # prompts per preference
         self._stages = stages
         self._samplers = [EpochSampler(len(stage.rows), seed=seed) for stage in stages]
         self._sampler = EpochSampler(len(preferences), seed=seed)
 
     def batch(self, step: int, batch_size: int) -> list[Prompt]:
-        number = self._stage_at(step)
+        """`batch_size` prompts; with both orders, of half as many preferences."""
+        number, rows = self._stage_at(step), batch_size // self.orders
         if number is None:
-            return [self.prompt(draw.index, draw.epoch) for draw in self._sampler.batch(step, batch_size)]
-        stage = self._stages[number]
-        draws = self._samplers[number].batch(step - stage.first, batch_size)
-        return [self.prompt(stage.rows[draw.index], f"stage{number + 1}-{draw.epoch}") for draw in draws]
+            drawn: list[tuple[int, int | str]] = [(one.index, one.epoch) for one in self._sampler.batch(step, rows)]
+        else:
+            stage = self._stages[number]
+            draws = self._samplers[number].batch(step - stage.first, rows)
+            drawn = [(stage.rows[one.index], f"stage{number + 1}-{one.epoch}") for one in draws]
+        return [prompt for index, occurrence in drawn for prompt in self.prompts(index, occurrence)]
 
     def rows_at(self, step: int) -> Sequence[int]:
         """Places of the preferences that a step may train on."""
@@ -124,8 +131,12 @@ class PromptLoader:
     def _stage_at(self, step: int) -> int | None:
         return next((n for n, stage in enumerate(self._stages) if stage.end is None or step < stage.end), None)
 
-    def prompt(self, index: int, occurrence: int | str) -> Prompt:
-        """Example `index`; in which of the two orders is drawn from the seed and `occurrence`, its epoch as a rule."""
+    def prompts(self, index: int, occurrence: int | str) -> list[Prompt]:
+        """Of example `index`, `self.orders` of them. Which order a single one has is drawn from the seed and
+        `occurrence`, its epoch as a rule."""
         preference = self.preferences[index]
+        if self.orders == 2:
+            both = [self.builder.build(preference, swapped=swapped, occurrence=occurrence) for swapped in (False, True)]
+            return [replace(prompt, group=f"{preference.id}/{occurrence}") for prompt in both]
         swapped = is_swapped(self.section.swap, seed=self.seed, epoch=occurrence, preference_id=preference.id)
-        return self.builder.build(preference, swapped=swapped, occurrence=occurrence)
+        return [self.builder.build(preference, swapped=swapped, occurrence=occurrence)]

@@ -13,18 +13,28 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_r1reward.data.chat import IMAGE_PLACEHOLDER, Chat, parse_chat, show_placeholders
 from megatron_r1reward.data.image_files import ImageCheck, MediaResolver
 from megatron_r1reward.data.prompt import split_message_text
-from megatron_r1reward.data.rows import Quarantine, RawRow, RowError, RowOrigin, fixed_folder, iterate_rows
+from megatron_r1reward.data.rows import (
+    Quarantine,
+    RawRow,
+    RowError,
+    RowOrigin,
+    ZeroLabelError,
+    fixed_folder,
+    iterate_rows,
+    label_of,
+    label_or_none,
+)
 from megatron_r1reward.types import Label, Preference
 
 logger = logging.getLogger(__name__)
 
-_LABEL = re.compile(r"\s*(?:<answer>\s*([12])\s*</answer>|([12]))\s*")
 _PLACEHOLDER = re.compile(rf"\s*{IMAGE_PLACEHOLDER}\n?")
 _BATCH_ROWS = 1024
 _ONE_SIDED = 16  # as many equal labels in a row are no accident
@@ -80,6 +90,7 @@ def read_preferences(
     fits: Callable[[Preference], str] | None = None,
     convert: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
     rows: Iterable[RawRow] | None = None,
+    unlabelled: bool = False,
 ) -> ReadResult:
     """Read preferences from JSONL, a JSON array, Parquet file(s) or a saved `datasets` folder (see `iterate_rows`).
 
@@ -92,15 +103,17 @@ def read_preferences(
         fits: why a row cannot be used, e.g. its length, else an empty text. Asked about rows with sound images.
         convert: brings the columns of another schema into ours; ids that such a file repeats get a number.
         rows: the rows, where they do not come from `path`.
+        unlabelled: take rows without an answer, or with the answer "tie": their label is None.
 
     Raises:
         ValueError: the file is missing, damaged, of an unknown kind, without one usable row, or its labels are 0 and 1.
     """
     roots = (image_root or fixed_folder(path), *image_roots)
     source = RowSource(path=path, rows=rows if rows is not None else iterate_rows(path), convert=convert)
-    preferences, accounting = _read(source, parse_preference, roots, media_dir, quarantine, verify_images, fits)
-    labels = Counter(preference.label for preference in preferences)
-    check_labels(path, labels, text_only=sum(not preference.image_paths for preference in preferences))
+    parse = partial(parse_preference, ties=unlabelled)
+    preferences, accounting = _read(source, parse, roots, media_dir, quarantine, verify_images, fits)
+    labels = Counter(row.label for row in preferences if row.label is not None)
+    check_labels(path, labels, text_only=sum(not row.image_paths for row in preferences))
     return ReadResult(preferences=preferences, **accounting)
 
 
@@ -278,7 +291,9 @@ def _with_sound_images(
     return kept
 
 
-def parse_preference(identifier: str, fields: Mapping[str, Any], media: MediaResolver) -> Preference:
+def parse_preference(
+    identifier: str, fields: Mapping[str, Any], media: MediaResolver, ties: bool = False
+) -> Preference:
     """A row in our columns as a preference, its images not yet opened. Raises RowError where it is none."""
     chat = parse_chat(fields["message"]) if fields.get("message") is not None else None
     question, responses = _question_and_responses(fields, chat)
@@ -288,7 +303,7 @@ def parse_preference(identifier: str, fields: Mapping[str, Any], media: MediaRes
         id=identifier,
         question=question,
         responses=responses,
-        label=label_of(fields.get("answer")),
+        label=(label_or_none if ties else label_of)(fields.get("answer")),
         image_paths=image_paths,
         metadata={key: str(fields[key]) for key in ("category", "source") if fields.get(key) is not None},
     )
@@ -335,28 +350,6 @@ def _image_paths(fields: Mapping[str, Any], chat: Chat | None, media: MediaResol
     if shown and len(shown) != len(paths):
         raise RowError(f"message shows {len(shown)} images, the row has {len(paths)}")
     return paths
-
-
-class ZeroLabelError(RowError):
-    """An answer of 0: the file may count its responses from 0."""
-
-
-def label_of(answer: Any) -> Label:
-    """1 or 2 from e.g. ["<answer>2</answer>"], "2", 2 or 2.0: the one rule for `answer`.
-
-    Raises:
-        RowError: anything else.
-    """
-    value = answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
-    if value is None:
-        raise RowError("answer is missing")
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    match = _LABEL.fullmatch(str(value)) if isinstance(value, str | int) and not isinstance(value, bool) else None
-    if match is None:
-        error = ZeroLabelError if str(value).strip() == "0" else RowError
-        raise error(f"answer {str(answer)[:100]!r} is neither 1 nor 2")
-    return 1 if "1" in match.groups() else 2
 
 
 def _without_placeholders(question: str, images: int) -> str:

@@ -146,7 +146,7 @@ class PromptBuilder:
             preference_id=preference.id,
             token_ids=token_ids,
             image_paths=preference.image_paths,
-            label=_other(preference.label) if swapped else preference.label,
+            label=_other(preference.label) if swapped and preference.label is not None else preference.label,
             swapped=swapped,
         )
 

@@ -59,7 +59,7 @@ class MergedRows:
         self.names.append(short_key(preference.id))
         self.contents.append(content_key(preference))
         self.pairs.append(row.pair)
-        self.labels.append(preference.label)
+        self.labels.append(preference.known_label)
         self.images.append(len(row.pictures))
         self.near_keys.extend(row.near)
         self.near_places.extend([place] * len(row.near))

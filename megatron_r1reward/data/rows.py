@@ -1,4 +1,6 @@
-"""Raw rows from JSONL, JSON, Parquet and saved `datasets` folders, and the quarantine for those that cannot be used."""
+"""Raw rows from JSONL, JSON, Parquet and saved `datasets` folders, the one rule for the answer in a row, and the
+quarantine for rows that cannot be used.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,12 @@ from typing import Any
 import ijson
 
 from megatron_r1reward.files import write_jsonl
+from megatron_r1reward.types import Label
 
 _BATCH_ROWS = 64  # rows with embedded images weigh a few hundred KB each
 _EXCERPT_CHARACTERS = 500
+TIE = "tie"  # the answer of a row in which neither response is better
+_LABEL = re.compile(r"\s*(?:<answer>\s*([12])\s*</answer>|([12]))\s*")
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the beginning of what git checks out without git-lfs
 # The names of splits in file and folder names, as the Hub's viewer finds them.
@@ -25,6 +30,34 @@ _SPLIT = re.compile(r"(?:^|[/_.\-])(train|test|valid|dev|eval)(?:ing|ation)?(?=[
 
 class RowError(ValueError):
     """One row cannot be used; the message says why."""
+
+
+class ZeroLabelError(RowError):
+    """An answer of 0: the file may count its responses from 0."""
+
+
+def label_or_none(answer: Any) -> Label | None:
+    """As `label_of`; None where the answer is missing or a tie."""
+    value = answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
+    return None if value in (None, "", TIE, f"<answer>{TIE}</answer>") else label_of(answer)
+
+
+def label_of(answer: Any) -> Label:
+    """1 or 2 from e.g. ["<answer>2</answer>"], "2", 2 or 2.0: the one rule for `answer`.
+
+    Raises:
+        RowError: anything else.
+    """
+    value = answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
+    if value is None:
+        raise RowError("answer is missing")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    match = _LABEL.fullmatch(str(value)) if isinstance(value, str | int) and not isinstance(value, bool) else None
+    if match is None:
+        error = ZeroLabelError if str(value).strip() == "0" else RowError
+        raise error(f"answer {str(answer)[:100]!r} is neither 1 nor 2")
+    return 1 if "1" in match.groups() else 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,7 @@ def select_rows(
     """Choose by the section, and say what each stage holds.
 
     Args:
-        batch_size: prompts of a step.
+        batch_size: rows of a step.
         steps: of the run.
         set_aside: ids that the reader could not use.
 
@@ -68,7 +68,9 @@ def select_rows(
     """
     selector = _Selector(preferences, section, set_aside)
     kept = tuple(selector.rows(section, "data."))
-    log.info("%d of %d preferences are trained on", len(kept), len(preferences))
+    unlabelled = sum(row.label is None for row in kept)
+    text = f", {unlabelled} of them have no label" if unlabelled else ""
+    log.info("%d of %d preferences are trained on%s", len(kept), len(preferences), text)
     places = {row.id: place for place, row in enumerate(kept)}
     stages: list[DataStage] = []
     for number, criteria in enumerate(section.curriculum, start=1):
@@ -183,16 +185,20 @@ class _Selector:
 
     def _by_content(self, found: Mapping[str, Said], measure: Callable[[Said, Label], float]) -> dict[str, float]:
         keys = {row.id: self._keys.question(row) for row in self._preferences}
-        return {row.id: measure(found[keys[row.id]], row.label) for row in self._preferences if keys[row.id] in found}
+        return {
+            row.id: measure(found[keys[row.id]], row.label)
+            for row in self._preferences
+            if row.label is not None and keys[row.id] in found
+        }
 
 
 def _between(
     rows: Sequence[Preference], span: tuple[float, float], found: Mapping[str, float], key: str, source: Path | None
 ) -> list[Preference]:
-    unknown = sum(row.id not in found for row in rows)
+    unknown = sum(row.label is not None and row.id not in found for row in rows)
     if unknown:
         log.warning("%s: %d of %d rows are not in %s and are left out", key, unknown, len(rows), source)
-    return [row for row in rows if row.id in found and span[0] <= found[row.id] <= span[1]]
+    return [row for row in rows if row.label is None or (row.id in found and span[0] <= found[row.id] <= span[1])]
 
 
 def selection(preferences: Iterable[Preference], ids: Collection[str]) -> list[dict[str, str]]:
@@ -209,7 +215,8 @@ def keep_selected(
     key: str = "data.select",
     keys: ContentKeys | None = None,
 ) -> tuple[Preference, ...]:
-    """The preferences that the JSON list at `selection` names; all of them when there is none.
+    """The preferences that the JSON list at `selection` names; all of them when there is none. Rows without a label are
+    kept in any case: nobody can say how difficult they are.
 
     An entry is an id, or `{"id": ..., "content": ...}`. Of the latter rows are kept that say what they said when they
     were selected, also under another id. A warning counts those that do not, and those that the reader set aside.
@@ -242,7 +249,7 @@ def keep_selected(
     by_id = {entry.id for entry in wanted if entry.content is None}
     changed = [entry.id for entry in wanted if entry.content is not None and entry.content not in there]
     changed = [identifier for identifier in changed if identifier not in missing]
-    kept = tuple(row for row in preferences if row.id in by_id or found.get(row.id) in content)
+    kept = tuple(row for row in preferences if row.id in by_id or found.get(row.id) in content or row.label is None)
     problems = []
     if changed:
         problems.append(

@@ -36,8 +36,8 @@ class SetFigures:
         return self.labels.total()
 
     def add(self, row: Preference, *, exchanged: bool = False) -> None:
-        better, other = (len(row.responses[place]) for place in (row.label - 1, 2 - row.label))
-        self.labels[row.label] += 1
+        better, other = (len(row.responses[place]) for place in (row.known_label - 1, 2 - row.known_label))
+        self.labels[row.known_label] += 1
         self.first_in_source += (row.label == 1) != exchanged
         self.longer_is_better += better > other
         self.length_ratios[_bin(math.log2(better / other), RATIO_EDGES)] += 1

@@ -18,8 +18,9 @@ from megatron_r1reward.data.image_files import folders_behind_links, upright_siz
 from megatron_r1reward.data.preference import ReadResult, SftExample, SftReadResult, read_preferences, read_sft_examples
 from megatron_r1reward.data.prompt import TEMPLATE, preference_messages, render_chat
 from megatron_r1reward.data.rows import fixed_folder
-from megatron_r1reward.model_folder.prompt_policy import read_policy
+from megatron_r1reward.model_folder.prompt_policy import check_template, read_policy
 from megatron_r1reward.types import Preference
+from megatron_r1reward.user_parts import read_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,14 +29,21 @@ Stage = Literal["sft", "annotate", "rl", "eval"]
 _TOKEN_PIXELS = 28 * 28  # of one image token in the finest grid of the models (patches of 14 x 14, merged 2 x 2)
 
 
-def template_of(folder: Path) -> str:
-    """The prompt that a model's folder says it is asked with, or the published one.
+def template_of(config: RunConfig) -> str:
+    """The prompt that a stage asks with: `prompt.template`, else what the model's folder says, else the published one.
 
     Raises:
-        ValueError: what the folder says cannot be read.
+        ValueError: the file or what the folder says cannot be read.
     """
-    policy = read_policy(folder)
-    return TEMPLATE if policy is None else policy.template
+    if config.prompt.template is None:
+        policy = read_policy(config.model.path)
+        return TEMPLATE if policy is None else policy.template
+    part = read_part("prompt.template", config.prompt.template)
+    try:
+        check_template(part.source)
+    except ValueError as error:
+        raise ValueError(f"prompt.template {part.name!r}: {error}; write other braces twice") from error
+    return part.source
 
 
 def image_folders(config: RunConfig) -> list[Path]:
@@ -48,7 +56,10 @@ def image_folders(config: RunConfig) -> list[Path]:
 
 
 def read_training_preferences(config: RunConfig, stage: Stage, *, output: Path | None = None) -> ReadResult:
-    """`data.train` for `rl` and `annotate`. `output`: folder for quarantine and media; default `run.output_dir`."""
+    """`data.train` for `rl` and `annotate`. `output`: folder for quarantine and media; default `run.output_dir`.
+
+    Rows without a label are read for `rl` where the reward has something that they can earn.
+    """
     output = output or config.run.output_dir
     return read_preferences(
         config.data.train,
@@ -57,6 +68,7 @@ def read_training_preferences(config: RunConfig, stage: Stage, *, output: Path |
         media_dir=output / "media",
         quarantine=output / "quarantine.jsonl",
         fits=RowLimits.of(config, stage).preference if _has_tokenizer(config) else None,
+        unlabelled=stage == "rl" and config.reward.rewards_agreement,
     )
 
 
@@ -143,7 +155,7 @@ class RowLimits:
             min_pixels=config.data.min_pixels,
             max_pixels=config.data.max_pixels,
             folders=tuple(folder.resolve() for folder in image_folders(config)) if stage in ("rl", "eval") else None,
-            template=template_of(config.model.path),
+            template=template_of(config),
         )
 
     def preference(self, preference: Preference) -> str:

@@ -17,11 +17,14 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_r1reward.data.prompt import preference_messages
+from megatron_r1reward.data.rows import TIE, label_of
 from megatron_r1reward.demo.digits_card import data_card
 from megatron_r1reward.demo.digits_judge import judge_rows as make_judge_rows
 from megatron_r1reward.demo.digits_pictures import DigitSources, PictureStore, choose_pictures, split_sources
 from megatron_r1reward.demo.digits_text import CATEGORIES, DigitQuestion, draw_question, target
+from megatron_r1reward.evaluation.pair_kinds import NEAR, WRONG, make_pair_kinds
 from megatron_r1reward.files import write_jsonl, write_text
+from megatron_r1reward.types import Preference
 
 IMAGE_FOLDER = "images"
 _TRIES = 1000
@@ -59,6 +62,7 @@ def build_digits(
     judge_rows: int = 4000,
     categories: Sequence[str] = CATEGORIES,
     annotator_error_rate: float = 0.0,
+    unlabelled_pairs: int = 0,
     show_progress: bool = True,
 ) -> DigitsSummary:
     """Write the data set to `out`; the same arguments give the same bytes. `show_progress` draws a bar on stderr.
@@ -71,6 +75,9 @@ def build_digits(
         categories: kinds of question, evenly spread; a kind named twice gets twice the rows.
         annotator_error_rate: share of the supervised reasonings that argue, in good order, for the wrong response, as
             some of a real annotator's do. The column `answer` stays right.
+        unlabelled_pairs: so many pairs of two wrong responses, and as many of two that hardly differ, to items of the
+            pool, with the answer "tie": `pool_unlabelled.jsonl`, for RL that rewards agreement. The other files do not
+            depend on it.
 
     Raises:
         ValueError: a count is not a positive even number or exceeds the number of different rows there are, or a
@@ -94,6 +101,8 @@ def build_digits(
     with tqdm(total=total, desc="digits", unit="row", disable=not show_progress, dynamic_ncols=True) as progress:
         files = _preference_files(seed, counts, categories, splits, store, progress, annotator_error_rate)
     files |= _judge_files(judge_rows, categories, seed)
+    if unlabelled_pairs:
+        files["pool_unlabelled"] = _unlabelled(files["pool"], unlabelled_pairs, seed)
 
     summary = DigitsSummary(
         seed=seed,
@@ -168,6 +177,39 @@ def _judge_files(count: int, categories: Sequence[str], seed: int) -> dict[str, 
     heldout = make_judge_rows("judge_heldout", max(2, count // 20 * 2), categories, heldout_rng)
     excluded = frozenset(row["message"] for row in heldout)
     return {"judge_sft": make_judge_rows("judge_sft", count, categories, rng, excluded), "judge_heldout": heldout}
+
+
+def _unlabelled(pool: Sequence[Mapping[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
+    """Rows of pairs without a better response, made of the pool's."""
+    preferences = [
+        Preference(
+            id=row["id"],
+            question=row["question"],
+            responses=(row["response_1"], row["response_2"]),
+            label=label_of(row["answer"]),
+            image_paths=(row["image"],),
+            metadata={"category": row["category"]},
+        )
+        for row in pool
+    ]
+    made = make_pair_kinds(preferences, count, seed)
+    pairs = [(kind, pair) for kind in (WRONG, NEAR) for pair in made[kind]]
+    lacking = [kind for kind in (WRONG, NEAR) if len(made[kind]) < count]
+    if lacking:
+        raise ValueError(f"unlabelled_pairs: the pool gives fewer than {count} pairs {lacking[0]!r}: more pool_rows")
+    return [
+        {
+            "id": f"unlabelled-{number:05d}",
+            "question": pair.question,
+            "response_1": pair.responses[0],
+            "response_2": pair.responses[1],
+            "answer": TIE,
+            "image": pair.image_paths[0],
+            "category": kind,
+            "source": "digits",
+        }
+        for number, (kind, pair) in enumerate(pairs)
+    ]
 
 
 def _add_targets(

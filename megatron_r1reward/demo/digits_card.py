@@ -17,6 +17,9 @@ responses of a row are equally likely given their text: only the image says whic
 |---|---|---|
 | `sft.jsonl` | {{ rows.sft }} | preferences with a target `response`: reasoning and answer |
 | `pool.jsonl` | {{ rows.pool }} | preferences for difficulty annotation and RL |
+{% if rows.pool_unlabelled is defined %}\
+| `pool_unlabelled.jsonl` | {{ rows.pool_unlabelled }} | two wrong or near-equal responses each, without a label |
+{% endif %}\
 | `heldout.jsonl` | {{ rows.heldout }} | preferences on source pictures that the two files above never show |
 | `judge_sft.jsonl` | {{ rows.judge_sft }} | text only: does a reasoning support a verdict? "1" or "0" |
 | `judge_heldout.jsonl` | {{ rows.judge_heldout }} | the same, other texts |

@@ -92,7 +92,7 @@ class _Task:
     replies: tuple[Reply, ...] = ()
 
     def attempts(self, limit: int) -> tuple[bool, ...]:
-        return count_attempts(self.answers, self.preference.label, limit)
+        return count_attempts(self.answers, self.preference.known_label, limit)
 
     def done(self, limit: int) -> bool:
         attempts = self.attempts(limit)

@@ -83,13 +83,13 @@ def build_cold_start(
         elif not record.replies:
             counts["without texts (annotated by an earlier version)"] += 1
         else:
-            place, reason = _first_usable(record.replies, preference.label, keep)
+            place, reason = _first_usable(record.replies, preference.known_label, keep)
             if place is None:
                 counts[reason] += 1
             else:
                 found.append((preference, record, place, parse_response(record.replies[place].text)))
     if judge is not None and found:
-        verdicts = judge([(parsed.reasoning, preference.label) for preference, _, _, parsed in found])
+        verdicts = judge([(parsed.reasoning, preference.known_label) for preference, _, _, parsed in found])
         counts["not consistent, says the judge"] += sum(verdict != "consistent" for verdict in verdicts)
         found = [entry for entry, verdict in zip(found, verdicts, strict=True) if verdict == "consistent"]
     counts["used"] = len(found)

@@ -40,6 +40,7 @@ from megatron_r1reward.evaluation.voting import (
     order_agreement,
     voting_accuracy,
 )
+from megatron_r1reward.reward.readers import Reader
 from megatron_r1reward.reward.rules import parse_rollout
 from megatron_r1reward.types import Preference, Prompt, Rollout
 
@@ -85,6 +86,7 @@ def evaluate(
     greedy: bool = False,
     extra: Mapping[str, Sequence[Preference]] | None = None,
     transcripts: int = 6,
+    read: Reader | None = None,
     token_text: Callable[[int], str] | None = None,
     judge: VoteJudge | str = NO_JUDGE,
     progress: Callable[..., Any] | None = None,
@@ -103,8 +105,8 @@ def evaluate(
         shuffle_images: the control: everything the same, but each pair sees the images of another one.
         greedy: once more at temperature 0, one response per pair and order.
         extra: pairs of other kinds by name, see `make_pair_kinds`, judged once at temperature 0.
-        transcripts: how many judgements to return in full. The choice depends on the pairs and the seed alone, so
-            that evaluations of two models can be read side by side.
+        transcripts: how many judgements to return in full, chosen by pairs and seed alone, so that models compare.
+        read: how verdicts are read; None: by the strict rule.
         token_text: what a token says, for votes weighted by the answer token's log-prob; None: no such votes.
         judge: of the reasonings, for judge-filtered votes; or why there are no such votes.
         progress: handed to the pool.
@@ -115,7 +117,7 @@ def evaluate(
     _check(preferences, samples, voting)
     shown = with_shuffled_images(preferences, seed) if shuffle_images else tuple(preferences)
     prompts = [prompt_builder.build(pair, swapped=swapped) for pair in shown for swapped in (False, True)]
-    pairs, counts = _ask(pool, shown, prompts, sampling, samples, seed, progress)
+    pairs, counts = _ask(pool, shown, prompts, sampling, samples, seed, progress, read)
     counts = counts.model_copy(update={"without_partner": len(preferences) - len(shown)})
     result = _summarise(pairs, counts, samples=samples, voting=voting, seed=seed)
     update: dict[str, Any] = {
@@ -126,14 +128,14 @@ def evaluate(
     kinds = {}
     decided: list[JudgedPair] = []
     if greedy:
-        decided, counted = _ask(pool, shown, prompts, coldest, 1, seed, progress)
+        decided, counted = _ask(pool, shown, prompts, coldest, 1, seed, progress, read)
         update["greedy"] = GreedyAccuracy(**_both_orders(decided, counted, 1))
         kinds["right against wrong"] = decided
     if extra:
         fitting = {name: _that_fit(pairs, prompt_builder) for name, pairs in extra.items()}
         built = [built for part in fitting.values() for _, prompts in part for built in prompts]
         made = [pair for part in fitting.values() for pair, _ in part]
-        found, _ = _ask(pool, made, built, coldest, 1, seed, progress) if made else ([], None)
+        found, _ = _ask(pool, made, built, coldest, 1, seed, progress, read) if made else ([], None)
         of = {pair.id: name for name, part in fitting.items() for pair, _ in part}
         for name in fitting:
             kinds[name] = [pair for pair in found if of[pair.preference.id] == name]
@@ -200,13 +202,14 @@ def _ask(
     samples: int,
     seed: int,
     progress: Callable[..., Any] | None,
+    read: Reader | None,
 ) -> tuple[list[JudgedPair], Counts]:
     """The pairs that were answered in both orders. `prompts` holds two per preference, in `ORDERS`."""
     generated = pool.generate(prompts, sampling, n=samples, seed=seed, progress=progress)
     answered = {rollout.prompt.id for rollout in (*generated.rollouts, *generated.quarantined)}
     by_prompt: dict[str, list[Sample]] = defaultdict(list)
     for rollout in generated.rollouts:
-        by_prompt[rollout.prompt.id].append(Sample(rollout=rollout, parsed=parse_rollout(rollout)))
+        by_prompt[rollout.prompt.id].append(Sample(rollout=rollout, parsed=parse_rollout(rollout, read=read)))
     pairs = []
     for preference, first, second in zip(preferences, prompts[::2], prompts[1::2], strict=True):
         if {first.id, second.id} <= answered:
@@ -215,7 +218,7 @@ def _ask(
                 JudgedPair(
                     preference=preference,
                     samples={order: tuple(by_prompt[prompt.id]) for order, prompt in shown.items()},
-                    labels={order: prompt.label for order, prompt in shown.items()},
+                    labels={order: prompt.known_label for order, prompt in shown.items()},
                 )
             )
     if not pairs:
@@ -335,7 +338,7 @@ def _transcript(pair: JudgedPair, order: Order) -> Transcript:
         order=order,
         question=first.question,
         responses=first.responses if order == "12" else (first.responses[1], first.responses[0]),
-        label=sample.rollout.prompt.label,
+        label=sample.rollout.prompt.known_label,
         image_paths=first.image_paths,
         text=sample.rollout.text,
         answer=sample.parsed.answer,

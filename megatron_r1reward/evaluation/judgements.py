@@ -29,8 +29,8 @@ from megatron_r1reward.evaluation.result import JudgedSamples
 from megatron_r1reward.files import recover_jsonl, write_jsonl
 from megatron_r1reward.judging.ask import ORDERS, Item, Judgement, Order, as_shown
 from megatron_r1reward.judging.compare import seed_of
-from megatron_r1reward.judging.judge_prompt import Reader
 from megatron_r1reward.judging.reward_model import RewardModel
+from megatron_r1reward.reward.readers import Reader
 from megatron_r1reward.reward.rules import parse_response
 from megatron_r1reward.types import Label, Preference
 

@@ -82,11 +82,11 @@ def _toggled(text: str) -> str:
 
 
 def _better(one: Preference) -> str:
-    return one.responses[one.label - 1]
+    return one.responses[one.known_label - 1]
 
 
 def _worse(one: Preference) -> str:
-    return one.responses[2 - one.label]
+    return one.responses[2 - one.known_label]
 
 
 def _item(one: Preference) -> Hashable:

@@ -11,84 +11,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_r1reward.data.prompt import TEMPLATE, preference_messages
-from megatron_r1reward.reward.rules import parse_response
-from megatron_r1reward.types import Label
+from megatron_r1reward.reward.readers import Reader, strict, verdict_reader
 
 _FIELDS = ("question", "response_1", "response_2")
 _PLACE = re.compile(r"\{(question|response_1|response_2|images)\}")
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_NAMED = re.compile(r"\b(?:response|answer|assistant|option|output|model)\s*\**\s*[\[(]?([12AB])\b", re.IGNORECASE)
-_LABELS: Mapping[str, Label] = {"1": 1, "a": 1, "first": 1, "2": 2, "b": 2, "second": 2}
-
-Reader = Callable[[str], Label | None]
-
-
-def _strict(text: str) -> Label | None:
-    return parse_response(text).answer
-
-
-def _released(text: str) -> Label | None:
-    """The released R1-Reward scripts: what is in the first answer tag, else the last digit 1 or 2; all but 1 is 2."""
-    found = _ANSWER.search(text)
-    content = found[1] if found else (re.findall("[12]", text) or [""])[-1]
-    try:
-        return 1 if float(content) == 1 else 2
-    except ValueError:
-        return 2
-
-
-def _answer_text(text: str) -> Label | None:
-    """ "Response 1 is better" and the like: the last such name in the answer tag, or in the text without a tag."""
-    found = _ANSWER.search(text)
-    names = _NAMED.findall(found[1] if found else text)
-    return _LABELS[names[-1].lower()] if names else None
-
-
-def _brackets_as_published(text: str) -> Label | None:
-    """Multimodal RewardBench's own script: [[A]] anywhere, else [[B]] anywhere."""
-    return 1 if "[[A]]" in text else 2 if "[[B]]" in text else None
-
-
-VERDICTS: Mapping[str, Reader] = {
-    "answer": _strict,  # <answer>1</answer>
-    "released": _released,
-    "answer-text": _answer_text,
-    "brackets": lambda text: _by_pattern(r"\[\[([ABab12])\]\]", text),  # [[A]]
-    "multimodal-rewardbench": _brackets_as_published,
-    "boxed": lambda text: _by_pattern(r"\\boxed\{\s*(?:\\text\{)?\s*(\w+)", text),  # \boxed{1}
-}
-
-
-def _by_pattern(pattern: str, text: str) -> Label | None:
-    """The last match's first group, as 1, A, first or 2, B, second."""
-    found = re.findall(pattern, text)
-    if not found:
-        return None
-    last = found[-1] if isinstance(found[-1], str) else found[-1][0]
-    return _LABELS.get(last.strip().lower())
-
-
-def verdict_reader(name: str) -> Reader:
-    """One of `VERDICTS`, or a regular expression whose first group is 1, A or first, or 2, B or second.
-
-    Raises:
-        ValueError: neither.
-    """
-    if name in VERDICTS:
-        return VERDICTS[name]
-    try:
-        groups = re.compile(name).groups
-    except re.error as error:
-        raise ValueError(f"--verdict {name!r} is no regular expression: {error}") from error
-    if groups < 1:
-        raise ValueError(f"--verdict {name!r}: give one of {', '.join(VERDICTS)}, or a pattern with a group")
-    return lambda text: _by_pattern(name, text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +30,7 @@ class JudgePrompt:
 
     turns: tuple[tuple[str, str], ...] = ()
     template: str = TEMPLATE
-    read: Reader = _strict
+    read: Reader = strict
 
     @classmethod
     def load(cls, path: Path | None, *, verdict: str = "answer") -> JudgePrompt:

@@ -25,13 +25,15 @@ def open_model(
     folder says belongs to the name.
 
     Args:
-        options: how it is asked; `max_tokens` is that of `access`.
+        options: how it is asked; `max_tokens` and `trust_parser` are those of `access`.
         both_orders: whether it will be asked in both; a folder that says otherwise is refused before servers start.
 
     Raises:
         ValueError: it is no model folder, cannot be served, or says that it is asked otherwise.
     """
-    options = dataclasses.replace(options or AskOptions(), max_tokens=access.max_tokens)
+    options = dataclasses.replace(
+        options or AskOptions(), max_tokens=access.max_tokens, trust_parser=access.trust_parser
+    )
     remote = "://" in access.model
     if access.prompt_of is not None and not remote:
         raise ValueError(f"--prompt-of {access.prompt_of} is for servers, {access.model} is a folder: leave it out")

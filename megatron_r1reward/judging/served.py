@@ -19,6 +19,7 @@ from megatron_r1reward.data.identity import model_identity
 from megatron_r1reward.hub_name import local_folder
 from megatron_r1reward.judging.ask import AskOptions, Item, Judgement, ModelClient, ModelUnavailableError, Order
 from megatron_r1reward.model_folder.prompt_policy import FILE, PromptPolicy, read_policy
+from megatron_r1reward.reward.readers import policy_reader
 from megatron_r1reward.servers.group import ServerGroup
 from megatron_r1reward.servers.member import Member
 from megatron_r1reward.servers.process import Report, VllmServer, start_servers
@@ -182,16 +183,19 @@ async def _unless_withdrawn(member: Member, work: Coroutine[Any, Any, T]) -> T:
 
 
 def asked_by(policy: PromptPolicy | None, options: AskOptions) -> AskOptions:
-    """`options` with the template of the model's folder, where that says one.
+    """`options` with the template and the parser of the model's folder, where that says some.
 
     Raises:
-        ValueError: both have a prompt of their own.
+        ValueError: both have a prompt of their own; or the parser is code, and `options` do not trust it.
     """
     if policy is None:
         return options
     if options.prompt.turns:
         raise ValueError(f"the model's {FILE} has the prompt that it was trained with: leave out the other one")
-    return replace(options, prompt=replace(options.prompt, template=policy.template))
+    read = policy_reader(policy, trusted=options.trust_parser)
+    prompt = replace(options.prompt, template=policy.template, read=read or options.prompt.read)
+    # Which token holds the verdict is known of the published form only.
+    return replace(options, prompt=prompt, log_probs=options.log_probs and read is None)
 
 
 def endpoints(

@@ -51,6 +51,7 @@ def serve_model(
     cohort_deadline_s: float,
     on_failure: Policy,
     prompt_of: Path | None = None,
+    trust_parser: bool = False,
 ) -> None:
     """Serve until told to stop; then finish what is in progress.
 
@@ -60,6 +61,7 @@ def serve_model(
         cohort_size, cohort_deadline_s, on_failure: of callers that send one sample at a time; see `CohortBuffer`.
         prompt_of: the folder that the servers at URLs serve, for what it says about its prompt.
         token_variable: environment variable with the token that clients must send.
+        trust_parser: run the code that the model's folder carries for reading its verdicts.
 
     Raises:
         ValueError: the address is on the network and there is no token, or `model` is a run file or no model folder.
@@ -70,7 +72,7 @@ def serve_model(
         raise ValueError(f"{model} is a run file: rewards for known labels are `r1reward serve-labels {model}`")
     if prompt_of is not None and "://" not in model:
         raise ValueError(f"--prompt-of {prompt_of} is for servers at URLs: the folder {model} says its own prompt")
-    options = AskOptions(max_tokens=max_tokens, concurrency=section.max_concurrency)
+    options = AskOptions(max_tokens=max_tokens, concurrency=section.max_concurrency, trust_parser=trust_parser)
     with ExitStack() as stack:
         if "://" in model:
             policy = None if prompt_of is None else policy_of(prompt_of)
@@ -101,7 +103,11 @@ def serve_stage(config: RunConfig) -> None:
     section, run = config.serve, RunDir(root=config.run.output_dir)
     token = _token(section.token_variable, section.host, section.allow_anonymous, "serve.host")
     folder = config.rollout.model_path or config.model.path
-    options = AskOptions(max_tokens=config.sampling.max_tokens, concurrency=config.rollout.max_concurrency)
+    options = AskOptions(
+        max_tokens=config.sampling.max_tokens,
+        concurrency=config.rollout.max_concurrency,
+        trust_parser=config.prompt.trust_parser,
+    )
     if "SLURM_JOB_ID" in os.environ and is_loopback(section.host):
         log.warning("serve.host %s: only programs on this node reach it; 0.0.0.0 is all of its network", section.host)
     policy = policy_of(folder)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from megatron_r1reward.checkpoint.manifest import MANIFEST, find_damage
 from megatron_r1reward.cluster.placement import Stage, asks_judge
 from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.data.stage_data import template_of
 from megatron_r1reward.model_folder.examine import folder_problems, served_problems
 from megatron_r1reward.model_folder.prompt_policy import FILE, read_policy
+from megatron_r1reward.reward.readers import parser_of, reader_of
 from megatron_r1reward.servers.command import model_corrections
+from megatron_r1reward.user_parts import load_function, read_part
 
 
 def model_problems(config: RunConfig, stage: Stage) -> Iterator[tuple[str, Path, str]]:
@@ -35,7 +39,9 @@ def model_problems(config: RunConfig, stage: Stage) -> Iterator[tuple[str, Path,
         path = config.rollout.model_path or path
         if not config.rollout.urls:
             yield from (("model.path", path, text) for text in served_problems(path))
-    elif stage == "annotate" and config.annotate.url is None:
+    if stage in ("sft", "rl", "eval"):
+        yield from _part_problems(config, stage)
+    if stage == "annotate" and config.annotate.url is None:
         yield from (("model.path", path, text) for text in served_problems(path))
     judge = config.judge
     judged = stage == "judge" or asks_judge(config, stage)
@@ -57,6 +63,44 @@ def _asked_otherwise(config: RunConfig) -> Iterator[str]:
             f"its {FILE} says images of {policy.pixels[0]} to {policy.pixels[1]} pixels, and data.min_pixels, "
             f"data.max_pixels are {ours[0]} and {ours[1]}: set them to the model's"
         )
+
+    template, parser = config.prompt.template, config.prompt.parser
+    if any(_part_problems(config, "eval")):
+        return  # said there
+    if policy is not None and template is not None and template_of(config) != policy.template:
+        yield f"its {FILE} has the prompt of its training, and prompt.template {template} is another: remove it"
+    if policy is not None and parser is not None and parser_of(config) != policy.parser:
+        said = "<answer>1</answer>" if policy.parser is None else policy.parser.name
+        yield f"its {FILE} says that verdicts are read by {said}, and prompt.parser {parser!r} is another: remove it"
+
+
+def _part_problems(config: RunConfig, stage: Stage) -> Iterator[tuple[str, Path, str]]:
+    """What is wrong with the user's own prompt, parser and reward functions."""
+    try:
+        read_policy(config.model.path)
+    except ValueError:
+        return  # whoever reads it says so
+    checks: list[tuple[str, str | Path | None, Callable[[], object]]] = [
+        ("prompt.template", config.prompt.template, lambda: template_of(config))
+    ]
+    if stage != "sft":
+        checks.append(("prompt.parser", config.prompt.parser, lambda: reader_of(config)))
+    if stage == "rl" and config.rl.replay is None:
+        checks += [
+            (f"reward.terms {term.name!r}", term.function, partial(_load, term.name, term.function))
+            for term in config.reward.all_terms
+            if term.function is not None
+        ]
+    for key, name, check in checks:
+        try:
+            check()
+        except ValueError as error:
+            reason = str(error).removeprefix(f"{key} {str(name)!r}: ")
+            yield (key, Path(name), reason) if name is not None else ("model.path", config.model.path, reason)
+
+
+def _load(term: str, function: str) -> None:
+    load_function(read_part(f"reward.terms {term!r}", function))
 
 
 def _checkpoint_problems(folder: Path) -> Iterator[str]:

@@ -38,6 +38,7 @@ from megatron_r1reward.launch.stage_servers import (
 )
 from megatron_r1reward.model_folder.examine import load_tokenizer
 from megatron_r1reward.processes import quick_imports
+from megatron_r1reward.reward.readers import reader_of
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.types import Label, Preference
@@ -63,7 +64,7 @@ def rl(config: RunConfig, *, rendezvous: Path | None = None, supervised: bool = 
             opened = stack.enter_context(open_rl_services(ours, supervised=supervised))
             services = rl_stage.Services(
                 pool=opened.pool,
-                scorer=RewardScorer(config.reward, opened.judge),
+                scorer=RewardScorer(config.reward, opened.judge, read=reader_of(config)),
                 probe=_heldout_probe(config, opened.pool),
             )
         topology.from_main(None)  # colocated: no rank takes memory before the servers sleep
@@ -90,7 +91,7 @@ def annotate(config: RunConfig, *, supervised: bool = False) -> None:
     from megatron_r1reward.evaluation.annotate import annotate as annotate_preferences
 
     check_models(config, "annotate")
-    if config.annotate.url is None and template_of(config.model.path) != TEMPLATE:
+    if config.annotate.url is None and template_of(config) != TEMPLATE:
         raise ValueError(
             f"model.path {config.model.path} has a prompt of its own, and annotate asks with the published one: serve "
             "it elsewhere and name its annotate.url"
@@ -248,14 +249,14 @@ def _evaluate(
     extra: Mapping[str, Sequence[Preference]] | None = None,
     judge: VoteJudge | str = NO_JUDGE,
 ) -> EvaluationResult:
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer, read = load_tokenizer(config.model.path), reader_of(config)
     title = "control: shuffled images" if shuffle_images else "evaluate"
     prompts = 2 * (len(pairs) * (1 + greedy) + sum(map(len, (extra or {}).values())))
     with tqdm(total=prompts, desc=title, unit="prompt", dynamic_ncols=True) as progress:
         return evaluate_pairs(
             pairs,
             pool,
-            PromptBuilder(tokenizer, config.data.max_prompt_tokens, template=template_of(config.model.path)),
+            PromptBuilder(tokenizer, config.data.max_prompt_tokens, template=template_of(config)),
             config.sampling,
             samples=samples,
             voting=voting,
@@ -264,7 +265,9 @@ def _evaluate(
             greedy=greedy,
             extra=extra,
             transcripts=transcripts,
-            token_text=cache(lambda token: tokenizer.decode([token])),
+            read=read,
+            # Which token holds the verdict is known of the published form only.
+            token_text=cache(lambda token: tokenizer.decode([token])) if read is None else None,
             judge=judge,
             progress=lambda done, total: progress.update(1),
         )

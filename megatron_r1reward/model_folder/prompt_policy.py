@@ -60,8 +60,15 @@ class TrainedStage(_Part):
     settings: Mapping[str, Any]
 
 
+class CarriedParser(_Part):
+    """How verdicts are read from the model's texts (`reward.readers`)."""
+
+    name: str  # of a way, a regular expression, or "path/to/file.py:function"
+    source: str | None = None  # the whole file of the function; code: it runs where the user says so
+
+
 class PromptPolicy(_Part):
-    """How the model is asked."""
+    """How the model is asked, and how it answers."""
 
     format: Literal[1] = 1
     template: str  # with {question}, {answer1} and {answer2}
@@ -69,18 +76,14 @@ class PromptPolicy(_Part):
     orders: Literal["both", "any"] = "both"  # both: a verdict in one order alone is refused
     min_pixels: int | None = None  # of the image processor; None: the folder's own
     max_pixels: int | None = None
+    parser: CarriedParser | None = None  # None: <answer>1</answer>, as published
     stages: tuple[TrainedStage, ...] = ()
     calibration: tuple[Calibration, ...] = ()
 
     @field_validator("template")
     @classmethod
     def _fields(cls, template: str) -> str:
-        try:
-            parts = [(name, spec, how) for _, name, spec, how in string.Formatter().parse(template) if name is not None]
-        except ValueError as error:
-            raise ValueError(f"not a template: {error}") from error
-        if sorted(parts) != sorted((name, "", None) for name in FIELDS):
-            raise ValueError(f"a template holds each of {{{'}, {'.join(FIELDS)}}} once and no other field")
+        check_template(template)
         return template
 
     @property
@@ -108,6 +111,16 @@ class PromptPolicy(_Part):
             raise ValueError(
                 f'{where}: the model\'s {FILE} says orders "both": ask in both orders, or set it to "any" there'
             )
+
+
+def check_template(template: str) -> None:
+    """Raises ValueError unless each of {question}, {answer1} and {answer2} stands in it once, and nothing else does."""
+    try:
+        parts = [(name, spec, how) for _, name, spec, how in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"not a template: {error}") from error
+    if sorted(parts) != sorted((name, "", None) for name in FIELDS):
+        raise ValueError(f"a template holds each of {{{'}, {'.join(FIELDS)}}} once and no other field")
 
 
 def read_policy(folder: Path) -> PromptPolicy | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -38,7 +39,7 @@ _TABLE = (
     # Reward R = 0.5 F + A (1 + 0.5 C)
     _metric("reward/mean", "1", "higher", "mean reward R of the rollouts"),
     _metric("reward/format", "1", "higher", "mean format reward F: share of well-formed responses"),
-    _metric("reward/result", "1", "higher", "mean result reward A: share of right answers"),
+    _metric("reward/result", "1", "higher", "mean result reward A: share of right answers, where there is a label"),
     _metric("reward/consistency", "1", "higher", "mean consistency reward C over the rollouts"),
     # Responses
     _metric("response/mean_tokens", "tokens", "neither", "mean response length"),
@@ -58,6 +59,7 @@ _TABLE = (
     _metric("servers/restarts", "restarts", "lower", "restarts of rollout servers since the run was started"),
     _metric("rollout/answer_1_fraction", "1", "neither", "share of parsed answers that are 1: far from 0.5 is a bias"),
     _metric("rollout/unparsable_fraction", "1", "lower", "share of responses whose answer is neither 1 nor 2"),
+    _metric("rollout/unlabelled_fraction", "1", "neither", "share of responses to pairs without a label"),
     _metric("judge/asked", "calls", "neither", "rollouts shown to the consistency judge (right answers only)"),
     _metric("judge/consistent", "calls", "higher", "verdicts: the reasoning supports the answer"),
     _metric("judge/inconsistent", "calls", "lower", "verdicts: the reasoning contradicts the answer"),
@@ -118,6 +120,8 @@ _TABLE = (
     _metric("sft/loss", "nats", "lower", "mean cross-entropy over response tokens"),
 )
 
+# `reward.terms` may have any names: each term's mean before its weight, and with "_std" its standard deviation.
+_TERM = re.compile(r"terms/[a-z][a-z0-9_]*")
 METRICS: Mapping[str, Metric] = MappingProxyType({metric.name: metric for metric in _TABLE})
 
 
@@ -125,11 +129,11 @@ def check_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """The same metrics as plain floats.
 
     Raises:
-        ValueError: a name is not in `METRICS`, or a value is not a number.
+        ValueError: a name is neither in `METRICS` nor of a term of the reward, or a value is not a number.
     """
     checked = {}
     for name, value in metrics.items():
-        if name not in METRICS:
+        if name not in METRICS and _TERM.fullmatch(name) is None:
             close = difflib.get_close_matches(name, METRICS, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "add it to the table in monitor/metrics.py"
             raise ValueError(f"metric {name!r} is not in the table of metrics: {hint}")

@@ -150,7 +150,7 @@ def _shown(row: Preference, limits: RowLimits | None) -> ShownRow:
     content = preference_messages(row.question, row.responses, len(row.image_paths))[0]["content"]
     return ShownRow(
         id=row.id,
-        label=row.label,
+        label=row.known_label,
         text="".join(part["text"] if part["type"] == "text" else "[image]\n" for part in content),
         lengths=lengths,
         images=tuple(

@@ -1,4 +1,4 @@
-"""What a response is worth: strict parsing, the rules that need no model, and one number from the parts."""
+"""What a response is worth: strict parsing, and the rules that need no model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from megatron_r1reward.config.rl_sections import Truncated
-from megatron_r1reward.config.schema import RewardSection
 from megatron_r1reward.types import JudgeVerdict, Label, Rollout
 
 ConsistencyLevels = Literal["paper", "released_code"]
@@ -30,38 +29,41 @@ _VALUES: Final[Mapping[ConsistencyLevels, Mapping[JudgeVerdict, float]]] = {
 class ParsedResponse:
     """What the rules and the judge need to know about one response."""
 
-    answer: Label | None  # None unless the first <answer> holds exactly "1" or "2"
+    answer: Label | None  # by the strict rule None unless the first <answer> holds exactly "1" or "2"
     well_formed: bool
     reasoning: str  # the text before <answer>, without think tags; all of it when there is no <answer>
 
 
-def parse_response(text: str) -> ParsedResponse:
-    """Parse a decoded response: no free-text fallback, no numeric equivalence.
+def parse_response(text: str, read: Callable[[str], Label | None] | None = None) -> ParsedResponse:
+    """Parse a decoded response: no free-text fallback, no numeric equivalence. `read` reads the answer in place of the
+    strict rule (`reward.readers`).
 
     `well_formed` is the released code's rule: after stripping, the whole text is
     `<think>...</think><answer>...</answer>` with nothing in between (not even a space), and each opening tag occurs
     exactly once. It does not look at the answer's content, but control tokens are no part of a text. `answer` is read
     independently of the format.
     """
-    text = text.strip()
+    whole, text = text, text.strip()
     before, _, after = text.partition("<answer>")
     content, closing_tag, _ = after.partition("</answer>")
     # Counting first also spares the pattern the texts on which it would backtrack.
     single_tags = text.count("<think>") == 1 and text.count("<answer>") == 1
     return ParsedResponse(
-        answer=_LABELS.get(content.strip()) if closing_tag else None,
+        answer=read(whole) if read is not None else _LABELS.get(content.strip()) if closing_tag else None,
         well_formed=single_tags and _WELL_FORMED.fullmatch(text) is not None and not _CONTROL_TOKEN.search(text),
         reasoning=_THINK_TAG.sub("", before).strip(),
     )
 
 
-def parse_rollout(rollout: Rollout, truncated: Truncated = "as_is") -> ParsedResponse:
+def parse_rollout(
+    rollout: Rollout, truncated: Truncated = "as_is", read: Callable[[str], Label | None] | None = None
+) -> ParsedResponse:
     """Parse a sampled response. One that the token limit cut off, or with special tokens inside, is not well formed.
 
     Args:
         truncated: what a response that was cut off says: "as_is" is its text; else it has not answered.
     """
-    parsed = parse_response(rollout.text)
+    parsed = parse_response(rollout.text, read)
     cut = rollout.finish_reason == "length"
     if cut and truncated != "as_is":
         return replace(parsed, answer=None, well_formed=False)
@@ -73,35 +75,19 @@ def format_reward(parsed: ParsedResponse) -> float:
     return float(parsed.well_formed)
 
 
-def result_reward(parsed: ParsedResponse, label: Label) -> float:
-    """A: 1 when the parsed answer is the label, else 0; an unparsable answer is a wrong one."""
-    return float(parsed.answer == label)
+def is_right(answer: Label | None, label: Label | None) -> bool:
+    """An unparsable answer is a wrong one, and so is every answer where nobody knows the right one."""
+    return label is not None and answer == label
+
+
+def result_reward(parsed: ParsedResponse, label: Label | None) -> float:
+    """A: 1 when the parsed answer is the label, else 0."""
+    return float(is_right(parsed.answer, label))
 
 
 def consistency_value(verdict: JudgeVerdict, levels: ConsistencyLevels) -> float:
     """C of a verdict: in {0, 1} ("paper") or {-1, 0, 1} ("released_code"); 0 when unknown or not asked."""
     return _VALUES[levels].get(verdict, 0.0)
-
-
-def reward_terms(format_reward: float, result_reward: float, consistency: float) -> tuple[float, float, float]:
-    """F, A and A C. Consistency counts only when the result is right: being consistently wrong earns nothing."""
-    return format_reward, result_reward, result_reward * consistency
-
-
-def term_weights(section: RewardSection) -> tuple[float, float, float]:
-    """What `reward_terms` count in the reward."""
-    return section.format_weight, 1.0, section.consistency_weight
-
-
-def combine(format_reward: float, result_reward: float, consistency: float, section: RewardSection) -> float:
-    """R = format_weight * F + A * (1 + consistency_weight * C); paper sec. 4.3 with both weights 0.5."""
-    of_format, of_result, of_consistency = (
-        weight * term
-        for weight, term in zip(
-            term_weights(section), reward_terms(format_reward, result_reward, consistency), strict=True
-        )
-    )
-    return of_format + (of_result + of_consistency)
 
 
 def answer_probability(rollout: Rollout, token_text: Callable[[int], str]) -> float | None:

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_r1reward.data.preference import label_of
-from megatron_r1reward.data.rows import RowError, iterate_rows
+from megatron_r1reward.data.rows import RowError, iterate_rows, label_of
 from megatron_r1reward.types import Label
 
 

@@ -19,9 +19,17 @@ from starlette.routing import Route
 from megatron_r1reward.config.schema import RewardSection
 from megatron_r1reward.network.guard import BearerGuard
 from megatron_r1reward.reward.consistency import ConsistencyJudge, JudgeDownError
-from megatron_r1reward.reward.rules import combine, consistency_value, format_reward, parse_response, result_reward
+from megatron_r1reward.reward.rules import (
+    ParsedResponse,
+    consistency_value,
+    format_reward,
+    is_right,
+    parse_response,
+    result_reward,
+)
+from megatron_r1reward.reward.terms import own_terms, reward_of
 from megatron_r1reward.serving.labels import LabelTable, UnknownMessageError
-from megatron_r1reward.types import JudgeVerdict
+from megatron_r1reward.types import JudgeVerdict, Label
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +55,12 @@ class RemoteReward:
     """R = 0.5 F + A (1 + 0.5 C) of decoded sequences; requests are independent and may run side by side."""
 
     def __init__(self, section: RewardSection, labels: LabelTable, judge: ConsistencyJudge | None) -> None:
+        known = own_terms(0.0, 0.0, 0.0)
+        if unknown := [term.name for term in section.all_terms if term.name not in known]:
+            raise ValueError(
+                f"reward.terms: this protocol sends one response at a time and knows {', '.join(known)}: remove "
+                f"{', '.join(unknown)}"
+            )
         self._section = section
         self._labels = labels
         self._judge = judge if section.use_judge else None
@@ -60,20 +74,16 @@ class RemoteReward:
         """
         labels = [self._labels.label(message) for message in messages]
         parsed = [parse_response(response_of(query)) for query in queries]
-        right = [i for i, label in enumerate(labels) if parsed[i].answer == label]
+        right = [i for i, label in enumerate(labels) if is_right(parsed[i].answer, label)]
         verdicts: dict[int, JudgeVerdict] = {}
         if self._judge is not None:
             answers = await self._judge.judge_many([(parsed[i].reasoning, labels[i]) for i in right])
             verdicts = dict(zip(right, answers, strict=True))
-        return [
-            combine(
-                format_reward(parsed[i]),
-                result_reward(parsed[i], label),
-                consistency_value(verdicts.get(i, "not_asked"), self._section.consistency_levels),
-                self._section,
-            )
-            for i, label in enumerate(labels)
-        ]
+        return [self._reward(parsed[i], label, verdicts.get(i, "not_asked")) for i, label in enumerate(labels)]
+
+    def _reward(self, parsed: ParsedResponse, label: Label, verdict: JudgeVerdict) -> float:
+        consistency = consistency_value(verdict, self._section.consistency_levels)
+        return reward_of(own_terms(format_reward(parsed), result_reward(parsed, label), consistency), self._section)
 
 
 def response_of(query: str) -> str:

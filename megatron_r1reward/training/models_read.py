@@ -12,6 +12,8 @@ from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.identity import model_identity
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.reward.consistency import judge_identity
+from megatron_r1reward.reward.terms import function_parts
+from megatron_r1reward.user_parts import Part, names_a_function, read_part
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +22,10 @@ _MEANING = {
     "reference": "the reference policy (weights of model.path, or checkpoint.init_from)",
     "rollout files": "configuration or tokenizer of rollout.model_path",
     "judge": "the judge",
+    "template": "prompt.template",
+    "parser": "prompt.parser",
 }
+_FUNCTION = "function of reward.terms "
 
 
 def first_weights(config: RunConfig) -> str:
@@ -32,11 +37,26 @@ def first_weights(config: RunConfig) -> str:
     return f"{model_identity(config.model.path)} {hashes}"
 
 
-def models_read(config: RunConfig, topology: Topology, *, rl: bool) -> dict[str, str]:
-    """Kind of model -> identity; collective, the main rank reads. Weights that a checkpoint replaces do not count.
+def parts_read(config: RunConfig) -> dict[str, Part]:
+    """The user's own texts and functions that a stage is made of, by kind.
 
     Raises:
-        ValueError: a folder is missing.
+        ValueError: a file cannot be read.
+    """
+    found = {}
+    if config.prompt.template is not None:
+        found["template"] = read_part("prompt.template", config.prompt.template)
+    if config.prompt.parser is not None and names_a_function(config.prompt.parser):
+        found["parser"] = read_part("prompt.parser", config.prompt.parser)
+    return found | {_FUNCTION + name: part for name, part in function_parts(config.reward).items()}
+
+
+def models_read(config: RunConfig, topology: Topology, *, rl: bool) -> dict[str, str]:
+    """Kind of model (or of the user's part) -> identity; collective, the main rank reads. Weights that a checkpoint
+    replaces do not count.
+
+    Raises:
+        ValueError: a folder or a file is missing.
     """
     answer: dict[str, str] | ValueError = {}
     if topology.is_main:
@@ -52,6 +72,7 @@ def models_read(config: RunConfig, topology: Topology, *, rl: bool) -> dict[str,
 
 def _read(config: RunConfig, rl: bool) -> dict[str, str]:
     found = {"files": model_identity(config.model.path, weights=False)}
+    found |= {kind: part.identity for kind, part in parts_read(config).items()}
     if rl and config.algorithm.needs_reference:
         found["reference"] = first_weights(config)
     if not rl or config.rl.replay is not None:
@@ -73,9 +94,11 @@ def check_models_read(saved: Mapping[str, str] | None, now: Mapping[str, str], f
     if saved is None:
         log.warning("%s is of an earlier version and does not say which models it was trained with", folder)
         return
-    changed = [_MEANING[kind] for kind in _MEANING if kind in saved and kind in now and saved[kind] != now[kind]]
-    gone = [f"{_MEANING[kind]} was not used then" for kind in _MEANING if kind in now and kind not in saved]
-    gone += [f"{_MEANING[kind]} is not used any more" for kind in _MEANING if kind in saved and kind not in now]
+    kinds = [*_MEANING, *sorted(kind for kind in saved.keys() | now.keys() if kind.startswith(_FUNCTION))]
+    meaning = {kind: _MEANING.get(kind, f"the {kind}") for kind in kinds}
+    changed = [meaning[kind] for kind in kinds if kind in saved and kind in now and saved[kind] != now[kind]]
+    gone = [f"{meaning[kind]} was not used then" for kind in kinds if kind in now and kind not in saved]
+    gone += [f"{meaning[kind]} is not used any more" for kind in kinds if kind in saved and kind not in now]
     if not changed and not gone:
         return
     text = "; ".join([f"{what} changed" for what in changed] + gone)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_r1reward.checkpoint.manifest import hash_range
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.files import atomic_path, write_bytes
-from megatron_r1reward.training.models_read import first_weights
+from megatron_r1reward.training.models_read import first_weights, parts_read
 from megatron_r1reward.training.step_sampler import StepRollouts
 from megatron_r1reward.types import ScoredRollout
 
@@ -31,6 +31,7 @@ _FORMAT = 1
 # What a recorded batch follows from: a run with other values would have had other rollouts, or other rewards for them.
 _DECIDES = (
     ("rl", "rollout_batch_size"),
+    ("rl", "pairing"),
     ("algorithm", "samples_per_prompt"),
     ("data", "min_pixels"),
     ("data", "max_pixels"),
@@ -57,6 +58,7 @@ class Origin:
     model: str  # identity of the weights that it began with
     image_roots: tuple[str, ...]  # folders that its images were in
     config: dict[str, Any]
+    parts: dict[str, dict[str, str]] = field(default_factory=dict)  # the user's own files that rewards came from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,7 @@ def origin_of(config: RunConfig, data: Mapping[str, Any]) -> Origin:
         model=first_weights(config),
         image_roots=tuple(map(str, _image_roots(config))),
         config=config.model_dump(mode="json"),
+        parts={kind: part.described() for kind, part in parts_read(config).items()},
     )
 
 
@@ -248,8 +251,13 @@ def _contradictions(there: Origin, here: Origin) -> list[str]:
     reasons = [] if there.model == here.model else ["model.path and checkpoint.init_from: other weights"]
     for section, key in _DECIDES:
         old, new = there.config[section], here.config[section]
-        keys = (old.keys() & new.keys()) if key is None else {key}
+        keys = old.keys() & (new.keys() if key is None else {key})  # earlier versions had fewer
         reasons += _different(old, new, names=sorted(keys), prefix=f"{section}.")
+    reasons += [
+        f"{kind} says something else than then"
+        for kind in sorted(there.parts.keys() & here.parts.keys())
+        if there.parts[kind]["sha256"] != here.parts[kind]["sha256"]
+    ]
     return reasons
 
 

@@ -176,6 +176,7 @@ def save(state: TrainState, *, score: float | None = None, producer: Mapping[str
         "working_directory": str(Path.cwd()),  # what relative paths of the configuration are relative to
         "data": state.data,
         "models": state.models,
+        "parts": state.parts,
         "rollbacks": state.rollbacks,
         "weight_version": state.step,  # what the rollout servers call these weights
         "producer": producer,

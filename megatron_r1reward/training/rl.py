@@ -40,7 +40,7 @@ from megatron_r1reward.training import alarms, resume
 from megatron_r1reward.training.data_parallel import make_room_for_servers, synchronize_parameters
 from megatron_r1reward.training.heartbeat import RunControl
 from megatron_r1reward.training.loop import Stage, finish, run_to_end
-from megatron_r1reward.training.models_read import models_read
+from megatron_r1reward.training.models_read import models_read, parts_read
 from megatron_r1reward.training.policy_update import update_policy
 from megatron_r1reward.training.producer import RolloutProducer
 from megatron_r1reward.training.record import Recorder, Replay, origin_of
@@ -51,6 +51,7 @@ from megatron_r1reward.training.state import TrainState, build_state
 from megatron_r1reward.training.step_sampler import StepSampler
 from megatron_r1reward.training.trained_policy import rl_policy
 from megatron_r1reward.types import ScoredRollout
+from megatron_r1reward.user_parts import PartError
 
 log = logging.getLogger(__name__)
 Probe = Callable[[], float]
@@ -111,7 +112,7 @@ def take_rollouts(state: TrainState, main: MainRank | None) -> tuple[Sequence[Sc
                 pool.sleep()  # colocated servers leave the device to the trainer
             if main.recorder is not None:
                 main.recorder.write(batch)
-            metrics = step_metrics(batch, pool)
+            metrics = step_metrics(batch, pool, state.config.reward)
             shards, metrics["update/imbalance"] = share_out(state, batch.scored)
             message = (batch.scored, shards, metrics)
         except (JudgeDownError, ValueError) as error:  # all ranks save together, or complain together
@@ -174,6 +175,7 @@ def run(config: RunConfig, topology: Topology, services: Services | None) -> Pat
         log_method(config)
     state = prepare(config, topology)
     state.data, state.models = description, models_read(config, topology, rl=True)
+    state.parts = {kind: part.described() for kind, part in parts_read(config).items()}
     state.described = rl_policy(config, rows=description.get("rows"))
     resumed = resume.resume(state)
     resume.prepare(state)
@@ -247,7 +249,7 @@ def _stage(state: TrainState, main: MainRank | None) -> Stage:
         steps=config.rl.steps,
         step=step,
         headline={"reward": "reward/mean", "right": "reward/result"},
-        saves_before=(JudgeDownError,),
+        saves_before=(JudgeDownError, PartError),
         watch=watch,
     )
     if main is None:
@@ -296,7 +298,7 @@ def _read(config: RunConfig, replay: Replay | None) -> tuple[SelectedRows | None
     selected = select_rows(
         data.preferences,
         config.data,
-        batch_size=config.rl.rollout_batch_size,
+        batch_size=config.rl.rollout_batch_size // (2 if config.rl.pairing == "both_orders" else 1),
         steps=config.rl.steps,
         set_aside=data.set_aside,
     )
@@ -304,7 +306,7 @@ def _read(config: RunConfig, replay: Replay | None) -> tuple[SelectedRows | None
         selected.contents,
         seed=config.run.seed,
         batch_size=config.rl.rollout_batch_size,
-        order=config.data.swap,
+        order="both" if config.rl.pairing == "both_orders" else config.data.swap,
         stages=selected.description,
     )
     if replay is not None:
@@ -339,8 +341,16 @@ def _main_rank(
 
 def _producer(state: TrainState, services: Services, selected: SelectedRows, timeline: Timeline) -> RolloutProducer:
     config = state.config
-    builder = PromptBuilder(state.tokenizer, config.data.max_prompt_tokens, template=template_of(config.model.path))
-    loader = PromptLoader(selected.preferences, builder, config.data, seed=config.run.seed, stages=selected.stages)
+    builder = PromptBuilder(state.tokenizer, config.data.max_prompt_tokens, template=template_of(config))
+    loader = PromptLoader(
+        selected.preferences,
+        builder,
+        config.data,
+        seed=config.run.seed,
+        stages=selected.stages,
+        both_orders=config.rl.pairing == "both_orders",
+    )
+    services.scorer.show(selected.preferences)
     learned = json.loads(state.producer["accuracies"]) if state.producer else {}
     curriculum = Curriculum(loader, learned, contents=selected.contents)
     sampler = StepSampler(services.pool, services.scorer, loader, config, curriculum=curriculum, timeline=timeline)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 
 from megatron_r1reward.algorithm.policy_loss import mismatch_metrics, truncated_importance_weights
+from megatron_r1reward.config.schema import RewardSection
+from megatron_r1reward.reward.terms import term_values
 from megatron_r1reward.rollout.accounting import Accounting
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.training.rollout_batch import RolloutBatch
@@ -14,8 +17,11 @@ from megatron_r1reward.training.step_sampler import StepRollouts
 from megatron_r1reward.types import ScoredRollout
 
 
-def rollout_metrics(scored: Sequence[ScoredRollout], counts: Mapping[str, int]) -> dict[str, float]:
-    """Means over the rollouts of one step; `counts` are those of `RewardScorer.score`.
+def rollout_metrics(
+    scored: Sequence[ScoredRollout], counts: Mapping[str, int], section: RewardSection
+) -> dict[str, float]:
+    """Means over the rollouts of one step, `reward/result` over those that have a label; `counts` are those of
+    `RewardScorer.score`.
 
     Raises:
         ValueError: there is no rollout.
@@ -24,10 +30,11 @@ def rollout_metrics(scored: Sequence[ScoredRollout], counts: Mapping[str, int]) 
         raise ValueError("no prompt of this step got a rollout: see the rollout servers' logs")
     total = len(scored)
     lengths = [len(item.rollout.token_ids) for item in scored]
+    unlabelled = counts.get("unlabelled", 0)  # records of earlier versions do not count them
     return {
         "reward/mean": sum(item.reward for item in scored) / total,
         "reward/format": sum(item.format_reward for item in scored) / total,
-        "reward/result": sum(item.result_reward for item in scored) / total,
+        "reward/result": sum(item.result_reward for item in scored) / max(total - unlabelled, 1),
         "reward/consistency": sum(item.consistency_reward for item in scored) / total,
         "response/mean_tokens": sum(lengths) / total,
         "response/max_tokens": max(lengths),
@@ -36,6 +43,7 @@ def rollout_metrics(scored: Sequence[ScoredRollout], counts: Mapping[str, int]) 
         "response/special_tokens_fraction": counts["special_tokens"] / total,
         "rollout/answer_1_fraction": counts["answer_1"] / max(total - counts["unparsable"], 1),
         "rollout/unparsable_fraction": counts["unparsable"] / total,
+        "rollout/unlabelled_fraction": unlabelled / total,
         "judge/asked": counts["judge_asked"],
         "judge/consistent": counts["judge_consistent"],
         "judge/inconsistent": counts["judge_inconsistent"],
@@ -44,7 +52,19 @@ def rollout_metrics(scored: Sequence[ScoredRollout], counts: Mapping[str, int]) 
         "judge/over_budget": counts["judge_over_budget"],
         "judge/not_tried": counts["judge_not_tried"],
         "judge/steps_without": counts["judge_steps_without"],
-    }
+    } | term_metrics(scored, section)
+
+
+def term_metrics(scored: Sequence[ScoredRollout], section: RewardSection) -> dict[str, float]:
+    """Mean and standard deviation of each term of the reward, before its weight, over the rollouts that train. A term
+    that does not vary teaches nothing."""
+    trained = [item for item in scored if not item.masked] or scored
+    columns = zip(*(term_values(item, section) for item in trained), strict=True)
+    found = {}
+    for term, values in zip(section.all_terms, columns, strict=True):
+        found[f"terms/{term.name}"] = statistics.fmean(values)
+        found[f"terms/{term.name}_std"] = statistics.pstdev(values)
+    return found
 
 
 def age_metrics(scored: Sequence[ScoredRollout], version: int) -> dict[str, float]:
@@ -61,10 +81,10 @@ def age_metrics(scored: Sequence[ScoredRollout], version: int) -> dict[str, floa
     }
 
 
-def step_metrics(batch: StepRollouts, pool: RolloutPool | None) -> dict[str, float]:
+def step_metrics(batch: StepRollouts, pool: RolloutPool | None, section: RewardSection) -> dict[str, float]:
     """Everything that is known of a step's rollouts before they are trained on. A replay has no pool."""
     generated = batch.generated
-    metrics = rollout_metrics(batch.scored, batch.counts) | age_metrics(batch.scored, generated.step)
+    metrics = rollout_metrics(batch.scored, batch.counts, section) | age_metrics(batch.scored, generated.step)
     metrics |= account_metrics(generated.accounting) | ({} if pool is None else server_metrics(pool))
     return metrics | {
         "staleness/regenerated": batch.regenerated,

@@ -20,7 +20,7 @@ from megatron_r1reward.algorithm.returns import (
 )
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.balance import ModelCost, spread_over_ranks
-from megatron_r1reward.reward.rules import reward_terms, term_weights
+from megatron_r1reward.reward.terms import term_values
 from megatron_r1reward.training.schedule import LossOutput, run_micro_batches
 from megatron_r1reward.training.state import TrainState
 from megatron_r1reward.types import PackedBatch, ScoredRollout
@@ -115,25 +115,25 @@ def every_sequence_counts(config: RunConfig) -> bool:
 
 
 def compared_rewards(config: RunConfig, scored: Sequence[ScoredRollout]) -> torch.Tensor:
-    """Rewards after group baselines: float32 [N]; NaN where masked, which is part of no statistic and no advantage."""
-    numbers: dict[str, int] = {}
-    group_N = torch.tensor([numbers.setdefault(item.rollout.prompt.id, len(numbers)) for item in scored])
+    """Rewards after group baselines: float32 [N]; NaN where masked, which is part of no statistic and no advantage.
+
+    A pair without a label cannot earn what others can. A group is of one pair, so baselines compare like with like.
+    Without a baseline the rewards of such pairs are moved by one number, so that both kinds have the same mean over
+    their tokens, which is what the normalisation of the batch subtracts; terms on their own are normalised by kind.
+    """
+    group_N = _groups(config, scored)
     trained_N = torch.tensor([not item.masked for item in scored])
     algorithm = config.algorithm
     rewards_N = torch.tensor([item.reward for item in scored], dtype=torch.float32)
-    penalties_N = overlong_penalties(
-        torch.tensor([len(item.rollout.token_ids) for item in scored]),
-        config.sampling.max_tokens,
-        algorithm.overlong_buffer,
-    )
+    lengths_N = torch.tensor([len(item.rollout.token_ids) for item in scored])
+    penalties_N = overlong_penalties(lengths_N, config.sampling.max_tokens, algorithm.overlong_buffer)
     if algorithm.normalize_terms:
-        terms = [reward_terms(s.format_reward, s.result_reward, s.consistency_reward) for s in scored]
-        terms_KN = torch.tensor(terms).float().T
+        terms_KN = torch.tensor([term_values(item, config.reward) for item in scored]).float().T
         rewards_N[trained_N] = decoupled_rewards(
             torch.cat([terms_KN, penalties_N[None]])[:, trained_N],
-            (*term_weights(config.reward), algorithm.overlong_weight),
+            (*(term.weight for term in config.reward.all_terms), algorithm.overlong_weight),
             group_N[trained_N],
-            baseline=algorithm.baseline,
+            baseline="group_mean" if algorithm.baseline == "none" else algorithm.baseline,
         )
     else:
         rewards_N[trained_N] = group_rewards(
@@ -142,8 +142,27 @@ def compared_rewards(config: RunConfig, scored: Sequence[ScoredRollout]) -> torc
             baseline=algorithm.baseline,
             normalize=algorithm.group_normalize,
         )
+        if algorithm.baseline == "none":
+            _level(rewards_N, (group_N == 1) & trained_N, (group_N == 0) & trained_N, lengths_N)
     rewards_N[~trained_N] = torch.nan
     return rewards_N
+
+
+def _groups(config: RunConfig, scored: Sequence[ScoredRollout]) -> torch.Tensor:
+    """What each rollout is compared with: int64 [N], equal in a group. Without a baseline the batch is one, or two: 1
+    are the pairs without a label."""
+    if config.algorithm.baseline == "none":
+        return torch.tensor([int(item.rollout.prompt.label is None) for item in scored])
+    numbers: dict[str, int] = {}
+    return torch.tensor([numbers.setdefault(item.rollout.prompt.group_id, len(numbers)) for item in scored])
+
+
+def _level(rewards_N: torch.Tensor, moved_N: torch.Tensor, others_N: torch.Tensor, lengths_N: torch.Tensor) -> None:
+    """Move the rewards at `moved_N` so that their mean over tokens is that of `others_N`; in place."""
+    if not (moved_N.any() and others_N.any()):
+        return
+    means = [(rewards_N.double() * lengths_N)[part_N].sum() / lengths_N[part_N].sum() for part_N in (moved_N, others_N)]
+    rewards_N[moved_N] += (means[1] - means[0]).to(rewards_N.dtype)
 
 
 def pack(state: TrainState, scored: Sequence[ScoredRollout], shards: Shards) -> RolloutBatch:

@@ -19,7 +19,7 @@ from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training import resume
 from megatron_r1reward.training.heartbeat import RunControl
 from megatron_r1reward.training.loop import Stage, finish, run_to_end
-from megatron_r1reward.training.models_read import models_read
+from megatron_r1reward.training.models_read import models_read, parts_read
 from megatron_r1reward.training.schedule import LossOutput, reduce_statistics, train_micro_batches
 from megatron_r1reward.training.state import TrainState, build_state
 from megatron_r1reward.training.trained_policy import sft_policy
@@ -102,6 +102,7 @@ def run(config: RunConfig, topology: Topology) -> Path | None:
         resume.row_contents(examples, topology), seed=config.run.seed, batch_size=config.sft.global_batch_size
     )
     state.models = models_read(config, topology, rl=False)
+    state.parts = {kind: part.described() for kind, part in parts_read(config).items()}
     state.described = sft_policy(config, examples, steps=steps)
     resumed = resume.resume(state)
     resume.prepare(state)

@@ -59,6 +59,7 @@ class TrainState:
     saver: CheckpointSaver
     data: dict[str, Any] = field(default_factory=dict)  # what decides which rows a step trains on; kept in checkpoints
     models: dict[str, str] = field(default_factory=dict)  # of `models_read`; kept in checkpoints
+    parts: dict[str, dict[str, str]] = field(default_factory=dict)  # the user's files, with text; kept in checkpoints
     rollbacks: int = 0  # of this run so far, `training.rollback`; kept in checkpoints
     reference: torch.nn.Module | None = None  # the frozen initial policy, only when the reward holds a KL term
     described: PromptPolicy | None = None  # what the exported folder says about itself; None: it is no reward model
@@ -150,7 +151,7 @@ def build_packer(
         device=topology.device,
         pad_multiple=row_multiple(config.parallel, config.precision),
         sequence_multiple=sequence_multiple(config.parallel),
-        share_images=config.algorithm.samples_per_prompt > 1,
+        share_images=config.algorithm.samples_per_prompt > 1 or config.rl.pairing == "both_orders",
     )
 
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
-from megatron_r1reward.config.rl_sections import Truncated
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.curriculum import Curriculum, is_informative
 from megatron_r1reward.data.loader import PromptLoader
 from megatron_r1reward.monitor.timeline import Timeline
-from megatron_r1reward.reward.rules import parse_rollout
 from megatron_r1reward.reward.score import RewardScorer, ScoringBatch, count
+from megatron_r1reward.reward.terms import as_stored
 from megatron_r1reward.rollout.accounting import Accounting
-from megatron_r1reward.rollout.pool import GenerateResult, RolloutPool
-from megatron_r1reward.types import Prompt, Rollout, ScoredRollout
+from megatron_r1reward.rollout.pool import Arrived, GenerateResult, RolloutPool
+from megatron_r1reward.types import Label, Prompt, Rollout, ScoredRollout
+from megatron_r1reward.user_parts import PartError
 
 log = logging.getLogger(__name__)
 
@@ -89,27 +90,30 @@ class StepSampler:
             started = time.perf_counter()
             scoring = stack.enter_context(self._scorer.begin())
             prompts = self._loader.batch(step, self._config.rl.rollout_batch_size)
-            rounds_left, cut = self._config.rl.dynamic_sampling_rounds, self._config.reward.truncated
+            rounds_left, orders = self._config.rl.dynamic_sampling_rounds, self._loader.orders
             groups, account = self._sample(prompts, range(len(prompts)), scoring)
             used = {prompt.preference_id for prompt in prompts}
             rounds = resampled = 0
-            while rounds < rounds_left and (poor := _uninformative(groups, cut)):
+            while rounds < rounds_left and (poor := self._uninformative(groups)):
                 others = self.curriculum.draw(len(poor), step=step, round_=rounds + 1, used=used)
                 if not others:
                     break
                 used |= {prompt.preference_id for prompt in others}
-                found, further = self._sample(others, poor, scoring)
+                slots = [orders * unit + order for unit in poor for order in range(orders)]
+                found, further = self._sample(others, slots, scoring)
                 account += further
                 rounds += 1
-                for slot, group in zip(poor, found, strict=False):
-                    groups[slot] = group or groups[slot]
-                    resampled += bool(group)
+                for place in range(0, len(found), orders):
+                    if all(found[place : place + orders]):  # a preference whose prompt failed takes nobody's place
+                        for slot, group in zip(slots[place:], found[place : place + orders], strict=False):
+                            groups[slot] = group
+                        resampled += orders
             seconds = time.perf_counter() - started
             with self._lock:
                 if self._cancelled:
                     raise CancelledError
                 self._scoring[step] = scoring, stack.pop_all()
-        left = len(_uninformative(groups, cut)) if rounds_left else 0
+        left = orders * len(self._uninformative(groups)) if rounds_left else 0
         if left and rounds == rounds_left:
             log.info("step %d: %d prompts still teach nothing after %d more rounds", step + 1, left, rounds)
         log.debug("step %d: %s", step + 1, account)
@@ -140,15 +144,17 @@ class StepSampler:
         )
 
     def replace_older_than(self, batch: StepRollouts, version: int) -> StepRollouts:
-        """The batch with all prompts sampled anew, by the weights of now, of which a sample has a token of weights
+        """The batch with all groups sampled anew, by the weights of now, of which a sample has a token of weights
         that are older than `version`."""
-        old = {
-            item.rollout.prompt.id: item.rollout.prompt
+        aged = {
+            item.rollout.prompt.group_id
             for item in batch.scored
             if any(span.version < version for span in item.rollout.weight_spans)
         }
-        if not old:
+        if not aged:
             return batch
+        prompts = [item.rollout.prompt for item in batch.scored]
+        old = {prompt.id: prompt for prompt in prompts if prompt.group_id in aged}
         step = batch.generated.step
         with self._timeline.phase("generate", step=step + 1):
             groups, account = self._sample(list(old.values()))
@@ -187,14 +193,6 @@ class StepSampler:
     ) -> tuple[list[list[Rollout]], Accounting]:
         """The samples of each prompt, none where it failed; their accuracies go to the curriculum. `scoring` gets those
         that are sure to stay in the batch, in the slots of their prompts."""
-
-        def arrived(place: int, group: Sequence[Rollout]) -> None:
-            stays = not self._config.rl.dynamic_sampling_rounds or not _uninformative(
-                [group], self._config.reward.truncated
-            )
-            if scoring is not None and stays:
-                scoring.add(slots[place], group)
-
         with self._lock:
             if self._cancelled:
                 raise CancelledError
@@ -203,7 +201,7 @@ class StepSampler:
                 self._config.sampling,
                 n=self._config.algorithm.samples_per_prompt,
                 seed=self._config.run.seed,
-                arrived=arrived,
+                arrived=self._arrival(slots, scoring),
             )
             self._requests.add(request)
         try:
@@ -219,22 +217,50 @@ class StepSampler:
         groups: dict[str, list[Rollout]] = {prompt.id: [] for prompt in prompts}
         for rollout in result.rollouts:
             groups[rollout.prompt.id].append(rollout)
+        found, orders = list(groups.values()), self._loader.orders
         if self._config.rl.dynamic_sampling_rounds:
-            for prompt in prompts:
-                if (accuracy := _accuracy(groups[prompt.id], self._config.reward.truncated)) is not None:
-                    self.curriculum.observe(prompt.preference_id, accuracy)
-        return list(groups.values()), result.accounting
+            for place in range(0, len(prompts), orders):
+                if (accuracy := self._accuracy(found[place : place + orders])) is not None:
+                    self.curriculum.observe(prompts[place].preference_id, accuracy)
+        return found, result.accounting
+
+    def _arrival(self, slots: Sequence[int], scoring: ScoringBatch | None) -> Arrived:
+        """What hears of the samples of each prompt, and hands on those that are sure to stay."""
+        orders, replaces = self._loader.orders, self._config.rl.dynamic_sampling_rounds > 0
+        come: dict[int, dict[int, Sequence[Rollout]]] = defaultdict(dict)  # by preference and order
+
+        def arrived(place: int, group: Sequence[Rollout]) -> None:
+            if scoring is None:
+                return
+            unit, order = divmod(place, orders)
+            come[unit][order] = group
+            with suppress(PartError):  # of the user's parser; this is the pool's thread, and scoring will say it again
+                if not replaces:
+                    scoring.add(slots[place], group)
+                elif len(come[unit]) == orders and not self._uninformative([come[unit][n] for n in range(orders)]):
+                    for number, one in sorted(come[unit].items()):
+                        scoring.add(slots[unit * orders + number], one)
+
+        return arrived
+
+    def _accuracy(self, unit: Sequence[Sequence[Rollout]]) -> float | None:
+        """Share of right answers among the samples of a preference's prompts that train; None where a prompt has none.
+        Where nobody knows what is right, the share that names its first response."""
+        rules = self._scorer.rules
+        told = []
+        for group in unit:
+            trained = [one for one in group if rules.section.truncated != "mask" or one.finish_reason != "length"]
+            if not trained:
+                return None
+            told += [_names(one.prompt, rules.parse(one).answer) for one in trained]
+        return sum(told) / len(told)
+
+    def _uninformative(self, groups: Sequence[Sequence[Rollout]]) -> list[int]:
+        """The preferences of which a prompt has no samples that train, or whose samples have equal results."""
+        orders = self._loader.orders
+        accuracies = [self._accuracy(groups[i : i + orders]) for i in range(0, len(groups), orders)]
+        return [i for i, accuracy in enumerate(accuracies) if accuracy is None or not is_informative(accuracy)]
 
 
-def _accuracy(group: Sequence[Rollout], truncated: Truncated) -> float | None:
-    """Share of right answers among the samples that train; None without any."""
-    trained = [rollout for rollout in group if truncated != "mask" or rollout.finish_reason != "length"]
-    if not trained:
-        return None
-    return sum(parse_rollout(rollout, truncated).answer == rollout.prompt.label for rollout in trained) / len(trained)
-
-
-def _uninformative(groups: Sequence[Sequence[Rollout]], truncated: Truncated) -> list[int]:
-    """The groups without samples that train, or with samples of equal results."""
-    accuracies = [_accuracy(group, truncated) for group in groups]
-    return [i for i, accuracy in enumerate(accuracies) if accuracy is None or not is_informative(accuracy)]
+def _names(prompt: Prompt, answer: Label | None) -> bool:
+    return as_stored(prompt, answer) == 1 if prompt.label is None else answer == prompt.label

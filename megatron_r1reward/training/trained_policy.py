@@ -13,11 +13,12 @@ from megatron_r1reward.data.prompt import is_filled
 from megatron_r1reward.data.stage_data import template_of
 from megatron_r1reward.hub_name import model_name
 from megatron_r1reward.model_folder.prompt_policy import PromptPolicy, TrainedStage, read_policy
+from megatron_r1reward.reward.readers import parser_of
 
 
 def sft_policy(config: RunConfig, examples: Sequence[SftExample], *, steps: int) -> PromptPolicy | None:
     """None unless the model learned to judge pairs: most rows are a filled template. A consistency judge is none."""
-    template = template_of(config.model.path)
+    template = template_of(config)
     filled = sum(is_filled(_user_text(example), template) for example in examples)
     if 2 * filled <= len(examples):
         return None
@@ -43,9 +44,10 @@ def rl_policy(config: RunConfig, *, rows: int | None) -> PromptPolicy:
         "temperature": config.sampling.temperature,
         "max_tokens": config.sampling.max_tokens,
         "consistency_judge": config.reward.use_judge,
-        "response_order": config.data.swap,
+        "response_order": "both" if config.rl.pairing == "both_orders" else config.data.swap,
+        "reward": {term.name: term.weight for term in config.reward.all_terms},
     }
-    template = template_of(config.model.path)
+    template = template_of(config)
     return _policy(config, template, "rl", rows=rows, steps=config.rl.steps, settings=settings)
 
 
@@ -67,6 +69,7 @@ def _policy(
         orders=before.orders if before is not None else "both",
         min_pixels=config.data.min_pixels,
         max_pixels=config.data.max_pixels,
+        parser=parser_of(config),
         stages=(*(before.stages if before is not None else ()), trained),
     )
 

@@ -64,6 +64,14 @@ def test_overrides_apply_left_to_right(run_file):
                 "keep_snapshot",
             )
         ),
+        (
+            'reward.terms=[{name="mine"}]',
+            "'mine' is none of the built-in format, result, consistency, agreement: name its",
+        ),
+        ('reward.terms=[{name="mine",function="f"}]', "'f' of 'mine' is not of the form \"path/to/file.py:name\""),
+        ('reward.terms=[{name="result",function="f.py:f"}]', "'result' is a built-in term: give the function another"),
+        ('reward.terms=[{name="result"},{name="result"}]', "reward.terms names 'result' twice"),
+        ('reward.terms=[{name="Mine",function="f.py:f"}]', "reward.terms.0.name"),
         ("optimizer.eps=-1", "optimizer.eps"),
         ("optimizer.beta2=1", "optimizer.beta2"),
         ("optimizer.lr=inf", "optimizer.lr"),
@@ -108,6 +116,19 @@ def test_the_resolved_file_reads_back_equal(run_file, tmp_path):
     )  # fmt: skip
     dump_config(config, tmp_path / "resolved.toml")
     assert load_config(tmp_path / "resolved.toml") == config
+
+
+def test_terms_survive_the_resolved_file(run_file, tmp_path):
+    terms = 'reward.terms=[{name="format",weight=0.5},{name="mine",weight=-1e-3,function="a b/\\"f\\".py:f"}]'
+    config = load_config(run_file, [terms])
+    assert [(term.name, term.weight, term.function) for term in config.reward.terms] == [
+        ("format", 0.5, None),
+        ("mine", -0.001, 'a b/"f".py:f'),
+    ]
+    dump_config(config, tmp_path / "resolved.toml")
+    assert load_config(tmp_path / "resolved.toml") == config
+    with pytest.raises(ValueError, match=r"reward.terms takes the place of reward.format_weight"):
+        load_config(run_file, [terms, "reward.format_weight=0.4"])
 
 
 def test_any_text_survives_the_resolved_file(run_file, tmp_path):

@@ -102,6 +102,15 @@ def test_a_selection_keeps_what_is_still_the_same(
         keep_selected([dataclasses.replace(row, question="?") for row in rows], path)
 
 
+def test_a_selection_by_difficulty_says_nothing_about_rows_without_a_label(
+    rows: list[Preference], tmp_path: Path
+) -> None:
+    path = write(tmp_path / "ids.json", ["row-2"])
+    mixed = [dataclasses.replace(rows[0], label=None), *rows[1:]]
+    assert [row.id for row in keep_selected(mixed, path)] == ["row-0", "row-2"]
+    assert ContentKeys().row(mixed[0]) != ContentKeys().row(rows[0])
+
+
 def test_a_list_of_ids_selects_by_id(rows: list[Preference], tmp_path: Path) -> None:
     path = write(tmp_path / "ids.json", ["row-2", "row-0"])
     assert [row.id for row in keep_selected(rows, path)] == ["row-0", "row-2"]

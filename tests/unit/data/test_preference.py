@@ -440,3 +440,16 @@ def test_links_inside_the_root_are_followed_and_further_roots_are_named(root, tm
         read_preferences(elsewhere)
     assert read_preferences(elsewhere, image_roots=[scratch]).preferences[0].image_paths == (str(scratch / "blob"),)
     assert folders_behind_links(root) == [scratch]
+
+
+@pytest.mark.parametrize("answer", [..., None, "", "tie", ["<answer>tie</answer>"], ["tie"]])
+def test_rows_without_a_label_are_read_where_they_can_be_used(root, answer):
+    path = write(root, row(answer=answer, id="open"), row(answer="2", id="labelled"))
+    result = read_preferences(path, unlabelled=True)
+    assert [(one.id, one.label) for one in result.preferences] == [("open", None), ("labelled", 2)]
+    (kept,) = read_preferences(path).preferences
+    assert kept.id == "labelled"
+    reason = json.loads(path.with_name(f"{path.name}.quarantine.jsonl").read_text())["reason"]
+    assert reason.startswith("answer")
+    with pytest.raises(ValueError, match="neither 1 nor 2"):
+        read_preferences(write(root, row(answer="3")), unlabelled=True)

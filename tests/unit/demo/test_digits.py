@@ -256,3 +256,25 @@ def test_counts_that_cannot_be_balanced_are_refused(tmp_path, count):
 def test_more_rows_than_exist_is_an_error_that_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"heldout: no further different row of category '\w+'"):
         build_digits(tmp_path, sft_rows=2, pool_rows=2, heldout_pairs=20_000, judge_rows=2)
+
+
+def test_pairs_without_a_better_response_for_training(built, tmp_path):
+    """They change no other file, their pictures are the pool's, and the reader takes them as they are."""
+    before, _ = built
+    summary = build_digits(tmp_path, seed=3, unlabelled_pairs=40, show_progress=False, **SIZES)
+    for name in (*PREFERENCE_FILES, *JUDGE_FILES):
+        assert (tmp_path / f"{name}.jsonl").read_bytes() == (before / f"{name}.jsonl").read_bytes()
+    assert "pool_unlabelled" in (tmp_path / "README.md").read_text()
+    assert summary.categories["pool_unlabelled"] == {"near-equal": 40, "wrong against wrong": 40}
+    read = read_preferences(tmp_path / "pool*.jsonl", unlabelled=True)
+    assert read.quarantined == 0
+    ours = [one for one in read.preferences if one.label is None]
+    assert len(ours) == 80
+    assert {one.image_paths for one in ours} <= {one.image_paths for one in read.preferences if one.label is not None}
+    labels = load_digits().target
+    for row in rows_of(tmp_path, "pool_unlabelled"):
+        right = truth(row["question"], [int(labels[index]) for index in sources_of(row)])
+        claims = [claim_in(row["response_1"]), claim_in(row["response_2"])]
+        assert claims == [right, right] if row["category"] == "near-equal" else right not in claims, row
+    with pytest.raises(ValueError, match="the pool gives fewer than 1000 pairs"):
+        build_digits(tmp_path / "more", seed=3, unlabelled_pairs=1000, show_progress=False, **SIZES)

@@ -3,7 +3,8 @@
 import pytest
 
 from megatron_r1reward.config.schema import RewardSection
-from megatron_r1reward.reward.rules import combine, consistency_value, format_reward, parse_response, result_reward
+from megatron_r1reward.reward.rules import consistency_value, format_reward, parse_response, result_reward
+from megatron_r1reward.reward.terms import own_terms, reward_of
 
 
 @pytest.mark.parametrize(
@@ -16,11 +17,12 @@ from megatron_r1reward.reward.rules import combine, consistency_value, format_re
     ],
 )
 def test_reward_table(result: float, form: float, by_consistency: dict[float, float]) -> None:
-    assert {c: combine(form, result, c, RewardSection()) for c in by_consistency} == by_consistency
+    assert {c: reward_of(own_terms(form, result, c), RewardSection()) for c in by_consistency} == by_consistency
 
 
 def test_weights() -> None:
-    assert combine(1.0, 1.0, 1.0, RewardSection(format_weight=0.1, consistency_weight=0.25)) == pytest.approx(1.35)
+    section = RewardSection(format_weight=0.1, consistency_weight=0.25)
+    assert reward_of(own_terms(1.0, 1.0, 1.0), section) == pytest.approx(1.35)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def test_without_a_judge() -> None:
         "special_tokens": 0,
         "masked": 0,
         "answer_1": 1,
+        "unlabelled": 0,
         "judge_cached": 0,
         "judge_over_budget": 0,
         "judge_not_tried": 0,

@@ -18,7 +18,7 @@ from megatron_r1reward.algorithm.returns import overlong_penalties, task_returns
 from megatron_r1reward.config.load import dump_config, load_config
 from megatron_r1reward.config.methods import METHODS, Method, describe
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.reward.rules import combine
+from megatron_r1reward.reward.terms import own_terms, reward_of
 from megatron_r1reward.training.rollout_batch import compared_rewards
 
 REPOSITORY = Path(__file__).parents[3]
@@ -62,7 +62,7 @@ def items_of(config: RunConfig, time: str) -> list[Any]:
     found = []
     for number, ((f, a, c), length) in enumerate(zip(parts_of(config, time), LENGTHS, strict=True)):
         item = scored(rollout(prompt(f"p{number // 4}"), [0] * length, sample=number % 4))
-        reward = combine(f, a, c, config.reward)
+        reward = reward_of(own_terms(f, a, c), config.reward)
         found.append(replace(item, format_reward=f, result_reward=a, consistency_reward=c, reward=reward))
     return found
 

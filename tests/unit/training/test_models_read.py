@@ -127,6 +127,35 @@ def test_each_model_that_is_read_again_counts_by_content(tiny_folder: Path, tmp_
         check_models_read(then, described(model, judge), tmp_path, same=True)
 
 
+def test_the_users_own_parts_count_by_what_they_say(tiny_folder: Path, tmp_path: Path) -> None:
+    parts = {name: tmp_path / name for name in ("prompt.txt", "verdict.py", "rewards.py")}
+    parts["prompt.txt"].write_text("{question} {answer1} {answer2}")
+    parts["verdict.py"].write_text("def read(text): return 1\n")
+    parts["rewards.py"].write_text("def mine(rows): return [0.0] * len(rows)\n")
+
+    def found(folder: Path = tmp_path) -> dict[str, str]:
+        term = {"name": "mine", "function": f"{folder / 'rewards.py'}:mine"}
+        prompt = {"template": folder / "prompt.txt", "parser": f"{folder / 'verdict.py'}:read"}
+        return described(tiny_folder, prompt=prompt, reward={"use_judge": False, "terms": [term]})
+
+    then = found()
+    (tmp_path / "moved").mkdir()
+    for path in parts.values():
+        shutil.copy(path, tmp_path / "moved")
+    assert found(tmp_path / "moved") == then, "the same text is the same part, wherever it lies"
+    check_models_read(then, found(), tmp_path, same=True)
+    for name, text in (
+        ("prompt.txt", "prompt.template"),
+        ("verdict.py", "prompt.parser"),
+        ("rewards.py", "the function of reward.terms mine"),
+    ):
+        was = parts[name].read_text()
+        parts[name].write_text(was + "\n")
+        with pytest.raises(ValueError, match=rf"\({text} changed\): restore them, or set checkpoint.same_models=false"):
+            check_models_read(then, found(), tmp_path, same=True)
+        parts[name].write_text(was)
+
+
 def test_a_change_that_is_wanted_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     then = {"files": "a", "judge": "b"}
     for saved, now, text in (

@@ -19,7 +19,7 @@ from megatron_r1reward.data.curriculum import Curriculum
 from megatron_r1reward.data.loader import DataStage, PromptLoader
 from megatron_r1reward.monitor.timeline import Timeline
 from megatron_r1reward.reward.consistency import ConsistencyJudge
-from megatron_r1reward.reward.score import RewardScorer, count
+from megatron_r1reward.reward.score import RewardScorer, Rules, count
 from megatron_r1reward.rollout.accounting import Accounting, FailedPrompt
 from megatron_r1reward.rollout.pool import Arrived, GenerateResult
 from megatron_r1reward.training.step_sampler import StepSampler
@@ -64,6 +64,8 @@ class Pool:
 
 
 class Scorer:
+    rules = Rules(section=RewardSection(use_judge=False))
+
     def __init__(self) -> None:
         self.arrived: list[tuple[int, list[str]]] = []
 
