@@ -1,4 +1,4 @@
-"""What `precision.logits` decides: error of log-probs, memory and (on a GPU) time of float32 and of rounded logits.
+"""What `precision.logits` decides: error of log-probs, memory and time of float32 and of rounded logits.
 
     python benchmarks/logits_precision.py [--vocabulary 32768] [--hidden 1024] [--rows 1024] [--json FILE] [--check]
 
@@ -76,17 +76,18 @@ def compare(device: torch.device, vocabulary: int, hidden: int, rows: int) -> li
             step()
         entry: dict[str, Any] = {"precision.logits": name, "vocabulary": vocabulary, "rows": rows, "hidden": hidden}
         entry |= {"mean error": float(error_C.mean()), "max error": float(error_C.max()), "peak MiB": peaks[0]}
-        table.append(entry | {"ms": milliseconds(step) if device.type == "cuda" else None})
+        table.append(entry | {"ms": milliseconds(step, device)})
     return table
 
 
-def milliseconds(step: Any) -> float:
+def milliseconds(step: Any, device: torch.device) -> float:
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times = []
     for _ in range(5):
-        torch.cuda.synchronize()
+        wait()
         started = time.perf_counter()
         step()
-        torch.cuda.synchronize()
+        wait()
         times.append(1e3 * (time.perf_counter() - started))
     return statistics.median(times)
 
