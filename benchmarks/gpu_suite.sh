@@ -8,10 +8,16 @@
 # so a run that is cut short still gives something; the table comes last. STAGES="kernels train-tiny" runs only these.
 #
 # Wheels that the machine lacks (megatron-core, pydantic, liger-kernel, ...) lie in wheels/ and are installed into
-# build/gpu-packages; vLLM and Transformer Engine are not needed. PYTHON picks the interpreter (its torch and triton).
+# build/gpu-packages; vLLM and Transformer Engine are not needed. PYTHON picks the interpreter (its torch and triton);
+# without it the checkout's own environment is taken where there is one, else python3.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 python="${PYTHON:-python3}"
+if [ -z "${PYTHON:-}" ] && [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
+if ! "$python" -c "import torch, triton" 2> /dev/null; then
+  echo "$python lacks torch or triton: name an interpreter that has both, PYTHON=/path/to/python $0" >&2
+  exit 2
+fi
 dry=()
 if [ "${1:-}" = "--dry-run" ]; then dry=(--dry-run); shift; fi
 if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then dry=(--dry-run); fi
