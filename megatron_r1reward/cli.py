@@ -259,6 +259,7 @@ def data_import(
     order: Annotated[str, typer.Option(help="of the two responses: auto, drawn or stored")] = "auto",
     seed: Annotated[int, typer.Option(help="of the drawn order")] = 0,
     processes: Annotated[int | None, typer.Option(help="that read and decode; default: a core each, 8 at most")] = None,
+    max_frames: Annotated[int, typer.Option(help="of a video, evenly spaced", min=1)] = 32,
     remove_duplicates: Annotated[bool, typer.Option(help="set aside pairs that occur again")] = False,
     remove_near_duplicates: Annotated[bool, typer.Option(help="set aside pairs one word from an earlier one")] = False,
     remove_overlap_with: Annotated[
@@ -283,6 +284,7 @@ def data_import(
             order=order,  # type: ignore[arg-type]  # checked above
             seed=seed,
             processes=processes or min(8, len(os.sched_getaffinity(0))),
+            max_frames=max_frames,
             remove_duplicates=remove_duplicates,
             remove_near_duplicates=remove_near_duplicates,
             remove_overlap_with=remove_overlap_with or (),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,7 +20,11 @@ JudgeVerdict = Literal["consistent", "inconsistent", "unknown", "not_asked"]
 
 @dataclass(frozen=True, kw_only=True)
 class Preference:
-    """One human (or programmatic) preference: which of two responses to a question about images is better."""
+    """One human (or programmatic) preference: which of two responses to a question about images is better.
+
+    `response_images`: how many of the images stand in each response, where its text has `<image>`; 0: such a text is a
+    text. The images of the question come first in the prompt.
+    """
 
     id: str
     question: str
@@ -28,6 +32,24 @@ class Preference:
     label: Label | None  # None: neither is known to be better, which only RL with a reward for agreement takes
     image_paths: tuple[str, ...]  # absolute paths; order is the order of the images in the prompt
     metadata: Mapping[str, str] = field(default_factory=dict)  # e.g. category, source
+    response_images: tuple[int, int] = (0, 0)
+
+    @property
+    def question_images(self) -> int:
+        """How many images come first."""
+        return len(self.image_paths) - sum(self.response_images)
+
+    def exchanged(self) -> Preference:
+        """The same with its responses, and their images, in each other's places."""
+        first, second = self.response_images
+        asked, rest = self.image_paths[: self.question_images], self.image_paths[self.question_images :]
+        return replace(
+            self,
+            responses=self.responses[::-1],
+            label=None if self.label is None else 2 if self.label == 1 else 1,
+            image_paths=(*asked, *rest[first:], *rest[:first]),
+            response_images=(second, first),
+        )
 
     @property
     def known_label(self) -> Label:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_r1reward.data.prompt import IMAGE_PLACEHOLDER
 from megatron_r1reward.data.rows import RowError
 
 ROLES = ("system", "user", "assistant")
-IMAGE_PLACEHOLDER = "<image>"  # what other programs write into a text where an image stands
 
 
 @dataclass(frozen=True, kw_only=True)

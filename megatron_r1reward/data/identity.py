@@ -17,8 +17,8 @@ from typing import Any
 
 import xxhash
 
-from megatron_r1reward.data.preference import SftExample
-from megatron_r1reward.data.prompt import preference_messages
+from megatron_r1reward.data.preference_row import SftExample
+from megatron_r1reward.data.prompt import messages_of
 from megatron_r1reward.model_folder import prompt_policy
 from megatron_r1reward.types import Preference
 
@@ -37,8 +37,7 @@ class ContentKeys:
 
     def question(self, preference: Preference) -> str:
         """What a model is asked about a preference in its stored order. The label is not part of it."""
-        messages = preference_messages(preference.question, preference.responses, len(preference.image_paths))
-        return digest_of([messages, self._seen(preference.image_paths)])
+        return digest_of([messages_of(preference), self._seen(preference.image_paths)])
 
     def row(self, example: Preference | SftExample) -> str:
         """Everything about a row that training or judging depends on."""

@@ -27,6 +27,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from megatron_r1reward.data.near_duplicates import thumbnail
 from megatron_r1reward.data.rows import LFS_POINTER, RowError
+from megatron_r1reward.data.video_frames import MAX_FRAMES, VIDEOS, evenly_spaced, extract_frames
 from megatron_r1reward.files import write_bytes
 
 MAX_ASPECT_RATIO = 200  # the Qwen-VL image processors refuse more
@@ -42,27 +43,27 @@ _DATA_URL = re.compile(r"data:[^,]*;base64,(?P<payload>.*)", re.DOTALL)
 # i.e. have no file name extension, to be mistaken for an embedded image. Longer texts may be pictures of any format.
 _BASE64_IMAGE = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk|SUkq|TU0A|AAAA)[A-Za-z0-9+/\s]{24,}={0,2}\s*")
 _LONG_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{256,}={0,2}\s*")
-MAX_FRAMES = 32  # of a video, as at the published evaluation
-_VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 _SHOWN = 100  # characters of a path in a message
 
 
 class MediaResolver:
     """Turns an `image` field into absolute paths.
 
-    A field is a path, raw bytes, a base64 string, a data URL, a `{"bytes", "path"}` mapping, `{"frames": folder}` of a
-    video, or a list of these.
+    A field is a path, raw bytes, a base64 string, a data URL, a `{"bytes", "path"}` mapping, `{"frames": ...}` with a
+    folder, a list of images or a video file, or a list of these.
 
     Args:
         roots: relative paths are resolved against the first; every path must be inside one of them as it is written.
             Symbolic links in them are followed, wherever they lead: whoever may write there made them.
-        media_dir: embedded images are written here, named by content; None refuses them.
+        media_dir: embedded images and frames of videos are written here, named by content; None refuses them.
+        max_frames: of a video.
     """
 
-    def __init__(self, roots: Sequence[Path], media_dir: Path | None) -> None:
+    def __init__(self, roots: Sequence[Path], media_dir: Path | None, *, max_frames: int = MAX_FRAMES) -> None:
+        self._max_frames = max_frames
         self._root = Path(os.path.abspath(roots[0]))
         self._allowed = {place for root in roots for place in (Path(os.path.abspath(root)), root.resolve())}
-        self._media_dir = media_dir.resolve() if media_dir is not None else None
+        self.media_dir = media_dir.resolve() if media_dir is not None else None
 
     def resolve(self, value: Any) -> tuple[str, ...]:
         """Absolute paths of the images in `value`, in order; empty for None or an empty list.
@@ -77,15 +78,20 @@ class MediaResolver:
         return tuple(path for item in values for path in self._files(item))
 
     def _files(self, value: Any) -> list[str]:
-        """The file of an image, or some frames of a folder of frames, evenly spaced in the order of their names."""
+        """The file of an image, or frames of a video, evenly spaced."""
         if not isinstance(value, Mapping) or value.get("frames") is None:
             return [self._resolve_one(value)]
-        path = self._locate(str(value["frames"]), folder=True)
+        frames = value["frames"]
+        if isinstance(frames, list | tuple):
+            return [self._resolve_one(frames[place]) for place in evenly_spaced(len(frames), self._max_frames)]
+        name = str(frames)
+        if Path(name).suffix.lower() in VIDEOS:
+            return extract_frames(Path(self._locate(name, video=True)), self._max_frames, self.media_dir)
+        path = self._locate(name, folder=True)
         names = sorted(name for name in os.listdir(path) if not name.startswith("."))
         if not names:
             raise RowError(f"folder of frames {path!r} is empty")
-        number = min(len(names), MAX_FRAMES)
-        return [os.path.join(path, names[round(index)]) for index in np.linspace(0, len(names) - 1, number)]
+        return [os.path.join(path, names[place]) for place in evenly_spaced(len(names), self._max_frames)]
 
     def _resolve_one(self, value: Any) -> str:
         if isinstance(value, Mapping):
@@ -106,7 +112,7 @@ class MediaResolver:
                 return self._store(_decode_base64(value))
         return self._locate(value)
 
-    def _locate(self, name: str, *, folder: bool = False) -> str:
+    def _locate(self, name: str, *, folder: bool = False, video: bool = False) -> str:
         if not name.strip():
             raise RowError("image path is empty")
         shown = repr(name if len(name) <= _SHOWN else f"{name[:_SHOWN]}...")
@@ -121,8 +127,8 @@ class MediaResolver:
             raise RowError(f"image path {shown} is not usable as a path, nor base64 of a picture") from error
         if not inside:
             raise RowError(f"image {shown} leaves the image root {self._root}; data.image_roots takes further folders")
-        if path.suffix.lower() in _VIDEOS:
-            raise RowError(f"image {shown} is a video: extract its frames into a folder and name that")
+        if path.suffix.lower() in VIDEOS and not video:
+            raise RowError(f"image {shown} is a video: name it in the column video, or a folder with its frames")
         if not exists:
             link = f": it leads to {target}" if target != path else ""
             raise RowError(f"image {shown} is missing under {self._root}{link}")
@@ -131,14 +137,14 @@ class MediaResolver:
     def _store(self, content: bytes) -> str:
         if not content:
             raise RowError("embedded image is empty")
-        if self._media_dir is None:
+        if self.media_dir is None:
             raise ValueError("rows embed their images: give media_dir, the folder to write them to")
         try:
             with Image.open(io.BytesIO(content)) as image:
                 suffix = (image.format or "image").lower()
         except (OSError, Image.DecompressionBombError) as error:
             raise RowError(f"embedded image of {len(content)} bytes is in no known format or too large") from error
-        return _write_by_content(content, self._media_dir, "jpeg" if suffix == "mpo" else suffix)
+        return _write_by_content(content, self.media_dir, "jpeg" if suffix == "mpo" else suffix)
 
 
 def folders_behind_links(root: Path, limit: int = 20_000) -> list[Path]:

@@ -24,13 +24,14 @@ import xxhash
 
 from megatron_r1reward.data.image_files import Examined, MediaResolver, examine_images
 from megatron_r1reward.data.near_duplicates import Pictures, near_keys, pair_key, question_key, short_key
-from megatron_r1reward.data.preference import RowSource, parse_preference, row_identifier
+from megatron_r1reward.data.preference import RowSource
+from megatron_r1reward.data.preference_row import parse_preference, row_identifier
 from megatron_r1reward.data.rows import RawRow, RowError, RowOrigin, ZeroLabelError
 from megatron_r1reward.data.schemas import SCHEMAS
 from megatron_r1reward.files import write_jsonl
 from megatron_r1reward.types import Preference
 
-_FORMAT = 2  # of the parts; those of another version are read again
+_FORMAT = 3  # of the parts; those of another version are read again
 BATCH_ROWS = 256  # embedded images of a few hundred KB make 100 MB of it
 
 
@@ -42,6 +43,7 @@ class Reading:
     from_one: bool
     roots: tuple[Path, ...]
     media_dir: Path
+    max_frames: int
 
     @property
     def convert(self) -> Callable[[Mapping[str, Any]], Mapping[str, Any]] | None:
@@ -85,9 +87,11 @@ def _read_batch(
     convert: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None,
     roots: Sequence[Path],
     media_dir: Path,
+    max_frames: int,
 ) -> list[BatchRow]:
     """Some rows of a source in their order, every image decoded once. Whether ids repeat is for the caller to see."""
-    source, media = RowSource(path=Path(), rows=(), convert=convert), MediaResolver(roots, media_dir)
+    source = RowSource(path=Path(), rows=(), convert=convert)
+    media = MediaResolver(roots, media_dir, max_frames=max_frames)
     found: list[BatchRow] = []
     for row in rows:
         try:
@@ -183,7 +187,11 @@ def _finish(future: Future[None]) -> None:
 
 def _read_part(payload: bytes, reading: Reading, path: Path) -> None:
     batch = _read_batch(
-        pickle.loads(payload), convert=reading.convert, roots=reading.roots, media_dir=reading.media_dir
+        pickle.loads(payload),
+        convert=reading.convert,
+        roots=reading.roots,
+        media_dir=reading.media_dir,
+        max_frames=reading.max_frames,
     )
     lines, refused = [], False
     for row in batch:
@@ -226,7 +234,7 @@ def _part_row(line: str) -> PartRow:
 def preference_of(fields: Mapping[str, Any]) -> Preference:
     """A preference from its fields in JSON."""
     return Preference(
-        **{**fields, "responses": tuple(fields["responses"]), "image_paths": tuple(fields["image_paths"])}
+        **fields | {name: tuple(fields[name]) for name in ("responses", "image_paths", "response_images")}
     )
 
 

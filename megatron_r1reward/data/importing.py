@@ -19,11 +19,12 @@ from megatron_r1reward.data.image_files import examine_images
 from megatron_r1reward.data.import_parts import PartRow, Reading, read_parts
 from megatron_r1reward.data.near_duplicates import Seen, pictures_of, question_key
 from megatron_r1reward.data.preference import check_labels, check_zero_labels
-from megatron_r1reward.data.prompt import preference_messages
+from megatron_r1reward.data.prompt import messages_of
 from megatron_r1reward.data.repeats import MergedRows, Repeats, find_repeats
 from megatron_r1reward.data.rows import RawRow, RowOrigin, fixed_folder, hub_rows, is_hub_id, iterate_rows, label_of
 from megatron_r1reward.data.schemas import SCHEMAS, Schema, counts_from_zero, detect, nearest
 from megatron_r1reward.data.set_figures import SetFigures
+from megatron_r1reward.data.video_frames import MAX_FRAMES
 from megatron_r1reward.files import atomic_path, write_text
 from megatron_r1reward.types import Preference
 
@@ -34,7 +35,7 @@ Order = Literal["auto", "drawn", "stored"]
 
 def preference_row(preference: Preference) -> dict[str, Any]:
     """The R1-Reward-RL row of a preference, with its parts as explicit columns and absolute image paths."""
-    messages = preference_messages(preference.question, preference.responses, len(preference.image_paths))
+    messages = messages_of(preference)
     paths = iter(preference.image_paths)
     for part in messages[0]["content"]:
         if part["type"] == "image":
@@ -47,6 +48,7 @@ def preference_row(preference: Preference) -> dict[str, Any]:
         "response_2": preference.responses[1],
         "answer": [f"<answer>{preference.known_label}</answer>"],
         "images": list(preference.image_paths),
+        **({"response_images": list(preference.response_images)} if any(preference.response_images) else {}),
         **preference.metadata,
     }
 
@@ -78,6 +80,7 @@ def import_preferences(
     order: Order = "auto",
     seed: int = 0,
     processes: int = 1,
+    max_frames: int = MAX_FRAMES,
     remove_duplicates: bool = False,
     remove_near_duplicates: bool = False,
     remove_overlap_with: Sequence[str] = (),
@@ -94,6 +97,7 @@ def import_preferences(
         order: "drawn" draws which response stands first, with as many labels 1 as 2; "stored" keeps the source's order;
             "auto" draws where the source names its responses by their quality or has one label only.
         processes: that convert, check and decode.
+        max_frames: of a video.
         remove_duplicates: set aside pairs that occur again, the responses in any order, see `near_duplicates`.
         remove_near_duplicates: likewise pairs that differ by one word from an earlier one.
         remove_overlap_with: benchmarks, or other sources; rows with a question of theirs about the same pictures are
@@ -115,6 +119,7 @@ def import_preferences(
         from_one=chosen.name == "pairwise" and counts_from_zero(row.fields for row in rows()),
         roots=(root, *image_roots),
         media_dir=out / "media",
+        max_frames=max_frames,
     )
     overlap = {other: _asked_in(other) for other in remove_overlap_with}
     draw = order == "drawn" or (None if order == "auto" and not chosen.better_first else order == "auto")
@@ -231,7 +236,7 @@ def _write_rows(preferences: Iterable[Preference], path: Path, wanted: np.ndarra
         for place, row in enumerate(preferences):
             change = wanted is not None and row.label != int(wanted[place])
             if change:
-                row = replace(row, responses=row.responses[::-1], label=2 if row.label == 1 else 1)
+                row = row.exchanged()
             figures.add(row, exchanged=change)
             exchanged += change
             sink.write(json.dumps({**preference_row(row), "exchanged": change}, ensure_ascii=False) + "\n")
@@ -248,6 +253,7 @@ def _preference_of(row: Mapping[str, Any]) -> Preference:
         label=label_of(row["answer"]),
         image_paths=tuple(row["images"]),
         metadata={key: row[key] for key in ("category", "source") if key in row},
+        response_images=tuple(row.get("response_images", (0, 0))),
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_r1reward.data.chat import IMAGE_PLACEHOLDER, Chat, parse_chat, show_placeholders
 from megatron_r1reward.data.image_files import ImageCheck, MediaResolver
-from megatron_r1reward.data.prompt import split_message_text
+from megatron_r1reward.data.preference_row import SftExample, parse_preference, parse_sft_example, row_identifier
 from megatron_r1reward.data.rows import (
     Quarantine,
     RawRow,
@@ -28,31 +26,14 @@ from megatron_r1reward.data.rows import (
     ZeroLabelError,
     fixed_folder,
     iterate_rows,
-    label_of,
-    label_or_none,
 )
+from megatron_r1reward.data.video_frames import MAX_FRAMES
 from megatron_r1reward.types import Label, Preference
 
 logger = logging.getLogger(__name__)
 
-_PLACEHOLDER = re.compile(rf"\s*{IMAGE_PLACEHOLDER}\n?")
 _BATCH_ROWS = 1024
 _ONE_SIDED = 16  # as many equal labels in a row are no accident
-# `<|im_end|>` in a text would end the turn it stands in.
-_CONTROL_TOKEN = re.compile(r"<\|[A-Za-z_]+\|>")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SftExample:
-    """A chat that ends with a user turn, and the assistant text to learn.
-
-    `messages` have content lists whose image entries are `{"type": "image"}`; the n-th one shows `image_paths[n]`.
-    """
-
-    id: str
-    messages: tuple[dict[str, Any], ...]
-    image_paths: tuple[str, ...]  # absolute
-    response: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +72,7 @@ def read_preferences(
     convert: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
     rows: Iterable[RawRow] | None = None,
     unlabelled: bool = False,
+    max_frames: int = MAX_FRAMES,
 ) -> ReadResult:
     """Read preferences from JSONL, a JSON array, Parquet file(s) or a saved `datasets` folder (see `iterate_rows`).
 
@@ -104,14 +86,15 @@ def read_preferences(
         convert: brings the columns of another schema into ours; ids that such a file repeats get a number.
         rows: the rows, where they do not come from `path`.
         unlabelled: take rows without an answer, or with the answer "tie": their label is None.
+        max_frames: of a video.
 
     Raises:
         ValueError: the file is missing, damaged, of an unknown kind, without one usable row, or its labels are 0 and 1.
     """
-    roots = (image_root or fixed_folder(path), *image_roots)
+    media = MediaResolver((image_root or fixed_folder(path), *image_roots), media_dir, max_frames=max_frames)
     source = RowSource(path=path, rows=rows if rows is not None else iterate_rows(path), convert=convert)
     parse = partial(parse_preference, ties=unlabelled)
-    preferences, accounting = _read(source, parse, roots, media_dir, quarantine, verify_images, fits)
+    preferences, accounting = _read(source, parse, media, quarantine, verify_images, fits)
     labels = Counter(row.label for row in preferences if row.label is not None)
     check_labels(path, labels, text_only=sum(not row.image_paths for row in preferences))
     return ReadResult(preferences=preferences, **accounting)
@@ -126,11 +109,12 @@ def read_sft_examples(
     quarantine: Path | None = None,
     verify_images: bool = True,
     fits: Callable[[SftExample], str] | None = None,
+    max_frames: int = MAX_FRAMES,
 ) -> SftReadResult:
     """Read rows with `message` (any chat, with or without images) and `response`; else as `read_preferences`."""
-    roots = (image_root or fixed_folder(path), *image_roots)
+    media = MediaResolver((image_root or fixed_folder(path), *image_roots), media_dir, max_frames=max_frames)
     source = RowSource(path=path, rows=iterate_rows(path))
-    examples, accounting = _read(source, _sft_example, roots, media_dir, quarantine, verify_images, fits)
+    examples, accounting = _read(source, parse_sft_example, media, quarantine, verify_images, fits)
     return SftReadResult(examples=examples, **accounting)
 
 
@@ -165,18 +149,17 @@ _Parser = Callable[[str, Mapping[str, Any], MediaResolver], ExampleT]
 def _read(
     source: RowSource,
     parse: _Parser[ExampleT],
-    roots: Sequence[Path],
-    media_dir: Path | None,
+    media: MediaResolver,
     quarantine: Path | None,
     verify_images: bool,
     fits: Callable[[ExampleT], str] | None,
 ) -> tuple[tuple[ExampleT, ...], dict[str, Any]]:
     """The usable rows, and the fields of `_Accounting`. Read in batches: of a row that is used nothing else is kept."""
-    path, media = source.path, MediaResolver(roots, media_dir)
+    path = source.path
     rejected = Quarantine(quarantine or path.with_name(f"{path.name}.quarantine.jsonl"))
     taken: dict[str, tuple[int, ExampleT | None]] = {}  # id -> line, and what stands there, where ids may repeat
     usable: dict[str, ExampleT] = {}
-    check = ImageCheck(media_dir) if verify_images else None
+    check = ImageCheck(media.media_dir) if verify_images else None
     zero_labels, any_second, set_aside = 0, False, set[str | None]()
     rows = iter(source.rows)
     while batch := list(itertools.islice(rows, _BATCH_ROWS)):
@@ -263,17 +246,6 @@ def _another(example: ExampleT, taken: Mapping[str, tuple[int, ExampleT | None]]
     return replace(example, id=name)
 
 
-def row_identifier(row: RawRow, fields: Mapping[str, Any]) -> str:
-    identifier = fields.get("id")
-    if identifier is None:
-        identifier = f"{Path(row.origin.source).with_suffix('')}-{row.origin.line}"
-    elif isinstance(identifier, float) and identifier.is_integer():  # what a Parquet writer makes of a column with gaps
-        identifier = int(identifier)
-    elif not isinstance(identifier, str | int) or identifier == "":
-        raise RowError(f"id {identifier!r} is neither text nor number")
-    return str(identifier)
-
-
 def _with_sound_images(
     rows: Sequence[tuple[RowOrigin, ExampleT]], check: ImageCheck, rejected: Quarantine
 ) -> list[tuple[RowOrigin, ExampleT]]:
@@ -289,96 +261,3 @@ def _with_sound_images(
             row = replace(row, image_paths=tuple(special[p].path if p in special else p for p in row.image_paths))
         kept.append((origin, row))
     return kept
-
-
-def parse_preference(
-    identifier: str, fields: Mapping[str, Any], media: MediaResolver, ties: bool = False
-) -> Preference:
-    """A row in our columns as a preference, its images not yet opened. Raises RowError where it is none."""
-    chat = parse_chat(fields["message"]) if fields.get("message") is not None else None
-    question, responses = _question_and_responses(fields, chat)
-    image_paths = _image_paths(fields, chat, media)
-    question = _without_placeholders(question, len(image_paths))
-    return Preference(
-        id=identifier,
-        question=question,
-        responses=responses,
-        label=(label_or_none if ties else label_of)(fields.get("answer")),
-        image_paths=image_paths,
-        metadata={key: str(fields[key]) for key in ("category", "source") if fields.get(key) is not None},
-    )
-
-
-def _sft_example(identifier: str, fields: Mapping[str, Any], media: MediaResolver) -> SftExample:
-    chat = parse_chat(fields.get("message"))
-    if chat.messages[-1]["role"] != "user":
-        raise RowError(f"message ends with a turn of the {chat.messages[-1]['role']}, not of the user")
-    for turn in chat.messages:
-        for part in turn["content"]:
-            _check_encodable("message", part.get("text", ""))
-    image_paths = _image_paths(fields, chat, media)
-    messages = chat.messages if chat.images else show_placeholders(chat.messages, len(image_paths))
-    return SftExample(
-        id=identifier,
-        messages=messages,
-        image_paths=image_paths,
-        response=_required_text("response", fields.get("response")),
-    )
-
-
-def _question_and_responses(fields: Mapping[str, Any], chat: Chat | None) -> tuple[str, tuple[str, str]]:
-    question, first, second = (fields.get(key) for key in ("question", "response_1", "response_2"))
-    if first is None or second is None:
-        if chat is None:
-            raise RowError("neither message nor response_1 and response_2")
-        try:
-            shown, first, second = split_message_text(chat.user_text)
-        except ValueError as error:
-            raise RowError(str(error)) from error
-        question = shown if question is None else question
-    return (
-        _required_text("question", question),
-        (_required_text("response 1", first), _required_text("response 2", second)),
-    )
-
-
-def _image_paths(fields: Mapping[str, Any], chat: Chat | None, media: MediaResolver) -> tuple[str, ...]:
-    """Paths from `images`, else `image`, else the chat's own image entries."""
-    shown = chat.images if chat is not None else ()
-    value = next((fields[key] for key in ("images", "image") if fields.get(key) not in (None, [])), None)
-    paths = media.resolve(list(shown) if value is None else value)
-    if shown and len(shown) != len(paths):
-        raise RowError(f"message shows {len(shown)} images, the row has {len(paths)}")
-    return paths
-
-
-def _without_placeholders(question: str, images: int) -> str:
-    """The question without `<image>`, which other programs write where an image stands; here images come first."""
-    shown = len(_PLACEHOLDER.findall(question))
-    if shown == 0:
-        return question
-    if shown != images:
-        raise RowError(f"question shows {shown} {IMAGE_PLACEHOLDER} placeholders, the row has {images} images")
-    return _required_text("question", _PLACEHOLDER.sub("", question).strip())
-
-
-def _required_text(name: str, value: Any) -> str:
-    if value is None:
-        raise RowError(f"{name} is missing")
-    if not isinstance(value, str):
-        raise RowError(f"{name} is {type(value).__name__}, not text")
-    if not value.strip():
-        raise RowError(f"{name} is empty")
-    _check_encodable(name, value)
-    return value
-
-
-def _check_encodable(name: str, text: str) -> None:
-    """Refuse what a tokenizer would read as something other than text, or not read at all."""
-    token = _CONTROL_TOKEN.search(text)
-    if token is not None:
-        raise RowError(f"{name} holds the control token {token[0]}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError(f"{name} holds an unpaired surrogate at character {error.start}") from error

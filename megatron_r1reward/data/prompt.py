@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from megatron_r1reward.types import Label, Preference, Prompt
+from megatron_r1reward.types import Preference, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IMAGE_TOKEN = "<|image_pad|>"
+IMAGE_PLACEHOLDER = "<image>"  # what other programs write into a text where an image stands
 
 # The published R1-Reward prompt, byte for byte: the released checkpoint was trained and evaluated with it. The missing
 # line break after the first sentence and the spaces before line breaks belong to it.
@@ -50,16 +51,45 @@ _HEADINGS = (
 
 
 def preference_messages(
-    question: str, responses: tuple[str, str], num_images: int, *, template: str = TEMPLATE
+    question: str,
+    responses: tuple[str, str],
+    num_images: int,
+    *,
+    template: str = TEMPLATE,
+    response_images: tuple[int, int] = (0, 0),
 ) -> list[dict[str, Any]]:
     """One user turn in chat format: the images first, as at the published evaluation, then the filled template.
 
     Args:
+        num_images: of the question.
         template: with {question}, {answer1} and {answer2}; that of the model's folder (`PromptPolicy`).
+        response_images: images in each response, which stand where its text has `<image>`.
     """
-    text = template.format(question=question, answer1=responses[0], answer2=responses[1])
-    images = [{"type": "image"} for _ in range(num_images)]
-    return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
+    content: list[dict[str, Any]] = [{"type": "image"} for _ in range(num_images)]
+    texts = {"question": question, "answer1": responses[0], "answer2": responses[1]}
+    shown = {"answer1": response_images[0], "answer2": response_images[1]}
+    text = ""
+    for literal, name, *_ in string.Formatter().parse(template):
+        text += literal
+        if name is None:
+            continue
+        first, *others = texts[name].split(IMAGE_PLACEHOLDER) if shown.get(name) else [texts[name]]
+        text += first
+        for other in others:
+            content += [{"type": "text", "text": text}, {"type": "image"}]
+            text = other
+    return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+
+
+def messages_of(preference: Preference, *, template: str = TEMPLATE) -> list[dict[str, Any]]:
+    """The turn that asks about a preference in its stored order, with its images in the order of `image_paths`."""
+    return preference_messages(
+        preference.question,
+        preference.responses,
+        preference.question_images,
+        template=template,
+        response_images=preference.response_images,
+    )
 
 
 def judge_messages(reasoning_tail: str, verdict_text: str) -> list[dict[str, Any]]:
@@ -125,11 +155,8 @@ class PromptBuilder:
             ValueError: more than `max_prompt_tokens` ids (counted before images are expanded), or an image
                 placeholder written out in the texts.
         """
-        first, second = preference.responses
-        responses = (second, first) if swapped else (first, second)
-        images = len(preference.image_paths)
-        messages = preference_messages(preference.question, responses, images, template=self._template)
-        token_ids = render_chat(self._tokenizer, messages)
+        shown = preference.exchanged() if swapped else preference
+        token_ids = render_chat(self._tokenizer, messages_of(shown, template=self._template))
         if len(token_ids) > self._max_prompt_tokens:
             raise ValueError(
                 f"preference {preference.id!r}: the prompt has {len(token_ids)} tokens, data.max_prompt_tokens is "
@@ -145,11 +172,7 @@ class PromptBuilder:
             id=f"{preference.id}/{'21' if swapped else '12'}/{occurrence}",
             preference_id=preference.id,
             token_ids=token_ids,
-            image_paths=preference.image_paths,
-            label=_other(preference.label) if swapped and preference.label is not None else preference.label,
+            image_paths=shown.image_paths,
+            label=shown.label,
             swapped=swapped,
         )
-
-
-def _other(label: Label) -> Label:
-    return 2 if label == 1 else 1

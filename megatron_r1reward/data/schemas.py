@@ -11,8 +11,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_r1reward.data.chat import IMAGE_PLACEHOLDER
+from megatron_r1reward.data.prompt import IMAGE_PLACEHOLDER
 from megatron_r1reward.data.rows import RowError
+from megatron_r1reward.data.video_frames import frames_of
 
 Fields = Mapping[str, Any]
 
@@ -132,15 +133,23 @@ def _embedded_images(value: Any) -> list[Any]:
     return [image for image in found if image is not None]
 
 
-def _row(fields: Fields, question: Any, responses: tuple[Any, Any], answer: Any, images: Any = None) -> dict[str, Any]:
-    first, second = responses
+def _row(
+    fields: Fields,
+    question: Any,
+    responses: tuple[Any, Any],
+    answer: Any,
+    images: Any = None,
+    inside: tuple[Sequence[Any], Sequence[Any]] = ((), ()),
+) -> dict[str, Any]:
+    """`images`: that the question's turns show; else those of the row's columns. `inside`: those of each response."""
     if images in (None, []):
         images = next((fields[name] for name in ("images", "image", "image_path") if fields.get(name)), None)
-        images = {"frames": fields["video"]} if images is None and fields.get("video") else images
-    for response in (first, second):
-        if isinstance(response, str) and IMAGE_PLACEHOLDER in response:
-            raise RowError(f"a response shows an image ({IMAGE_PLACEHOLDER}): the prompt has no place for it")
-    if fields.get("video"):
+        images = frames_of(fields) if images is None else images
+    first, second = (_shows(text, own) for text, own in zip(responses, inside, strict=True))
+    if any(inside):
+        asked = images if isinstance(images, list) else [] if images is None else [images]
+        images = [*asked, *inside[0], *inside[1]]
+    if isinstance(question, str) and (fields.get("video") or fields.get("videos")):
         question = question.replace("<video>", "").strip()
     return {
         "id": _first(fields, ("id", "ID", "idx", "question_id", "uuid")),
@@ -149,9 +158,33 @@ def _row(fields: Fields, question: Any, responses: tuple[Any, Any], answer: Any,
         "response_2": second,
         "answer": answer,
         "images": images,
+        "response_images": [len(inside[0]), len(inside[1])] if any(inside) else None,
         "category": _first(fields, ("category", "Category")),
         "source": _first(fields, ("source", "data_source", "origin_dataset", "query_source", "ds_name")),
     }
+
+
+def _shows(response: Any, images: Sequence[Any]) -> Any:
+    """The text of a response with a place for each of its images, which is the end where it has none."""
+    shown = response.count(IMAGE_PLACEHOLDER) if isinstance(response, str) else 0
+    if shown == len(images) or not isinstance(response, str):
+        return response
+    if not images:
+        raise RowError(
+            f"a response shows an image ({IMAGE_PLACEHOLDER}) that the row does not name: name it in chosen_images, "
+            "rejected_images (or those of the other columns), or as an image part of the turn"
+        )
+    if shown:
+        raise RowError(f"a response shows {shown} {IMAGE_PLACEHOLDER}, the row names {len(images)} images for it")
+    return "\n".join([*([response] if response.strip() else []), *([IMAGE_PLACEHOLDER] * len(images))])
+
+
+def _inside(fields: Fields, column: str, value: Any) -> list[Any]:
+    """The images of a response: image parts of its turn, else COLUMN_images or COLUMN_image."""
+    turns = [value] if isinstance(value, Mapping) else value
+    found = _embedded_images(turns[-1:]) if isinstance(turns, list) else []
+    named = _first(fields, (f"{column}_images", f"{column}_image"))
+    return found or (list(named) if isinstance(named, list) else [] if named is None else [named])
 
 
 def _r1_reward(fields: Fields) -> Fields:
@@ -162,19 +195,23 @@ def _chosen_rejected(fields: Fields) -> Fields:
     chosen, rejected = fields.get("chosen"), _first(fields, ("rejected", "rejected_response"))
     prompt, conversation = _first(fields, _PROMPTS), _first(fields, _CONVERSATIONS)
     images: list[Any] = []
+    inside = _inside(fields, "chosen", chosen), _inside(fields, "rejected", rejected)
     if conversation is not None:
         turns = _turns(conversation)
         images = _embedded_images(conversation)
         if chosen is None:
             if turns[-1][0] != "assistant":
                 raise RowError("the conversation does not end with the better response")
+            inside = _embedded_images(conversation[-1:]), inside[1]
+            images = _embedded_images(conversation[:-1])
             chosen, turns = turns[-1][1], turns[:-1]
         prompt = [{"role": role, "content": text} for role, text in turns]
     elif prompt is None:
         prompt, chosen, rejected = _split_dialogues(chosen, rejected)
+        images = _embedded_images(prompt)
     else:
         images = _embedded_images(prompt)
-    return _row(fields, _asked(prompt), (_reply(chosen), _reply(rejected)), 1, images)
+    return _row(fields, _asked(prompt), (_reply(chosen), _reply(rejected)), 1, images, inside)
 
 
 def _split_dialogues(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
@@ -198,7 +235,8 @@ def _pairwise(fields: Fields) -> Fields:
         raise RowError("no two responses")
     winner = _first(fields, _WINNERS)
     responses = _reply(fields[columns[0]]), _reply(fields[columns[1]])
-    return _row(fields, _asked(_first(fields, _PROMPTS)), responses, _winner(winner))
+    inside = _inside(fields, columns[0], fields[columns[0]]), _inside(fields, columns[1], fields[columns[1]])
+    return _row(fields, _asked(_first(fields, _PROMPTS)), responses, _winner(winner), inside=inside)
 
 
 def _winner(value: Any) -> Any:
@@ -276,8 +314,8 @@ SCHEMAS: Mapping[str, Schema] = {
               hint="Output1"),
         _make("rlaif_v", _chosen_rejected, "question", "chosen", "rejected", "image", hint="origin_dataset",
               better_first=True),
-        _make("mm_rlhf", _chosen_rejected, _ASKED, "chosen", "rejected", ("image", "video"), hint="chosen_reason",
-              better_first=True),
+        _make("mm_rlhf", _chosen_rejected, _ASKED, "chosen", "rejected", ("image", "video", "videos"),
+              hint="chosen_reason", better_first=True),
         _make("skywork", _chosen_rejected, "chosen", "rejected", "source", better_first=True),
         _make("chosen_rejected", _chosen_rejected, ("chosen", *_CONVERSATIONS), ("rejected", "rejected_response"),
               better_first=True),

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.image_files import folders_behind_links, upright_size
-from megatron_r1reward.data.preference import ReadResult, SftExample, SftReadResult, read_preferences, read_sft_examples
-from megatron_r1reward.data.prompt import TEMPLATE, preference_messages, render_chat
+from megatron_r1reward.data.preference import ReadResult, SftReadResult, read_preferences, read_sft_examples
+from megatron_r1reward.data.preference_row import SftExample
+from megatron_r1reward.data.prompt import TEMPLATE, messages_of, preference_messages, render_chat
 from megatron_r1reward.data.rows import fixed_folder
 from megatron_r1reward.model_folder.prompt_policy import check_template, read_policy
 from megatron_r1reward.types import Preference
@@ -65,6 +66,7 @@ def read_training_preferences(config: RunConfig, stage: Stage, *, output: Path |
         config.data.train,
         image_root=config.data.image_root,
         image_roots=config.data.image_roots,
+        max_frames=config.data.max_frames,
         media_dir=output / "media",
         quarantine=output / "quarantine.jsonl",
         fits=RowLimits.of(config, stage).preference if _has_tokenizer(config) else None,
@@ -85,6 +87,7 @@ def read_heldout(config: RunConfig, *, output: Path | None = None) -> ReadResult
         config.evaluation.data,
         image_root=config.evaluation.image_root,
         image_roots=config.data.image_roots,
+        max_frames=config.data.max_frames,
         media_dir=output / "media",
         quarantine=output / "heldout-quarantine.jsonl",
         fits=RowLimits.of(config, "eval").preference if _has_tokenizer(config) else None,
@@ -98,6 +101,7 @@ def read_training_examples(config: RunConfig, *, output: Path | None = None) -> 
         config.data.train,
         image_root=config.data.image_root,
         image_roots=config.data.image_roots,
+        max_frames=config.data.max_frames,
         media_dir=output / "media",
         quarantine=output / "quarantine.jsonl",
         fits=RowLimits.of(config, "sft").example if _has_tokenizer(config) else None,
@@ -172,10 +176,9 @@ class RowLimits:
 
     def prompt_length(self, preference: Preference) -> int:
         """Tokens of the prompt in the longer of its two orders, each image counted as one."""
-        images = len(preference.image_paths)
         return max(
-            len(render_chat(self._tokenizer, self._messages(preference.question, responses, images)))
-            for responses in (preference.responses, preference.responses[::-1])
+            len(render_chat(self._tokenizer, messages_of(shown, template=self.template)))
+            for shown in (preference, preference.exchanged())
         )
 
     def example(self, example: SftExample) -> str:
@@ -230,10 +233,8 @@ class RowLimits:
     @cached_property
     def _frame_tokens(self) -> int:
         """At most so many tokens of the chat template and the prompt's own words."""
-        return len(render_chat(self._tokenizer, self._messages("", ("", ""), 0))) + _JOINTS
-
-    def _messages(self, question: str, responses: tuple[str, str], images: int) -> list[dict[str, Any]]:
-        return preference_messages(question, responses, images, template=self.template)
+        messages = preference_messages("", ("", ""), 0, template=self.template)
+        return len(render_chat(self._tokenizer, messages)) + _JOINTS
 
     def image_tokens(self, path: str) -> int:
         """Tokens that the model reads of an image file."""

@@ -22,7 +22,7 @@ from openai.types.chat import ChatCompletion
 from megatron_r1reward.data.difficulty import AttemptRecord, Reply, append_record, count_attempts, read_records
 from megatron_r1reward.data.identity import ContentKeys, changes
 from megatron_r1reward.data.image_files import data_url
-from megatron_r1reward.data.prompt import preference_messages
+from megatron_r1reward.data.prompt import messages_of
 from megatron_r1reward.reward.rules import parse_response
 from megatron_r1reward.types import Label, Preference
 
@@ -329,7 +329,7 @@ def _report_failures(failures: Sequence[str], asked: int, base_url: str) -> None
 
 def _messages_with_images(preference: Preference) -> list[dict[str, Any]]:
     """The reward-model prompt with every image placeholder filled in."""
-    messages = preference_messages(preference.question, preference.responses, len(preference.image_paths))
+    messages = messages_of(preference)
     paths = iter(preference.image_paths)
     for message in messages:
         message["content"] = [

@@ -202,6 +202,7 @@ def _read_pairs(raw: Sequence[RawRow], source: Path, out: Path, image_root: Path
         image_root=image_root,
         media_dir=out / "media",
         quarantine=out / "quarantine.jsonl",
+        fits=lambda row: "responses with images: bench asks about texts only" if any(row.response_images) else "",
         convert=lambda row: {**schema.convert(row["row"]), "id": row["place"]},
         rows=placed,
     )

@@ -30,7 +30,8 @@ def make_pair_kinds(preferences: Sequence[Preference], count: int, seed: int) ->
     if count == 0:
         return {}
     rng = np.random.default_rng(seed)
-    drawn = [preferences[index] for index in rng.permutation(len(preferences))]
+    shown = [preferences[index] for index in rng.permutation(len(preferences))]
+    drawn = [one for one in shown if not any(one.response_images)]  # texts are changed here, not images
     wrong = _wrong_pairs(drawn, rng)
     return {
         WRONG: tuple(wrong[:count]),

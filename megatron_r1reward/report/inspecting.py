@@ -16,7 +16,7 @@ from rich.table import Table
 from megatron_r1reward.data.image_files import data_url, upright_size
 from megatron_r1reward.data.importing import import_preferences, thumbnails_of
 from megatron_r1reward.data.near_duplicates import Seen, pair_key, pictures_of, question_key
-from megatron_r1reward.data.prompt import preference_messages
+from megatron_r1reward.data.prompt import messages_of
 from megatron_r1reward.data.stage_data import RowLimits
 from megatron_r1reward.files import write_text
 from megatron_r1reward.report.balance_chart import balance_url
@@ -147,7 +147,7 @@ def _shown(row: Preference, limits: RowLimits | None) -> ShownRow:
         lengths = f"{limits.prompt_length(row)} tokens of text, {sum(tokens)} of images"
         problem = limits.preference(row)
         lengths += f"; set aside: {problem}" if problem else ""
-    content = preference_messages(row.question, row.responses, len(row.image_paths))[0]["content"]
+    content = messages_of(row)[0]["content"]
     return ShownRow(
         id=row.id,
         label=row.known_label,

@@ -16,7 +16,7 @@ from megatron_r1reward.checkpoint.dist import LATEST, Trained, find_checkpoint_t
 from megatron_r1reward.checkpoint.hf_model_io import save_hf_folder
 from megatron_r1reward.config.load import dump_config
 from megatron_r1reward.data.identity import ContentKeys
-from megatron_r1reward.data.preference import SftExample
+from megatron_r1reward.data.preference_row import SftExample
 from megatron_r1reward.files import write_text
 from megatron_r1reward.model_folder import prompt_policy
 from megatron_r1reward.parallel.setup import Topology

@@ -11,7 +11,7 @@ import torch
 
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.loader import EpochSampler
-from megatron_r1reward.data.preference import SftExample
+from megatron_r1reward.data.preference_row import SftExample
 from megatron_r1reward.data.prompt import render_chat
 from megatron_r1reward.data.stage_data import read_training_examples
 from megatron_r1reward.monitor.sinks import build_monitor

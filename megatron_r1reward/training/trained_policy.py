@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_r1reward import __version__
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.data.preference import SftExample
+from megatron_r1reward.data.preference_row import SftExample
 from megatron_r1reward.data.prompt import is_filled
 from megatron_r1reward.data.stage_data import template_of
 from megatron_r1reward.hub_name import model_name

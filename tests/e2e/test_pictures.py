@@ -12,7 +12,9 @@ from reference import Reference
 
 from megatron_r1reward.config.schema import SamplingSection
 from megatron_r1reward.data.image_files import FORMATS, decode, examine_images
+from megatron_r1reward.data.prompt import PromptBuilder
 from megatron_r1reward.rollout.pool import RolloutPool
+from megatron_r1reward.types import Preference
 
 pytestmark = pytest.mark.e2e
 
@@ -41,10 +43,16 @@ def test_the_servers_log_probs_are_those_of_the_trainers_pixels(
     shared_pool: RolloutPool, reference: Reference, pictures: dict[str, Path]
 ) -> None:
     prompts = [reference.prompt(name, "Which response is better?", str(path)) for name, path in pictures.items()]
-    result = shared_pool.generate(prompts, SamplingSection(max_tokens=12), n=1, seed=0)
+    inside = Preference(
+        id="inside", question="Which?", responses=("this <image> or <image>?", "that <image>"), label=1,
+        image_paths=tuple(map(str, list(pictures.values())[:4])), response_images=(2, 1),
+    )  # fmt: skip
+    builder = PromptBuilder(reference.tokenizer, 1000, template="{question} 1. {answer1} 2. {answer2}")
+    among_texts = [builder.build(inside, swapped=swapped) for swapped in (False, True)]
+    result = shared_pool.generate([*prompts, *among_texts], SamplingSection(max_tokens=12), n=1, seed=0)
     assert not result.failed
     gaps = {rollout.prompt.id: reference.error(rollout) for rollout in result.rollouts}
-    assert set(gaps) == set(pictures)
+    assert set(gaps) == {*pictures, *(prompt.id for prompt in among_texts)}
     assert {name: gap for name, gap in gaps.items() if gap >= 1e-4} == {}
     (one,) = shared_pool.generate(prompts[:1], SamplingSection(max_tokens=12), n=1, seed=0).rollouts
     other = reference.prompt("1", "Which response is better?", str(pictures["jpeg orientation 6"]))

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from megatron_r1reward.data.curriculum import Curriculum
 from megatron_r1reward.data.identity import ContentKeys, model_identity
-from megatron_r1reward.data.preference import SftExample
+from megatron_r1reward.data.preference_row import SftExample
 from megatron_r1reward.data.selection import keep_selected, selection
 from megatron_r1reward.types import Preference
 
