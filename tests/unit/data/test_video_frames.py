@@ -73,7 +73,7 @@ def test_what_cannot_be_decoded_says_what_to_do(folder: Path, monkeypatch: pytes
     (folder / "broken.mp4").write_bytes(b"no video")
     with pytest.raises(RowError, match=r"broken.mp4' has 0 frames that can be decoded: it is damaged"):
         media.resolve([{"frames": "broken.mp4"}])
-    with pytest.raises(RowError, match="gone.mp4' is missing"):
+    with pytest.raises(RowError, match=r"gone.mp4' is missing"):
         media.resolve([{"frames": "gone.mp4"}])
     with pytest.raises(RowError, match="is a video: name it in the column video, or a folder with its frames"):
         media.resolve("clip.avi")
