@@ -234,7 +234,7 @@ def _part_row(line: str) -> PartRow:
 def preference_of(fields: Mapping[str, Any]) -> Preference:
     """A preference from its fields in JSON."""
     return Preference(
-        **fields | {name: tuple(fields[name]) for name in ("responses", "image_paths", "response_images")}
+        **{**fields, **{name: tuple(fields[name]) for name in ("responses", "image_paths", "response_images")}}
     )
 
 
