@@ -38,7 +38,7 @@ from megatron_r1reward.launch.stage_servers import (
 )
 from megatron_r1reward.model_folder.examine import load_tokenizer
 from megatron_r1reward.processes import quick_imports
-from megatron_r1reward.reward.readers import reader_of
+from megatron_r1reward.reward.readers import parser_of, reader_of
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.types import Label, Preference
@@ -91,11 +91,7 @@ def annotate(config: RunConfig, *, supervised: bool = False) -> None:
     from megatron_r1reward.evaluation.annotate import annotate as annotate_preferences
 
     check_models(config, "annotate")
-    if config.annotate.url is None and template_of(config) != TEMPLATE:
-        raise ValueError(
-            f"model.path {config.model.path} has a prompt of its own, and annotate asks with the published one: serve "
-            "it elsewhere and name its annotate.url"
-        )
+    _check_as_published(config)
     output = config.run.output_dir
     output.mkdir(parents=True, exist_ok=True)
     section = config.annotate
@@ -131,6 +127,18 @@ def annotate(config: RunConfig, *, supervised: bool = False) -> None:
     write_text(output / "hard.json", json.dumps(hard) + "\n")
     write_text(output / "difficulty.json", json.dumps(counts) + "\n")
     log.info("attempts needed: %s; hard set: %d of %d", counts, len(hard), len(records))
+
+
+def _check_as_published(config: RunConfig) -> None:
+    """Raises ValueError where a model that is served here would be asked or read otherwise than it was trained."""
+    if config.annotate.url is not None:
+        return
+    for part, own in (("prompt", template_of(config) != TEMPLATE), ("parser", parser_of(config) is not None)):
+        if own:
+            raise ValueError(
+                f"model.path {config.model.path} or [prompt] has a {part} of its own, and annotate asks and reads as "
+                "published: serve the model elsewhere and name its annotate.url"
+            )
 
 
 def write_cold_start(config: RunConfig, out: Path, *, keep: ReasoningFilter, judged: bool = False) -> ColdStartSet:

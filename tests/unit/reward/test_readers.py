@@ -10,6 +10,7 @@ from megatron_r1reward.config.schema import RewardSection, RunConfig
 from megatron_r1reward.judging.ask import AskOptions
 from megatron_r1reward.judging.served import asked_by
 from megatron_r1reward.launch.stage_models import model_problems
+from megatron_r1reward.launch.stages import annotate
 from megatron_r1reward.model_folder.prompt_policy import FILE, CarriedParser, PromptPolicy, read_policy
 from megatron_r1reward.reward.readers import reader_of, users_reader
 from megatron_r1reward.reward.score import RewardScorer
@@ -143,6 +144,12 @@ def test_an_evaluation_asks_as_the_model_was_trained(tiny_folder: Path, tmp_path
         "prompt.parser 'boxed' is another: remove it"
         in problems(config_of(folder, prompt={"parser": "boxed"}), "eval")[0]
     )
+
+
+def test_annotate_asks_and_reads_as_published(tiny_folder: Path) -> None:
+    for own, part in (({"template": PARTS / "rubric.txt"}, "prompt"), ({"parser": POINTWISE}, "parser")):
+        with pytest.raises(ValueError, match=f"has a {part} of its own, and annotate asks and reads as published"):
+            annotate(config_of(tiny_folder, prompt=own))
 
 
 def replace_parser(policy: PromptPolicy) -> str:
