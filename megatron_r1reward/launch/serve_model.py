@@ -169,6 +169,8 @@ def _run(
                 uvicorn.Server(config).run(sockets=[listening])
         finally:
             signal.signal(signal.SIGTERM, before)
+            if run is not None:
+                run.address("serve").unlink(missing_ok=True)
 
 
 def _token(variable: str, host: str, allow_anonymous: bool, key: str) -> str | None:
