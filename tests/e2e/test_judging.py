@@ -77,7 +77,8 @@ def test_files_are_scored(model: RewardModel, shared_pool: RolloutPool, tmp_path
 def test_a_benchmark_is_judged_once(
     shared_pool: RolloutPool, tmp_path: Path, image_paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Greedy and sampled, in both orders, by the command; a second run finds all of it on record."""
+    """Greedy and sampled, in both orders, by the command, and the same server as the judge of the samples; a second run
+    finds all of it on record."""
     ((url, token),) = shared_pool.group.endpoints()
     monkeypatch.setenv("BENCH_KEY", token or "")
     rows = [
@@ -88,6 +89,7 @@ def test_a_benchmark_is_judged_once(
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["bench", "pairs", str(source), "--out", str(out), "--model", url, "--model-name", SERVED_NAME]
     command += ["--image-root", "/", "--samples", "3", "--max-tokens", "48", "--api-key-variable", "BENCH_KEY"]
+    command += ["--judge", url, "--judge-name", SERVED_NAME, "--judge-key-variable", "BENCH_KEY"]
     done = CliRunner().invoke(app, [*command, "--request", json.dumps(FORM)])
     assert done.exit_code == 0, done.output
     record = (out / "judgements.jsonl").read_text()
@@ -99,6 +101,10 @@ def test_a_benchmark_is_judged_once(
     found = json.loads((out / "bench.json").read_text())
     assert found["categories"]["c"]["greedy"]["agreement_pairs"] == len(rows)
     assert (out / "bench.svg").read_text().startswith("<?xml")
+    told = [line["judged"]["consistent"] for line in lines if line["temperature"] > 0]
+    judged = found["vote_budget"]["judged"]
+    assert (judged["consistent"], judged["inconsistent"], judged["unknown"]) == (told.count(True), told.count(False), 0)
+    assert "both orders, judge-filtered" in {point["method"] for point in found["vote_budget"]["points"]}
     assert CliRunner().invoke(app, [*command, "--request", json.dumps(FORM)]).exit_code == 0
     assert (out / "judgements.jsonl").read_text() == record
 
