@@ -86,6 +86,78 @@ def test_the_example_is_ranked(browser, service: Running, tmp_path: Path) -> Non
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
+def test_on_a_phone_nothing_is_wider_than_the_screen(browser, service: Running) -> None:
+    """With a ranking of eight answers, one of them a word without a place to break it, and every verdict open."""
+    phone = {"width": 360, "height": 740, "deviceScaleFactor": 3, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    try:
+        texts = [f"answer{number}" for number in range(7)] + ["w" * 300]
+        service.judge.strengths = {text: float(-number) for number, text in enumerate(texts)}
+        browser.get(f"{service.url}/?token=secret")
+        for _ in texts[2:]:
+            find(browser, "#add").click()
+        assert not find(browser, "#add").is_enabled(), "eight are the most"
+        find(browser, "#question").send_keys("Which?")
+        for number, text in enumerate(texts, 1):
+            find(browser, f"#answer-{number}").send_keys(text)
+        find(browser, "#go").click()
+        wait_for(browser, lambda b: find(b, "#result").is_displayed())
+        browser.execute_script("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+        width = browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+        assert width == [360, 360]
+        small = "return [...document.querySelectorAll('form > fieldset > .row button')].map((one) => one.offsetHeight)"
+        assert min(browser.execute_script(small)) >= 44, "a finger needs room"
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_everything_is_done_with_the_keyboard_alone(browser, service: Running) -> None:
+    """From the top of the page: tab to each field, write, remove an answer, choose the votes, send, open a verdict."""
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    service.judge.strengths = {"good": 9.0, "bad": -9.0}
+
+    def press(*keys: str) -> None:
+        ActionChains(browser).send_keys(*keys).perform()
+
+    def focused() -> str:
+        return browser.execute_script("const e = document.activeElement; return e.id || e.ariaLabel || e.tagName")
+
+    def tab_to(name: str) -> None:
+        for _ in range(20):
+            if focused() == name:
+                return
+            press(Keys.TAB)
+        raise AssertionError(f"no way to {name}")
+
+    browser.get(f"{service.url}/?token=secret")
+    tab_to("files")  # where a file is chosen with the space bar
+    tab_to("question")
+    press("Which?")
+    tab_to("add")
+    press(Keys.ENTER)
+    assert focused() == "answer-3"
+    tab_to("Remove answer 3")
+    press(Keys.ENTER)
+    assert focused() == "answer-2"
+    press("good")
+    ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.TAB).send_keys(Keys.TAB).key_up(Keys.SHIFT).perform()
+    tab_to("answer-1")
+    press("bad")
+    tab_to("votes")
+    press(Keys.ARROW_DOWN)
+    tab_to("go")
+    press(Keys.ENTER)
+    wait_for(browser, lambda b: find(b, "#result").is_displayed())
+    assert focused() == "result"
+    assert find(browser, "ol.ranking li").text.startswith("1. Answer 2")
+    assert service.judge.calls == 2 * 3
+    tab_to("SUMMARY")
+    press(Keys.ENTER)
+    assert "shown first: prefers answer 2" in find(browser, "details").text
+
+
 def test_own_question_by_keyboard_with_orders_that_disagree(browser, service: Running, tmp_path: Path) -> None:
     from PIL import Image
     from selenium.webdriver.common.keys import Keys

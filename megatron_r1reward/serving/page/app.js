@@ -32,7 +32,12 @@ function nameAnswers() {
 
 function addAnswer(text = "") {
   const area = make("textarea", { rows: 2, required: true, value: text });
-  const remove = make("button", { type: "button", textContent: "×", onclick: () => { row.remove(); nameAnswers(); } });
+  const remove = make("button", { type: "button", textContent: "×", onclick: () => {
+    const next = row.nextElementSibling || row.previousElementSibling;
+    row.remove();
+    nameAnswers();
+    next.querySelector("textarea").focus(); // whoever has no mouse is not sent back to the top
+  } });
   const row = make("div", { className: "one" }, make("label"), make("div", { className: "answer" }, area, remove));
   at("answers").append(row);
   nameAnswers();
@@ -43,7 +48,7 @@ function showImages() {
   at("thumbs").replaceChildren(...images.map((url, index) => make("figure", {},
     make("img", { src: url, alt: `Image ${index + 1}` }),
     make("button", { type: "button", textContent: "×", ariaLabel: `Remove image ${index + 1}`,
-      onclick: () => { images.splice(index, 1); showImages(); } }))));
+      onclick: () => { images.splice(index, 1); showImages(); at("files").focus(); } }))));
 }
 
 async function addFiles(files) {
