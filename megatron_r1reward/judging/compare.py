@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from html import escape
 
 from megatron_r1reward.judging.ask import ORDERS, Asks, Item, Judgement, Order, all_of
 from megatron_r1reward.judging.votes import (
@@ -93,6 +95,27 @@ class Comparison:
     def tokens(self) -> int:
         """Generated, over all judgements."""
         return sum(judgement.tokens for judgement in self.judgements)
+
+    def _repr_html_(self) -> str:
+        """How a notebook shows it: the verdict, and every judgement with its reasoning."""
+        verdict = "no verdict" if self.verdict is None else f"response {self.verdict} is better"
+        p = "unknown" if self.probability is None else f"{self.probability:.1%}"
+        shown = {"12": "as given", "21": "exchanged"}
+        rows = [(shown[item.order], item.choice or "-", item.reasoning or item.text) for item in self.judgements]
+        title = f"{verdict}; probability that response 1 is: {p}"
+        return html_table(title, ("responses shown", "better", "reasoning"), rows)
+
+
+def html_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Texts of a model are shown as texts, whatever they hold."""
+
+    def line(cells: Sequence[object], tag: str) -> str:
+        return (
+            "<tr>" + "".join(f"<{tag} style='text-align: left'>{escape(str(one))}</{tag}>" for one in cells) + "</tr>"
+        )
+
+    body = "".join(line(row, "td") for row in rows)
+    return f"<table><caption>{escape(title)}</caption>{line(header, 'th')}{body}</table>"
 
 
 async def compare(

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_r1reward.judging.ask import Asks, Item, all_of
-from megatron_r1reward.judging.compare import Comparison, Votes, compare
+from megatron_r1reward.judging.compare import Comparison, Votes, compare, html_table
 
 Schedule = Literal["swiss", "all_pairs", "knockout", "circular", "pivot"]
 SCHEDULES: Final = get_args(Schedule)
@@ -47,6 +47,20 @@ class Ranking:
     @property
     def best(self) -> int:
         return self.order[0]
+
+    def _repr_html_(self) -> str:
+        """How a notebook shows it: the candidates by their indices, the best first."""
+        rows = [
+            (
+                place,
+                index,
+                f"{self.rewards[index]:.3f}",
+                f"{self.strengths[index]:+.2f} ± {self.standard_errors[index]:.2f}",
+            )
+            for place, index in enumerate(self.order, 1)
+        ]
+        title = f"sure of the best: {self.confidence:.1%}; {self.calls} judgements"
+        return html_table(title, ("place", "candidate", "reward", "strength"), rows)
 
 
 def rounds_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from xml.etree import ElementTree
 
 import pytest
 from scripted_server import ScriptedServer
@@ -18,11 +19,13 @@ PAIR = ("good", "bad")
 class KnowingServer(ScriptedServer):
     """Says that the good response is the better one, wherever it stands."""
 
+    reasoning = "It is good."
+
     def _take(self, body: dict) -> str:
         super()._take(body)
         text = body["messages"][0]["content"][-1]["text"]
         answer = 1 if re.search(r"\[Response 1\]:\s+good", text) else 2
-        return f"<think>{answer} is good.</think><answer>{answer}</answer>"
+        return f"<think>{self.reasoning}</think><answer>{answer}</answer>"
 
 
 @pytest.fixture
@@ -43,6 +46,17 @@ def test_both_kinds_of_calls_work_where_a_loop_is_running(server) -> None:
 
     with RewardModel.connect(server.url) as model:
         assert asyncio.run(cell(model)) == [1, 2, (1, 0), True]
+
+
+def test_a_notebook_shows_results_as_tables(server) -> None:
+    server.reasoning = "<b>1</b> is good."
+    with RewardModel.connect(server.url) as model:
+        compared, ranking = model.compare("Which?", PAIR), model.rank("Which?", ["bad", "good"])
+    for found, says in ((compared, "response 1 is better; probability"), (ranking, "2 judgements")):
+        root = ElementTree.fromstring(found._repr_html_())
+        assert root.tag == "table" and says in (root.findtext("caption") or "")
+    assert "&lt;b&gt;1&lt;/b&gt; is good." in compared._repr_html_()
+    assert [row[1].text for row in ElementTree.fromstring(ranking._repr_html_()).findall("tr")[1:]] == ["1", "0"]
 
 
 def test_many_items_keep_their_order_and_one_that_fails_costs_no_other(server, capsys) -> None:
