@@ -100,7 +100,8 @@ def run_bench(benchmark: str, source: Path, out: Path, access: ModelAccess, opti
     out.mkdir(parents=True, exist_ok=True)
     raw = list(iterate_rows(source))
     preferences = _read_pairs(raw, source, out, options.image_root)
-    opened, name = open_model(access, AskOptions(prompt=prompt, log_probs=False, request_extra=request))
+    own = not prompt.turns and options.verdict == "answer"  # others may refuse to tell, and have no such token
+    opened, name = open_model(access, AskOptions(prompt=prompt, log_probs=own, request_extra=request))
     other = [part for part in (prompt.turns, request) if part]
     asking = Asking(
         asked_as=(name, access.max_tokens, options.seed, *other),

@@ -1,9 +1,10 @@
 """Judgements of a benchmark's pairs: asked for once, kept line by line, read by whoever counts them.
 
-    {"key", "row", "order", "sample", "temperature", "text", "choice", "right", "tokens", "finish_reason", "content",
-     "model", "judged"}
+    {"key", "row", "order", "sample", "temperature", "text", "choice", "right", "p_first", "tokens", "finish_reason",
+     "content", "model", "judged"}
 
-`row` is the pair's place in its file; `order` "21": the responses were exchanged; `choice` speaks of the stored order.
+`row` is the pair's place in its file; `order` "21": the responses were exchanged; `choice` and `p_first`, the
+probability that the answer token's distribution gives (null: the endpoint does not tell), speak of the stored order.
 `content` (`ContentKeys.question`) says which row it is in any other file: `data.judgements` selects by it.
 `key` is the content of what was asked, of whom and how, so that a run that was killed asks for nothing twice. How a
 verdict is read is no part of it: the texts are there and are read again. `judged` is what a consistency judge says
@@ -66,7 +67,7 @@ class Judged:
             Judgement(
                 order=order,
                 choice=None if line["right"] is None else 1 if line["right"] else 2,
-                p_first=None,
+                p_first=_p_right(line),
                 text=line["text"],
                 reasoning="",
                 tokens=line["tokens"],
@@ -208,6 +209,7 @@ async def _ask(model: RewardModel, request: _Request, seed: int) -> dict[str, An
         "text": said.text,
         "choice": said.choice,
         "right": _right(said.choice, request.preference),
+        "p_first": said.p_first,
         "tokens": said.tokens,
         "finish_reason": said.finish_reason,
     }
@@ -221,11 +223,20 @@ def _recorded(path: Path, preferences: Mapping[int, Preference], read: Reader) -
         choice = None if answer is None else as_shown(answer, line["order"])
         if choice != line["choice"] and line["row"] in preferences:
             line |= {"choice": choice, "right": _right(choice, preferences[line["row"]])}
+            line["p_first"] = None
             line.pop("judged", None)  # that was about another verdict
             changed = True
     if changed:
         write_jsonl(path, lines.values())
     return lines
+
+
+def _p_right(line: Line) -> float | None:
+    """The probability that was given to the better response."""
+    p = line.get("p_first")
+    if p is None or line["right"] is None:
+        return None
+    return p if (line["choice"] == 1) == line["right"] else 1.0 - p
 
 
 def _right(choice: Label | None, preference: Preference) -> bool | None:

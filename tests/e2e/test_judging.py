@@ -104,7 +104,9 @@ def test_a_benchmark_is_judged_once(
     told = [line["judged"]["consistent"] for line in lines if line["temperature"] > 0]
     judged = found["vote_budget"]["judged"]
     assert (judged["consistent"], judged["inconsistent"], judged["unknown"]) == (told.count(True), told.count(False), 0)
-    assert "both orders, judge-filtered" in {point["method"] for point in found["vote_budget"]["points"]}
+    assert {"both orders, by log-prob", "both orders, judge-filtered"} <= {
+        point["method"] for point in found["vote_budget"]["points"]
+    }
     assert CliRunner().invoke(app, [*command, "--request", json.dumps(FORM)]).exit_code == 0
     assert (out / "judgements.jsonl").read_text() == record
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from scripted_server import ScriptedServer
+from scripted_server import ScriptedServer, completion
 from typer.testing import CliRunner
 
 from megatron_r1reward.cli import app
@@ -119,6 +120,38 @@ def test_one_set_of_judgements_answers_greedy_voting_and_every_category(always_f
     assert "any-correct@5" in text
     assert "generated tokens per pair" in picture
     assert "voting@5" in picture
+
+
+class TellingModel(ScriptedServer):
+    """Says 1 in both orders; the answer's token says how sure that is: 0.9 where the better response stands first."""
+
+    def _reply(self, body: dict) -> tuple[int, str, str]:
+        self._take(body)
+        assert body["logprobs"] is True
+        right = re.search(r"\[Response 1\]:\s+a\d", body["messages"][0]["content"][-1]["text"])
+        p = 0.9 if right else 0.6
+        answer = json.loads(completion(FIRST))
+        top = [{"token": digit, "logprob": math.log(q)} for digit, q in (("1", p), ("2", 1 - p))]
+        tokens = [{"token": text, "logprob": 0.0, "top_logprobs": []} for text in (FIRST.split("1")[0], "</answer>")]
+        tokens.insert(1, {"token": "1", "logprob": math.log(p), "top_logprobs": top})
+        answer["choices"][0]["logprobs"] = {"content": tokens}
+        return 200, "application/json", json.dumps(answer)
+
+
+def test_votes_are_weighted_by_what_the_answers_token_says(rows, tmp_path) -> None:
+    model, out = TellingModel([""]), tmp_path / "out"
+    try:
+        assert bench(rows, out, model.url, "--samples", "3").exit_code == 0
+    finally:
+        model.stop()
+    lines = [json.loads(line) for line in (out / "judgements.jsonl").read_text().splitlines()]
+    found = {(line["order"], line["right"]): line["p_first"] for line in lines}
+    assert found == {("12", True): pytest.approx(0.9), ("21", False): pytest.approx(0.4)}
+    points = json.loads((out / "bench.json").read_text())["vote_budget"]["points"]
+    accuracy = {(one["method"], one["setting"]): one["accuracy"] for one in points}
+    # Of four pairs one cannot be judged; whole votes are a tie in the others, weighted ones are not: 0.9 against 0.6.
+    assert accuracy["both orders", "3 + 3"] == 0.375
+    assert accuracy["both orders, by log-prob", "3 + 3"] == 0.75
 
 
 class SeeingModel(ScriptedServer):
