@@ -17,6 +17,7 @@ from fault_proxy import FaultProxy
 from starlette.requests import Request
 from waiting import wait_until
 
+from megatron_r1reward.config.load import load_config
 from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.demo.pipeline import run_demo
 from megatron_r1reward.monitor.sinks import read_rows
@@ -242,6 +243,33 @@ def rl_command(finished: Path, server: VllmServer, output: Path, *, rollout_url:
         + [f"{key}={value}" for key, value in overrides.items()]
         + ["evaluation.data=" + str(finished / "data" / "heldout.jsonl")]
     )
+
+
+def test_an_evaluation_asks_a_judge_which_votes_count(finished: Path, server: VllmServer, tmp_path: Path) -> None:
+    """The model judges itself; its replies are constrained, so every sample with a verdict gets an answer, once."""
+    from megatron_r1reward.launch import stages
+
+    overrides = {
+        "run.output_dir": tmp_path / "eval",
+        "model.path": finished / "sft" / "hf",
+        "data.train": finished / "data" / "pool.jsonl",
+        "evaluation.data": finished / "data" / "heldout.jsonl",
+        "evaluation.max_pairs": 4,
+        "evaluation.samples": 3,
+        "evaluation.voting": "[1, 3]",
+        "evaluation.extra_pairs": 0,
+        "evaluation.judge_filtered_votes": "true",
+        "rollout.urls": json.dumps([server.url]),
+        "judge.urls": json.dumps([server.url]),
+    }
+    stages.evaluate(load_config(RECIPES / "eval.toml", [f"{key}={value}" for key, value in overrides.items()]))
+    budget = json.loads((tmp_path / "eval" / "evaluation.json").read_text())["vote_budget"]
+    judged = budget["judged"]
+    assert budget["not_judged"] is None
+    assert 0 < judged["consistent"] + judged["inconsistent"] <= 4 * 2 * 3
+    assert judged["unknown"] == 0
+    assert "both orders, judge-filtered" in {point["method"] for point in budget["points"]}
+    assert (tmp_path / "eval" / "judge-verdicts.sqlite").exists()
 
 
 def test_a_killed_run_continues_as_if_nothing_had_happened(finished: Path, server: VllmServer, tmp_path: Path) -> None:
