@@ -62,7 +62,8 @@ class _Keeper:
         while self._code is None:
             told = signal.sigtimedwait(signals, _TICK_S)
             self._reap()
-            if told is not None and told.si_signo != signal.SIGCHLD:
+            # By name: interrupted, e.g. by a suspension, Python 3.11 may return numbers that are no signal's.
+            if told is not None and told.si_signo in _ENDING:
                 self._end(KEEPER_GRACE_S)
             if self._is_orphan():
                 self._end(_ORPHAN_GRACE_S)

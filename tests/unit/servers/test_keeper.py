@@ -75,6 +75,23 @@ def test_a_starter_killed_at_any_moment_of_the_start_leaves_nothing(tmp_path: Pa
         one.assert_nothing_is_left()
 
 
+def test_a_server_that_was_suspended_goes_on(tmp_path: Path) -> None:
+    """As with `scontrol suspend`: everything stands still for longer than the keeper waits for signals."""
+    program = "from megatron_r1reward.servers.keeper import keep; keep(); import time; print('started', flush=True)"
+    made = server(tmp_path / "a", program + "; time.sleep(600)")
+    made.start()
+    try:
+        wait_until(lambda: "started" in (tmp_path / "a" / "server.log").read_text())
+        assert made.pid is not None
+        os.kill(made.pid, signal.SIGSTOP)
+        time.sleep(0.5)
+        os.kill(made.pid, signal.SIGCONT)
+        time.sleep(1.0)
+        assert made.alive
+    finally:
+        made.close()
+
+
 def test_a_server_that_dies_takes_its_workers_along(tmp_path: Path) -> None:
     one = starter(tmp_path / "a")
     try:
