@@ -265,6 +265,9 @@ def test_an_evaluation_asks_a_judge_which_votes_count(finished: Path, server: Vl
     stages.evaluate(load_config(RECIPES / "eval.toml", [f"{key}={value}" for key, value in overrides.items()]))
     budget = json.loads((tmp_path / "eval" / "evaluation.json").read_text())["vote_budget"]
     judged = budget["judged"]
+    if judged is None:  # sixty steps do not promise a model that gives verdicts
+        assert budget["not_judged"] == "no sample has a verdict"
+        return
     assert budget["not_judged"] is None
     assert 0 < judged["consistent"] + judged["inconsistent"] <= 4 * 2 * 3
     assert judged["unknown"] == 0

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -51,6 +54,12 @@ def test_the_servers_get_the_gpus_and_the_service_a_core(run_file: Path) -> None
     ]  # fmt: skip
 
 
+def listens(url: str) -> bool:
+    parts = urlsplit(url)
+    with socket.socket() as probe:
+        return probe.connect_ex((parts.hostname, parts.port)) == 0
+
+
 @pytest.mark.slow
 def test_a_life_of_the_service(run_file: Path, serve, tmp_path: Path) -> None:
     server, run = serve(FIRST), RunDir(root=tmp_path / "out")
@@ -71,11 +80,22 @@ def test_a_life_of_the_service(run_file: Path, serve, tmp_path: Path) -> None:
             assert answer.json()["orders_agree"] is False, answer.text
             one_order = {"question": "Which?", "responses": ["x", "y"], "both_orders": False}
             assert 'says orders "both"' in http.post("/v1/compare", json=one_order).json()["error"]
+            # Told to end in the middle of a request, it takes no new one and finishes this one.
+            server.chat.close()
+            with ThreadPoolExecutor(1) as other:
+                late = {"question": "Late?", "responses": ["x", "y"]}
+                asked = other.submit(http.post, "/v1/compare", json=late)
+                wait_until(lambda: server.chat.inside == 2)
+                process.send_signal(signal.SIGTERM)
+                wait_until(lambda: not listens(address.url))
+                server.chat.open()
+                assert asked.result().json()["orders_agree"] is False, asked.result().text
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()
+    assert not run.address("serve").exists(), "nobody shall take it for a service"
     texts = {request["messages"][0]["content"][-1]["text"] for request in server.requests if "messages" in request}
-    assert texts == {"Which? x y ?", "Which? y x ?"}
+    assert texts == {"Which? x y ?", "Which? y x ?", "Late? x y ?", "Late? y x ?"}
     assert json.loads(run.exit_report.read_text())["outcome"] == "cancelled"
     assert "Traceback" not in run.log(0, "serve").read_text()
 
