@@ -24,10 +24,9 @@ from megatron_r1reward.evaluation.statistics import estimate_share
 from megatron_r1reward.files import write_text
 from megatron_r1reward.report.inputs import BEST_OF_FILE, BestOfFile
 
-# The kind of question that a model of this size learns within minutes, explained by an annotator who is wrong at times,
-# as annotators are: the cold start imitates the mistakes, too, and RL is what unlearns them.
+# The kind of question that a model of this size learns within minutes. The cold start is short: afterwards it knows the
+# form, and is right in four cases of five, so that RL has something to gain.
 CATEGORIES = ("digit",)
-ANNOTATOR_ERROR_RATE = 0.2
 CLAIM = re.compile(r"\d+|\b(?:odd|even)\b")
 FIXED_TEXTS = ["system\nYou are a helpful assistant.", "<think>", "</think><answer>", "</answer>"]
 FIXED_TEXTS += [f" is in Response {label}" for label in (1, 2)] + [f"Response {label} is better." for label in (1, 2)]
@@ -63,7 +62,7 @@ def _stages(out: Path, seed: int) -> list[Stage]:
 
     sft, rl, judge = (out / name / "hf" for name in ("sft", "rl", "judge"))
     return [
-        stage("sft", "cold start of the reward model", "sft", "sft.toml", 3,
+        stage("sft", "cold start of the reward model", "sft", "sft.toml", 0.8,
               model__path=out / "model", data__train=data / "sft.jsonl"),
         stage("judge", "training of the consistency judge", "sft", "judge.toml", 1,
               model__path=sft, data__train=data / "judge_sft.jsonl"),
@@ -71,9 +70,9 @@ def _stages(out: Path, seed: int) -> list[Stage]:
               model__path=sft, data__train=data / "pool.jsonl"),
         stage("eval_sft", "evaluation before RL", "eval", "eval.toml", 2,
               model__path=sft, data__train=data / "pool.jsonl", evaluation__data=data / "heldout.jsonl"),
-        stage("rl", "StableReinforce on the hard set", "rl", "rl.toml", 5,
+        stage("rl", "StableReinforce", "rl", "rl.toml", 4.5,
               model__path=sft, judge__model_path=judge, data__train=data / "pool.jsonl",
-              data__select=out / "annotate" / "hard.json", evaluation__data=data / "heldout.jsonl"),
+              evaluation__data=data / "heldout.jsonl"),
         stage("eval_rl", "evaluation after RL", "eval", "eval.toml", 2,
               model__path=rl, data__train=data / "pool.jsonl", evaluation__data=data / "heldout.jsonl",
               evaluation__shuffled_images_control="true"),
@@ -150,7 +149,6 @@ def run_demo(out: Path, run_files: Path, *, seed: int = 0, best_of_images: int =
         pool_rows=2_400,
         judge_rows=2_000,
         categories=CATEGORIES,
-        annotator_error_rate=ANNOTATOR_ERROR_RATE,
     )
     write_demo_model(out / "model", [out / "data" / name for name in ("sft.jsonl", "judge_sft.jsonl")], seed=seed)
     phases["data"] = time.monotonic() - started
@@ -169,11 +167,22 @@ def run_demo(out: Path, run_files: Path, *, seed: int = 0, best_of_images: int =
     write_text(out / "timing.json", json.dumps({"phases": phases, "wall_seconds": wall_seconds}, indent=2) + "\n")
     report = build_report(out)
     console.print(
-        f"accuracy on held-out pairs: {report['sft']['accuracy']:.1%} after SFT, {report['rl']['accuracy']:.1%} after "
-        f"RL; {wall_seconds / 60:.1f} min. Open {out / 'report.html'}",
+        f"accuracy on held-out pairs: {_outcome(report)}; {wall_seconds / 60:.1f} min. Open {out / 'report.html'}",
         markup=False,
     )
     console.print(f"ask it yourself: r1reward serve {out / 'rl' / 'hf'}, then open http://127.0.0.1:8080", markup=False)
+
+
+def _outcome(report: dict[str, Any]) -> str:
+    kinds = {"one sample": [report[stage] for stage in ("sft", "rl")]}
+    kinds["greedy"] = [
+        stage["greedy"] for stage in kinds["one sample"] if stage["greedy"]
+    ]  # a run file may turn it off
+    return "; ".join(
+        f"{kind} {found[0]['accuracy']:.1%} after SFT, {found[1]['accuracy']:.1%} after RL"
+        for kind, found in kinds.items()
+        if len(found) == 2
+    )
 
 
 def _choose_best(out: Path, *, images: int, seed: int) -> None:
