@@ -106,8 +106,8 @@ def pack_share(data: Path, model: Path, rank: int, ranks: int) -> int:
 
 
 def step(name: str, folder: Path, processes: int) -> int:
-    data = folder / "data"
-    if name == "read":
+    data = folder / ("tenth" if name.endswith("tenth") else "data")
+    if name.startswith("read"):
         return len(read_preferences(data / "preferences.jsonl", image_root=data).preferences)
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         shares = [
@@ -200,8 +200,9 @@ def main() -> None:
             write_source(folder / name, rows, options.size)
         megabytes = {name: (folder / name).stat().st_size / 1e6 for name in sizes}
         table = []
-        for name in ("import of a tenth", *options.steps.split(",")):
-            source = IMPORTS[name][0] if name in IMPORTS else "rows.parquet"
+        steps = options.steps.split(",")
+        for name in ("import of a tenth", *(["read of a tenth"] if "read" in steps else []), *steps):
+            source = "tenth.parquet" if name.endswith("tenth") else "rows.parquet"
             table.append(measure(name, folder, options.processes, sizes[source], megabytes[source]))
     print_table(COLUMNS, table)
     peaks = {row["step"]: row["peak MB"] for row in table}
@@ -217,8 +218,12 @@ def main() -> None:
         picture_pixels=options.size,
         goals={"memory of import / of a tenth": FLAT_GOAL, "rows/s of import and pack": options.goal},
         memory_growth=growth,
-        import_bytes_per_row=(peaks["import"] - peaks["import of a tenth"]) * 1e6 / (0.9 * options.rows),
-        read_bytes_per_row=peaks["read"] * 1e6 / options.rows if "read" in peaks else None,
+        # Beyond what the programs take for a tenth of the rows.
+        bytes_per_row={
+            name: (peaks[name] - peaks[f"{name} of a tenth"]) * 1e6 / (0.9 * options.rows)
+            for name in ("import", "read")
+            if name in peaks
+        },
         server_rows_per_second=server,
     )
     print(
