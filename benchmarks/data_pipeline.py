@@ -11,7 +11,7 @@ reach `--goal` rows/s, five times what one vLLM server takes. The default is fiv
 of 600 tokens, where the published policy settles. Beside it stands what the one server of results/rollout.json (a small
 model on one core) takes of such responses.
 
-    python benchmarks/data_pipeline.py [--rows N] [--processes N] [--steps import,read,pack] [--json FILE] [--check]
+    python benchmarks/data_pipeline.py [--rows N] [--pack-rows N] [--size PIXELS] [--processes N] [--json F] [--check]
 """
 
 from __future__ import annotations
@@ -82,10 +82,11 @@ def write_source(path: Path, rows: int, size: int, seed: int = 0) -> None:
     writer.close()
 
 
-def pack_share(data: Path, model: Path, rank: int, ranks: int) -> int:
-    """The rows of one rank as prompts with a short response, in packed micro-batches on the CPU; returns how many."""
+def pack_share(data: Path, model: Path, rows: int, rank: int, ranks: int) -> int:
+    """A rank's share of the first `rows` rows as prompts with a short response, in packed micro-batches on the CPU;
+    returns how many."""
     torch.set_num_threads(1)
-    preferences = read_preferences(data, verify_images=False, image_root=data.parent).preferences[rank::ranks]
+    preferences = read_preferences(data, verify_images=False, image_root=data.parent).preferences[:rows][rank::ranks]
     tokenizer, config = AutoTokenizer.from_pretrained(model), load_hf_config(model)
     builder = PromptBuilder(tokenizer, TOKEN_BUDGET)
     packer = Packer(
@@ -105,25 +106,26 @@ def pack_share(data: Path, model: Path, rank: int, ranks: int) -> int:
     return packed
 
 
-def step(name: str, folder: Path, processes: int) -> int:
+def step(name: str, folder: Path, processes: int, pack_rows: int) -> int:
     data = folder / ("tenth" if name.endswith("tenth") else "data")
     if name.startswith("read"):
         return len(read_preferences(data / "preferences.jsonl", image_root=data).preferences)
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         shares = [
-            pool.submit(pack_share, data / "preferences.jsonl", folder / "model", rank, processes)
+            pool.submit(pack_share, data / "preferences.jsonl", folder / "model", pack_rows, rank, processes)
             for rank in range(processes)
         ]
         return sum(share.result() for share in shares)
 
 
-def command_of(name: str, folder: Path, processes: int) -> list[str]:
+def command_of(name: str, folder: Path, processes: int, rows: int) -> list[str]:
     if name in IMPORTS:  # the program that users start
         start = "from megatron_r1reward.cli import main; main()"
         source, out = IMPORTS[name]
         options = ["--out", str(folder / out), "--processes", str(processes)]
         return [sys.executable, "-c", start, "data", "import", str(folder / source), *options]
-    return [sys.executable, __file__, "--step", name, "--folder", str(folder), "--processes", str(processes)]
+    options = ["--folder", str(folder), "--processes", str(processes), "--pack-rows", str(rows)]
+    return [sys.executable, __file__, "--step", name, *options]
 
 
 def private_bytes(process: psutil.Process) -> int:
@@ -139,7 +141,7 @@ def private_bytes(process: psutil.Process) -> int:
 
 
 def measure(name: str, folder: Path, processes: int, rows: int, megabytes: float) -> dict[str, Any]:
-    command = command_of(name, folder, processes)
+    command = command_of(name, folder, processes, rows)
     samples: list[tuple[float, int]] = []
     started = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
@@ -186,11 +188,12 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit code 1 when a goal is missed")
     parser.add_argument("--steps", default="import,read,pack", help="in this order; later ones need earlier ones")
     parser.add_argument("--size", type=int, default=112, help="of the square pictures, pixels")
+    parser.add_argument("--pack-rows", type=int, help="rows that are packed, of all that were read; default: all")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step:
-        print(step(options.step, options.folder, options.processes), "rows")
+        print(step(options.step, options.folder, options.processes, options.pack_rows), "rows")
         return
     with tempfile.TemporaryDirectory(prefix="data-pipeline-") as scratch:
         folder = Path(scratch)
@@ -203,7 +206,9 @@ def main() -> None:
         steps = options.steps.split(",")
         for name in ("import of a tenth", *(["read of a tenth"] if "read" in steps else []), *steps):
             source = "tenth.parquet" if name.endswith("tenth") else "rows.parquet"
-            table.append(measure(name, folder, options.processes, sizes[source], megabytes[source]))
+            share = min(options.pack_rows or options.rows, options.rows) / options.rows if name == "pack" else 1.0
+            rows = round(share * sizes[source])
+            table.append(measure(name, folder, options.processes, rows, share * megabytes[source]))
     print_table(COLUMNS, table)
     peaks = {row["step"]: row["peak MB"] for row in table}
     growth = peaks["import"] / peaks["import of a tenth"]
