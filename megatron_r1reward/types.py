@@ -146,7 +146,8 @@ class PackedBatch:
     """One micro-batch: S sequences back to back in one row of T tokens. Padding, where context or sequence parallelism
     needs some, ends a sequence or the row and carries no loss.
 
-    R response tokens carry a loss. Row r of the flat response axis is predicted from the hidden state at position
+    R response tokens carry a loss (`last_token_only`: R = S, the last token of each sequence, which is read at its own
+    position). Row r of the flat response axis is predicted from the hidden state at position
     `response_positions[r]` and belongs to sequence `response_sequence[r]` (index into the global batch).
     """
 
@@ -162,6 +163,7 @@ class PackedBatch:
     image_grid_thw: torch.Tensor | None  # int64 [I, 3], on the CPU: the layout of patches is computed there
     # int64 [image tokens]: row of the I images' embeddings at each placeholder; None: every image stands once, in order
     image_rows: torch.Tensor | None = None
+    last_token_only: bool = False  # for a scalar head that scores whole sequences
 
     @property
     def num_tokens(self) -> int:

@@ -12,9 +12,11 @@ from safetensors import safe_open
 
 from megatron_r1reward.files import publish_folder
 from megatron_r1reward.model_folder import safetensors_layout as st
+from megatron_r1reward.model_folder.config_reader import CONFIG
 from megatron_r1reward.model_folder.dtypes import config_for
 from megatron_r1reward.model_folder.folder_weights import read_folder_weights
 from megatron_r1reward.model_folder.weight_table import Entry, WeightTable, global_name
+from megatron_r1reward.models.scalar_head import fresh_score
 from megatron_r1reward.types import TensorMeta
 
 
@@ -51,9 +53,10 @@ def tensor_parallel_place(entry: Entry) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def load_hf_weights(model: torch.nn.Module, folder: Path, table: WeightTable) -> None:
+def load_hf_weights(model: torch.nn.Module, folder: Path, table: WeightTable, *, seed: int = 0) -> None:
     """Copy every parameter of this rank's stage from `folder`. `table` is that of the model, as it names and cuts its
-    parameters; how the folder stores them is the folder's own table's matter.
+    parameters; how the folder stores them is the folder's own table's matter. A scalar head that the folder, of a
+    language model, does not have is drawn from `seed`.
 
     Raises:
         ValueError: the folder's tensors are not those of its configuration.
@@ -62,7 +65,10 @@ def load_hf_weights(model: torch.nn.Module, folder: Path, table: WeightTable) ->
     stored = {entry.saved_as or entry.megatron: entry for entry in reader.table}
     for name, parameter in model.named_parameters():
         ours = table.by_megatron[global_name(model, name)]
-        entry = stored[ours.saved_as or ours.megatron]
+        entry = stored.get(ours.saved_as or ours.megatron)
+        if entry is None:
+            parameter.copy_(fresh_score(ours, seed=seed))
+            continue
         full = entry.layout.merge(tuple(entry.hf_part(reader[part]) for part in entry.hf))
         size, rank = tensor_parallel_place(ours)
         shard = ours.layout.shard(full, size, rank)
@@ -109,7 +115,8 @@ def save_hf_folder(
     if len(files) > 1:
         (staging / st.INDEX).write_text(st.index_text(files))
     st.write_side_files(template, sides, staging, texts or {})
-    (staging / "config.json").write_text(config_for((template / "config.json").read_text(), {m.dtype for m in metas}))
+    text = (texts or {}).get(CONFIG) or (template / CONFIG).read_text()
+    (staging / CONFIG).write_text(config_for(text, {m.dtype for m in metas}))
     publish_folder(staging, out)
 
 

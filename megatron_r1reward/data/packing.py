@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -42,6 +42,7 @@ class Packer:
     pad_multiple: int = 1
     sequence_multiple: int = 1
     share_images: bool = False
+    last_token_only: bool = False  # a scalar head scores whole sequences: it is read at the last token of each
 
     def sequence(self, prompt: Prompt, response_ids: SequenceOf[int]) -> Sequence:
         """A prompt and its response with image placeholders expanded.
@@ -58,6 +59,16 @@ class Packer:
         return Sequence(
             token_ids=expanded + tuple(response_ids), prompt_length=len(expanded), image_paths=prompt.image_paths
         )
+
+    def plan_pairs(self, sequences: SequenceOf[Sequence]) -> list[list[int]]:
+        """As `plan`, for sequences 2n and 2n + 1 that have to share a micro-batch."""
+        lengths = [len(one.token_ids) + -len(one.token_ids) % self.sequence_multiple for one in sequences]
+        pairs = [
+            replace(one, token_ids=(self.pad_token_id,) * (lengths[2 * n] + lengths[2 * n + 1]))
+            for n, one in enumerate(sequences[::2])
+        ]
+        plan = self.plan(pairs, range(len(pairs)))
+        return [[i for pair in members for i in (2 * pair, 2 * pair + 1)] for members in plan]
 
     def plan(self, sequences: SequenceOf[Sequence], indices: SequenceOf[int]) -> list[list[int]]:
         """Group `indices` into micro-batches of at most `token_budget` tokens, longest first into the first that fits.
@@ -111,9 +122,13 @@ class Packer:
             token_ids += [self.pad_token_id] * padding
             bounds.append(len(token_ids))
             positions.append(torch.arange(padding).expand(3, -1))
-        rows = [_response_rows(sequence, start) for sequence, start in zip(chosen, starts, strict=True)]
-        targets = [token for sequence in chosen for token in sequence.token_ids[sequence.prompt_length :]]
-        owners = [i for i, sequence in zip(indices, chosen, strict=True) for _ in range(sequence.response_length)]
+        # A response token is predicted one before it; what scores a sequence is read at its last token itself.
+        shift = 0 if self.last_token_only else 1
+        firsts = [len(one.token_ids) - 1 if self.last_token_only else one.prompt_length for one in chosen]
+        spans = [range(first, len(one.token_ids)) for first, one in zip(firsts, chosen, strict=True)]
+        rows = [torch.arange(len(s)) + (start + s.start - shift) for start, s in zip(starts, spans, strict=True)]
+        targets = [one.token_ids[i] for one, span in zip(chosen, spans, strict=True) for i in span]
+        owners = [i for i, span in zip(indices, spans, strict=True) for _ in span]
         return PackedBatch(
             input_ids=self._placed(torch.tensor([token_ids])),
             position_ids=self._placed(torch.cat(positions, dim=1)[:, None]),
@@ -123,6 +138,7 @@ class Packer:
             targets=self._placed(torch.tensor(targets, dtype=torch.int64)),
             response_sequence=self._placed(torch.tensor(owners, dtype=torch.int64)),
             sequence_indices=tuple(indices),
+            last_token_only=self.last_token_only,
             **self._images(chosen),
         )
 
@@ -154,8 +170,3 @@ class Packer:
             image_token_id=self.image_token_id,
             merge_size=self.image_processor.merge_size,
         )
-
-
-def _response_rows(sequence: Sequence, start: int) -> torch.Tensor:
-    """Positions whose hidden state predicts a response token: one before each of them."""
-    return torch.arange(sequence.prompt_length, len(sequence.token_ids)) + start - 1

@@ -213,7 +213,9 @@ def autograd_weight_gradient(weight: torch.Tensor, grad_weight_VH: torch.Tensor)
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_SH: torch.Tensor, positions_R: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden_SH: torch.Tensor, positions_R: torch.Tensor, group: dist.ProcessGroup, partial: bool
+    ) -> torch.Tensor:
         ranks, rank, length = group.size(), dist.get_rank(group), hidden_SH.shape[0]
         owner_R = positions_R.div(length, rounding_mode="floor")
         counts = torch.bincount(owner_R, minlength=ranks)
@@ -229,24 +231,27 @@ class _GatherRows(torch.autograd.Function):
         received_TKH = hidden_SH.new_empty(ranks, widest, hidden_SH.shape[1])
         dist.all_gather_into_tensor(received_TKH.view(-1, hidden_SH.shape[1]), sent_KH, group=group)
         ctx.save_for_backward(owner_R, place_R, mine_R, local_M)
-        ctx.group, ctx.shape, ctx.widest = group, hidden_SH.shape, widest
+        ctx.group, ctx.shape, ctx.widest, ctx.partial = group, hidden_SH.shape, widest, partial
         return received_TKH[owner_R, place_R]
 
     @staticmethod
     def backward(ctx: Any, grad_RH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         owner_R, place_R, mine_R, local_M = ctx.saved_tensors
         ranks, width = ctx.group.size(), ctx.shape[1]
+        grad_SH = grad_RH.new_zeros(ctx.shape)
+        if not ctx.partial:
+            grad_SH.index_add_(0, local_M, grad_RH[mine_R])
+            return grad_SH, None, None, None
         shares_TKH = grad_RH.new_zeros(ranks, ctx.widest, width)
         shares_TKH[owner_R, place_R] = grad_RH
         own_KH = grad_RH.new_empty(ctx.widest, width)
         dist.reduce_scatter_tensor(own_KH, shares_TKH.view(-1, width), group=ctx.group)
-        grad_SH = grad_RH.new_zeros(ctx.shape)
         grad_SH.index_add_(0, local_M, own_KH[place_R[mine_R]])
-        return grad_SH, None, None
+        return grad_SH, None, None, None
 
 
 def gather_sequence_parallel_rows(
-    hidden_SH: torch.Tensor, positions_R: torch.Tensor, group: dist.ProcessGroup
+    hidden_SH: torch.Tensor, positions_R: torch.Tensor, group: dist.ProcessGroup, *, partial_gradients: bool = True
 ) -> torch.Tensor:
     """Rows `positions_R` of the whole sequence on every rank, [R, H], from this rank's slice.
 
@@ -257,6 +262,8 @@ def gather_sequence_parallel_rows(
         hidden_SH: rank r of the tensor-parallel group holds positions [r S, (r + 1) S), S = T / tp.
         positions_R: int64 positions in the whole sequence, the same on every rank.
         group: tensor-parallel group.
+        partial_gradients: False where every rank computes the same of the rows: each then takes its own rows of the
+            gradient, which is whole, and nothing is summed.
 
     Raises:
         ValueError: a position lies outside the sequence.
@@ -264,4 +271,4 @@ def gather_sequence_parallel_rows(
     length = hidden_SH.shape[0] * group.size()
     if len(positions_R) and not (int(positions_R.min()) >= 0 and int(positions_R.max()) < length):
         raise ValueError(f"positions_R reach {int(positions_R.max())}, but the sequence has {length} positions")
-    return _GatherRows.apply(hidden_SH, positions_R, group)
+    return _GatherRows.apply(hidden_SH, positions_R, group, partial_gradients)

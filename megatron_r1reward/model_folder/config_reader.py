@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+CONFIG = "config.json"
 # Keys about other things than what the model computes: where it came from, labels of classifiers, what a forward pass
 # returns, initialisation, generation. transformers writes most of them into every configuration.
 OTHER_MATTERS = frozenset(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_r1reward.hub_name import local_folder
 from megatron_r1reward.model_folder.config_reader import parse_config
 from megatron_r1reward.model_folder.folder_weights import read_folder_weights
+from megatron_r1reward.model_folder.scalar_folder import scalar_problem
 from megatron_r1reward.model_folder.shape import ModelShape, load_shape
 
 if TYPE_CHECKING:
@@ -49,8 +50,11 @@ def _missing(folder: Path) -> str:
     return f"{folder} is no folder: give the folder that holds config.json"
 
 
-def folder_problems(folder: Path, *, weights: bool = True, trainable: bool = True) -> Iterator[str]:
-    """One line per thing that is wrong with the folder of a model of our families; see `examine_folder`."""
+def folder_problems(
+    folder: Path, *, weights: bool = True, trainable: bool = True, scalar: bool = False
+) -> Iterator[str]:
+    """One line per thing that is wrong with the folder of a model of our families; see `examine_folder`. `scalar`: a
+    scalar head in place of the LM head is no mistake."""
     if not folder.is_dir():
         yield _missing(folder)
         return
@@ -59,6 +63,9 @@ def folder_problems(folder: Path, *, weights: bool = True, trainable: bool = Tru
     except ValueError as error:
         yield _without(str(error), folder)
         shape = None
+    if shape is not None and shape.score_layers and not scalar:
+        yield scalar_problem(folder)
+        return
     if weights and shape is not None:
         try:
             read_folder_weights(folder, trainable=trainable)
@@ -76,6 +83,8 @@ def served_problems(folder: Path) -> Iterator[str]:
     try:
         if not isinstance(parse_config(folder / "config.json").get("model_type"), str):
             yield f"config.json names no model_type: {_FIX}"
+        if problem := scalar_problem(folder):
+            yield problem
     except ValueError as error:
         yield _without(str(error), folder)
     if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin", "*.pt", "*.gguf")):

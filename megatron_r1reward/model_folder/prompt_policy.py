@@ -12,14 +12,15 @@ from __future__ import annotations
 import json
 import math
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 FILE = "reward_model.json"
 FIELDS = ("question", "answer1", "answer2")
+SCALAR_FIELDS = ("question",)  # of a scalar reward model, which reads one response, as the assistant's turn
 
 
 class _Part(BaseModel):
@@ -51,7 +52,7 @@ class Calibration(_Part):
 class TrainedStage(_Part):
     """One stage of the training, for the model card."""
 
-    stage: Literal["sft", "rl"]
+    stage: Literal["sft", "rl", "rm"]
     version: str  # of this package
     base: str  # name of the folder or repository that the stage began with
     data: str  # name of the file
@@ -71,7 +72,8 @@ class PromptPolicy(_Part):
     """How the model is asked, and how it answers."""
 
     format: Literal[1] = 1
-    template: str  # with {question}, {answer1} and {answer2}
+    kind: Literal["generative", "scalar"] = "generative"  # scalar: a head scores one response
+    template: str  # with {question}, {answer1} and {answer2}; of a scalar model with {question}
     images: Literal["first"] = "first"  # of the user's turn, then the text
     orders: Literal["both", "any"] = "both"  # both: a verdict in one order alone is refused
     min_pixels: int | None = None  # of the image processor; None: the folder's own
@@ -82,8 +84,8 @@ class PromptPolicy(_Part):
 
     @field_validator("template")
     @classmethod
-    def _fields(cls, template: str) -> str:
-        check_template(template)
+    def _fields(cls, template: str, info: ValidationInfo) -> str:
+        check_template(template, SCALAR_FIELDS if info.data.get("kind") == "scalar" else FIELDS)
         return template
 
     @property
@@ -113,14 +115,14 @@ class PromptPolicy(_Part):
             )
 
 
-def check_template(template: str) -> None:
-    """Raises ValueError unless each of {question}, {answer1} and {answer2} stands in it once, and nothing else does."""
+def check_template(template: str, fields: Sequence[str] = FIELDS) -> None:
+    """Raises ValueError unless each of the fields, of a pair by default, stands in it once, and nothing else does."""
     try:
         parts = [(name, spec, how) for _, name, spec, how in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
         raise ValueError(f"not a template: {error}") from error
-    if sorted(parts) != sorted((name, "", None) for name in FIELDS):
-        raise ValueError(f"a template holds each of {{{'}, {'.join(FIELDS)}}} once and no other field")
+    if sorted(parts) != sorted((name, "", None) for name in fields):
+        raise ValueError(f"a template holds each of {{{'}, {'.join(fields)}}} once and no other field")
 
 
 def read_policy(folder: Path) -> PromptPolicy | None:

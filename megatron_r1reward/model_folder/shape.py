@@ -12,6 +12,7 @@ from megatron_r1reward.model_folder.config_reader import ConfigReader, parse_con
 
 Family = Literal["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
 FAMILIES: tuple[Family, ...] = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+SCALAR = "ForSequenceClassification"  # ends the architecture of a model with a scalar head, for transformers and vLLM
 MAX_NAMED = 5  # problems that a message names
 
 # What transformers assumes where a file leaves a key out (Qwen2_5_VLVisionConfig, Qwen3VLVisionConfig and so on).
@@ -123,6 +124,7 @@ class ModelShape:
     text: TextShape
     vision: VisionShape
     image_token_id: int
+    score_layers: int = 0  # of the scalar head in place of the LM head: 1 linear, 2 with a hidden layer; 0: an LM head
     quantized: str | None  # method of the folder's weights, e.g. "compressed-tensors"; such a folder serves, not trains
 
     def cut_ffn_sizes(self, *, whole_experts: bool) -> tuple[int, ...]:
@@ -171,11 +173,14 @@ def read_shape(config: Mapping[str, Any], where: str = "config.json") -> ModelSh
     image_token_id = top.token("image_token_id", 151_655)
     top.ignore("video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id", "text_config")
     text.ignore("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
+    score_layers = _score_layers(top)
+    tied = _tied(family, top, text) and not score_layers  # the embedding scores nothing
     shape = ModelShape(
         family=family,
-        text=_text(family, text, tied=_tied(family, top, text)),
+        text=_text(family, text, tied=tied),
         vision=_vision(family, vision),
         image_token_id=image_token_id,
+        score_layers=score_layers,
         quantized=_quantization(top),
     )
     _agree(shape, problems)
@@ -192,6 +197,25 @@ def _tied(family: Family, top: ConfigReader, text: ConfigReader) -> bool:
     alone."""
     inner, outer = text.flag("tie_word_embeddings", False), top.flag("tie_word_embeddings", False)
     return outer or (inner and family == "qwen2_5_vl")
+
+
+def is_scalar(config: Mapping[str, Any]) -> bool:
+    """Whether a parsed `config.json` is of a model with a scalar head."""
+    names = config.get("architectures")
+    return isinstance(names, list) and any(str(name).endswith(SCALAR) for name in names)
+
+
+def _score_layers(top: ConfigReader) -> int:
+    """Layers of the scalar head: transformers' architecture names say that there is one, `score_layers` how deep."""
+    if not is_scalar(top.tree):
+        return 0
+    labels = top.get("id2label", {"0": ""})
+    if not isinstance(labels, Mapping) or len(labels) != 1:
+        top.problem("id2label", "a classifier of several labels is not implemented, only one reward is")
+    layers = top.size("score_layers", 1)
+    if layers > 2:
+        top.problem("score_layers", "1 (linear) or 2 (with a hidden layer) is needed")
+    return layers
 
 
 def _quantization(top: ConfigReader) -> str | None:

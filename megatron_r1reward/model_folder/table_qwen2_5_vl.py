@@ -15,6 +15,7 @@ from megatron_r1reward.model_folder.weight_table import (
     Vocabulary,
     WeightTable,
     one_to_one,
+    score_entries,
 )
 
 EMBEDDING, HEAD = "language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"
@@ -113,7 +114,9 @@ def weight_table(shape: ModelShape) -> WeightTable:
         one_to_one(f"{merger}fc2.weight", "visual.merger.mlp.2.weight", (vision.out, wide), ROW),
         one_to_one(f"{merger}fc2.bias", "visual.merger.mlp.2.bias", (vision.out,)),
     ]
-    if not text.tied:
+    if shape.score_layers:
+        entries += score_entries(text.hidden, shape.score_layers)
+    elif not text.tied:
         entries.append(one_to_one(HEAD, "lm_head.weight", embedding, vocabulary))
     for index in range(text.layers):
         entries += _language_layer(index, text)

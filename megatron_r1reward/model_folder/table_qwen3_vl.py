@@ -18,6 +18,7 @@ from megatron_r1reward.model_folder.weight_table import (
     Vocabulary,
     WeightTable,
     one_to_one,
+    score_entries,
 )
 
 EMBEDDING, HEAD = "language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"
@@ -156,7 +157,9 @@ def weight_table(shape: ModelShape, storage: ExpertStorage = "published") -> Wei
         one_to_one("vision.pos_embed.weight", f"{visual}pos_embed.weight", (vision.position_embeddings, hidden)),
         *_merger("vision.merger.", f"{visual}merger.", vision, norm_size=hidden),
     ]
-    if not text.tied:
+    if shape.score_layers:
+        entries += score_entries(text.hidden, shape.score_layers)
+    elif not text.tied:
         entries.append(one_to_one(HEAD, "lm_head.weight", embedding, vocabulary))
     for level in range(vision.deepstack):
         names = f"vision.deepstack_mergers.{level}.", f"{visual}deepstack_merger_list.{level}."

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 if TYPE_CHECKING:  # only layouts with values need it, and it takes seconds to import
     import torch
 
+SCORE = "language_model.output_layer.score."  # parameters of a scalar head, in the place of the LM head
 Shape: TypeAlias = tuple[int, ...]
 Tensors: TypeAlias = "tuple[torch.Tensor, ...]"
 Views: TypeAlias = "list[torch.Tensor]"
@@ -296,6 +297,15 @@ class WeightTable:
             if name.startswith(on_disk):
                 return ours + name.removeprefix(on_disk)
         return name
+
+
+def score_entries(hidden: int, layers: int) -> list[Entry]:
+    """The scalar head of `layers` layers, whole on every rank: `score.weight` as transformers' sequence classifiers
+    and vLLM's adapter for them name it; two layers as in Qwen2.5-Math-RM (linear, ReLU, linear, with biases)."""
+    shapes: dict[str, Shape] = {"weight": (1, hidden)}
+    if layers == 2:
+        shapes = {"0.weight": (hidden, hidden), "0.bias": (hidden,), "2.weight": (1, hidden), "2.bias": (1,)}
+    return [one_to_one(f"{SCORE}{name}", f"score.{name}", shape) for name, shape in shapes.items()]
 
 
 def global_name(model: torch.nn.Module, name: str) -> str:

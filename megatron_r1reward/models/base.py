@@ -14,7 +14,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_r1reward.kernels.linear_policy_loss import PolicyLossOutput
 from megatron_r1reward.kernels.lm_head import gather_sequence_parallel_rows
+from megatron_r1reward.model_folder.shape import ModelShape
 from megatron_r1reward.models.head import LossRequest
+from megatron_r1reward.models.scalar_head import ScalarHead
 from megatron_r1reward.parallel.context import ContextSplit
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.types import PackedBatch
@@ -26,6 +28,12 @@ class HeadlessGPT(GPTModel):
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return hidden_states
 
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+        """megatron-core looks for the LM head's weight, which a scalar head does not have."""
+        if isinstance(getattr(self, "output_layer", None), ScalarHead):
+            return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
+        return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+
 
 class VisionLanguageModel(MegatronModule):
     """Model chunk `chunk` of one pipeline stage. A family sets `language_model` and `vision` (None on chunks without
@@ -34,14 +42,16 @@ class VisionLanguageModel(MegatronModule):
     language_model: HeadlessGPT
     vision: Any
 
-    def __init__(self, hf: Any, language: TransformerConfig, topology: Topology, chunk: int) -> None:
+    def __init__(self, hf: Any, shape: ModelShape, language: TransformerConfig, topology: Topology, chunk: int) -> None:
         super().__init__(config=language)
         self.hf = hf
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = topology.holds_first_layer(chunk), topology.holds_last_layer(chunk)
         self.vp_stage = chunk if topology.virtual_pipeline_parallel_size > 1 else None
-        self.share_embeddings_and_output_weights = hf.tie_word_embeddings
-        self.context_parallel_group = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"]).cp
+        self.score_layers = shape.score_layers
+        self.share_embeddings_and_output_weights = is_tied(hf, shape)
+        groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp", "tp"])
+        self.context_parallel_group, self.tensor_parallel_group = groups.cp, groups.tp
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Called by megatron-core's pipeline schedule with the previous stage's output."""
@@ -53,6 +63,29 @@ class VisionLanguageModel(MegatronModule):
     @property
     def decoder(self) -> torch.nn.Module:
         return self.language_model.decoder
+
+    def output(
+        self, hidden_T1H: torch.Tensor, batch: PackedBatch, split: ContextSplit | None, request: LossRequest | None
+    ) -> torch.Tensor | PolicyLossOutput:
+        """What the last chunk returns: `response_output`, or `values` where it has a scalar head."""
+        if not self.score_layers:
+            return self.response_output(hidden_T1H, batch, split, request)
+        assert request is None, "a scalar head forms no policy loss"
+        return self.values(hidden_T1H, batch, split)
+
+    def values(self, hidden_T1H: torch.Tensor, batch: PackedBatch, split: ContextSplit | None) -> torch.Tensor:
+        """The scalar head at `batch.response_positions`: float32 [1, R], on every rank of a replica's last chunk."""
+        rows_R, hidden_TH = batch.response_positions, hidden_T1H[:, 0]
+        if split is not None:
+            here_A, rows_R = split.rows(rows_R)
+        if self.config.sequence_parallel:  # every rank computes the same of them, so their gradients are whole
+            hidden_RH = gather_sequence_parallel_rows(
+                hidden_TH, rows_R, self.tensor_parallel_group, partial_gradients=False
+            )
+        else:
+            hidden_RH = hidden_TH[rows_R]
+        values_1R = self.language_model.output_layer(hidden_RH)[None]
+        return values_1R if split is None else split.collect(values_1R, here_A, batch.targets.numel())
 
     def response_output(
         self, hidden_T1H: torch.Tensor, batch: PackedBatch, split: ContextSplit | None, request: LossRequest | None
@@ -83,6 +116,11 @@ class VisionLanguageModel(MegatronModule):
         rows_4A = torch.stack([output.log_probs, output.entropy, output.loss, output.flags.float()])
         log_probs_R, entropy_R, loss_R, flags_R = split.collect(rows_4A, here_A, batch.targets.numel())
         return replace(output, log_probs=log_probs_R, entropy=entropy_R, loss=loss_R, flags=flags_R.int())
+
+
+def is_tied(hf: Any, shape: ModelShape) -> bool:
+    """Whether the LM head is the embedding."""
+    return bool(hf.tie_word_embeddings) and not shape.score_layers
 
 
 def on_device(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:

@@ -25,6 +25,7 @@ from megatron_r1reward.model_folder.weight_table import WeightTable, adapt_table
 from megatron_r1reward.models.base import on_device
 from megatron_r1reward.models.head import configure_heads
 from megatron_r1reward.models.registry import family_of, load_hf_config
+from megatron_r1reward.models.scalar_head import as_scalar
 from megatron_r1reward.parallel.chunks import chunks_of, join_chunks
 from megatron_r1reward.parallel.legality import row_multiple, sequence_multiple
 from megatron_r1reward.parallel.setup import Topology
@@ -64,6 +65,7 @@ class TrainState:
     reference: torch.nn.Module | None = None  # the frozen initial policy, only when the reward holds a KL term
     described: PromptPolicy | None = None  # what the exported folder says about itself; None: it is no reward model
     producer: dict[str, Any] | None = None  # RL: of the checkpoint resumed from, `RolloutProducer.state`
+    score_layers: int = 0  # of the scalar head in place of the LM head; 0: there is none
     step: int = 0
     skipped_in_a_row: int = 0  # steps since the last one with a finite gradient
 
@@ -75,16 +77,20 @@ def build_state(
     optimizer_steps: int,
     with_reference: bool = False,
     sampled: bool = False,
+    score_layers: int = 0,
 ) -> TrainState:
     """Build the model from `config.model.path` with an optimizer whose schedule spans `optimizer_steps`.
 
     `with_reference` keeps a frozen second copy of these initial weights. `sampled`: log-probs are those of the
-    distribution that rollout servers draw from, and the LM head forms the policy loss (RL).
+    distribution that rollout servers draw from, and the LM head forms the policy loss (RL). `score_layers`: of a scalar
+    head in place of the LM head, drawn from run.seed where the folder has none; 0: the LM head.
 
     Raises:
         ValueError: the folder is no checkpoint of a supported family, or the layout does not divide the model.
     """
     hf_config = load_hf_config(config.model.path)
+    if score_layers:
+        as_scalar(hf_config, score_layers)
     family = family_of(hf_config)
     dtype = DTYPES[config.model.precision]
     check_freezing(config)
@@ -104,7 +110,7 @@ def build_state(
             load_weights(config.checkpoint.init_from, join_chunks(chunks))
         else:
             for chunk in chunks:
-                load_hf_weights(chunk, config.model.path, table)
+                load_hf_weights(chunk, config.model.path, table, seed=config.run.seed)
         loss = PolicyLossOptions.from_config(config.algorithm) if sampled and config.algorithm.fuses_loss else None
         for chunk in chunks:
             configure_heads(chunk, _head_options(config, sampled), device=topology.device, dtype=dtype, loss=loss)
@@ -125,7 +131,7 @@ def build_state(
         topology=topology,
         hf_config=hf_config,
         tokenizer=tokenizer,
-        packer=build_packer(config, hf_config, tokenizer, topology),
+        packer=build_packer(config, hf_config, tokenizer, topology, last_token_only=score_layers > 0),
         table=table,
         module=join_chunks(chunks),
         model=model,
@@ -134,11 +140,17 @@ def build_state(
         exporter=WeightExporter(join_chunks(chunks), table, topology),
         saver=CheckpointSaver(config.run.output_dir / "checkpoints", config.checkpoint, reach=steps_kept(config)),
         reference=reference,
+        score_layers=score_layers,
     )
 
 
 def build_packer(
-    config: RunConfig, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, topology: Topology
+    config: RunConfig,
+    hf_config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    topology: Topology,
+    *,
+    last_token_only: bool = False,
 ) -> Packer:
     return Packer(
         image_processor=ImageProcessor(
@@ -152,6 +164,7 @@ def build_packer(
         pad_multiple=row_multiple(config.parallel, config.precision),
         sequence_multiple=sequence_multiple(config.parallel),
         share_images=config.algorithm.samples_per_prompt > 1 or config.rl.pairing == "both_orders",
+        last_token_only=last_token_only,
     )
 
 

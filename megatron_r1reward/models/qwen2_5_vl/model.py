@@ -8,11 +8,12 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_r1reward.kernels.linear_policy_loss import PolicyLossOutput
-from megatron_r1reward.models.base import HeadlessGPT, VisionLanguageModel, place_images
+from megatron_r1reward.models.base import HeadlessGPT, VisionLanguageModel, is_tied, place_images
 from megatron_r1reward.models.head import LossRequest, use_response_head
 from megatron_r1reward.models.qwen2_5_vl.config import ModelConfigs
 from megatron_r1reward.models.qwen2_5_vl.rotary import PackedMultimodalRotary, rotary_frequencies
 from megatron_r1reward.models.qwen2_5_vl.vision import VisionTower
+from megatron_r1reward.models.scalar_head import use_scalar_head
 from megatron_r1reward.parallel.context import ContextSplit, split_context
 from megatron_r1reward.parallel.legality import padded_vocabulary
 from megatron_r1reward.parallel.setup import Topology
@@ -32,7 +33,7 @@ def _language_model(configs: ModelConfigs, topology: Topology, chunk: int) -> He
         pre_process=topology.holds_first_layer(chunk),
         post_process=topology.holds_last_layer(chunk),
         parallel_output=True,
-        share_embeddings_and_output_weights=configs.hf.tie_word_embeddings,
+        share_embeddings_and_output_weights=is_tied(configs.hf, configs.shape),
         position_embedding_type="mrope",
         rotary_base=configs.shape.text.rope.theta,
         scatter_embedding_sequence_parallel=False,  # image embeddings are merged in first
@@ -42,7 +43,9 @@ def _language_model(configs: ModelConfigs, topology: Topology, chunk: int) -> He
         kv_channels=configs.language.kv_channels, rotary_percent=1.0, rotary_base=configs.shape.text.rope.theta
     )
     model.rotary_pos_emb.inv_freq = rotary_frequencies(configs.hf.text_config, model.rotary_pos_emb.inv_freq)
-    if model.post_process:
+    if model.post_process and configs.shape.score_layers:
+        use_scalar_head(model, layers=configs.shape.score_layers)
+    elif model.post_process:
         use_response_head(model, vocab_size=text.vocab_size)
     return model
 
@@ -55,7 +58,7 @@ class Qwen25VL(VisionLanguageModel):
     """
 
     def __init__(self, configs: ModelConfigs, topology: Topology, chunk: int = 0) -> None:
-        super().__init__(configs.hf, configs.language, topology, chunk)
+        super().__init__(configs.hf, configs.shape, configs.language, topology, chunk)
         self.language_model = _language_model(configs, topology, chunk)
         self.vision = VisionTower(configs, topology) if self.pre_process else None
 
@@ -77,8 +80,8 @@ class Qwen25VL(VisionLanguageModel):
 
     def forward(self, batch: PackedBatch, request: LossRequest | None = None) -> torch.Tensor | PolicyLossOutput:
         """The last chunk returns float32 [2, R]: log-probs of the response tokens and the entropies of their
-        distributions, on every context-parallel rank; or the policy loss that `request` asks for. Other chunks return
-        hidden states for the next one."""
+        distributions, on every context-parallel rank; or the policy loss that `request` asks for; or a scalar head's
+        values, [1, R]. Other chunks return hidden states for the next one."""
         split = split_context(batch.bounds, self.context_parallel_group, batch.input_ids.device)
         hidden_T1H = self.language_model(
             input_ids=None,
@@ -87,4 +90,4 @@ class Qwen25VL(VisionLanguageModel):
             decoder_input=self._embed(batch, split) if self.pre_process else None,
             packed_seq_params=packed(batch.cu_seqlens, batch.bounds, split),
         )
-        return self.response_output(hidden_T1H, batch, split, request) if self.post_process else hidden_T1H
+        return self.output(hidden_T1H, batch, split, request) if self.post_process else hidden_T1H

@@ -9,13 +9,14 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_r1reward.kernels.linear_policy_loss import PolicyLossOutput
-from megatron_r1reward.models.base import HeadlessGPT, VisionLanguageModel
+from megatron_r1reward.models.base import HeadlessGPT, VisionLanguageModel, is_tied
 from megatron_r1reward.models.head import LossRequest, use_response_head
 from megatron_r1reward.models.qwen2_5_vl.rotary import rotary_frequencies
 from megatron_r1reward.models.qwen3_vl.config import ModelConfigs
 from megatron_r1reward.models.qwen3_vl.layers import DecoderRow, RouterBalance, decoder_layer_spec
 from megatron_r1reward.models.qwen3_vl.rotary import InterleavedMultimodalRotary
 from megatron_r1reward.models.qwen3_vl.vision import VisionTower
+from megatron_r1reward.models.scalar_head import use_scalar_head
 from megatron_r1reward.parallel.context import ContextSplit, split_context
 from megatron_r1reward.parallel.legality import padded_vocabulary
 from megatron_r1reward.parallel.setup import Topology
@@ -38,7 +39,7 @@ def _language_model(configs: ModelConfigs, topology: Topology, chunk: int, layer
         pre_process=topology.holds_first_layer(chunk),
         post_process=topology.holds_last_layer(chunk),
         parallel_output=True,
-        share_embeddings_and_output_weights=configs.hf.tie_word_embeddings,
+        share_embeddings_and_output_weights=is_tied(configs.hf, configs.shape),
         position_embedding_type="mrope",
         rotary_base=text.rope.theta,
         scatter_embedding_sequence_parallel=False,  # image embeddings are merged in first
@@ -48,7 +49,9 @@ def _language_model(configs: ModelConfigs, topology: Topology, chunk: int, layer
         kv_channels=configs.language.kv_channels, rotary_percent=1.0, rotary_base=text.rope.theta
     )
     model.rotary_pos_emb.inv_freq = rotary_frequencies(configs.hf.text_config, model.rotary_pos_emb.inv_freq)
-    if model.post_process:
+    if model.post_process and configs.shape.score_layers:
+        use_scalar_head(model, layers=configs.shape.score_layers)
+    elif model.post_process:
         use_response_head(model, vocab_size=text.vocab)
     return model
 
@@ -58,7 +61,8 @@ def _balance(batch: PackedBatch, mine_T: torch.Tensor) -> RouterBalance:
     starts_S, ends_S = batch.cu_seqlens[:-1].long(), batch.cu_seqlens[1:].long()
     of_response_R = torch.bucketize(batch.response_positions, ends_S, right=True)
     # The row of a response token is one after the row that predicts it. Sequences without a response are padding.
-    real_ends_S = starts_S.scatter_reduce(0, of_response_R, batch.response_positions + 2, "amax")
+    after = 1 if batch.last_token_only else 2
+    real_ends_S = starts_S.scatter_reduce(0, of_response_R, batch.response_positions + after, "amax")
     rows_T = torch.arange(batch.num_tokens, device=mine_T.device)
     sequence_T = torch.bucketize(rows_T, ends_S, right=True)
     real_T = rows_T < real_ends_S[sequence_T]
@@ -73,7 +77,7 @@ class Qwen3VL(VisionLanguageModel):
     """
 
     def __init__(self, configs: ModelConfigs, topology: Topology, chunk: int = 0) -> None:
-        super().__init__(configs.hf, configs.language, topology, chunk)
+        super().__init__(configs.hf, configs.shape, configs.language, topology, chunk)
         number = chunk * topology.pipeline_parallel_size + topology.pipeline_parallel_rank
         first = sum(configs.chunk_layers[:number])
         self.layers = range(first, first + configs.chunk_layers[number])
@@ -139,8 +143,8 @@ class Qwen3VL(VisionLanguageModel):
 
     def forward(self, batch: PackedBatch, request: LossRequest | None = None) -> torch.Tensor | PolicyLossOutput:
         """The last chunk returns float32 [2, R]: log-probs of the response tokens and the entropies of their
-        distributions, on every context-parallel rank; or the policy loss that `request` asks for. Other chunks return
-        hidden states for the next one."""
+        distributions, on every context-parallel rank; or the policy loss that `request` asks for; or a scalar head's
+        values, [1, R]. Other chunks return hidden states for the next one."""
         split: ContextSplit | None = split_context(batch.bounds, self.context_parallel_group, batch.input_ids.device)
         everything_T = torch.arange(batch.num_tokens, device=batch.input_ids.device)
         positions_T = everything_T if split is None else split.positions
@@ -165,7 +169,7 @@ class Qwen3VL(VisionLanguageModel):
             extra_block_kwargs={"context": features_KVH},
         )
         if self.post_process:
-            return self.response_output(hidden_T1H, batch, split, request)
+            return self.output(hidden_T1H, batch, split, request)
         later = max(self.levels - self.layers.stop, 0)
         if later and features_KVH is not None:
             hidden_T1H = torch.cat([hidden_T1H, features_KVH[-later:].flatten(0, 1)[:, None]])
