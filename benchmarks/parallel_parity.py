@@ -150,7 +150,7 @@ def export_gradients(state: TrainState) -> dict[str, np.ndarray]:
 
 
 def build(
-    folder: Path, images: tuple[str, ...], layout: Layout, budget: int, **sections: Any
+    folder: Path, images: tuple[str, ...], layout: Layout, budget: int, score_layers: int = 0, **sections: Any
 ) -> tuple[TrainState, list[Sequence]]:
     """This rank's training state and the batch; `sections` of the run file beside the layout's."""
     config = RunConfig.model_validate(
@@ -166,7 +166,7 @@ def build(
         }
     )
     topology = setup.initialize(config.parallel, seed=0, deterministic=config.precision.deterministic)
-    state = build_state(config, topology, optimizer_steps=2)
+    state = build_state(config, topology, optimizer_steps=2, score_layers=score_layers)
     return state, build_sequences(state, images)
 
 

@@ -57,6 +57,8 @@ def _run_stage(stage: Stage, run_file: Path, overrides: list[str] | None) -> Non
         with quick_imports():
             if stage == "sft":
                 from megatron_r1reward.launch.trainer_ranks import sft as run
+            elif stage == "rm":
+                from megatron_r1reward.launch.trainer_ranks import rm as run
             else:
                 from megatron_r1reward.launch.stages import annotate, evaluate
                 from megatron_r1reward.launch.stages import rl as run
@@ -79,6 +81,12 @@ def sft(run_file: RunFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def rm(run_file: RunFile, overrides: Overrides = None) -> None:
+    """A scalar reward model: a Bradley-Terry head on the same backbone, trained on the same pairs."""
+    _run_stage("rm", run_file, overrides)
+
+
+@app.command()
 def annotate(run_file: RunFile, overrides: Overrides = None) -> None:
     """Difficulty: up to 3 attempts per sample at an OpenAI-compatible endpoint; writes the hard set for RL."""
     _run_stage("annotate", run_file, overrides)
@@ -98,7 +106,7 @@ def evaluate(run_file: RunFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def launch(
-    stage: Annotated[Stage, typer.Argument(help="sft, rl, eval, annotate, judge or serve")],
+    stage: Annotated[Stage, typer.Argument(help="sft, rm, rl, eval, annotate, judge or serve")],
     run_file: RunFile,
     overrides: Overrides = None,
     local: Annotated[bool, typer.Option(help="processes of this machine, also inside a Slurm job")] = False,

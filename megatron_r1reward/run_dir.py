@@ -92,7 +92,7 @@ class Component(Record):
 class RunInfo(Record):
     """`live/run.json`: the life that is in progress, or was when its supervisor died."""
 
-    stage: str  # "sft", "rl", "eval", "annotate", "judge", "serve"
+    stage: str  # "sft", "rm", "rl", "eval", "annotate", "judge", "serve"
     life: int
     launcher: Launcher
     host: str  # where the supervisor runs

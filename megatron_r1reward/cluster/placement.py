@@ -15,12 +15,13 @@ from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.config.server_sections import VllmSection
 from megatron_r1reward.run_dir import Component
 
-Stage = Literal["sft", "rl", "eval", "annotate", "judge", "serve"]
+Stage = Literal["sft", "rm", "rl", "eval", "annotate", "judge", "serve"]
 ServerKind = Literal["rollout", "judge"]
 SERVER_KINDS: tuple[ServerKind, ...] = ("rollout", "judge")
 # What a stage is about; it ends when this component does. A judge has none: it serves until it is told to stop.
 DRIVERS: dict[Stage, str | None] = {
     "sft": "trainer",
+    "rm": "trainer",
     "rl": "trainer",
     "eval": "evaluate",
     "annotate": "annotate",

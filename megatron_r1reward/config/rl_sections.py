@@ -18,6 +18,15 @@ class SftSection(Section):
     global_batch_size: PositiveInt = 256
 
 
+class RewardModelSection(SftSection):
+    """`r1reward rm`: a scalar reward model on the Bradley-Terry loss; a batch is so many pairs."""
+
+    margin: NotNegative = 0.0  # by which the better response has to win before the loss levels off
+    score_layers: Literal[1, 2] | None = None  # of a new scalar head: 1 linear, 2 with a hidden layer and ReLU
+    heldout_every: PositiveInt | None = None  # steps between accuracy probes on evaluation.data; None: no probes
+    heldout_pairs: PositiveInt = 128  # a sample of the pairs for a probe
+
+
 class RlSection(Section):
     steps: PositiveInt = 100  # rollout batches
     rollout_batch_size: PositiveInt = 256  # prompts per step

@@ -17,6 +17,7 @@ from megatron_r1reward.config.rl_sections import (
     AsynchronySection,
     HealthSection,
     PromptSection,
+    RewardModelSection,
     RewardSection,
     RlSection,
     SamplingSection,
@@ -263,6 +264,7 @@ class RunConfig(Section):
     prompt: PromptSection = PromptSection()
     optimizer: OptimizerSection = OptimizerSection()
     sft: SftSection = SftSection()
+    reward_model: RewardModelSection = RewardModelSection()
     rl: RlSection = RlSection()
     asynchrony: AsynchronySection = AsynchronySection()
     algorithm: AlgorithmSection = AlgorithmSection()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,8 @@ from megatron_r1reward.user_parts import read_part
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Stage = Literal["sft", "annotate", "rl", "eval"]
+Stage = Literal["sft", "rm", "annotate", "rl", "eval"]
+SCALAR_TEMPLATE = "{question}"  # of the user's turn where a scalar head scores the assistant's
 _TOKEN_PIXELS = 28 * 28  # of one image token in the finest grid of the models (patches of 14 x 14, merged 2 x 2)
 
 
@@ -57,7 +58,7 @@ def image_folders(config: RunConfig) -> list[Path]:
 
 
 def read_training_preferences(config: RunConfig, stage: Stage, *, output: Path | None = None) -> ReadResult:
-    """`data.train` for `rl` and `annotate`. `output`: folder for quarantine and media; default `run.output_dir`.
+    """`data.train` for all but `sft`. `output`: folder for quarantine and media; default `run.output_dir`.
 
     Rows without a label are read for `rl` where the reward has something that they can earn.
     """
@@ -69,13 +70,21 @@ def read_training_preferences(config: RunConfig, stage: Stage, *, output: Path |
         max_frames=config.data.max_frames,
         media_dir=output / "media",
         quarantine=output / "quarantine.jsonl",
-        fits=RowLimits.of(config, stage).preference if _has_tokenizer(config) else None,
+        fits=_fits(config, stage),
         unlabelled=stage == "rl" and config.reward.rewards_agreement,
     )
 
 
-def read_heldout(config: RunConfig, *, output: Path | None = None) -> ReadResult:
-    """`evaluation.data`, as above.
+def _fits(config: RunConfig, stage: Stage) -> Callable[[Preference], str] | None:
+    """A scalar reward model reads each response on its own."""
+    if not _has_tokenizer(config):
+        return None
+    limits = RowLimits.of(config, stage)
+    return limits.scored if stage == "rm" else limits.preference
+
+
+def read_heldout(config: RunConfig, *, output: Path | None = None, scalar: bool = False) -> ReadResult:
+    """`evaluation.data`, as above; `scalar`: as a scalar reward model reads it.
 
     Raises:
         ValueError: it is not set.
@@ -90,7 +99,7 @@ def read_heldout(config: RunConfig, *, output: Path | None = None) -> ReadResult
         max_frames=config.data.max_frames,
         media_dir=output / "media",
         quarantine=output / "heldout-quarantine.jsonl",
-        fits=RowLimits.of(config, "eval").preference if _has_tokenizer(config) else None,
+        fits=_fits(config, "rm" if scalar else "eval"),
     )
 
 
@@ -121,7 +130,27 @@ def read_stage(config: RunConfig, stage: Stage, *, output: Path | None = None) -
         found["data.train"] = read_training_preferences(config, stage, output=output)
     if stage == "eval" or (stage == "rl" and config.rl.heldout_every is not None):
         found["evaluation.data"] = read_heldout(config, output=output)
+    if stage == "rm" and config.reward_model.heldout_every is not None:
+        found["evaluation.data"] = read_heldout(config, output=output, scalar=True)
     return found
+
+
+def scored_examples(preference: Preference) -> tuple[SftExample, SftExample]:
+    """What a scalar reward model reads of a pair: the images and the question, and the better response as the
+    assistant's turn; the same with the other response."""
+    images = [{"type": "image"} for _ in preference.image_paths]
+    text = SCALAR_TEMPLATE.format(question=preference.question)
+    turn = {"role": "user", "content": [*images, {"type": "text", "text": text}]}
+    better, other = (
+        SftExample(
+            id=f"{preference.id}/{place + 1}",
+            messages=(turn,),
+            image_paths=preference.image_paths,
+            response=preference.responses[place],
+        )
+        for place in ((0, 1) if preference.label == 1 else (1, 0))
+    )
+    return better, other
 
 
 @dataclass(frozen=True)
@@ -190,6 +219,12 @@ class RowLimits:
         response = len(self._tokenizer.encode(example.response, add_special_tokens=False)) + 1  # the end of the turn
         prompt = len(render_chat(self._tokenizer, example.messages))
         return self._problem(prompt, example.image_paths, response, "response")
+
+    def scored(self, preference: Preference) -> str:
+        """Why one of its two sequences does not fit a scalar reward model; empty where both do."""
+        if any(preference.response_images):
+            return "a response shows images, which a scalar reward model does not read"
+        return next((text for one in scored_examples(preference) if (text := self.example(one))), "")
 
     def _unreachable(self, paths: Iterable[str]) -> str:
         if self.folders is None:

@@ -29,9 +29,15 @@ def stage_of(config: RunConfig) -> Stage:
     Raises:
         ValueError: it has none or several.
     """
-    sections: dict[str, Stage] = {"sft": "sft", "rl": "rl", "annotate": "annotate", "evaluation": "eval"}
+    sections: dict[str, Stage] = {
+        "sft": "sft",
+        "reward_model": "rm",
+        "rl": "rl",
+        "annotate": "annotate",
+        "evaluation": "eval",
+    }
     given = [stage for section, stage in sections.items() if section in config.model_fields_set]
-    if "rl" in given and "eval" in given:  # its probes are evaluations
+    if {"rl", "rm"} & set(given) and "eval" in given:  # its probes are evaluations
         given.remove("eval")
     if len(given) != 1:
         found = ", ".join(given) if given else "no section of a stage"
@@ -45,7 +51,7 @@ def check_run_file(config: RunConfig, stage: Stage) -> list[Finding]:
     findings += list(_models(config, stage))
     if stage not in ("judge", "serve"):
         findings += list(_data(config, stage))
-    if stage in ("sft", "rl"):
+    if stage in ("sft", "rm", "rl"):
         findings += list(_disk(config))
     return findings
 

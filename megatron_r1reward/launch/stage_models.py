@@ -1,4 +1,5 @@
-"""Which model folders a stage reads, and whether it can: asked before a process starts or anything is loaded."""
+"""Which model folders a stage reads, and whether it can; which keys mean nothing to it: asked before a process starts
+or anything is loaded."""
 
 from __future__ import annotations
 
@@ -16,15 +17,42 @@ from megatron_r1reward.reward.readers import parser_of, reader_of
 from megatron_r1reward.servers.command import model_corrections
 from megatron_r1reward.user_parts import load_function, read_part
 
+# A scalar reward model is trained by the others' run file, but for these: it samples nothing, sees one response at a
+# time, and has no LM head.
+_NOT_FOR_RM = (
+    *("sft", "rl", "asynchrony", "algorithm", "health", "reward", "sampling", "rollout", "judge", "annotate", "prompt"),
+    *("data.swap", "precision.kernels", "precision.logits"),
+)
+_MEANINGLESS: dict[Stage, tuple[str, ...]] = {"rm": _NOT_FOR_RM, "sft": ("reward_model",), "rl": ("reward_model",)}
+
+
+def check_keys(config: RunConfig, stage: Stage) -> None:
+    """ValueError where a key of another stage is set to something else than its default."""
+    defaults = {name: field.default for name, field in RunConfig.model_fields.items()}
+    found = []
+    for key in _MEANINGLESS.get(stage, ()):
+        section, _, name = key.partition(".")
+        given = getattr(config, section)
+        if not name and given != defaults[section]:
+            changed = [
+                one for one in type(given).model_fields if getattr(given, one) != getattr(defaults[section], one)
+            ]
+            found += [f"{section}.{one}" for one in changed]
+        elif name and getattr(given, name) != type(given).model_fields[name].default:
+            found.append(key)
+    if found:
+        raise ValueError(f"{', '.join(found)} mean nothing to `r1reward {stage}`: remove them from its run file")
+
 
 def model_problems(config: RunConfig, stage: Stage) -> Iterator[tuple[str, Path, str]]:
     """(key of the run file, folder, what is wrong) for all that is wrong with the folders that this stage reads."""
     path = config.model.path
-    if stage in ("sft", "rl"):
+    if stage in ("sft", "rm", "rl"):
         # Servers that are started here load the folder's weights, whatever the trainer begins with.
         serves = stage == "rl" and not config.rollout.urls and config.rl.replay is None
         weights = config.checkpoint.init_from is None or serves
-        yield from (("model.path", path, text) for text in folder_problems(path, weights=weights))
+        found = folder_problems(path, weights=weights, scalar=stage == "rm")
+        yield from (("model.path", path, text) for text in found)
         if (first := config.checkpoint.init_from) is not None:
             yield from (("checkpoint.init_from", first, text) for text in _checkpoint_problems(first))
         if serves:
@@ -125,7 +153,9 @@ def _serving_problems(path: Path, config: RunConfig) -> Iterator[str]:
 
 
 def check_models(config: RunConfig, stage: Stage) -> None:
-    """ValueError that names everything that is wrong with the folders that this stage reads."""
+    """ValueError that names everything that is wrong with the folders that this stage reads, or keys that mean nothing
+    to it."""
+    check_keys(config, stage)
     by_folder: dict[tuple[str, Path], list[str]] = {}
     for key, folder, text in model_problems(config, stage):
         by_folder.setdefault((key, folder), []).append(text)

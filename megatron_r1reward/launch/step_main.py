@@ -21,11 +21,11 @@ def run_driver(config: RunConfig, stage: Stage) -> None:
     """The stage itself, beside servers that are there already. A trainer that stops on request leaves with 0 as well:
     any other exit code would end its peers in the middle of their own leaving."""
     rendezvous = rendezvous_path(config)
-    if stage == "sft":
+    if stage in ("sft", "rm"):
         with quick_imports():
-            from megatron_r1reward.launch.trainer_ranks import sft
+            from megatron_r1reward.launch import trainer_ranks
 
-        sft(config, rendezvous=rendezvous)
+        {"sft": trainer_ranks.sft, "rm": trainer_ranks.rm}[stage](config, rendezvous=rendezvous)
         return
     with quick_imports():
         from megatron_r1reward.launch import serve_model, stages

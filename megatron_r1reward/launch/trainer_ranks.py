@@ -1,4 +1,4 @@
-"""A trainer stage on every rank: joining the others, and what `r1reward sft` does then.
+"""A trainer stage on every rank: joining the others, and what `r1reward sft` and `r1reward rm` do then.
 
 RL, which has servers besides, is in `stages`: their clients take every rank seconds to import.
 """
@@ -46,4 +46,16 @@ def sft(config: RunConfig, *, rendezvous: Path | None = None) -> bool:
         folder = sft_stage.run(config, topology)
     if folder is not None:
         log.info("SFT finished: %s", folder)
+    return folder is not None
+
+
+def rm(config: RunConfig, *, rendezvous: Path | None = None) -> bool:
+    """A scalar reward model, on every rank. False: it has saved and stopped on request."""
+    check_models(config, "rm")
+    from megatron_r1reward.training import rm as rm_stage
+
+    with ranks(config, rendezvous) as topology:
+        folder = rm_stage.run(config, topology)
+    if folder is not None:
+        log.info("the scalar reward model is trained: %s", folder)
     return folder is not None

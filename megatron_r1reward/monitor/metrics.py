@@ -117,6 +117,11 @@ _TABLE = (
     _metric("idle/trainer", "1", "lower", "the trainer waiting for rollouts, or for the moment to push"),
     # Quality
     _metric("heldout/accuracy", "1", "higher", "accuracy on held-out pairs, mean of both answer orders"),
+    _metric("rm/loss", "nats", "lower", "mean Bradley-Terry loss over pairs, of the scalar reward model"),
+    _metric("rm/accuracy", "1", "higher", "share of the batch's pairs whose better response has the higher reward"),
+    _metric("rm/margin", "1", "neither", "reward of the better response minus that of the other, mean over pairs"),
+    _metric("rm/reward_mean", "1", "neither", "mean reward of the batch's responses; the loss does not fix it"),
+    _metric("rm/reward_std", "1", "neither", "standard deviation of the batch's rewards"),
     _metric("sft/loss", "nats", "lower", "mean cross-entropy over response tokens"),
 )
 

@@ -22,6 +22,8 @@ from megatron_r1reward.monitor.metrics import check_metrics
 HEADLINE = (
     "loss",
     "sft/loss",
+    "rm/loss",
+    "rm/accuracy",
     "sft/token_accuracy",
     "reward/mean",
     "reward/result",

@@ -19,6 +19,8 @@ from megatron_r1reward.data.identity import ContentKeys
 from megatron_r1reward.data.preference_row import SftExample
 from megatron_r1reward.files import write_text
 from megatron_r1reward.model_folder import prompt_policy
+from megatron_r1reward.model_folder.config_reader import CONFIG
+from megatron_r1reward.model_folder.scalar_folder import scalar_config
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training import rollback
 from megatron_r1reward.training.data_parallel import synchronize_parameters
@@ -178,6 +180,7 @@ def save(state: TrainState, *, score: float | None = None, producer: Mapping[str
         "models": state.models,
         "parts": state.parts,
         "rollbacks": state.rollbacks,
+        "score_layers": state.score_layers,
         "weight_version": state.step,  # what the rollout servers call these weights
         "producer": producer,
         prompt_policy.FILE: _said(state),  # for `convert export`
@@ -192,6 +195,8 @@ def export(state: TrainState, out: Path) -> None:
     exporter, write = state.exporter, state.topology.is_main
     said = {**DESCRIBES_THE_BASE, prompt_policy.FILE: _said(state)}
     folder = state.config.model.path
+    if state.score_layers:
+        said[CONFIG] = scalar_config((folder / CONFIG).read_text(encoding="utf-8"), state.score_layers)
     save_hf_folder(out, exporter.metas, exporter.tensors(), template=folder, write=write, texts=said)
 
 

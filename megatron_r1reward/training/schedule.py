@@ -48,13 +48,15 @@ def run_micro_batches(
     forward_only: bool,
     model: torch.nn.Module | None = None,
     request: LossRequestFn | None = None,
+    together: int = 1,
 ) -> list[dict[str, Any]]:
     """Run every micro-batch through `model` (the policy by default); returns the statistics of each, nothing on all but
-    the last pipeline stage. With `request` the LM head forms the loss, and `loss` gets a PolicyLossOutput."""
+    the last pipeline stage. With `request` the LM head forms the loss, and `loss` gets a PolicyLossOutput. A
+    micro-batch that has to be cut is cut between groups of `together` sequences."""
     chunks = chunks_of(model or state.model)
     topology = state.topology
     multiple = topology.pipeline_parallel_size if len(chunks) > 1 else 1
-    micro_batches = complete(micro_batches, multiple, _common_number(state, len(micro_batches)))
+    micro_batches = complete(micro_batches, multiple, _common_number(state, len(micro_batches)), together)
 
     def forward_step(iterator: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(iterator)
@@ -86,22 +88,26 @@ def _common_number(state: TrainState, number: int) -> int:
     return int(largest)
 
 
-def complete(micro_batches: Sequence[Sequence[int]], multiple: int, at_least: int = 1) -> list[list[int]]:
+def complete(
+    micro_batches: Sequence[Sequence[int]], multiple: int, at_least: int = 1, together: int = 1
+) -> list[list[int]]:
     """The micro-batches cut further, so that their number is a multiple of `multiple` and not below `at_least`.
 
     The interleaved schedule needs a multiple of the pipeline stages, experts shared by several ranks need the same
-    number on all of them. The largest are halved; where there are not enough sequences, empty ones fill up.
+    number on all of them. The largest are halved, between groups of `together` sequences; where there are not enough,
+    empty ones fill up.
     """
     parts = [list(indices) for indices in micro_batches]
     wanted = max(len(parts), at_least)
     wanted += -wanted % multiple
     while len(parts) < wanted:
         largest = max(range(len(parts)), key=lambda i: len(parts[i]), default=None)
-        if largest is None or len(parts[largest]) < 2:
+        if largest is None or len(parts[largest]) < 2 * together:
             parts.append([])
         else:
             whole = parts[largest]
-            parts[largest : largest + 1] = [whole[: len(whole) // 2], whole[len(whole) // 2 :]]
+            half = len(whole) // together // 2 * together
+            parts[largest : largest + 1] = [whole[:half], whole[half:]]
     return parts
 
 
@@ -124,13 +130,16 @@ def train_micro_batches(
     loss: Loss,
     *,
     request: LossRequestFn | None = None,
+    together: int = 1,
 ) -> tuple[list[dict[str, Any]], StepOutcome]:
-    """One optimizer step over the given micro-batches of this data-parallel rank; `request` as for
+    """One optimizer step over the given micro-batches of this data-parallel rank; `request` and `together` as for
     `run_micro_batches`."""
     state.model.train()
     zero_gradients(state.model)
     state.optimizer.zero_grad()
-    statistics = run_micro_batches(state, sequences, micro_batches, loss, forward_only=False, request=request)
+    statistics = run_micro_batches(
+        state, sequences, micro_batches, loss, forward_only=False, request=request, together=together
+    )
     return statistics, optimizer_step(state)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,14 +14,10 @@ from megatron_r1reward.data.loader import EpochSampler
 from megatron_r1reward.data.preference_row import SftExample
 from megatron_r1reward.data.prompt import render_chat
 from megatron_r1reward.data.stage_data import read_training_examples
-from megatron_r1reward.monitor.sinks import build_monitor
 from megatron_r1reward.parallel.setup import Topology
-from megatron_r1reward.training import resume
-from megatron_r1reward.training.heartbeat import RunControl
-from megatron_r1reward.training.loop import Stage, finish, run_to_end
-from megatron_r1reward.training.models_read import models_read, parts_read
 from megatron_r1reward.training.schedule import LossOutput, reduce_statistics, train_micro_batches
-from megatron_r1reward.training.state import TrainState, build_state
+from megatron_r1reward.training.state import TrainState
+from megatron_r1reward.training.supervised import SupervisedStage, check_batch, run_supervised, set_threads
 from megatron_r1reward.training.trained_policy import sft_policy
 from megatron_r1reward.types import PackedBatch, Prompt, Sequence
 
@@ -55,7 +51,7 @@ def to_sequence(state: TrainState, example: SftExample) -> Sequence:
     return state.packer.sequence(prompt, [*response, state.tokenizer.eos_token_id])
 
 
-def train_step(state: TrainState, examples: tuple[SftExample, ...], sampler: EpochSampler) -> dict[str, float]:
+def train_step(state: TrainState, sampler: EpochSampler, examples: tuple[SftExample, ...]) -> dict[str, float]:
     """One optimizer step on the batch that belongs to `state.step`."""
     started = time.monotonic()
     topology, section = state.topology, state.config.sft
@@ -84,43 +80,16 @@ def run(config: RunConfig, topology: Topology) -> Path | None:
     Raises:
         ValueError: the configuration or the data cannot be used.
     """
-    if config.run.num_threads:
-        torch.set_num_threads(config.run.num_threads)
-    if config.sft.global_batch_size < topology.data_parallel_size:
-        raise ValueError(
-            f"sft.global_batch_size {config.sft.global_batch_size} is smaller than the {topology.data_parallel_size} "
-            "data-parallel ranks: every rank needs a sequence"
-        )
-    output = config.run.output_dir
+    set_threads(config)
+    check_batch(config.sft, "sft", topology)
     examples = read_training_examples(config).examples
-    draws = None if config.sft.steps else config.sft.epochs * len(examples)
-    steps = config.sft.steps or math.ceil(config.sft.epochs * len(examples) / config.sft.global_batch_size)
-    control = RunControl(output, topology, total_steps=steps)
-    control.loading()
-    state = build_state(config, topology, optimizer_steps=steps)
-    state.data = resume.describe_data(
-        resume.row_contents(examples, topology), seed=config.run.seed, batch_size=config.sft.global_batch_size
-    )
-    state.models = models_read(config, topology, rl=False)
-    state.parts = {kind: part.described() for kind, part in parts_read(config).items()}
-    state.described = sft_policy(config, examples, steps=steps)
-    resumed = resume.resume(state)
-    resume.prepare(state)
-    sampler = EpochSampler(len(examples), seed=config.run.seed, draws=draws, at_least=topology.data_parallel_size)
-    monitor = (
-        build_monitor(config.monitor, output, "sft", resumed_step=state.step if resumed else None)
-        if topology.is_main
-        else None
-    )
-    stage = Stage(
+    stage = SupervisedStage(
+        name="sft",
         title="SFT",
-        steps=steps,
-        step=lambda timer: train_step(state, examples, sampler),
+        section=config.sft,
+        rows=examples,
+        step=partial(train_step, examples=examples),
         headline={"loss": "sft/loss"},
-        monitor=monitor,
+        described=lambda steps: sft_policy(config, examples, steps=steps),
     )
-    control.begin(state.step, resumed=resumed)
-    folder = finish(state, control, finished=run_to_end(state, stage, control))
-    if monitor is not None:
-        monitor.close()
-    return folder
+    return run_supervised(config, topology, stage)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_r1reward import __version__
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.preference_row import SftExample
 from megatron_r1reward.data.prompt import is_filled
-from megatron_r1reward.data.stage_data import template_of
+from megatron_r1reward.data.stage_data import SCALAR_TEMPLATE, template_of
 from megatron_r1reward.hub_name import model_name
 from megatron_r1reward.model_folder.prompt_policy import PromptPolicy, TrainedStage, read_policy
 from megatron_r1reward.reward.readers import parser_of
@@ -51,8 +51,27 @@ def rl_policy(config: RunConfig, *, rows: int | None) -> PromptPolicy:
     return _policy(config, template, "rl", rows=rows, steps=config.rl.steps, settings=settings)
 
 
+def rm_policy(config: RunConfig, *, rows: int, steps: int) -> PromptPolicy:
+    settings = {
+        "steps": steps,
+        "global_batch_size": config.reward_model.global_batch_size,
+        "margin": config.reward_model.margin,
+        "learning_rate": config.optimizer.lr,
+        "precision": config.model.precision,
+    }
+    policy = _policy(config, SCALAR_TEMPLATE, "rm", rows=rows, steps=steps, settings=settings, kind="scalar")
+    return policy.model_copy(update={"orders": "any"})  # it reads one response at a time
+
+
 def _policy(
-    config: RunConfig, template: str, stage: Any, *, rows: int | None, steps: int, settings: dict[str, Any]
+    config: RunConfig,
+    template: str,
+    stage: Any,
+    *,
+    rows: int | None,
+    steps: int,
+    settings: dict[str, Any],
+    kind: Literal["generative", "scalar"] = "generative",
 ) -> PromptPolicy:
     before = read_policy(config.model.path)
     trained = TrainedStage(
@@ -65,6 +84,7 @@ def _policy(
         settings=settings,
     )
     return PromptPolicy(
+        kind=kind,
         template=template,
         orders=before.orders if before is not None else "both",
         min_pixels=config.data.min_pixels,
