@@ -245,7 +245,7 @@ def write_hf_folder(
     if dry_run:
         return summary
     template = source.template
-    config = config_for((template.folder / "config.json").read_text(), {t.meta.dtype for f in files for t in f.tensors})
+    config = config_for(template.config(), {t.meta.dtype for f in files for t in f.tensors})
     texts: dict[str, str | None] = {"config.json": config}
     if template.weights.index is not None:
         unchanged = tuple(files) == template.weights.files

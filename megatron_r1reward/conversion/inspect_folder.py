@@ -31,9 +31,14 @@ def inspect(folder: Path) -> dict[str, Any]:
     return facts
 
 
+def head_name(score_layers: int) -> str:
+    return {0: "lm", 1: "scalar, linear", 2: "scalar, two layers"}[score_layers]
+
+
 def _hugging_face(weights: FolderWeights, facts: dict[str, Any]) -> list[TensorMeta]:
     facts |= {"kind": "Hugging Face", "family": weights.shape.family, "files": len(weights.files)}
     facts["tied"] = weights.table.tie is not None
+    facts["head"] = head_name(weights.shape.score_layers)
     if weights.shape.quantized is not None:
         facts["quantized"] = weights.shape.quantized
     return [place.meta for file in weights.files for place in file.tensors]
@@ -56,11 +61,14 @@ def _distributed(folder: Path, facts: dict[str, Any]) -> list[TensorMeta]:
     if (folder / "state.json").is_file():
         state = json.loads((folder / "state.json").read_text())
         facts |= {key: state[key] for key in ("layout", "weight_version", "data") if key in state}
+        facts["head"] = head_name(state.get("score_layers", 0))
     try:
         template = template_of(folder)
     except ValueError as error:  # it can be looked at all the same
         facts["configuration"] = str(error)
     else:
         facts["configuration"] = str(template)
-        dist.check(weight_table_of_template(template), where=f"{folder}, against the configuration in {template}")
+        dist.check(
+            weight_table_of_template(template, folder), where=f"{folder}, against the configuration in {template}"
+        )
     return dist.metas()

@@ -37,6 +37,8 @@ def log_prob_difference(folder: Path, reference: Path | None = None) -> float:
         ValueError: there is no Hugging Face folder to compare with.
     """
     source = WeightSource(folder, Sources(), without_values=True)
+    if source.shape.score_layers:
+        raise ValueError(f"{folder} is a scalar reward model, which has no log-probs: leave --log-probs out")
     if reference is None and source.is_distributed:
         raise ValueError(f"name the Hugging Face folder that {folder} is compared with: --against")
     hf_folder = reference or folder

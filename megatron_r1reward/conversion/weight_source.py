@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_r1reward.model_folder import prompt_policy
 from megatron_r1reward.model_folder import safetensors_layout as st
+from megatron_r1reward.model_folder.config_reader import CONFIG
 from megatron_r1reward.model_folder.folder_weights import (
     FolderWeights,
     match_names,
@@ -17,6 +18,7 @@ from megatron_r1reward.model_folder.folder_weights import (
     read_folder_weights,
     weight_table,
 )
+from megatron_r1reward.model_folder.scalar_folder import scalar_config
 from megatron_r1reward.model_folder.shape import ModelShape, load_shape
 from megatron_r1reward.model_folder.weight_table import Entry, Views, WeightTable
 from megatron_r1reward.types import TensorMeta
@@ -40,6 +42,11 @@ class FolderTemplate:
     folder: Path
     side_files: tuple[str, ...]
     weights: FolderWeights
+
+    def config(self) -> str:
+        """The text of config.json, which says which head the weights have."""
+        text, layers = (self.folder / CONFIG).read_text(), self.weights.shape.score_layers
+        return scalar_config(text, layers) if layers != load_shape(self.folder).score_layers else text
 
     def save(self, folder: Path) -> None:
         """Keep everything in `folder` that `load_template` needs."""
@@ -80,6 +87,34 @@ def load_template(folder: Path) -> FolderTemplate:
     return FolderTemplate(folder=folder, side_files=sides, weights=weights)
 
 
+def with_scalar_head(template: FolderTemplate, layers: int) -> FolderTemplate:
+    """The template of the same model with a scalar head of `layers` layers in place of its LM head; the head's tensors
+    follow the others of the last file."""
+    weights = template.weights
+    text = replace(weights.shape.text, tied=False)
+    shape = replace(weights.shape, text=text, score_layers=layers)
+    metas = [[place.meta for place in file.tensors] for file in weights.files]
+    table = weight_table(shape, [meta for group in metas for meta in group])
+    dropped = {on_disk for ours, on_disk in weights.on_disk.items() if ours not in table.hf_shapes}
+    dtype = metas[0][0].dtype
+    head = [
+        TensorMeta(name=name, dtype=dtype, shape=size)
+        for name, size in table.hf_shapes.items()
+        if name not in weights.on_disk
+    ]
+    groups = [[meta for meta in group if meta.name not in dropped] for group in metas]
+    groups[-1] += head
+    files = tuple(st.build_file(file.name, group) for file, group in zip(weights.files, groups, strict=True) if group)
+    index = None if weights.index is None else st.index_text(list(files))
+    return replace(template, weights=match_weights(template.folder, shape, files, index))
+
+
+def head_of(checkpoint: Path) -> int:
+    """Layers of the scalar head that a training checkpoint holds; 0 for an LM head, and for an import."""
+    state = checkpoint / "state.json"
+    return int(json.loads(state.read_text()).get("score_layers", 0)) if state.is_file() else 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class HfTensor:
     """A Hugging Face tensor and how to get it: pieces whose bytes, one after another, are its own."""
@@ -109,6 +144,9 @@ class WeightSource:
             self.template = FolderTemplate(folder=place, side_files=(), weights=planned_weights(place))
         else:
             self.template = load_template(place)
+        layers = head_of(folder) if self.is_distributed else 0
+        if layers and not self.template.weights.shape.score_layers:  # trained from a language model
+            self.template = with_scalar_head(self.template, layers)
         self.table, self.on_disk = self.template.weights.table, self.template.weights.on_disk
         self._dist: TorchDistFolder | None = None
         if self.is_distributed:
@@ -183,9 +221,12 @@ class WeightSource:
         }
 
 
-def weight_table_of_template(folder: Path) -> WeightTable:
-    """The table of a template folder's configuration, whose parameters a checkpoint has to hold."""
-    return weight_table(load_shape(folder))
+def weight_table_of_template(folder: Path, checkpoint: Path) -> WeightTable:
+    """The table of a template folder's configuration, whose parameters `checkpoint` has to hold."""
+    shape, layers = load_shape(folder), head_of(checkpoint)
+    if layers and not shape.score_layers:
+        shape = replace(shape, text=replace(shape.text, tied=False), score_layers=layers)
+    return weight_table(shape)
 
 
 def template_of(checkpoint: Path) -> Path:

@@ -19,6 +19,7 @@ from megatron_r1reward.data.identity import model_identity
 from megatron_r1reward.hub_name import local_folder
 from megatron_r1reward.judging.ask import AskOptions, Item, Judgement, ModelClient, ModelUnavailableError, Order
 from megatron_r1reward.model_folder.prompt_policy import FILE, PromptPolicy, read_policy
+from megatron_r1reward.model_folder.scalar_folder import scalar_problem
 from megatron_r1reward.reward.readers import policy_reader
 from megatron_r1reward.servers.group import ServerGroup
 from megatron_r1reward.servers.member import Member
@@ -160,6 +161,8 @@ def policy_of(folder: str | Path) -> PromptPolicy | None:
     here = local_folder(folder)
     if not (here / "config.json").is_file():
         raise ValueError(f"model {here} has no config.json: give a Hugging Face model folder, or a server's URL")
+    if problem := scalar_problem(here):
+        raise ValueError(f"model {here}: {problem}")
     policy = read_policy(here)
     return policy.of_weights(model_identity(here)) if policy is not None and policy.calibration else policy
 

@@ -21,7 +21,7 @@ from megatron_r1reward.user_parts import load_function, read_part
 # time, and has no LM head.
 _NOT_FOR_RM = (
     *("sft", "rl", "asynchrony", "algorithm", "health", "reward", "sampling", "rollout", "judge", "annotate", "prompt"),
-    *("data.swap", "precision.kernels", "precision.logits"),
+    *("data.swap", "data.curriculum", "precision.kernels", "precision.logits"),
 )
 _MEANINGLESS: dict[Stage, tuple[str, ...]] = {"rm": _NOT_FOR_RM, "sft": ("reward_model",), "rl": ("reward_model",)}
 

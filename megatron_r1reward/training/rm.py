@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.loader import EpochSampler, seeded_sample
+from megatron_r1reward.data.selection import select_rows
 from megatron_r1reward.data.stage_data import read_heldout, read_training_preferences, scored_examples
 from megatron_r1reward.model_folder.shape import load_shape
 from megatron_r1reward.parallel.setup import Topology
@@ -134,6 +135,20 @@ def head_layers(config: RunConfig) -> int:
     return there or wanted or 1
 
 
+def _selected(config: RunConfig) -> tuple[Preference, ...]:
+    """The pairs of `data.train` that the run file selects; all ranks read them alike."""
+    data, section = read_training_preferences(config, "rm"), config.reward_model
+    if not config.data.criteria:
+        return data.preferences
+    return select_rows(
+        data.preferences,
+        config.data,
+        batch_size=section.global_batch_size,
+        steps=section.steps or 0,
+        set_aside=data.set_aside,
+    ).preferences
+
+
 def run(config: RunConfig, topology: Topology) -> Path | None:
     """Run the stage to its end and return the exported Hugging Face folder; None when it was asked to save and stop.
 
@@ -144,7 +159,7 @@ def run(config: RunConfig, topology: Topology) -> Path | None:
     section = config.reward_model
     check_batch(section, "reward_model", topology)
     layers = head_layers(config)
-    pairs = read_training_preferences(config, "rm").preferences
+    pairs = _selected(config)
     probe = None
     if section.heldout_every is not None:
         heldout = seeded_sample(
