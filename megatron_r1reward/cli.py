@@ -55,18 +55,16 @@ def _run_stage(stage: Stage, run_file: Path, overrides: list[str] | None) -> Non
         if needs_supervisor(config, stage):
             raise typer.Exit(launch_stage(stage, run_file, overrides or [], local=True))
         with quick_imports():
-            if stage == "sft":
-                from megatron_r1reward.launch.trainer_ranks import sft as run
-            elif stage == "rm":
-                from megatron_r1reward.launch.trainer_ranks import rm as run
+            if stage in ("sft", "rm"):
+                from megatron_r1reward.launch import trainer_ranks
+
+                run = trainer_ranks.sft if stage == "sft" else trainer_ranks.rm
             else:
                 from megatron_r1reward.launch.stages import annotate, evaluate
                 from megatron_r1reward.launch.stages import rl as run
 
-        if stage == "annotate":
-            annotate(config)
-        elif stage == "eval":
-            evaluate(config)
+        if stage in ("annotate", "eval"):
+            (annotate if stage == "annotate" else evaluate)(config)
         else:
             # A request that stopped an earlier run must not stop this one. A supervisor empties live/.
             RunDir(root=config.run.output_dir).stop.unlink(missing_ok=True)

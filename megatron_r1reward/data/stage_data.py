@@ -148,7 +148,7 @@ def scored_examples(preference: Preference) -> tuple[SftExample, SftExample]:
             image_paths=preference.image_paths,
             response=preference.responses[place],
         )
-        for place in ((0, 1) if preference.label == 1 else (1, 0))
+        for place in ((0, 1) if preference.known_label == 1 else (1, 0))
     )
     return better, other
 

@@ -53,10 +53,13 @@ def use_scalar_head(model: GPTModel, *, layers: int) -> None:
     model.output_layer = ScalarHead(model.config, layers=layers)
 
 
-def as_scalar(hf: Any, layers: int) -> None:
-    """Turn a loaded Hugging Face configuration into that of the same model with a scalar head; in place."""
-    hf.architectures = [scalar_architecture(name) for name in hf.architectures]
-    hf.id2label, hf.label2id, hf.score_layers = {0: "reward"}, {"reward": 0}, layers
+def with_head(hf: Any, layers: int) -> Any:
+    """A loaded Hugging Face configuration, changed into that of the same model with a scalar head; with 0 layers, as it
+    is."""
+    if layers:
+        hf.architectures = [scalar_architecture(name) for name in hf.architectures]
+        hf.id2label, hf.label2id, hf.score_layers = {0: "reward"}, {"reward": 0}, layers
+    return hf
 
 
 def fresh_score(entry: Entry, *, seed: int) -> torch.Tensor:

@@ -24,8 +24,8 @@ from megatron_r1reward.model_folder.prompt_policy import PromptPolicy
 from megatron_r1reward.model_folder.weight_table import WeightTable, adapt_table
 from megatron_r1reward.models.base import on_device
 from megatron_r1reward.models.head import configure_heads
-from megatron_r1reward.models.registry import family_of, load_hf_config
-from megatron_r1reward.models.scalar_head import as_scalar
+from megatron_r1reward.models.registry import family_of, load_hf_config, shape_of
+from megatron_r1reward.models.scalar_head import with_head
 from megatron_r1reward.parallel.chunks import chunks_of, join_chunks
 from megatron_r1reward.parallel.legality import row_multiple, sequence_multiple
 from megatron_r1reward.parallel.setup import Topology
@@ -65,9 +65,13 @@ class TrainState:
     reference: torch.nn.Module | None = None  # the frozen initial policy, only when the reward holds a KL term
     described: PromptPolicy | None = None  # what the exported folder says about itself; None: it is no reward model
     producer: dict[str, Any] | None = None  # RL: of the checkpoint resumed from, `RolloutProducer.state`
-    score_layers: int = 0  # of the scalar head in place of the LM head; 0: there is none
     step: int = 0
     skipped_in_a_row: int = 0  # steps since the last one with a finite gradient
+
+    @property
+    def score_layers(self) -> int:
+        """Of the scalar head in place of the LM head; 0: there is none."""
+        return shape_of(self.hf_config).score_layers
 
 
 def build_state(
@@ -88,9 +92,7 @@ def build_state(
     Raises:
         ValueError: the folder is no checkpoint of a supported family, or the layout does not divide the model.
     """
-    hf_config = load_hf_config(config.model.path)
-    if score_layers:
-        as_scalar(hf_config, score_layers)
+    hf_config = with_head(load_hf_config(config.model.path), score_layers)
     family = family_of(hf_config)
     dtype = DTYPES[config.model.precision]
     check_freezing(config)
@@ -140,7 +142,6 @@ def build_state(
         exporter=WeightExporter(join_chunks(chunks), table, topology),
         saver=CheckpointSaver(config.run.output_dir / "checkpoints", config.checkpoint, reach=steps_kept(config)),
         reference=reference,
-        score_layers=score_layers,
     )
 
 
