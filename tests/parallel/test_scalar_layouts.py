@@ -1,5 +1,6 @@
 """A scalar reward model trains alike in every layout: loss, rewards, gradients and weights are those of one process,
-also on the second device."""
+on the
+second device too (`test_second_device_scalar.py`)."""
 
 from __future__ import annotations
 
@@ -9,10 +10,8 @@ from pathlib import Path
 import numpy as np
 import parallel_parity as parity
 import pytest
-import torch
 from forked_ranks import run_ranks
 from parity_layouts import LAYOUTS, SINGLE, Layout
-from test_second_device import ALLOWED_WAITS
 
 from megatron_r1reward.training.data_parallel import zero_gradients
 from megatron_r1reward.training.rm import bradley_terry, score_sequences
@@ -34,7 +33,12 @@ CASES: dict[str, tuple[str, int]] = {
 
 
 def two_steps(
-    folder: Path, images: tuple[str, ...], layout: Layout, layers: int, budget: int = parity.BUDGET
+    folder: Path,
+    images: tuple[str, ...],
+    layout: Layout,
+    layers: int,
+    budget: int = parity.BUDGET,
+    with_gradients: bool = True,
 ) -> parity.Trace:
     """Two optimizer steps on four pairs; in place of log-probs the rewards before them."""
     state, sequences = parity.build(folder, images, layout, budget, score_layers=layers)
@@ -51,7 +55,7 @@ def two_steps(
         loss = partial(bradley_terry, margin=MARGIN)
         statistics = run_micro_batches(state, mine, plan, loss, forward_only=False, together=2)
         total = reduce_statistics(state, statistics)
-        named = parity.export_gradients(state)
+        named = parity.export_gradients(state) if with_gradients else {}
         gradients.append(named if topology.is_main else {})
         records.append((total["loss"] / total["pairs"], optimizer_step(state).grad_norm))
     return parity.Trace(
@@ -87,34 +91,3 @@ def test_the_loss_is_the_published_one(references) -> None:
         rewards = np.array([reference.log_probs[i][0] for i in range(parity.SEQUENCES)], dtype=np.float64)
         margins = rewards[::2] - rewards[1::2] - MARGIN
         assert reference.records[0][0] == pytest.approx(np.log1p(np.exp(-margins)).mean(), abs=1e-6)
-
-
-def _on_the_device(*arguments: object) -> tuple[parity.Trace, set[str]]:
-    import second_device
-
-    second_device.install()
-    with second_device.Rules():
-        trace = two_steps(*arguments)  # type: ignore[arg-type]
-    return trace, set(second_device.waits)
-
-
-def test_it_trains_on_a_device_with_the_numbers_of_a_cpu(families, parity_images, references) -> None:
-    name = "TP2+SP"
-    family, layers = CASES[name]
-    found = run_ranks(_on_the_device, 2, families[family], parity_images, LAYOUTS[name], layers)
-    check(found[0][0], references[CASES[name]])
-    waits = set.union(*(waits for _, waits in found))
-    assert not {place for place in waits if not place.startswith((*ALLOWED_WAITS, "training/rm.py"))}
-
-
-def test_the_sum_of_a_micro_batch_and_its_count() -> None:
-    """By hand: two pairs, one right by 2, one wrong by 1, with the margin 0.5."""
-    from types import SimpleNamespace
-
-    values = torch.tensor([[3.0, 1.0, 0.0, 1.0]], requires_grad=True)
-    loss, count, found = bradley_terry(values, SimpleNamespace(num_tokens=9), margin=MARGIN)  # type: ignore[arg-type]
-    expected = np.log1p(np.exp(-np.array([1.5, -1.5])))
-    assert float(loss / count) == pytest.approx(expected.mean(), rel=1e-6)
-    assert (found["right"], found["pairs"], found["margins"], found["rewards"]) == (1.0, 2, 1.0, 5.0)
-    loss.backward()
-    assert float(values.grad.sum()) == pytest.approx(0.0, abs=1e-7)  # the loss does not fix the level

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, safe_open
@@ -184,3 +186,14 @@ def test_keys_of_other_stages_are_refused(tiny_folder: Path, rows: Path, tmp_pat
 def test_a_micro_batch_is_cut_between_pairs() -> None:
     assert complete([[0, 1, 2, 3, 4, 5]], 1, 3, 2) == [[0, 1], [2, 3], [4, 5]]
     assert complete([[0, 1]], 2, 1, 2) == [[0, 1], []]
+
+
+def test_the_sum_of_a_micro_batch_and_its_count() -> None:
+    """By hand: two pairs, one right by 2, one wrong by 1, with the margin 0.5."""
+    values = torch.tensor([[3.0, 1.0, 0.0, 1.0]], requires_grad=True)
+    loss, count, found = rm.bradley_terry(values, SimpleNamespace(num_tokens=9), margin=0.5)  # type: ignore[arg-type]
+    expected = np.log1p(np.exp(-np.array([1.5, -1.5])))
+    assert float(loss / count) == pytest.approx(expected.mean(), rel=1e-6)
+    assert (found["right"], found["pairs"], found["margins"], found["rewards"]) == (1.0, 2, 1.0, 5.0)
+    loss.backward()
+    assert float(values.grad.sum()) == pytest.approx(0.0, abs=1e-7)  # the loss does not fix the level
