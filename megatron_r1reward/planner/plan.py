@@ -67,11 +67,13 @@ def stage_of(config: RunConfig) -> Stage:
     """The stage that a run file is for: "sft" where it has that section and no [rl].
 
     Raises:
-        ValueError: it has both.
+        ValueError: it has both, or is one of a scalar reward model.
     """
     given = {"sft", "rl"} & config.model_fields_set
     if given == {"sft", "rl"}:
         raise ValueError("the run file has both [sft] and [rl]: say which with --stage")
+    if not given and "reward_model" in config.model_fields_set:
+        raise ValueError("a scalar reward model ([reward_model]) is not planned: --stage sft comes close from above")
     return "sft" if given == {"sft"} else "rl"
 
 
