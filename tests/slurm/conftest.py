@@ -43,6 +43,7 @@ SCENARIOS: dict[str, Callable[[Bench], Any]] = {
         stories.rl_servers_hang_and_die,
         stories.rl_colocated_server_dies,
         stories.rl_local,
+        stories.served_and_drained,
         stories.crashed_in_a_chain,
         recipe_runs.nemo_slurm_fails,
         stories.rl_server_does_not_start,
@@ -52,7 +53,7 @@ SCENARIOS: dict[str, Callable[[Bench], Any]] = {
 COMPARED = ("preempted", "node_lost", "out_of_time_then_cancelled")
 COMPARED += ("rl_local", "rl_heterogeneous", "rl_servers_hang_and_die", "rl_colocated_server_dies")
 # Whose end a scenario begins with or is compared with.
-NEEDS = {**dict.fromkeys(COMPARED, "reference"), "nemo_local": "nemo_slurm"}
+NEEDS = {**dict.fromkeys(COMPARED, "reference"), "nemo_local": "nemo_slurm", "served_and_drained": "reference"}
 
 
 TIMELINE = pytest.StashKey[list[str]]()

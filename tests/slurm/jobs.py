@@ -222,10 +222,15 @@ class Cluster:
         return None
 
 
-def is_listening(url: str) -> bool:
+def from_here(url: str) -> str:
+    """A virtual node's URL as this machine reaches it: n1, n2, ... have the addresses 127.0.0.11, 127.0.0.12, ..."""
     parts = urlsplit(url)
     assert parts.hostname is not None
+    return f"http://127.0.0.{10 + int(parts.hostname[1:])}:{parts.port}"
+
+
+def is_listening(url: str) -> bool:
+    parts = urlsplit(from_here(url))
     with socket.socket() as probe:
         probe.settimeout(2)
-        # The virtual nodes n1, n2, ... have the addresses 127.0.0.11, 127.0.0.12, ...
-        return probe.connect_ex((f"127.0.0.{10 + int(parts.hostname[1:])}", parts.port)) == 0
+        return probe.connect_ex((parts.hostname, parts.port)) == 0

@@ -102,7 +102,7 @@ RESPONSE = "<think>Response 1 is better.</think><answer>1</answer>"
 
 def write_inputs(folder: Path) -> None:
     """Data, a tiny model, and run files: those of the chain's stages, each of which continues the one before, and
-    rl-unselected.toml, which needs only the cold start."""
+    those that need only the cold start (rl-unselected.toml, serve.toml)."""
     data = folder / "data"
     build_digits(data, seed=0, sft_rows=200, pool_rows=60, heldout_pairs=8, judge_rows=40)
     rows = [json.loads(line) | {"response": RESPONSE} for line in (data / "sft.jsonl").read_text().splitlines()]
@@ -114,6 +114,7 @@ def write_inputs(folder: Path) -> None:
         "annotate": RL_TOML.format(folder=folder, output="annotate", model="reference/hf", select=""),
         "rl": RL_TOML.format(folder=folder, output="rl", model="reference/hf", select=select),
         "eval": RL_TOML.format(folder=folder, output="evaluation", model="rl/hf", select=""),
+        "serve": RL_TOML.format(folder=folder, output="serve", model="reference/hf", select=""),
         "rl-unselected": RL_TOML.format(folder=folder, output="rl", model="reference/hf", select=""),
     }
     for name, text in texts.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -9,14 +10,16 @@ import subprocess
 import sys
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jobs import Cluster, Job, tool, until
+import httpx
+from jobs import PATIENCE_S, Cluster, Job, from_here, tool, until
 from run_files import RESUMED_STEPS
 
-from megatron_r1reward.run_dir import ExitReport, RunDir
+from megatron_r1reward.run_dir import Address, ExitReport, RunDir
 
 # n5 to n7 are kept for the story in which one of them dies.
 NOT_THE_DOOMED = ("--exclude=n5,n6,n7",)
@@ -192,6 +195,69 @@ def rl_local(bench: Bench) -> Path:
 
 def rl_server_does_not_start(bench: Bench) -> Job:
     return bench.rl("rl-no-start", f"model.path={bench.folder}/model", 'rollout.extra_args=["--no-such"]').wait()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """A job of slurm/serve.sh that has ended, and what it answered before."""
+
+    job: Job
+    url: str
+    ready: int  # status of /ready
+    without_token: int
+    compared: dict[str, Any]
+    in_progress: tuple[int, dict[str, Any]]  # status and answer of what was asked when the job was told to end
+
+
+def served_and_drained(bench: Bench) -> Service:
+    """slurm/serve.sh with the model of the cold start, asked from elsewhere; told to end in the middle of a request."""
+    trained = RunDir(root=bench.folder / "reference")
+    until(trained.done.exists, "success of the cold start")
+    output, token = bench.folder / "serve", "known-to-clients"
+    image = next((bench.folder / "data" / "images").iterdir()).read_bytes()
+    body = {
+        "question": "Which digit is it?",
+        "responses": ["The digit is 7.", "The digit is 3."],
+        "images": [f"data:image/png;base64,{base64.b64encode(image).decode()}"],
+    }
+    with _with_servers, ThreadPoolExecutor(1) as other:
+        job = bench.cluster.submit(
+            "serve.sh",
+            bench.folder / "serve.toml",
+            f"run.output_dir={output}",
+            "serve.host=0.0.0.0",
+            "serve.port=0",
+            "cluster.grace_s=120",
+            output=output,
+            options=ONE_SERVER,
+            environment={"R1REWARD_SERVE_TOKEN": token},
+        )
+
+        def address() -> Address | None:
+            assert not job.run.exit_report.exists(), job.output()
+            return Address.read(job.run.address("serve"))
+
+        url = until(address, f"address of the service\n{job.output()}").url
+        with httpx.Client(base_url=from_here(url), timeout=PATIENCE_S, trust_env=False) as http:
+            without_token = http.post("/v1/compare", json=body).status_code
+            ready = http.get("/ready").status_code
+            http.headers["Authorization"] = f"Bearer {token}"
+            compared = http.post("/v1/compare", json=body).json()
+            many = body | {"question": "Another digit?", "votes": 16}  # seconds of work
+            asked = other.submit(http.post, "/v1/compare", json=many)
+            metrics = "r1reward_requests_in_progress 1.0"
+            watch = {"headers": dict(http.headers), "trust_env": False, "timeout": PATIENCE_S}
+            until(lambda: metrics in httpx.get(f"{from_here(url)}/metrics", **watch).text or asked.done(), "request")
+            tool("scancel", "--batch", "--signal=TERM", job.id)
+            answer = asked.result()
+        return Service(
+            job=job.wait(),
+            url=url,
+            ready=ready,
+            without_token=without_token,
+            compared=compared,
+            in_progress=(answer.status_code, answer.json()),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

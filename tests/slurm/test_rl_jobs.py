@@ -12,7 +12,7 @@ import pytest
 import torch
 from jobs import Job, is_listening
 from safetensors.torch import load_file
-from scenarios import Chain, Colocated
+from scenarios import Chain, Colocated, Service
 
 from megatron_r1reward.training.resume import describe_data
 
@@ -115,6 +115,26 @@ def test_the_evaluation_at_the_end_of_the_chain_asks_the_trained_model(chain: Ch
     result = json.loads((job.run.root / "evaluation.json").read_text())
     assert result["counts"]["pairs"] == 2
     assert result["format_rate"] == 1.0, "the model in which all began cannot do that"
+    assert_servers_are_gone(job)
+
+
+@pytest.mark.scenario("served_and_drained")
+def test_a_service_is_found_asked_and_drained(ended: Service) -> None:
+    """What it was asked when the job was told to end is answered; then nothing of it is left."""
+    job = ended.job
+    assert (ended.ready, ended.without_token) == (200, 401), job.output()
+    (status, late), compared = ended.in_progress, ended.compared
+    assert status == 200, late
+    for answer, judgements in ((compared, 2), (late, 32)):
+        assert len(answer["judgements"]) == answer["first"] + answer["second"] + answer["unparsable"] == judgements
+        assert {one["order"] for one in answer["judgements"]} == {"12", "21"}
+    assert compared["unparsable"] == 0, compared
+    report = job.report()
+    assert (report.outcome, report.code) == ("cancelled", 143), job.output()
+    assert "told to end by SIGTERM" in report.reason
+    assert job.accounting().keys() == {"job", "batch", "rollout-0", "serve"}
+    assert not job.run.address("serve").exists(), "nobody shall take it for a service"
+    assert not is_listening(ended.url)
     assert_servers_are_gone(job)
 
 
