@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.parallel.setup import Topology
+from megatron_r1reward.reward.readers import reader_of
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.accounting import Accounting
 from megatron_r1reward.rollout.pool import RolloutPool
@@ -16,7 +17,7 @@ from megatron_r1reward.training import rl
 STEPS, BATCH = 5, 6
 
 
-def config(output: Path, model: Path, data: Path, mode: str, **changed: dict[str, Any]) -> RunConfig:
+def config(output: Path, model: Path, data: Path, mode: str, /, **changed: dict[str, Any]) -> RunConfig:
     """A random model earns no reward: the entropy bonus is what moves its weights. `changed`: keys by section."""
     tree: dict[str, dict[str, Any]] = {
         "run": {"output_dir": output},
@@ -40,7 +41,8 @@ def config(output: Path, model: Path, data: Path, mode: str, **changed: dict[str
 def run(config: RunConfig, topology: Topology, pool: RolloutPool, probe: rl.Probe = lambda: 0.5) -> Accounting:
     """What became of the prompts of this run."""
     pool.total = Accounting()
-    rl.run(config, topology, rl.Services(pool=pool, scorer=RewardScorer(config.reward, None), probe=probe))
+    scorer = RewardScorer(config.reward, None, read=reader_of(config))
+    rl.run(config, topology, rl.Services(pool=pool, scorer=scorer, probe=probe))
     return pool.total
 
 

@@ -1,4 +1,8 @@
-"""A run that a real server sampled for, trained again from its record: the same updates, to the last bit."""
+"""A run that a real server sampled for, trained again from its record: the same updates, to the last bit.
+
+It has what makes a batch hard to repeat: one step off policy, both orders of a pair in one group, pairs without a
+label, a parser and a term of the reward that come from files.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,18 @@ from megatron_r1reward.training import rl
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("original_weights_afterwards")]
 UPDATE = ("loss", "grad_norm", "lr", "entropy", "ratio/mean", "advantage/std", "mismatch/mean_abs", "correction/weight")
-ROLLOUTS = ("reward/mean", "response/mean_tokens", "staleness/mean", "rollout/failed")
+ROLLOUTS = (
+    "reward/mean", "response/mean_tokens", "staleness/mean", "rollout/failed", "rollout/unlabelled_fraction",
+    "terms/agreement", "terms/agreement_std", "terms/mine",
+)  # fmt: skip
+PARTS = """
+def read(text):  # a random model gives no verdict: its noise does
+    return 1 + len(text) % 2
+
+def mine(rows):
+    assert all(row.question and row.label in (None, 1, 2) for row in rows)
+    return [row.agreement - 0.5 * (row.answer == row.label) for row in rows]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +50,20 @@ def recorded(
 ) -> RunConfig:
     """A finished run one step off policy, so that its samples are of several weight versions."""
     folder = tmp_path_factory.mktemp("recorded")
-    settings = config(folder / "run", tiny_folder, data, "one_step_off", rl={"record": folder / "record"})
+    (folder / "parts.py").write_text(PARTS)
+    rows = [json.loads(line) for line in (data / "pool.jsonl").read_text().splitlines()]
+    rows = [row | ({"answer": "tie"} if place % 2 else {}) for place, row in enumerate(rows)]
+    (folder / "pool.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    terms = [{"name": "result"}, {"name": "agreement", "weight": 0.5}]
+    own = {"name": "mine", "function": f"{folder}/parts.py:mine"}
+    settings = config(
+        folder / "run", tiny_folder, data, "one_step_off",
+        data={"train": folder / "pool.jsonl", "image_root": data},
+        rl={"record": folder / "record", "pairing": "both_orders"},
+        prompt={"parser": f"{folder}/parts.py:read"},
+        # A random model never ends by itself: what the limit cut off is read like the rest.
+        reward={"use_judge": False, "truncated": "as_is", "terms": [*terms, own]},
+    )  # fmt: skip
     run(settings, topology, shared_pool)
     return settings
 
@@ -58,6 +86,8 @@ def test_a_replay_repeats_the_recorded_run_bit_for_bit(recorded: RunConfig, topo
     expected, got = rows(recorded), rows(again)
     assert set(got) == set(expected) == set(range(1, STEPS + 1))
     assert expected[2]["staleness/mean"] == 1
+    assert any(0 < row["rollout/unlabelled_fraction"] < 1 for row in expected.values())
+    assert any(row["terms/agreement_std"] > 0 for row in expected.values())
     for step, row in expected.items():
         assert {name: got[step][name] for name in UPDATE + ROLLOUTS} == {name: row[name] for name in UPDATE + ROLLOUTS}
         assert not {"servers/ready", "heldout/accuracy"} & got[step].keys(), "there are no servers"
@@ -113,7 +143,19 @@ def test_a_run_that_was_killed_leaves_one_record(
     assert whole is not None and resumed is not None
     for step in range(1, STEPS + 1):
         tokens = [
-            [json.loads(line)["rollout"]["token_ids"] for line in path.read_text().splitlines()[1:]]
+            [_told(json.loads(line)) for line in path.read_text().splitlines()[1:]]
             for path in (whole / f"step-{step:08d}.jsonl", resumed / f"step-{step:08d}.jsonl")
         ]
         assert tokens[0] == tokens[1] != []
+
+
+def _told(item: dict[str, Any]) -> list[Any]:
+    prompt = item["rollout"]["prompt"]
+    return [
+        prompt["group"],
+        prompt["swapped"],
+        prompt["label"],
+        item["rollout"]["token_ids"],
+        item["terms"],
+        item["reward"],
+    ]
