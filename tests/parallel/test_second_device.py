@@ -327,7 +327,7 @@ def _starts_after_the_servers_sleep(root: Path) -> bool:
 
     seen: list[bool] = []
     ranks_module.ranks, rl.run = ranks, run  # type: ignore[assignment]  # this process is a fork
-    stages.open_rl_services, stages.RewardScorer = open_services, lambda *_: None  # type: ignore[assignment,misc]
+    stages.open_rl_services, stages.RewardScorer = open_services, lambda *_, **__: None  # type: ignore[assignment,misc]
     stages._heldout_probe, stages.check_models = lambda *_: None, lambda *_: None  # type: ignore[assignment]
     stages.rl(config)
     return any(seen)
