@@ -60,15 +60,18 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout_s: fl
     processes = [
         context.Process(target=_entry, args=(function, rank, size, store.port, args, queue)) for rank in range(size)
     ]
-    for process in processes:
-        process.start()
     try:
+        for process in processes:
+            process.start()
         results = _results(queue, processes, timeout_s)
     finally:
         for process in processes:
             process.join(5)
             if process.is_alive():
                 process.kill()
+        # A failure keeps this frame, and a later fork that collected the store would wait for its thread, which only this
+        # process has.
+        del store
     errors = [f"rank {rank}:\n{value}" for rank, status, value in results if status == "error"]
     assert not errors, "\n".join(errors)
     return [value for _, _, value in sorted(results, key=lambda item: item[0])]
