@@ -69,8 +69,8 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout_s: fl
             process.join(5)
             if process.is_alive():
                 process.kill()
-        # A failure keeps this frame, and a later fork that collected the store would wait for its thread, which only this
-        # process has.
+        # A failure keeps this frame alive. A later fork that collected the store would wait for its thread, which only
+        # this process has.
         del store
     errors = [f"rank {rank}:\n{value}" for rank, status, value in results if status == "error"]
     assert not errors, "\n".join(errors)

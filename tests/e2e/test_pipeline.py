@@ -30,9 +30,10 @@ RUN_S = 1800.0
 RECIPES = Path(__file__).parents[2] / "recipes" / "demo"
 # Small enough for a test; the shape of the pipeline is the demo's.
 SMALLER = {
-    "sft.toml": {"sft": {"steps": 60}},
-    "judge.toml": {"sft": {"steps": 20}},
+    "sft.toml": {"run": {"local_ranks": 1}, "sft": {"steps": 60}},
+    "judge.toml": {"run": {"local_ranks": 1}, "sft": {"steps": 20}},
     "eval.toml": {
+        "rollout": {"count": 1},
         "annotate": {"max_rows": 60},
         "evaluation": {"max_pairs": 12, "samples": 5, "voting": [1, 5], "extra_pairs": 8},
     },

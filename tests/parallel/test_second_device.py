@@ -8,6 +8,7 @@ that refuse to sample while they sleep; everything on the trainer's side is real
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -340,3 +341,17 @@ def test_no_rank_takes_memory_before_colocated_servers_sleep(tmp_path: Path) -> 
 def test_ranks_of_tests_see_no_gpu() -> None:
     """They are forked and meet over gloo; with a CUDA build of torch they would take nccl and GPU 0."""
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def _fail() -> None:
+    raise RuntimeError("as it should")
+
+
+def test_a_failed_run_leaves_nothing_that_a_later_fork_trips_over() -> None:
+    """Its store has a thread in this process only: a child that collects it would wait for that thread for ever."""
+    for _ in range(3):
+        try:
+            run_ranks(_fail, 2)
+        except AssertionError as error:
+            error.itself = error  # type: ignore[attr-defined]  # only the collector frees what the error holds
+    assert run_ranks(gc.collect, 2, timeout_s=60)
