@@ -65,6 +65,7 @@ def write_pictures(folder: Path) -> dict[str, Path]:
         exif[ExifTags.Base.Orientation] = orientation
         save(f"jpeg orientation {orientation}", rgb, "jpg", exif=exif, quality=95)
         save(f"png orientation {orientation} with alpha", rgba, "png", exif=exif)
+        save(f"tiff orientation {orientation}", rgb, "tiff", exif=exif)
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     save("mpo orientation 6", rgb, "mpo", save_all=True, append_images=[rgb.rotate(180)], exif=exif)

@@ -263,6 +263,8 @@ def upright_size(path: str | Path) -> tuple[int, int]:
     """(width, height) of what `decode` returns, from the header alone."""
     with _open(path) as image:
         width, height = image.size
+        if image.format == "TIFF":  # Pillow has turned its size already
+            return width, height
         with contextlib.suppress(Exception):  # as in `_upright`
             if image.getexif().get(_ORIENTATION) in _TURNS_BY_90_DEGREES:
                 return height, width

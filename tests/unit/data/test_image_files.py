@@ -24,6 +24,13 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
+def test_the_header_tells_the_size_that_is_seen(pictures: dict[str, Path]) -> None:
+    """Every mode, format and orientation; Pillow turns a TIFF's size itself, and nobody may turn it again."""
+    assert {name: upright_size(path) for name, path in pictures.items()} == {
+        name: decode(path).size for name, path in pictures.items()
+    }
+
+
 def pixels(picture: Image.Image) -> np.ndarray:
     return np.asarray(picture).astype(int)
 
