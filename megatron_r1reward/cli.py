@@ -56,17 +56,16 @@ def _run_stage(stage: Stage, run_file: Path, overrides: list[str] | None) -> Non
             raise typer.Exit(launch_stage(stage, run_file, overrides or [], local=True))
         with quick_imports():
             if stage in ("sft", "rm"):
-                from megatron_r1reward.launch.trainer_ranks import rm, sft
+                from megatron_r1reward.launch.trainer_ranks import train
             else:
                 from megatron_r1reward.launch.stages import annotate, evaluate, rl
 
         if stage in ("annotate", "eval"):
             (annotate if stage == "annotate" else evaluate)(config)
         else:
-            run = sft if stage == "sft" else rm if stage == "rm" else rl
             # A request that stopped an earlier run must not stop this one. A supervisor empties live/.
             RunDir(root=config.run.output_dir).stop.unlink(missing_ok=True)
-            if not run(config):
+            if not (train(config, stage) if stage in ("sft", "rm") else rl(config)):
                 raise typer.Exit(EXIT_REQUEUE)
 
 

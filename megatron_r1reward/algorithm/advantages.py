@@ -69,9 +69,8 @@ def normalize_and_filter(
     filtered_R = ~finite_R | _rejected(z_R, float(mean), config)
     kept_R = z_R if config.normalize == "global" else raw_R.float()
     if config.filter == "clamp":
-        bound = config.filter_sigma if config.normalize == "global" else config.filter_sigma * float(std)
-        centre = 0.0 if config.normalize == "global" else float(mean)
-        kept_R = kept_R.clamp(centre - bound, centre + bound)
+        centre, unit = (0.0, 1.0) if config.normalize == "global" else (float(mean), float(std))
+        kept_R = kept_R.clamp(centre - config.filter_sigma * unit, centre + config.filter_sigma * unit)
     return AdvantageResult(
         advantages=torch.where(filtered_R, 0.0, kept_R),
         filtered_mask=filtered_R,

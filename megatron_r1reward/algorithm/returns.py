@@ -54,12 +54,11 @@ def group_rewards(rewards_N: Tensor, group_N: Tensor, *, baseline: Baseline, nor
 def decoupled_rewards(terms_KN: Tensor, weights: Sequence[float], group_N: Tensor, *, baseline: Baseline) -> Tensor:
     """Each term of the reward normalised on its own, then added by weight (GDPO, arXiv 2601.05242 sec. 3.1), [N].
 
-    Under a baseline a term is compared within its group and divided by its standard deviation there, else within the
-    batch. Where all have the same it adds nothing. GDPO normalises the sum over the batch afterwards
+    A term is compared within its group, without a baseline with the group's mean, and divided by its standard deviation
+    there. Where all have the same it adds nothing. GDPO normalises the sum over the batch afterwards
     (`algorithm.normalize = "global"`).
     """
-    if baseline == "none":
-        baseline, group_N = "group_mean", torch.zeros_like(group_N)
+    baseline = "group_mean" if baseline == "none" else baseline
     compared = [group_rewards(term_N, group_N, baseline=baseline, normalize=True) for term_N in terms_KN]
     return sum((w * term_N for w, term_N in zip(weights, compared, strict=True)), torch.zeros_like(terms_KN[0]))
 

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from megatron_r1reward.config.section import Fraction, PositiveInt, Section
 
+MAX_FRAMES = 32  # of a video, as at the published evaluation
+
 
 class Selection(Section):
     """The rows that `rl` trains on: those that meet all that is set."""
@@ -47,7 +49,7 @@ class DataSection(Selection):
     judgements: Path | None = None  # judgements.jsonl of `r1reward bench pairs`, which says what a model can do
     image_root: Path | None = None  # relative image paths are resolved against it; None: the folder of the data
     image_roots: tuple[Path, ...] = ()  # further folders that image paths and links may lead to
-    max_frames: PositiveInt = 32  # of a video, evenly spaced; as at the published evaluation
+    max_frames: PositiveInt = MAX_FRAMES  # of a video, evenly spaced
     max_pixels: PositiveInt = 501_760  # 640 * 28 * 28, the published training setting
     min_pixels: PositiveInt = 3_136  # 4 * 28 * 28
     token_budget: PositiveInt = 8192  # tokens of one packed micro-batch

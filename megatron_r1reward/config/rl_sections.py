@@ -59,6 +59,11 @@ class RlSection(Section):
         return self
 
     @property
+    def orders(self) -> int:
+        """Prompts about each pair of a step."""
+        return 2 if self.pairing == "both_orders" else 1
+
+    @property
     def mini_batches(self) -> int:
         """Optimizer steps of one pass over a rollout batch."""
         return self.rollout_batch_size // self.train_batch_size

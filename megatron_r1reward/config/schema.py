@@ -291,16 +291,25 @@ class RunConfig(Section):
         sections = {name: with_defaults(given.get(name, {}), name, method) for name in SECTIONS - {"algorithm"}}
         return given | {name: section for name, section in sections.items() if section}
 
+    @property
+    def group_size(self) -> int:
+        """Samples about a pair in a step of `rl`, which are compared with each other."""
+        return self.algorithm.samples_per_prompt * self.rl.orders
+
+    @property
+    def response_order(self) -> str:
+        """In which `rl` shows the two responses, for checkpoints and model cards."""
+        return "both" if self.rl.orders == 2 else self.data.swap
+
     @model_validator(mode="after")
     def _samples_can_be_trained_on(self) -> RunConfig:
         mode = self.asynchrony.mode
-        grouped = self.algorithm.samples_per_prompt > 1 or self.rl.pairing == "both_orders"
-        if self.algorithm.baseline != "none" and not grouped:
+        if self.algorithm.baseline != "none" and self.group_size == 1:
             raise ValueError(
                 f"algorithm.baseline {self.algorithm.baseline!r} compares samples of one prompt: set "
                 "algorithm.samples_per_prompt > 1, or rl.pairing to 'both_orders'"
             )
-        if self.rl.dynamic_sampling_rounds and not grouped:
+        if self.rl.dynamic_sampling_rounds and self.group_size == 1:
             raise ValueError(
                 "rl.dynamic_sampling_rounds looks for prompts whose samples are partly right, and "
                 "algorithm.samples_per_prompt is 1: set it above 1"

@@ -25,9 +25,10 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from megatron_r1reward.config.data_section import MAX_FRAMES
 from megatron_r1reward.data.near_duplicates import thumbnail
 from megatron_r1reward.data.rows import LFS_POINTER, RowError
-from megatron_r1reward.data.video_frames import MAX_FRAMES, VIDEOS, evenly_spaced, extract_frames
+from megatron_r1reward.data.video_frames import VIDEOS, evenly_spaced, extract_frames
 from megatron_r1reward.files import write_bytes
 
 MAX_ASPECT_RATIO = 200  # the Qwen-VL image processors refuse more

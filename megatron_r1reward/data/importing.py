@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from megatron_r1reward.config.data_section import MAX_FRAMES
 from megatron_r1reward.data.image_files import examine_images
 from megatron_r1reward.data.import_parts import PartRow, Reading, read_parts
 from megatron_r1reward.data.near_duplicates import Seen, pictures_of, question_key
@@ -24,7 +25,6 @@ from megatron_r1reward.data.repeats import MergedRows, Repeats, find_repeats
 from megatron_r1reward.data.rows import RawRow, RowOrigin, fixed_folder, hub_rows, is_hub_id, iterate_rows, label_of
 from megatron_r1reward.data.schemas import SCHEMAS, Schema, counts_from_zero, detect, nearest
 from megatron_r1reward.data.set_figures import SetFigures
-from megatron_r1reward.data.video_frames import MAX_FRAMES
 from megatron_r1reward.files import atomic_path, write_text
 from megatron_r1reward.types import Preference
 

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_r1reward.config.data_section import MAX_FRAMES
 from megatron_r1reward.data.image_files import ImageCheck, MediaResolver
 from megatron_r1reward.data.preference_row import SftExample, parse_preference, parse_sft_example, row_identifier
 from megatron_r1reward.data.rows import (
@@ -27,7 +28,6 @@ from megatron_r1reward.data.rows import (
     fixed_folder,
     iterate_rows,
 )
-from megatron_r1reward.data.video_frames import MAX_FRAMES
 from megatron_r1reward.types import Label, Preference
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,6 @@ from PIL import Image
 from megatron_r1reward.data.rows import RowError
 from megatron_r1reward.files import write_bytes
 
-MAX_FRAMES = 32  # as at the published evaluation
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg")
 _FEWEST = 2  # the processors read a video in pairs of frames; a single one is a picture
 

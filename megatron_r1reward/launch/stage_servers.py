@@ -101,7 +101,7 @@ def open_evaluation_pool(config: RunConfig, *, supervised: bool = False) -> Iter
 
 
 @contextmanager
-def open_vote_judge(config: RunConfig, *, supervised: bool = False) -> Iterator[VoteJudge | str]:
+def open_evaluation_judge(config: RunConfig, *, supervised: bool = False) -> Iterator[VoteJudge | str]:
     """The judge of an evaluation's judge-filtered votes, or why there are none."""
     if not asks_judge(config, "eval"):
         yield "evaluation.judge_filtered_votes is false"

@@ -31,10 +31,10 @@ from megatron_r1reward.launch.addresses import connected
 from megatron_r1reward.launch.stage_models import check_models
 from megatron_r1reward.launch.stage_servers import (
     open_annotator,
+    open_evaluation_judge,
     open_evaluation_pool,
     open_judge,
     open_rl_services,
-    open_vote_judge,
 )
 from megatron_r1reward.model_folder.examine import load_tokenizer
 from megatron_r1reward.processes import quick_imports
@@ -200,7 +200,7 @@ def evaluate(config: RunConfig, *, supervised: bool = False) -> None:
     section = config.evaluation
     pairs = _heldout(config)
     with (
-        open_vote_judge(config, supervised=supervised) as judge,
+        open_evaluation_judge(config, supervised=supervised) as judge,
         open_evaluation_pool(config, supervised=supervised) as pool,
     ):
         result = _evaluate(

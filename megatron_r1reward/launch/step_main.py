@@ -23,9 +23,9 @@ def run_driver(config: RunConfig, stage: Stage) -> None:
     rendezvous = rendezvous_path(config)
     if stage in ("sft", "rm"):
         with quick_imports():
-            from megatron_r1reward.launch import trainer_ranks
+            from megatron_r1reward.launch.trainer_ranks import train
 
-        {"sft": trainer_ranks.sft, "rm": trainer_ranks.rm}[stage](config, rendezvous=rendezvous)
+        train(config, stage, rendezvous=rendezvous)
         return
     with quick_imports():
         from megatron_r1reward.launch import serve_model, stages

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.launch.addresses import node_address
@@ -37,25 +38,14 @@ def ranks(config: RunConfig, rendezvous: Path | None) -> Iterator[Topology]:
         setup.shutdown()
 
 
-def sft(config: RunConfig, *, rendezvous: Path | None = None) -> bool:
-    """Stage 1, on every rank. False: it has saved and stopped on request."""
-    check_models(config, "sft")
-    from megatron_r1reward.training import sft as sft_stage
+def train(config: RunConfig, stage: Literal["sft", "rm"], *, rendezvous: Path | None = None) -> bool:
+    """A stage without servers, on every rank. False: it has saved and stopped on request."""
+    check_models(config, stage)
+    from megatron_r1reward.training import rm, sft
 
+    run, done = {"sft": (sft.run, "SFT finished"), "rm": (rm.run, "the scalar reward model is trained")}[stage]
     with ranks(config, rendezvous) as topology:
-        folder = sft_stage.run(config, topology)
+        folder = run(config, topology)
     if folder is not None:
-        log.info("SFT finished: %s", folder)
-    return folder is not None
-
-
-def rm(config: RunConfig, *, rendezvous: Path | None = None) -> bool:
-    """A scalar reward model, on every rank. False: it has saved and stopped on request."""
-    check_models(config, "rm")
-    from megatron_r1reward.training import rm as rm_stage
-
-    with ranks(config, rendezvous) as topology:
-        folder = rm_stage.run(config, topology)
-    if folder is not None:
-        log.info("the scalar reward model is trained: %s", folder)
+        log.info("%s: %s", done, folder)
     return folder is not None

@@ -25,7 +25,7 @@ def question_of(prompt: str | list[dict[str, Any]]) -> str:
     if not headers:
         return _IMAGES.sub("", prompt)
     turns = [
-        (header[1] or header[2], _without_ends(prompt[header.end() : following]))
+        (header[1] or header[2], without_ends(prompt[header.end() : following]))
         for header, following in zip(headers, [*(h.start() for h in headers[1:]), len(prompt)], strict=True)
     ]
     return "\n".join(_IMAGES.sub("", text) for role, text in turns if role != "system" and text)
@@ -39,18 +39,13 @@ def response_in(query: str, prompt: str) -> str:
     """
     query, prompt = _without_begins(query), _without_begins(prompt)
     if query.startswith(prompt):
-        return _without_ends(query[len(prompt) :])
+        return without_ends(query[len(prompt) :])
     # Images were expanded between the two, or a tokenizer changed white space: as many headers as the prompt has.
     count = len(_HEADER.findall(prompt))
     headers = list(_HEADER.finditer(query))
     if not count or len(headers) < count:
         raise ValueError("a query does not begin with its prompt: send both as the trainer's tokenizer decodes them")
-    return _without_ends(query[headers[count - 1].end() :])
-
-
-def response_text(response: str) -> str:
-    """A response that stands alone, without the tokens that end it."""
-    return _without_ends(response)
+    return without_ends(query[headers[count - 1].end() :])
 
 
 def content_text(content: Any) -> str:
@@ -60,7 +55,8 @@ def content_text(content: Any) -> str:
     return "".join(part.get("text", "") for part in content or [] if isinstance(part, dict))
 
 
-def _without_ends(text: str) -> str:
+def without_ends(text: str) -> str:
+    """A turn without the tokens that end it."""
     text = text.strip()
     while ended := next((token for token in _ENDS if text.endswith(token)), None):
         text = text.removesuffix(ended).rstrip()

@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 
 from megatron_r1reward.serving import wire
-from megatron_r1reward.serving.chat_format import content_text, question_of, response_in, response_text
+from megatron_r1reward.serving.chat_format import content_text, question_of, response_in, without_ends
 from megatron_r1reward.serving.cohorts import CohortBuffer, NoRewardError, Policy
 from megatron_r1reward.serving.service import RewardService
 
@@ -75,7 +75,7 @@ def add_routes(app: FastAPI, service: RewardService, cohorts: CohortBuffer) -> N
 
     @app.post("/slime")
     async def slime(body: SlimeRequest) -> Any:
-        return await cohorts.reward(question_of(body.prompt), response_text(body.response), body.images)
+        return await cohorts.reward(question_of(body.prompt), without_ends(body.response), body.images)
 
     @app.post("/nemo_gym/compare")
     async def nemo_gym(body: NemoGymRequest, request: Request) -> Response:

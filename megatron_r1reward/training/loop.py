@@ -19,7 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from megatron_r1reward.config.schema import ProfileSection
+from megatron_r1reward.config.schema import ProfileSection, RunConfig
 from megatron_r1reward.monitor.sinks import Monitor
 from megatron_r1reward.monitor.timeline import Timeline
 from megatron_r1reward.monitor.timers import PhaseTimer
@@ -30,6 +30,12 @@ from megatron_r1reward.training.state import TrainState
 
 log = logging.getLogger(__name__)
 Metrics = dict[str, float]
+
+
+def set_threads(config: RunConfig) -> None:
+    """How many threads torch takes in this rank; by default all cores."""
+    if config.run.num_threads:
+        torch.set_num_threads(config.run.num_threads)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,6 +51,11 @@ def parts_read(config: RunConfig) -> dict[str, Part]:
     return found | {_FUNCTION + name: part for name, part in function_parts(config.reward).items()}
 
 
+def described_parts(config: RunConfig) -> dict[str, dict[str, str]]:
+    """`parts_read` with their texts, for checkpoints and records."""
+    return {kind: part.described() for kind, part in parts_read(config).items()}
+
+
 def models_read(config: RunConfig, topology: Topology, *, rl: bool) -> dict[str, str]:
     """Kind of model (or of the user's part) -> identity; collective, the main rank reads. Weights that a checkpoint
     replaces do not count.

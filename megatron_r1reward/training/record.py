@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_r1reward.checkpoint.manifest import hash_range
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.files import atomic_path, write_bytes
-from megatron_r1reward.training.models_read import first_weights, parts_read
+from megatron_r1reward.training.models_read import described_parts, first_weights
 from megatron_r1reward.training.step_sampler import StepRollouts
 from megatron_r1reward.types import ScoredRollout
 
@@ -83,7 +83,7 @@ def origin_of(config: RunConfig, data: Mapping[str, Any]) -> Origin:
         model=first_weights(config),
         image_roots=tuple(map(str, _image_roots(config))),
         config=config.model_dump(mode="json"),
-        parts={kind: part.described() for kind, part in parts_read(config).items()},
+        parts=described_parts(config),
     )
 
 

@@ -20,8 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_r1reward.config.methods import describe
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.curriculum import Curriculum
@@ -39,8 +37,8 @@ from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.training import alarms, resume
 from megatron_r1reward.training.data_parallel import make_room_for_servers, synchronize_parameters
 from megatron_r1reward.training.heartbeat import RunControl
-from megatron_r1reward.training.loop import Stage, finish, run_to_end
-from megatron_r1reward.training.models_read import models_read, parts_read
+from megatron_r1reward.training.loop import Stage, finish, run_to_end, set_threads
+from megatron_r1reward.training.models_read import described_parts, models_read
 from megatron_r1reward.training.policy_update import update_policy
 from megatron_r1reward.training.producer import RolloutProducer
 from megatron_r1reward.training.record import Recorder, Replay, origin_of
@@ -164,8 +162,7 @@ def run(config: RunConfig, topology: Topology, services: Services | None) -> Pat
     Raises:
         ValueError: the configuration or the data cannot be used.
     """
-    if config.run.num_threads:
-        torch.set_num_threads(config.run.num_threads)
+    set_threads(config)
     output = config.run.output_dir
     replay = None if config.rl.replay is None else Replay(config)
     selected, description = _data(config, topology, replay)
@@ -175,7 +172,7 @@ def run(config: RunConfig, topology: Topology, services: Services | None) -> Pat
         log_method(config)
     state = prepare(config, topology)
     state.data, state.models = description, models_read(config, topology, rl=True)
-    state.parts = {kind: part.described() for kind, part in parts_read(config).items()}
+    state.parts = described_parts(config)
     state.described = rl_policy(config, rows=description.get("rows"))
     resumed = resume.resume(state)
     resume.prepare(state)
@@ -298,7 +295,7 @@ def _read(config: RunConfig, replay: Replay | None) -> tuple[SelectedRows | None
     selected = select_rows(
         data.preferences,
         config.data,
-        batch_size=config.rl.rollout_batch_size // (2 if config.rl.pairing == "both_orders" else 1),
+        batch_size=config.rl.rollout_batch_size // config.rl.orders,
         steps=config.rl.steps,
         set_aside=data.set_aside,
     )
@@ -306,7 +303,7 @@ def _read(config: RunConfig, replay: Replay | None) -> tuple[SelectedRows | None
         selected.contents,
         seed=config.run.seed,
         batch_size=config.rl.rollout_batch_size,
-        order="both" if config.rl.pairing == "both_orders" else config.data.swap,
+        order=config.response_order,
         stages=selected.description,
     )
     if replay is not None:

@@ -24,10 +24,11 @@ from megatron_r1reward.data.stage_data import read_heldout, read_training_prefer
 from megatron_r1reward.model_folder.shape import load_shape
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training.data_parallel import synchronize_parameters
+from megatron_r1reward.training.loop import set_threads
 from megatron_r1reward.training.schedule import LossOutput, reduce_statistics, run_micro_batches, train_micro_batches
 from megatron_r1reward.training.sft import to_sequence
 from megatron_r1reward.training.state import TrainState
-from megatron_r1reward.training.supervised import SupervisedStage, check_batch, run_supervised, set_threads
+from megatron_r1reward.training.supervised import SupervisedStage, check_batch, run_supervised
 from megatron_r1reward.training.trained_policy import rm_policy
 from megatron_r1reward.types import PackedBatch, Preference
 from megatron_r1reward.types import Sequence as TokenSequence

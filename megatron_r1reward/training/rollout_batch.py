@@ -133,7 +133,7 @@ def compared_rewards(config: RunConfig, scored: Sequence[ScoredRollout]) -> torc
             torch.cat([terms_KN, penalties_N[None]])[:, trained_N],
             (*(term.weight for term in config.reward.all_terms), algorithm.overlong_weight),
             group_N[trained_N],
-            baseline="group_mean" if algorithm.baseline == "none" else algorithm.baseline,
+            baseline=algorithm.baseline,
         )
     else:
         rewards_N[trained_N] = group_rewards(

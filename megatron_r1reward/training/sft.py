@@ -15,9 +15,10 @@ from megatron_r1reward.data.preference_row import SftExample
 from megatron_r1reward.data.prompt import render_chat
 from megatron_r1reward.data.stage_data import read_training_examples
 from megatron_r1reward.parallel.setup import Topology
+from megatron_r1reward.training.loop import set_threads
 from megatron_r1reward.training.schedule import LossOutput, reduce_statistics, train_micro_batches
 from megatron_r1reward.training.state import TrainState
-from megatron_r1reward.training.supervised import SupervisedStage, check_batch, run_supervised, set_threads
+from megatron_r1reward.training.supervised import SupervisedStage, check_batch, run_supervised
 from megatron_r1reward.training.trained_policy import sft_policy
 from megatron_r1reward.types import PackedBatch, Prompt, Sequence
 

@@ -164,7 +164,7 @@ def build_packer(
         device=topology.device,
         pad_multiple=row_multiple(config.parallel, config.precision),
         sequence_multiple=sequence_multiple(config.parallel),
-        share_images=config.algorithm.samples_per_prompt > 1 or config.rl.pairing == "both_orders",
+        share_images=config.group_size > 1,
         last_token_only=last_token_only,
     )
 

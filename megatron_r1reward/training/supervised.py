@@ -8,19 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from megatron_r1reward.config.rl_sections import SftSection
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.loader import EpochSampler
-from megatron_r1reward.data.preference import SftExample
+from megatron_r1reward.data.preference_row import SftExample
 from megatron_r1reward.model_folder.prompt_policy import PromptPolicy
 from megatron_r1reward.monitor.sinks import build_monitor
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training import resume
 from megatron_r1reward.training.heartbeat import RunControl
 from megatron_r1reward.training.loop import Metrics, Stage, finish, run_to_end
-from megatron_r1reward.training.models_read import models_read, parts_read
+from megatron_r1reward.training.models_read import described_parts, models_read
 from megatron_r1reward.training.state import TrainState, build_state
 from megatron_r1reward.types import Preference
 
@@ -70,7 +68,7 @@ def run_supervised(config: RunConfig, topology: Topology, stage: SupervisedStage
         resume.row_contents(stage.rows, topology), seed=config.run.seed, batch_size=section.global_batch_size
     )
     state.models = models_read(config, topology, rl=False)
-    state.parts = {kind: part.described() for kind, part in parts_read(config).items()}
+    state.parts = described_parts(config)
     state.described = stage.described(steps)
     resumed = resume.resume(state)
     resume.prepare(state)
@@ -98,8 +96,3 @@ def run_supervised(config: RunConfig, topology: Topology, stage: SupervisedStage
     if monitor is not None:
         monitor.close()
     return folder
-
-
-def set_threads(config: RunConfig) -> None:
-    if config.run.num_threads:
-        torch.set_num_threads(config.run.num_threads)

@@ -44,7 +44,7 @@ def rl_policy(config: RunConfig, *, rows: int | None) -> PromptPolicy:
         "temperature": config.sampling.temperature,
         "max_tokens": config.sampling.max_tokens,
         "consistency_judge": config.reward.use_judge,
-        "response_order": "both" if config.rl.pairing == "both_orders" else config.data.swap,
+        "response_order": config.response_order,
         "reward": {term.name: term.weight for term in config.reward.all_terms},
     }
     template = template_of(config)
