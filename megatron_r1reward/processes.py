@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _PR_SET_PDEATHSIG = 1
+# transformers imports scikit-learn, and with it pandas and SciPy, for a kind of assisted generation that nothing here
+# asks for: a tenth of a program's start.
+_UNUSED = ("sklearn",)
 
 
 def die_with_parent() -> None:
@@ -22,18 +25,23 @@ def die_with_parent() -> None:
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """For the imports of a program's start, in its main thread: the cyclic garbage collector has a holiday.
+    """For the imports of a program's start, in its main thread: the cyclic garbage collector has a holiday, and what
+    libraries would import for nothing is not there for them (`_UNUSED`); whoever needs it imports it later.
 
     Importing torch, transformers and vLLM makes a million objects that stay, and the collector searches them again and
     again: a tenth of the time. What is there at the end it never looks at again (`gc.freeze`), so a later full
     collection is short, and a forked child shares these pages.
     """
+    hidden = [name for name in _UNUSED if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: there is no such module
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
         gc.enable()
+        for name in hidden:
+            sys.modules.pop(name, None)
 
 
 @contextmanager

@@ -158,6 +158,13 @@ def plan_memory(suites: tuple[Suite, ...], free: float, at_once: int) -> tuple[i
     return fitting, text
 
 
+def environment(mark: str) -> dict[str, str]:
+    """Of a suite and all that it starts. The suites start hundreds of Python programs: without cached bytecode each
+    compiles this package again, and with a thread per core each keeps the others' cores busy while it waits."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {"OMP_NUM_THREADS": "1", **inherited, leftovers.MARK: mark, "PYTHONPATH": str(ROOT)}
+
+
 def start(suite: Suite, folder: Path, mark: str, extra: list[str]) -> Outcome:
     report = folder / f"{suite.name}.xml"
     report.unlink(missing_ok=True)
@@ -165,7 +172,7 @@ def start(suite: Suite, folder: Path, mark: str, extra: list[str]) -> Outcome:
     process = subprocess.Popen(
         [*command, *suite.arguments, *extra],
         cwd=ROOT,
-        env={**os.environ, leftovers.MARK: mark, "PYTHONPATH": str(ROOT)},
+        env=environment(mark),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

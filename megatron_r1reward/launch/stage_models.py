@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from megatron_r1reward.checkpoint.manifest import MANIFEST, find_damage
 from megatron_r1reward.cluster.placement import Stage, asks_judge
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.stage_data import template_of
@@ -133,6 +132,8 @@ def _load(term: str, function: str) -> None:
 
 def _checkpoint_problems(folder: Path) -> Iterator[str]:
     """What keeps a folder from giving a model its first weights; hashes are compared when they are read."""
+    from megatron_r1reward.checkpoint.manifest import MANIFEST, find_damage  # megatron-core loads for seconds
+
     steps = sorted(path.name for path in folder.glob("step-*") if path.is_dir())
     if not folder.is_dir():
         yield "there is no such folder: name what `r1reward convert import` wrote, or a step folder of a run"

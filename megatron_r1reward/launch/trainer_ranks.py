@@ -18,6 +18,7 @@ from megatron_r1reward.launch.stage_models import check_models
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.parallel.rendezvous import Rendezvous
 from megatron_r1reward.parallel.setup import Topology
+from megatron_r1reward.processes import quick_imports
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ def ranks(config: RunConfig, rendezvous: Path | None) -> Iterator[Topology]:
 def train(config: RunConfig, stage: Literal["sft", "rm"], *, rendezvous: Path | None = None) -> bool:
     """A stage without servers, on every rank. False: it has saved and stopped on request."""
     check_models(config, stage)
-    from megatron_r1reward.training import rm, sft
+    with quick_imports():
+        from megatron_r1reward.training import rm, sft
 
     run, done = {"sft": (sft.run, "SFT finished"), "rm": (rm.run, "the scalar reward model is trained")}[stage]
     with ranks(config, rendezvous) as topology:

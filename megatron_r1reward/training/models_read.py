@@ -11,7 +11,6 @@ from megatron_r1reward.checkpoint.manifest import hash_range
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.identity import model_identity
 from megatron_r1reward.parallel.setup import Topology
-from megatron_r1reward.reward.consistency import judge_identity
 from megatron_r1reward.reward.terms import function_parts
 from megatron_r1reward.user_parts import Part, names_a_function, read_part
 
@@ -85,6 +84,8 @@ def _read(config: RunConfig, rl: bool) -> dict[str, str]:
     if config.rollout.model_path is not None:
         found["rollout files"] = model_identity(config.rollout.model_path, weights=False)
     if config.reward.use_judge:
+        from megatron_r1reward.reward.consistency import judge_identity  # openai loads for a second
+
         identity = judge_identity(config.judge)
         found["judge"] = "" if identity == " ".join(config.judge.urls) else identity  # no name: an address may change
     return found

@@ -68,3 +68,17 @@ def test_imports_collect_nothing_and_what_they_leave_is_never_searched() -> None
         assert gc.get_freeze_count() >= frozen + len(kept)
     finally:
         gc.unfreeze()
+
+
+def test_what_is_imported_for_nothing_is_not_there_for_the_time_of_the_imports() -> None:
+    """transformers looks for scikit-learn once, and goes without; whoever needs it finds it afterwards."""
+    program = (
+        "import sys; from importlib.util import find_spec\n"
+        "from megatron_r1reward.processes import quick_imports\n"
+        "with quick_imports(): assert find_spec('sklearn') is None\n"
+        "assert find_spec('sklearn') is not None\n"
+        "import wave as sklearn; sys.modules['sklearn'] = sklearn\n"
+        "with quick_imports(): import sklearn as found; assert found is sklearn, 'what is there already stays'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -79,6 +79,16 @@ def test_a_process_with_a_port_and_shared_memory_that_nobody_uses_are_found() ->
     assert not any(line.startswith("process ") for line in leftovers.left_behind(mark, before))
 
 
+def test_suites_keep_bytecode_and_run_one_thread_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    got = run.environment("a mark")
+    assert "PYTHONDONTWRITEBYTECODE" not in got
+    assert (got["OMP_NUM_THREADS"], got[leftovers.MARK], got["PYTHONPATH"]) == ("1", "a mark", str(run.ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert run.environment("a mark")["OMP_NUM_THREADS"] == "4"
+
+
 @pytest.mark.parametrize(
     ("free_gib", "at_once", "says"),
     [

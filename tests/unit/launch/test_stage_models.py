@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,13 @@ def test_a_folder_that_gives_no_first_weights_is_said(tiny_folder: Path, tmp_pat
     (step / "weights").write_text("a")
     with pytest.raises(ValueError, match=r"weights has 1 bytes instead of 3: .*: copy it again, or name another"):
         check(tiny_folder, step)
+
+
+def test_a_supervisor_loads_nothing_heavy() -> None:
+    """It checks the run file and the models, and starts others: on a login node, and once per stage."""
+    program = (
+        "import sys, megatron_r1reward.launch.launch; "
+        "heavy = {'torch', 'transformers', 'megatron.core', 'openai', 'vllm'} & set(sys.modules); assert not heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
