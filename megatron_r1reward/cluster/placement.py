@@ -7,10 +7,14 @@ driver takes from `servers_of` which servers it has.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_r1reward.cluster.step_environment import local_ranks
+from megatron_r1reward.cluster.visible_gpus import count_gpus
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.config.server_sections import VllmSection
 from megatron_r1reward.run_dir import Component
@@ -53,6 +57,11 @@ class Site:
                 "heterogeneous job (docs/cluster.md) or set it to 0"
             )
         return self.groups[index]
+
+
+def this_machine() -> Site:
+    """Cores are shared as the operating system sees fit; a layout is not refused for want of them."""
+    return Site(groups=((Node(name=socket.gethostname(), gpus=count_gpus(os.environ), cpus=1 << 20),),))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +165,29 @@ def place(config: RunConfig, stage: Stage, site: Site) -> tuple[Placement, ...]:
             )
     order = (*SERVER_KINDS, "driver")
     return tuple(sorted(placements, key=lambda placement: (order.index(placement.kind), placement.index)))
+
+
+def place_beside_ranks(config: RunConfig, stage: Stage) -> Mapping[tuple[ServerKind, int], tuple[int, ...]]:
+    """(kind, index) -> GPUs, among those that this process sees, of the servers that it starts itself: by `place`,
+    beside the trainer's ranks that torchrun or srun has started on this machine. Nothing where there is no GPU.
+
+    Raises:
+        ValueError: the stage does not fit on this machine.
+    """
+    site = this_machine()
+    if not site.groups[0][0].gpus or not any(servers_of(config, stage).values()):
+        return {}
+    alone = {"trainer_nodes": 1, "ranks_per_node": local_ranks(os.environ)}
+    alone |= {"trainer_het_group": 0, "rollout_het_group": 0, "judge_het_group": 0}
+    config = config.model_copy(update={"cluster": config.cluster.model_copy(update=alone)})
+    try:
+        placements = place(config, stage, site)
+    except ValueError as error:
+        raise ValueError(
+            f"servers on this machine, beside the ranks that were started on it by others than `r1reward launch`: "
+            f"{error}; or name servers that run already in rollout.urls and judge.urls"
+        ) from error
+    return {(item.kind, item.index): item.gpu_ids for item in placements if item.kind != "driver"}
 
 
 def _check_size(kind: ServerKind, section: VllmSection, nodes: Sequence[Node]) -> None:

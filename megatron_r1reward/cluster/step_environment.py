@@ -41,3 +41,15 @@ def rank_of(environment: Mapping[str, str]) -> tuple[int, int, int] | None:
     if tasks > 1 and step.isdecimal() and int(step) < _FIRST_SPECIAL_STEP and "SLURM_PROCID" in environment:
         return int(environment["SLURM_PROCID"]), tasks, int(environment.get("SLURM_LOCALID", "0"))
     return None
+
+
+def local_ranks(environment: Mapping[str, str]) -> int:
+    """How many ranks torchrun or srun has started on this machine; 1 where neither has."""
+    found = rank_of(environment)
+    if found is None:
+        return 1
+    if "RANK" in environment:
+        return int(environment.get("LOCAL_WORLD_SIZE", found[1]))
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", str(found[1]))  # e.g. "4(x2),3": of each node in turn
+    counts = [int(count) for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks) for _ in range(int(times or 1))]
+    return counts[min(int(environment.get("SLURM_NODEID", "0")), len(counts) - 1)]

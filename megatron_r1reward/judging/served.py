@@ -7,6 +7,7 @@ judge --router--> the server that knows the item, or the least busy --ModelClien
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
+from megatron_r1reward.cluster.visible_gpus import VARIABLE, count_gpus
 from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.data.identity import model_identity
 from megatron_r1reward.hub_name import local_folder
@@ -24,6 +26,7 @@ from megatron_r1reward.reward.readers import policy_reader
 from megatron_r1reward.servers.group import ServerGroup
 from megatron_r1reward.servers.member import Member
 from megatron_r1reward.servers.process import Report, VllmServer, start_servers
+from megatron_r1reward.servers.server_devices import sees_gpu
 
 T = TypeVar("T")
 SERVED_NAME = "reward-model"
@@ -71,8 +74,14 @@ class ServedModel:
         """
         policy = policy_of(folder)
         size = section.tensor_parallel_size
-        if section.gpu_ids and len(section.gpu_ids) < count * size:
-            raise ValueError(f"gpu_ids names {len(section.gpu_ids)} GPUs, but {count} servers need {count * size}")
+        gpu_ids = section.gpu_ids
+        if not gpu_ids and count > 1 and sees_gpu():  # each of them would take the first ones
+            gpu_ids = tuple(range(count_gpus(os.environ)))
+        if gpu_ids and len(gpu_ids) < count * size:
+            raise ValueError(
+                f"{count} servers of tensor_parallel_size {size} need {count * size} GPUs, and there are "
+                f"{len(gpu_ids)} (gpu_ids, or {VARIABLE}): start fewer servers"
+            )
         servers = [
             VllmServer(
                 section,
@@ -80,7 +89,7 @@ class ServedModel:
                 log_path=log_dir / f"reward-model-{index}.log",
                 served_name=SERVED_NAME,
                 pixels=None if policy is None else policy.pixels,
-                gpu_ids=section.gpu_ids[index * size : (index + 1) * size],
+                gpu_ids=gpu_ids[index * size : (index + 1) * size],
             )
             for index in range(count)
         ]

@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_r1reward.cluster import commands
 from megatron_r1reward.cluster.placement import Placement
+from megatron_r1reward.cluster.visible_gpus import VARIABLE, names_of
 from megatron_r1reward.launch.steps import StepEnd, code_of, name_of
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE
 from megatron_r1reward.processes import die_with_parent
@@ -115,7 +115,7 @@ class LocalLauncher:
             if placement.kind == "driver" and part.tasks > 1:
                 environment |= {"RANK": str(rank), "WORLD_SIZE": str(part.tasks), "LOCAL_RANK": str(rank)}
             if placement.gpu_ids:
-                environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, _visible(placement.gpu_ids)))
+                environment[VARIABLE] = names_of(placement.gpu_ids, os.environ)
             with log.open("ab") as handle:
                 process = subprocess.Popen(
                     command,
@@ -155,19 +155,3 @@ def _tee(source: BinaryIO, log: Path) -> None:
             handle.flush()
             sys.stderr.buffer.write(chunk)
             sys.stderr.buffer.flush()
-
-
-def _visible(gpu_ids: Sequence[int]) -> list[str]:
-    """Names of these GPUs for CUDA_VISIBLE_DEVICES, where that variable already restricts this process."""
-    outer = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = outer.split(",") if outer else None
-    return [names[index] if names else str(index) for index in gpu_ids]
-
-
-def count_gpus() -> int:
-    """GPUs that this process may use."""
-    outer = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if outer is not None:
-        return len([name for name in outer.split(",") if name.strip() and name.strip() != "-1"])
-    listing = commands.run(["nvidia-smi", "-L"], timeout_s=60)
-    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())

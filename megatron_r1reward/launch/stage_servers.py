@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_r1reward.cluster.placement import ServerKind, Stage, asks_judge
+from megatron_r1reward.cluster.placement import ServerKind, Stage, asks_judge, place_beside_ranks
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.stage_data import image_folders
 from megatron_r1reward.evaluation.judged_votes import VoteJudge
@@ -50,7 +50,7 @@ def open_rl_services(config: RunConfig, *, supervised: bool = False) -> Iterator
         ServerError: a server did not start.
     """
     with ExitStack() as stack:
-        judges = _start_judges(config, stack) if config.reward.use_judge and not supervised else []
+        judges = _start_judges(config, "rl", stack) if config.reward.use_judge and not supervised else []
         pool = stack.enter_context(_open_pool(config, "rl", supervised))
         pool.sleep()  # colocated: the trainer builds its state now, and its first push wakes them
         judge, group = None, None
@@ -67,7 +67,7 @@ def open_judge(config: RunConfig) -> Iterator[ConsistencyJudge | None]:
         if not config.reward.use_judge:
             yield None
             return
-        yield stack.enter_context(_open_judge(config, _start_judges(config, stack), []))[0]
+        yield stack.enter_context(_open_judge(config, _start_judges(config, "judge", stack), []))[0]
 
 
 @contextmanager
@@ -110,7 +110,7 @@ def open_evaluation_judge(config: RunConfig, *, supervised: bool = False) -> Ite
     config = config.model_copy(update={"judge": section})
     with ExitStack() as stack:
         running = _components(config, "eval", "judge") if supervised else []
-        started = [] if running else _start_judges(config, stack)
+        started = [] if running else _start_judges(config, "eval", stack)
         judge, _ = stack.enter_context(_open_judge(config, started, running))
         folder = None if section.model_path is None else model_name(section.model_path)
         yield VoteJudge(judge=judge, name=section.model or folder or ", ".join(section.urls))
@@ -137,6 +137,7 @@ def open_annotator(config: RunConfig, *, supervised: bool = False) -> Iterator[t
         log_path=_log_dir(config) / "annotator.log",
         takes_weights=False,
         served_name=config.annotate.model,
+        gpu_ids=place_beside_ranks(config, "annotate").get(("rollout", 0)),
         pixels=(config.data.min_pixels, config.data.max_pixels),
     )
     try:
@@ -146,13 +147,15 @@ def open_annotator(config: RunConfig, *, supervised: bool = False) -> Iterator[t
         server.close()
 
 
-def _start_judges(config: RunConfig, stack: ExitStack) -> list[VllmServer]:
+def _start_judges(config: RunConfig, stage: Stage, stack: ExitStack) -> list[VllmServer]:
     """The judges of this process, starting; closed with `stack`. None where they are reached by URL."""
     if config.judge.urls:
         return []
+    gpus = place_beside_ranks(config, stage)
     servers = []
     for index in range(config.judge.count):
-        server = judge_server(config.judge, index, log_path=_log_dir(config) / f"judge-{index}.log")
+        log_path = _log_dir(config) / f"judge-{index}.log"
+        server = judge_server(config.judge, index, log_path=log_path, gpu_ids=gpus.get(("judge", index)))
         stack.callback(server.close)
         server.start()
         servers.append(server)
@@ -165,6 +168,7 @@ def _components(config: RunConfig, stage: Stage, kind: ServerKind) -> list[Compo
 
 def _open_pool(config: RunConfig, stage: Stage, supervised: bool) -> RolloutPool:
     takes_weights = stage == "rl"
+    gpus = {} if supervised else place_beside_ranks(config, stage)
     return open_rollout_pool(
         config.rollout,
         model_path=config.model.path,
@@ -179,6 +183,7 @@ def _open_pool(config: RunConfig, stage: Stage, supervised: bool) -> RolloutPool
         status_file=_live_dir(config) / "rollout-servers.json",
         progress=log.info,
         components=_components(config, stage, "rollout") if supervised else (),
+        gpu_ids={index: ids for (kind, index), ids in gpus.items() if kind == "rollout"},
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_r1reward.config.schema import ServerSection
@@ -54,6 +54,7 @@ def open_rollout_pool(
     status_file: Path | None = None,
     progress: Report | None = None,
     components: Sequence[ComponentServer] = (),
+    gpu_ids: Mapping[int, Sequence[int]] | None = None,
 ) -> RolloutPool:
     """Use `components` or the servers at `section.urls`, or start `section.count` of them; returns when all have
     completed a request.
@@ -66,6 +67,7 @@ def open_rollout_pool(
         pixels: (min, max) of the image processor (see `server_command`).
         takes_weights: False for a policy that does not change (evaluation).
         in_flight, sampled_log_probs: see `server_command`.
+        gpu_ids: of started servers, by their number; see `rollout_server`.
         sleep_level: of servers on the trainer's devices, see `RolloutPool`.
 
     Raises:
@@ -92,6 +94,7 @@ def open_rollout_pool(
                 sampled_log_probs=sampled_log_probs,
                 media_root=common_folder(media_roots),
                 pixels=pixels,
+                gpu_ids=None if gpu_ids is None else gpu_ids.get(index),
             )
             for index in range(section.count)
         ]
