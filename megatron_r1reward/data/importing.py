@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import shutil
@@ -29,6 +30,7 @@ from megatron_r1reward.files import atomic_path, write_text
 from megatron_r1reward.types import Preference
 
 log = logging.getLogger(__name__)
+_LOOKED_AT = 64  # rows of which one has to say what schema a source has
 
 Order = Literal["auto", "drawn", "stored"]
 
@@ -274,18 +276,26 @@ def thumbnails_of(preferences: Sequence[Preference]) -> dict[str, bytes]:
 def _schema_of(rows: Iterator[RawRow], name: str, source: str | Path) -> Schema:
     if name != "auto" and name not in SCHEMAS:
         raise ValueError(f"--schema {name!r}: give auto or one of {', '.join(SCHEMAS)}")
-    fields = next((row.fields for row in rows if row.fields is not None), None)
-    if fields is None:
-        raise ValueError(f"{source}: no readable row")
-    if name == "auto":
+    reason, found, problem = "it is empty", False, None
+    for row in itertools.islice(rows, _LOOKED_AT):
+        if row.fields is None:
+            reason = reason if reason != "it is empty" else f"line {row.origin.line}: {row.error}"
+            continue
+        found = True
         try:
-            return detect(fields)
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
+            return _fitting(row.fields, name)
+        except ValueError as error:  # a row without an answer, say, must not decide about all the others
+            problem = problem or error
+    if not found:
+        raise ValueError(f"{source}: no readable row: {reason}")
+    raise ValueError(f"{source}: {problem}") from problem
+
+
+def _fitting(fields: Mapping[str, Any], name: str) -> Schema:
+    if name == "auto":
+        return detect(fields)
     missing = SCHEMAS[name].missing({column for column, value in fields.items() if value is not None})
     if missing:
         columns = sorted(fields)
-        raise ValueError(
-            f"{source}: schema {name} needs {', '.join(missing)}, the first row has {columns}: {nearest(columns)}"
-        )
+        raise ValueError(f"schema {name} needs {', '.join(missing)}, the first row has {columns}: {nearest(columns)}")
     return SCHEMAS[name]

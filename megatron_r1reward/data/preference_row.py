@@ -43,7 +43,7 @@ def row_identifier(row: RawRow, fields: Mapping[str, Any]) -> str:
         identifier = f"{Path(row.origin.source).with_suffix('')}-{row.origin.line}"
     elif isinstance(identifier, float) and identifier.is_integer():  # what a Parquet writer makes of a column with gaps
         identifier = int(identifier)
-    elif not isinstance(identifier, str | int) or identifier == "":
+    elif not isinstance(identifier, str | int) or isinstance(identifier, bool) or identifier == "":
         raise RowError(f"id {identifier!r} is neither text nor number")
     return str(identifier)
 

@@ -4,6 +4,7 @@ quarantine for rows that cannot be used.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import reprlib
@@ -24,6 +25,16 @@ TIE = "tie"  # the answer of a row in which neither response is better
 _LABEL = re.compile(r"\s*(?:<answer>\s*([12])\s*</answer>|([12]))\s*")
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the beginning of what git checks out without git-lfs
+# How files begin that hold rows in another form.
+_OTHER_BYTES = {
+    b"\x1f\x8b": "compressed by gzip: unpack it with gunzip",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it with unzstd",
+    b"\xfd7zXZ": "compressed by xz: unpack it with unxz",
+    b"BZh": "compressed by bzip2: unpack it with bunzip2",
+    b"PK\x03\x04": "an archive: unpack it with unzip",
+    b"\xff\xfe": "UTF-16, not UTF-8: convert it, e.g. with iconv",
+    b"\xfe\xff": "UTF-16, not UTF-8: convert it, e.g. with iconv",
+}
 # The names of splits in file and folder names, as the Hub's viewer finds them.
 _SPLIT = re.compile(r"(?:^|[/_.\-])(train|test|valid|dev|eval)(?:ing|ation)?(?=[/_.\-]|$)", re.IGNORECASE)
 
@@ -131,6 +142,12 @@ def iterate_rows(path: Path) -> Iterator[RawRow]:
         raise ValueError(f"{path}: no such file or folder")
 
 
+def check_source(path: Path) -> None:
+    """ValueError where `iterate_rows` finds nothing that it could read, without reading it all."""
+    if not (path / "state.json").is_file():  # a saved data set is read by a library that takes seconds to import
+        next(iterate_rows(path), None)
+
+
 def is_hub_id(source: str) -> bool:
     """Whether `source` is `owner/name` of a data set on the Hub and nothing here."""
     path = Path(source)
@@ -169,8 +186,12 @@ def _is_pattern(name: str) -> bool:
 
 def _file_rows(path: Path, source: str) -> Iterator[RawRow]:
     with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(f"{path}: a git-lfs pointer, not the data: run `git lfs pull`")
+        beginning = file.read(len(LFS_POINTER))
+    if beginning == LFS_POINTER:
+        raise ValueError(f"{path}: a git-lfs pointer, not the data: run `git lfs pull`")
+    for bytes_, problem in _OTHER_BYTES.items():
+        if beginning.startswith(bytes_):
+            raise ValueError(f"{path}: {problem}")
     if path.suffix == ".jsonl":
         yield from _jsonl_rows(path, source)
     elif path.suffix == ".json":
@@ -197,7 +218,9 @@ def _folder_rows(folder: Path) -> Iterator[RawRow]:
         for file in files:
             yield from _file_rows(file, source=str(file.relative_to(folder)))
     else:
-        raise ValueError(f"{folder}: neither Parquet files nor a saved datasets folder")
+        others = {path.suffix for path in folder.iterdir()} & {".jsonl", ".json"}
+        hint = f"; give one of its {others.pop()} files, or a pattern of their names" if others else ""
+        raise ValueError(f"{folder}: neither Parquet files nor a saved datasets folder{hint}")
 
 
 def _refuse_several_splits(folder: Path, files: list[Path]) -> None:
@@ -221,7 +244,10 @@ def _jsonl_rows(path: Path, source: str) -> Iterator[RawRow]:
             excerpt = line[:_EXCERPT_CHARACTERS].decode("utf-8", errors="replace").rstrip("\n")
             origin = RowOrigin(source=source, line=number, excerpt=excerpt)
             try:
-                fields = json.loads(line.decode("utf-8-sig"))
+                fields = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
+            except _TwiceError as error:
+                yield RawRow(origin=origin, fields=None, error=str(error))
+                continue
             except (ValueError, RecursionError) as error:
                 yield RawRow(origin=origin, fields=None, error=f"malformed JSON: {error}")
                 continue
@@ -231,11 +257,25 @@ def _jsonl_rows(path: Path, source: str) -> Iterator[RawRow]:
                 yield RawRow(origin=origin, fields=None, error=f"not a JSON object but {type(fields).__name__}")
 
 
+class _TwiceError(ValueError):
+    """A key stands twice in one object: nobody knows which of its values is meant."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in it")
+    return fields
+
+
 def _json_rows(path: Path, source: str) -> Iterator[RawRow]:
     """Rows of one JSON array of objects, streamed; their line is their place in it."""
     number = 0
     try:
         with path.open("rb") as file:
+            if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+                file.seek(0)
             for number, fields in enumerate(ijson.items(file, "item", use_float=True), start=1):
                 origin = RowOrigin(source=source, line=number, excerpt=_EXCERPTS.repr(fields)[:_EXCERPT_CHARACTERS])
                 if isinstance(fields, dict):
@@ -243,8 +283,9 @@ def _json_rows(path: Path, source: str) -> Iterator[RawRow]:
                 else:
                     yield RawRow(origin=origin, fields=None, error=f"not a JSON object but {type(fields).__name__}")
     except ijson.JSONError as error:
-        raise ValueError(f"{path}: malformed JSON after row {number} ({error})") from error
-    if number == 0 and path.read_bytes()[:1] not in (b"[", b""):
+        reason = " ".join(str(error).split("\n")[0].split())  # what follows is a picture of the place
+        raise ValueError(f"{path}: malformed JSON after row {number} ({reason})") from error
+    if number == 0 and path.read_bytes().removeprefix(codecs.BOM_UTF8)[:1] not in (b"[", b""):
         raise ValueError(f"{path}: not a JSON array of rows: give one, or JSONL")
 
 

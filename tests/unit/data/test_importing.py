@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import codecs
+import gzip
 import io
 import json
+import re
 from collections import Counter
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -385,3 +388,42 @@ def test_a_process_that_is_killed_is_named_with_the_way_out(folder: Path, monkey
     monkeypatch.setattr(import_parts.ProcessPoolExecutor, "submit", lambda *_: future)
     with pytest.raises(ValueError, match="goes on where it stopped, with fewer --processes"):
         import_preferences(table(folder, 20), folder / "out", processes=2)
+
+
+PAIRS = [
+    {"question": "2 + 2?", "response_1": "4", "response_2": "5", "answer": answer, "id": f"row-{answer}"}
+    for answer in (1, 2)
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", gzip.compress(b"{}"), "compressed by gzip: unpack it with gunzip"),
+        ("a.json", b"\x28\xb5\x2f\xfd...", "compressed by zstd"),
+        ("a.parquet", b"PK\x03\x04...", "an archive: unpack it"),
+        ("a.jsonl", json.dumps(PAIRS[0]).encode("utf-16"), "UTF-16, not UTF-8"),
+        ("a.jsonl", b"", "no readable row: it is empty"),
+        ("a.jsonl", b"\n{\n", "no readable row: line 2: malformed JSON"),
+        ("a.json", json.dumps(PAIRS).encode()[:-5], "malformed JSON after row 1 (parse error: premature EOF)"),
+        ("a.json", b"", "malformed JSON after row 0 (parse error: premature EOF)"),
+        ("folder/a.jsonl", b"{}", "a saved datasets folder; give one of its .jsonl files"),
+    ],
+)
+def test_what_cannot_be_read_is_named_in_a_line(name: str, content: bytes, words: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    source = path if path.parent == tmp_path else path.parent
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        import_preferences(source, tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+def test_a_byte_order_mark_is_no_row_and_a_first_row_without_answer_decides_nothing(tmp_path: Path) -> None:
+    (tmp_path / "marked.json").write_bytes(codecs.BOM_UTF8 + json.dumps(PAIRS).encode())
+    assert import_preferences(tmp_path / "marked.json", tmp_path / "marked").rows == 2
+    rows = [{**PAIRS[0], "id": "first", "answer": None}, *PAIRS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = import_preferences(tmp_path / "rows.jsonl", tmp_path / "read")
+    assert (read.rows, read.quarantined) == (2, 1)
