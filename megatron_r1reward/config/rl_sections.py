@@ -170,6 +170,9 @@ class RewardSection(Section):
         return self
 
 
+COLDEST = 0.01  # vLLM's SamplingParams raises lower temperatures to this one
+
+
 class SamplingSection(Section):
     temperature: NotNegative = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -191,6 +194,12 @@ class SamplingSection(Section):
             raise ValueError(
                 f"sampling.temperature is {self.temperature}: RL learns from the differences between drawn samples, "
                 "and greedy decoding draws none. Set it above 0 (1.0 is usual)"
+            )
+        if self.temperature < COLDEST:
+            raise ValueError(
+                f"sampling.temperature is {self.temperature:g}: vLLM samples at {COLDEST:g} instead of anything "
+                f"lower, and the trainer would compute with {self.temperature:g}. Set it to {COLDEST:g} or more (1.0 "
+                "is usual)"
             )
         cuts = {"top_p": (self.top_p, self.top_p < 1, "1.0"), "top_k": (self.top_k, self.top_k > 0, "0")}
         for name, (value, cut, off) in cuts.items():

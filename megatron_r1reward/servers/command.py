@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from megatron_r1reward.cluster.visible_gpus import VARIABLE, names_of
 from megatron_r1reward.config.server_sections import VllmSection
 from megatron_r1reward.model_folder.folder_weights import read_folder_weights
 from megatron_r1reward.model_folder.shape import Family, ModelShape, Yarn, load_shape
@@ -32,6 +33,13 @@ _HIDDEN_VARIABLES = frozenset({
     "VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_SERVER_DEV_MODE", "VLLM_API_KEY",
 })  # fmt: skip
 _MIN_BATCHED_TOKENS = 8192
+_SHORT = {"-tp": "--tensor-parallel-size", "-q": "--quantization"}  # of the options that are set here
+_FOLLOW_FROM_KEYS = frozenset({
+    "--model", "--served-model-name", "--host", "--port", "--middleware", "--dtype", "--tensor-parallel-size",
+    "--max-model-len", "--max-num-seqs", "--generation-config", "--logprobs-mode", "--quantization",
+    "--gpu-memory-utilization", "--weight-transfer-config", "--allowed-local-media-path", "--mm-processor-kwargs",
+})  # fmt: skip
+_CHANGE_SAMPLING = ("--override-generation-config", "--logits-processors", "--logits-processor-pattern")
 # vLLM's MRotaryEmbedding computes YaRN as of this many times the original length, for a longer table of sines. That
 # length enters the frequencies by length / beta only: with as many times larger betas they are right to the last bit.
 _POSITIONS_FACTOR: Mapping[Family, int] = {"qwen2_5_vl": 4, "qwen3_vl": 1, "qwen3_vl_moe": 1}
@@ -108,17 +116,35 @@ def server_command(
         command += ["--allowed-local-media-path", str(media_root.resolve())]
     if pixels is not None:
         command += ["--mm-processor-kwargs", json.dumps({"min_pixels": pixels[0], "max_pixels": pixels[1]})]
-    return [*command, *_correcting_words(model_path, section), *section.extra_args]
+    corrections = model_corrections(model_path, section)
+    _check_extra_args(section.extra_args, corrections, model_path, trained=weight_transfer is not None)
+    return [*command, *(word for option in corrections.items() for word in option), *section.extra_args]
 
 
-def _correcting_words(folder: Path, section: VllmSection) -> list[str]:
-    corrections = model_corrections(folder, section)
-    if double := sorted({option.split("=")[0] for option in section.extra_args} & corrections.keys()):
+def _check_extra_args(extra: Sequence[str], corrections: Mapping[str, str], folder: Path, *, trained: bool) -> None:
+    """vLLM takes the last of several: an option that is set already would undo what the run file says."""
+    given = {_option(word): word.partition("=")[0] for word in extra if word.startswith("-")}
+    if double := [given[option] for option in given if option in corrections]:
         raise ValueError(
             f"extra_args sets {', '.join(double)}, which vLLM is given already to compute {folder} as the trainer "
             "does: remove it"
         )
-    return [word for option in corrections.items() for word in option]
+    if double := [word for option, word in given.items() if option in _FOLLOW_FROM_KEYS]:
+        raise ValueError(
+            f"extra_args sets {', '.join(double)}, which follows from other keys of the run file: remove it, and set "
+            "the key (docs/run-files.md)"
+        )
+    if trained and (changed := [word for option, word in given.items() if option in _CHANGE_SAMPLING]):
+        raise ValueError(
+            f"extra_args sets {', '.join(changed)}, which changes the distribution that responses are drawn from, and "
+            "the trainer's knows nothing of it: remove it"
+        )
+
+
+def _option(word: str) -> str:
+    """An option's one name among its spellings: "--no-enable_x=..." and "--enable-x" are the same."""
+    name = word.partition("=")[0]
+    return _SHORT.get(name, "--" + name.removeprefix("--").replace("_", "-").removeprefix("no-"))
 
 
 def model_corrections(folder: Path, section: VllmSection) -> dict[str, str]:
@@ -189,7 +215,7 @@ def server_environment(
         if section.tensor_parallel_size == 1:
             environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the worker lives in the engine's process
     if gpu_ids:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpu_ids))
+        environment[VARIABLE] = names_of(gpu_ids, base)
     return environment
 
 

@@ -82,6 +82,10 @@ def test_overrides_apply_left_to_right(run_file):
         ("rollout.backoff_max_s=0.1", "below backoff_s 0.5"),
         ("rollout.gpu_ids=[-1]", "negative number"),
         ("run.seed=-1", "run.seed"),
+        ("sft.steps=true", "sft.steps: true and false are for switches, and this is none"),
+        ("optimizer.lr=true", "optimizer.lr: true and false are for switches"),
+        ("evaluation.voting=[1,true]", "evaluation.voting: true and false are for switches"),
+        ("run.output_dir=false", "run.output_dir: true and false are for switches"),
     ],
 )
 def test_bad_values_name_the_key_and_the_fix(run_file, override, message):
@@ -142,6 +146,7 @@ def test_any_text_survives_the_resolved_file(run_file, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("sampling.temperature=0.005", r"sampling.temperature is 0.005: vLLM samples at 0.01 instead .*Set it to 0.01"),
         ("sampling.temperature=0.0", r"sampling.temperature is 0.0: .* greedy decoding draws none. Set it above 0"),
         ("sampling.top_p=0.9", r"sampling.top_p is 0.9: .* Set sampling.top_p = 1.0"),
         ("sampling.top_k=20", r"sampling.top_k is 20: .* Set sampling.top_k = 0"),
@@ -153,7 +158,7 @@ def test_rl_refuses_samples_whose_distribution_the_trainer_does_not_know(run_fil
         config.sampling.check_for_rl()
 
 
-@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
+@pytest.mark.parametrize("temperature", [0.01, 0.6, 1.0, 1.5])
 def test_rl_takes_any_temperature(run_file, temperature):
     sampling = load_config(run_file, [f"sampling.temperature={temperature}"]).sampling
     sampling.check_for_rl()

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from waiting import wait_until
 
+from megatron_r1reward.config.rl_sections import COLDEST
 from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.rollout.banned import banned_token_ids
 from megatron_r1reward.servers.command import server_command, server_environment
@@ -46,6 +47,36 @@ def test_command_of_a_rollout_server_on_a_cpu() -> None:
     assert value(words, "--generation-config") == "vllm", "no sampling defaults from the checkpoint"
     assert {"--enforce-eager", "--enable-scale-out", "--no-enable-chunked-prefill", "--fork-engine-core"} <= set(words)
     assert words[-2:] == ["--seed", "3"], "the user has the last word"
+
+
+def test_the_coldest_temperature_is_vllms() -> None:
+    """It samples at that instead of anything lower, so `rl` refuses what the trainer would not share. Read, not run:
+    importing vLLM takes seconds."""
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None and spec.origin is not None
+    source = (Path(spec.origin).parent / "sampling_params.py").read_text()
+    assert f"_MAX_TEMP = {float(COLDEST):.0e}".replace("e-0", "e-") in source
+    assert "self.temperature = max(self.temperature, _MAX_TEMP)" in source
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (("--dtype", "float16"), "extra_args sets --dtype, which follows from other keys"),
+        (("--max_model_len=99",), "extra_args sets --max_model_len, which follows"),
+        (("-tp", "2"), "extra_args sets -tp, which follows"),
+        (("--generation-config", "auto"), "extra_args sets --generation-config, which follows"),
+        (("--logprobs-mode=raw_logits",), "extra_args sets --logprobs-mode, which follows"),
+        (("--override-generation-config", '{"repetition_penalty": 1.1}'), "changes the distribution"),
+        (("--logits-processors", "a:b"), "changes the distribution"),
+    ],
+)
+def test_extra_arguments_do_not_undo_what_the_run_file_says(extra: tuple[str, ...], words: str) -> None:
+    """vLLM takes the last of several, so sampling and trainer went apart without a word."""
+    with pytest.raises(ValueError, match=words):
+        command(ServerSection(extra_args=extra), weight_transfer="gloo")
+    if "distribution" in words:  # of a judge they are the user's own business
+        assert command(ServerSection(extra_args=extra))[-2:] == list(extra)
 
 
 def test_command_of_a_judge_on_gpus() -> None:
