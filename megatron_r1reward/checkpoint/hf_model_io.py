@@ -10,6 +10,7 @@ import torch
 from megatron.core import parallel_state
 from safetensors import safe_open
 
+from megatron_r1reward.checkpoint.streaming import check_finite, check_tie
 from megatron_r1reward.files import publish_folder
 from megatron_r1reward.model_folder import safetensors_layout as st
 from megatron_r1reward.model_folder.config_reader import CONFIG
@@ -59,9 +60,11 @@ def load_hf_weights(model: torch.nn.Module, folder: Path, table: WeightTable, *,
     language model, does not have is drawn from `seed`.
 
     Raises:
-        ValueError: the folder's tensors are not those of its configuration.
+        ValueError: the folder's tensors are not those of its configuration, hold values that are not finite, or its LM
+            head is not the embedding that it is tied to.
     """
     reader = HfReader(folder)
+    tie = reader.table.tie
     stored = {entry.saved_as or entry.megatron: entry for entry in reader.table}
     for name, parameter in model.named_parameters():
         ours = table.by_megatron[global_name(model, name)]
@@ -70,6 +73,9 @@ def load_hf_weights(model: torch.nn.Module, folder: Path, table: WeightTable, *,
             parameter.copy_(fresh_score(ours, seed=seed))
             continue
         full = entry.layout.merge(tuple(entry.hf_part(reader[part]) for part in entry.hf))
+        check_finite(full, f"{folder}: {' + '.join(entry.hf)}")
+        if tie is not None and entry.megatron == tie.to and tie.hf in reader.files:
+            check_tie(folder, tie.hf, reader[tie.hf], entry.hf[0], full)
         size, rank = tensor_parallel_place(ours)
         shard = ours.layout.shard(full, size, rank)
         if shard.shape != parameter.shape:

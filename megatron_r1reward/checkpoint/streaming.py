@@ -34,6 +34,9 @@ class MappedFile:
         self.path = path
         self.descriptor = os.open(path, os.O_RDONLY)
         self._size = os.fstat(self.descriptor).st_size
+        if not self._size:
+            os.close(self.descriptor)
+            raise ValueError(f"{path} is empty: copy it again")
         mapping = mmap.mmap(self.descriptor, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         self._bytes = torch.frombuffer(mapping, dtype=torch.uint8)
 
@@ -121,6 +124,23 @@ class WrittenItem:
     hash: str
 
 
+def check_finite(values: torch.Tensor, what: str) -> None:
+    """ValueError where weights hold NaN or infinities, e.g. because they do not fit into their dtype."""
+    if values.is_floating_point() and not torch.isfinite(values.float()).all():
+        name, largest = str(values.dtype).removeprefix("torch."), torch.finfo(values.dtype).max
+        raise ValueError(f"{what} is not finite as {name}: it holds NaN, infinity or values beyond {largest:g}")
+
+
+def check_tie(folder: Path, head_name: str, head: torch.Tensor, embedding_name: str, embedding: torch.Tensor) -> None:
+    """ValueError where a folder with tied embeddings holds the head a second time, and it is another one."""
+    rows = zip(head.split(1024), embedding.split(1024), strict=False)
+    if head.shape != embedding.shape or not all(torch.equal(a, b) for a, b in rows):
+        raise ValueError(
+            f"{folder}: config.json ties the embeddings, but {head_name} differs from {embedding_name}: "
+            "set tie_word_embeddings to false, or remove the tensor"
+        )
+
+
 class _Writer:
     """Gathers pieces in one buffer; hashes and writes it whenever it is full. Without a descriptor it only hashes."""
 
@@ -136,6 +156,7 @@ class _Writer:
         for view in job.views():
             for piece in self._sources.pieces(view, job.dtype):
                 if isinstance(piece, torch.Tensor):
+                    check_finite(piece, f"tensor {job.name}")
                     self._bytes(memoryview(piece.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
                 else:
                     self._range(*piece)

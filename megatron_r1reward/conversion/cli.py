@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megatron_r1reward.conversion.weight_source import template_for
+from megatron_r1reward.model_folder.other_folder import check_kind
 from megatron_r1reward.user_errors import user_errors
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ def import_(
     Interrupted, it goes on where it stopped when it is started again.
     """
     with user_errors(level=logging.WARNING):
+        check_kind(folder)
+        template_for(folder, without_values=dry_run)  # what is wrong is said before torch is imported: seconds
         from megatron_r1reward.conversion.convert import import_folder
 
         _report(out, import_folder(folder, out, dtype=dtype, threads=threads, dry_run=dry_run), dry_run)
@@ -65,11 +69,13 @@ def export(
 ) -> None:
     """Distributed checkpoint -> Hugging Face folder with the original's files, names and order."""
     with user_errors(level=logging.WARNING):
+        if fp8 and (dtype is not None or dry_run):
+            raise ValueError("--fp8 goes with neither --dtype nor --dry-run: leave them out")
+        check_kind(checkpoint)
+        template_for(checkpoint, template=template)
         from megatron_r1reward.conversion.convert import export_folder
         from megatron_r1reward.conversion.fp8_export import export_fp8
 
-        if fp8 and (dtype is not None or dry_run):
-            raise ValueError("--fp8 goes with neither --dtype nor --dry-run: leave them out")
         if fp8:
             summary = export_fp8(checkpoint, out, template=template, threads=threads)
         else:
@@ -85,6 +91,7 @@ def inspect(
     with user_errors(level=logging.WARNING):
         from megatron_r1reward.conversion.inspect_folder import inspect as look
 
+        check_kind(folder)
         facts = look(folder)
         if as_json:
             typer.echo(json.dumps(facts, indent=2))
@@ -111,6 +118,7 @@ def verify(
 ) -> None:
     """Hashes, names, shapes, tied weights; exit code 1 and the tensors' names when something is wrong."""
     with user_errors(level=logging.WARNING):
+        check_kind(folder)
         from megatron_r1reward.conversion.verify import verify as check
 
         problems = 0
@@ -138,10 +146,19 @@ def merge(
 ) -> None:
     """Weighted sum of several checkpoints, computed in float32."""
     with user_errors(level=logging.WARNING):
+        for folder in folders:
+            check_kind(folder)
+        shares = _shares(weights)
         from megatron_r1reward.conversion.average import merge_folders
 
-        shares = [float(share) for share in weights.split(",")] if weights else None
         _report(out, merge_folders(folders, out, weights=shares, template=template, threads=threads), False)
+
+
+def _shares(weights: str | None) -> list[float] | None:
+    try:
+        return [float(share) for share in weights.split(",")] if weights else None
+    except ValueError:
+        raise ValueError(f"--weights {weights!r}: give numbers that add up to 1, e.g. 0.7,0.3") from None
 
 
 @app.command()

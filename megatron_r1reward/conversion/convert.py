@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_r1reward.checkpoint.manifest import write_manifest
-from megatron_r1reward.checkpoint.streaming import JOURNAL, Job, Sources, run_jobs
+from megatron_r1reward.checkpoint.streaming import JOURNAL, Job, Sources, check_tie, run_jobs
 from megatron_r1reward.conversion.torch_dist_folder import Chunk, aligned, archive, megatron_shape, write_index
 from megatron_r1reward.conversion.weight_source import TEMPLATE, HfTensor, WeightSource
 from megatron_r1reward.files import exclusive, publish_folder
@@ -122,12 +122,7 @@ def _check_tie(source: WeightSource) -> None:
         return
     embedding = source.table.by_megatron[tie.to].hf[0]
     (head,), (tied,) = (list(source.tensor(source.on_disk[name]).views()) for name in (tie.hf, embedding))
-    rows = zip(head.split(1024), tied.split(1024), strict=False)
-    if head.shape != tied.shape or not all(torch.equal(a, b) for a, b in rows):
-        raise ValueError(
-            f"{source.folder}: config.json ties the embeddings, but {tie.hf} differs from {embedding}: "
-            "set tie_word_embeddings to false, or remove the tensor"
-        )
+    check_tie(source.folder, tie.hf, head, embedding, tied)
 
 
 def _import_jobs(source: WeightSource, dtype: str | None) -> tuple[list[Chunk], list[Job]]:

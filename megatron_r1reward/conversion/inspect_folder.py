@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from megatron_r1reward.conversion.weight_source import FORMAT_FILE, planned_weights
-from megatron_r1reward.model_folder.folder_weights import FolderWeights, read_folder_weights
+from megatron_r1reward.conversion.weight_source import load_template, planned_weights
+from megatron_r1reward.files import read_json
+from megatron_r1reward.model_folder.beside_weights import check_files
+from megatron_r1reward.model_folder.folder_weights import FolderWeights
+from megatron_r1reward.model_folder.other_folder import is_distributed
 from megatron_r1reward.types import TensorMeta
 
 
@@ -18,10 +20,11 @@ def inspect(folder: Path) -> dict[str, Any]:
         ValueError: the folder is neither kind, damaged, or its tensors are not those of its configuration.
     """
     facts: dict[str, Any] = {"folder": str(folder)}
-    if (folder / FORMAT_FILE).is_file():
+    if is_distributed(folder):
         metas = _distributed(folder, facts)
     else:
-        weights = read_folder_weights(folder) if any(folder.glob("*.safetensors")) else planned_weights(folder)
+        there = any(folder.glob("*.safetensors"))
+        weights = load_template(folder).weights if there else planned_weights(folder)
         metas = _hugging_face(weights, facts)
     by_part: dict[str, list[int]] = {}
     for meta in metas:
@@ -48,7 +51,7 @@ def _distributed(folder: Path, facts: dict[str, Any]) -> list[TensorMeta]:
     from megatron_r1reward.checkpoint.manifest import find_damage, read_manifest
     from megatron_r1reward.checkpoint.streaming import Sources
     from megatron_r1reward.conversion.torch_dist_folder import TorchDistFolder
-    from megatron_r1reward.conversion.weight_source import template_of, weight_table_of_template
+    from megatron_r1reward.conversion.weight_source import HEADERS, template_of, weight_table_of_template
 
     dist = TorchDistFolder(folder, Sources())
     facts["kind"] = "distributed"
@@ -59,7 +62,7 @@ def _distributed(folder: Path, facts: dict[str, Any]) -> list[TensorMeta]:
         facts |= {key: manifest[key] for key in ("kind", "hash", "run", "step", "score") if key in manifest}
         facts["files"] = len(manifest["files"])
     if (folder / "state.json").is_file():
-        state = json.loads((folder / "state.json").read_text())
+        state = read_json(folder / "state.json")
         facts |= {key: state[key] for key in ("layout", "weight_version", "data") if key in state}
         facts["head"] = head_name(state.get("score_layers", 0))
     try:
@@ -68,6 +71,9 @@ def _distributed(folder: Path, facts: dict[str, Any]) -> list[TensorMeta]:
         facts["configuration"] = str(error)
     else:
         facts["configuration"] = str(template)
+        check_files(template)
+        if (template / HEADERS).is_file():
+            load_template(template)
         dist.check(
             weight_table_of_template(template, folder), where=f"{folder}, against the configuration in {template}"
         )

@@ -14,10 +14,11 @@ from megatron_r1reward.checkpoint.dist import load_weights
 from megatron_r1reward.checkpoint.hf_model_io import load_hf_weights
 from megatron_r1reward.checkpoint.streaming import Sources
 from megatron_r1reward.config.schema import MoeSection, ParallelSection, PrecisionSection
-from megatron_r1reward.conversion.weight_source import FORMAT_FILE, WeightSource
+from megatron_r1reward.conversion.weight_source import WeightSource
 from megatron_r1reward.data.packing import Packer
 from megatron_r1reward.data.pixels import ImageProcessor
 from megatron_r1reward.model_folder.examine import load_tokenizer
+from megatron_r1reward.model_folder.other_folder import is_distributed
 from megatron_r1reward.models.base import on_device
 from megatron_r1reward.models.registry import family_of, load_hf_config
 from megatron_r1reward.parallel import setup
@@ -84,7 +85,7 @@ def _megatron(folder: Path, hf_folder: Path, packer: Packer, sequence: Sequence)
     family = family_of(config)
     configs = family.build_configs(config, ParallelSection(), torch.float32, PrecisionSection(), MoeSection())
     model = on_device(family.build_model(configs, topology), topology.device, torch.float32).eval()
-    if (folder / FORMAT_FILE).is_file():
+    if is_distributed(folder):
         load_weights(folder, model)
     else:
         load_hf_weights(model, folder, family.weight_table(config))

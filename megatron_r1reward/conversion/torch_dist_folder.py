@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_r1reward.checkpoint.streaming import Sources
-from megatron_r1reward.conversion.weight_source import FORMAT_FILE
 from megatron_r1reward.files import write_text
+from megatron_r1reward.model_folder.other_folder import FORMAT_FILE
 from megatron_r1reward.model_folder.weight_table import CheckpointKey, Entry, Layout, Shape, Vocabulary, WeightTable
 from megatron_r1reward.types import TensorMeta
 
@@ -86,7 +86,7 @@ def _archived(handle: IO[bytes], info: _StorageInfo, key: str) -> tuple[torch.Te
     """`_locate` of a checkpoint's tensor; ValueError where the file is damaged there."""
     try:
         return _locate(handle, info.offset, info.length)
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{handle.name}: the archive of {key} at {info.offset} is damaged ({error})") from error
 
 
@@ -166,7 +166,10 @@ class TorchDistFolder:
             raise ValueError(f"{folder} is no complete distributed checkpoint: {FORMAT_FILE} or .metadata is missing")
         self.folder = folder
         self._sources = sources
-        metadata = FileSystemReader(folder).read_metadata()
+        try:
+            metadata = FileSystemReader(folder).read_metadata()
+        except Exception as error:  # a torn pickle raises whatever its bytes lead to
+            raise ValueError(f"{folder / '.metadata'} is damaged ({type(error).__name__}: {error})") from error
         self.tensors = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()

@@ -7,8 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_r1reward.checkpoint.manifest import MANIFEST, find_damage
-from megatron_r1reward.checkpoint.streaming import Sources, hash_tensor
-from megatron_r1reward.conversion.weight_source import FORMAT_FILE, WeightSource
+from megatron_r1reward.checkpoint.streaming import Sources, check_finite, hash_tensor
+from megatron_r1reward.conversion.weight_source import WeightSource
+from megatron_r1reward.model_folder.other_folder import is_distributed
+
+_SLICE = 32 << 20  # values that are looked at at a time
 
 
 def verify(
@@ -17,17 +20,17 @@ def verify(
     """One line per thing that is wrong; nothing when all is well.
 
     Args:
-        folder: Hugging Face folder or distributed checkpoint. Names and shapes are checked against the model family,
-            the files against the manifest where there is one.
+        folder: Hugging Face folder or distributed checkpoint. Names, shapes and values are checked against the model
+            family, the files against the manifest where there is one, those beside the weights by reading them.
         against: a folder of either kind that must hold the same bytes under the same names (a round trip).
         template: the original Hugging Face folder of a training checkpoint; None: the run's `model.path`.
     """
-    if (folder / FORMAT_FILE).is_file() or (folder / MANIFEST).is_file():
+    if is_distributed(folder) or (folder / MANIFEST).is_file():
         yield from find_damage(folder, threads=threads)
     sources = Sources()
     try:
         left = WeightSource(folder, sources, template=template)
-        yield from _incomplete(left)
+        yield from _incomplete(left, threads)
         yield from _untied(left, sources)
         if against is not None:
             right = WeightSource(against, sources, template=template if against != folder else None)
@@ -38,17 +41,26 @@ def verify(
         sources.close()
 
 
-def _incomplete(source: WeightSource) -> Iterator[str]:
-    """Parameters that cannot be read or have another shape than the family says."""
-    for name, on_disk in source.on_disk.items():
+def _incomplete(source: WeightSource, threads: int) -> Iterator[str]:
+    """Parameters that cannot be read, have another shape than the family says, or are not finite."""
+
+    def check(name: str) -> str | None:
+        tensor = source.tensor(source.on_disk[name])
+        numel = 0
         try:
-            tensor = source.tensor(on_disk)
-            numel = sum(view.numel() for view in tensor.views())
+            for view in tensor.views():
+                numel += view.numel()
+                for part in view.reshape(-1).split(_SLICE):
+                    check_finite(part, f"tensor {source.on_disk[name]}")
         except ValueError as error:
-            yield f"tensor {on_disk}: {error}"
-            continue
+            text = str(error)
+            return text if text.startswith("tensor ") else f"tensor {source.on_disk[name]}: {text}"
         if numel != tensor.meta.numel:
-            yield f"tensor {name} has {numel} values, its shape {tensor.meta.shape} has {tensor.meta.numel}"
+            return f"tensor {name} has {numel} values, its shape {tensor.meta.shape} has {tensor.meta.numel}"
+        return None
+
+    with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="verify") as pool:
+        yield from (line for line in pool.map(check, source.on_disk) if line is not None)
 
 
 def _content(source: WeightSource, name: str, sources: Sources) -> str:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_r1reward.files import read_json
 from megatron_r1reward.model_folder import prompt_policy
 from megatron_r1reward.model_folder import safetensors_layout as st
+from megatron_r1reward.model_folder.beside_weights import check_files
 from megatron_r1reward.model_folder.config_reader import CONFIG
 from megatron_r1reward.model_folder.folder_weights import (
     FolderWeights,
@@ -18,6 +20,7 @@ from megatron_r1reward.model_folder.folder_weights import (
     read_folder_weights,
     weight_table,
 )
+from megatron_r1reward.model_folder.other_folder import is_distributed
 from megatron_r1reward.model_folder.scalar_folder import scalar_config
 from megatron_r1reward.model_folder.shape import ModelShape, load_shape
 from megatron_r1reward.model_folder.weight_table import Entry, Views, WeightTable
@@ -29,7 +32,6 @@ if TYPE_CHECKING:  # headers are looked at without torch, which takes seconds to
     from megatron_r1reward.checkpoint.streaming import Sources
     from megatron_r1reward.conversion.torch_dist_folder import TorchDistFolder
 
-FORMAT_FILE = "metadata.json"  # of a distributed checkpoint
 TEMPLATE = "hf"  # folder inside an imported checkpoint: configuration, tokenizer and the layout of the original files
 HEADERS = "headers.json"
 
@@ -64,6 +66,7 @@ def planned_weights(folder: Path) -> FolderWeights:
         ValueError: the configuration is not supported, or index and configuration name other tensors.
     """
     shape = load_shape(folder)
+    check_files(folder)
     names = list(st.read_index(folder / st.INDEX)) if (folder / st.INDEX).is_file() else []
     table = weight_table(shape, [TensorMeta(name=name, dtype="bfloat16", shape=()) for name in names])
     on_disk = match_names(table, names, folder) if names else {name: name for name in table.hf_shapes}
@@ -75,16 +78,30 @@ def load_template(folder: Path) -> FolderTemplate:
     """From a Hugging Face folder, or from what `FolderTemplate.save` kept of one.
 
     Raises:
-        ValueError: as `read_folder_weights`.
+        ValueError: as `read_folder_weights`; or a file beside the weights is damaged.
     """
+    shape = load_shape(folder)
+    check_files(folder)
     sides = tuple(name for name in st.side_files(folder) if name != HEADERS)
     if (folder / HEADERS).is_file():
-        tree = json.loads((folder / HEADERS).read_text())
+        tree = read_json(folder / HEADERS)
         files = tuple(st.parse_header(name, header) for name, header in tree["files"].items())
-        weights = match_weights(folder, load_shape(folder), files, tree["index"])
+        weights = match_weights(folder, shape, files, tree["index"])
     else:
         weights = read_folder_weights(folder)
     return FolderTemplate(folder=folder, side_files=sides, weights=weights)
+
+
+def template_for(folder: Path, *, template: Path | None = None, without_values: bool = False) -> FolderTemplate:
+    """What a folder of either kind is to look like as a Hugging Face folder; see `WeightSource`, which begins with it.
+
+    Raises:
+        ValueError: as there, but for the tensors of a distributed checkpoint.
+    """
+    place = template or (template_of(folder) if is_distributed(folder) else folder)
+    if without_values and not any(place.glob("*.safetensors")) and not (place / HEADERS).is_file():
+        return FolderTemplate(folder=place, side_files=(), weights=planned_weights(place))
+    return load_template(place)
 
 
 def with_scalar_head(template: FolderTemplate, layers: int) -> FolderTemplate:
@@ -112,7 +129,7 @@ def with_scalar_head(template: FolderTemplate, layers: int) -> FolderTemplate:
 def head_of(checkpoint: Path) -> int:
     """Layers of the scalar head that a training checkpoint holds; 0 for an LM head, and for an import."""
     state = checkpoint / "state.json"
-    return int(json.loads(state.read_text()).get("score_layers", 0)) if state.is_file() else 0
+    return int(read_json(state).get("score_layers", 0)) if state.is_file() else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,14 +153,9 @@ class WeightSource:
         self, folder: Path, sources: Sources, *, template: Path | None = None, without_values: bool = False
     ) -> None:
         self.folder = folder
-        self.is_distributed = (folder / FORMAT_FILE).is_file()
+        self.is_distributed = is_distributed(folder)
         self._sources = sources
-        place = template or (template_of(folder) if self.is_distributed else folder)
-        has_files = any(place.glob("*.safetensors")) or (place / HEADERS).is_file()
-        if without_values and not has_files:
-            self.template = FolderTemplate(folder=place, side_files=(), weights=planned_weights(place))
-        else:
-            self.template = load_template(place)
+        self.template = template_for(folder, template=template, without_values=without_values)
         layers = head_of(folder) if self.is_distributed else 0
         if layers and not self.template.weights.shape.score_layers:  # trained from a language model
             self.template = with_scalar_head(self.template, layers)
@@ -153,7 +165,7 @@ class WeightSource:
             from megatron_r1reward.conversion.torch_dist_folder import TorchDistFolder
 
             self._dist = TorchDistFolder(folder, sources)
-            self._dist.check(self.table, where=f"{folder}, against the configuration in {place}")
+            self._dist.check(self.table, where=f"{folder}, against the configuration in {self.template.folder}")
         self._places = {t.meta.name: t for f in self.template.weights.files for t in f.tensors}
         self._entries: dict[str, list[tuple[Entry, int]]] = {}
         for entry in self.table:
@@ -205,7 +217,7 @@ class WeightSource:
         state = self.folder / "state.json"
         if not self.is_distributed or not state.is_file():
             return {}
-        tree = json.loads(state.read_text())
+        tree = read_json(state)
         said = {name: tree[name] for name in (prompt_policy.FILE,) if name in tree}  # not in older checkpoints
         return {**said, "README.md": None} if said else {}
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_r1reward.model_folder.other_folder import instead_of_model
+
 CONFIG = "config.json"
 # Keys about other things than what the model computes: where it came from, labels of classifiers, what a forward pass
 # returns, initialisation, generation. transformers writes most of them into every configuration.
@@ -47,8 +49,8 @@ def parse_config(path: Path) -> dict[str, Any]:
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent} holds no {path.name}: give a Hugging Face model folder") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path.parent} {instead_of_model(path.parent)}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}; download it again") from error
     if not isinstance(tree, dict):

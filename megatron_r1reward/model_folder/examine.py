@@ -6,14 +6,25 @@ of them takes is one that all of them take.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_r1reward.hub_name import local_folder
+from megatron_r1reward.model_folder.beside_weights import (
+    CHAT_TEMPLATES,
+    FIX,
+    IMAGE_PROCESSOR,
+    PROCESSOR,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    chat_template,
+    damaged_files,
+    read_object,
+)
 from megatron_r1reward.model_folder.config_reader import parse_config
 from megatron_r1reward.model_folder.folder_weights import read_folder_weights
+from megatron_r1reward.model_folder.other_folder import instead_of_model
 from megatron_r1reward.model_folder.scalar_folder import scalar_problem
 from megatron_r1reward.model_folder.shape import ModelShape, load_shape
 
@@ -21,9 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 IMAGE_TOKEN = "<|image_pad|>"
-CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _ONE_MODEL = "take both from one model"
-_FIX = "copy it from the model that this one was made from"
 
 
 def examine_folder(folder: Path, *, weights: bool = True, trainable: bool = True) -> ModelShape:
@@ -45,9 +54,9 @@ def examine_folder(folder: Path, *, weights: bool = True, trainable: bool = True
 def _missing(folder: Path) -> str:
     try:
         local_folder(folder)
-    except ValueError as error:
+    except ValueError as error:  # a name on the Hub that is not in the cache
         return str(error)
-    return f"{folder} is no folder: give the folder that holds config.json"
+    return instead_of_model(folder)
 
 
 def folder_problems(
@@ -71,8 +80,11 @@ def folder_problems(
             read_folder_weights(folder, trainable=trainable)
         except (ValueError, OSError) as error:
             yield _without(str(error), folder)
-    yield from _tokenizer_problems(folder, shape)
-    yield from _processor_problems(folder, shape)
+    damaged = list(damaged_files(folder))
+    yield from damaged
+    if not damaged:
+        yield from _tokenizer_problems(folder, shape)
+        yield from _processor_problems(folder, shape)
 
 
 def served_problems(folder: Path) -> Iterator[str]:
@@ -82,15 +94,22 @@ def served_problems(folder: Path) -> Iterator[str]:
         return
     try:
         if not isinstance(parse_config(folder / "config.json").get("model_type"), str):
-            yield f"config.json names no model_type: {_FIX}"
+            yield f"config.json names no model_type: {FIX}"
         if problem := scalar_problem(folder):
             yield problem
     except ValueError as error:
         yield _without(str(error), folder)
     if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin", "*.pt", "*.gguf")):
         yield "there are no weight files: download them"
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
-        yield f"there is no tokenizer (tokenizer.json, vocab.json or tokenizer.model): {_FIX}"
+    if not any((folder / name).is_file() for name in (TOKENIZER, "vocab.json", "tokenizer.model")):
+        yield f"there is no tokenizer (tokenizer.json, vocab.json or tokenizer.model): {FIX}"
+    yield from damaged_files(folder)
+
+
+def check_served(folder: Path) -> None:
+    """ValueError that names everything that `served_problems` finds."""
+    if problems := list(served_problems(folder)):
+        raise ValueError(f"model folder {folder} cannot be served: {'; '.join(problems)}")
 
 
 def _without(text: str, folder: Path) -> str:
@@ -98,41 +117,25 @@ def _without(text: str, folder: Path) -> str:
     return text.removeprefix(f"{folder}: ").removeprefix(f"{folder}/").removeprefix(f"{folder} ")
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """ValueError when the file is no JSON object."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path.name} cannot be read ({error}): {_FIX}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path.name} is no JSON object: {_FIX}")
-    return tree
-
-
 def _tokenizer_problems(folder: Path, shape: ModelShape | None) -> Iterator[str]:
-    if not (folder / "tokenizer_config.json").is_file():
-        yield f"there is no tokenizer_config.json: {_FIX}"
-    whole = folder / "tokenizer.json"
+    """What lacks or does not fit, of files that can be read."""
+    if not (folder / TOKENIZER_CONFIG).is_file():
+        yield f"there is no tokenizer_config.json: {FIX}"
+    whole = folder / TOKENIZER
     if not whole.is_file() and not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
-        yield f"there is no tokenizer (tokenizer.json, or vocab.json and merges.txt): {_FIX}"
+        yield f"there is no tokenizer (tokenizer.json, or vocab.json and merges.txt): {FIX}"
         return
-    try:
-        if chat_template(folder) is None:
-            yield f"there is no chat template ({', '.join(CHAT_TEMPLATES)}, or in tokenizer_config.json): {_FIX}"
-        if whole.is_file() and shape is not None:
-            yield from _vocabulary_problems(_json(whole), shape)
-    except ValueError as error:
-        yield str(error)
+    if chat_template(folder) is None:
+        yield f"there is no chat template ({', '.join(CHAT_TEMPLATES)}, or in tokenizer_config.json): {FIX}"
+    if whole.is_file() and shape is not None:
+        yield from _vocabulary_problems(read_object(whole), shape)
 
 
 def _vocabulary_problems(tokenizer: dict[str, Any], shape: ModelShape) -> Iterator[str]:
-    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
-    words = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(words, dict) or not isinstance(added, list):
-        yield f"tokenizer.json holds no vocabulary: {_FIX}"
+    ids = _vocabulary(tokenizer)
+    if ids is None:
+        yield f"tokenizer.json holds no vocabulary: {FIX}"
         return
-    tokens = [token for token in added if isinstance(token, dict) and {"content", "id"} <= set(token)]
-    ids = words | {token["content"]: token["id"] for token in tokens}
     if ids.get(IMAGE_TOKEN) != shape.image_token_id:
         known = f"has {IMAGE_TOKEN} as {ids[IMAGE_TOKEN]}" if IMAGE_TOKEN in ids else f"does not know {IMAGE_TOKEN}"
         yield f"tokenizer.json {known}, config.json's image_token_id is {shape.image_token_id}: {_ONE_MODEL}"
@@ -141,15 +144,24 @@ def _vocabulary_problems(tokenizer: dict[str, Any], shape: ModelShape) -> Iterat
         yield f"tokenizer.json has ids up to {largest}, config.json's vocab_size is {shape.text.vocab}: {_ONE_MODEL}"
 
 
+def _vocabulary(tokenizer: dict[str, Any]) -> dict[str, int] | None:
+    """Token -> id; None where the file holds none."""
+    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
+    words = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(words, dict) or not isinstance(added, list):
+        return None
+    pairs = [*words.items(), *((t.get("content"), t.get("id")) for t in added if isinstance(t, dict))]
+    good = all(isinstance(word, str) and isinstance(number, int) for word, number in pairs)
+    return dict(pairs) if good else None
+
+
 def _processor_problems(folder: Path, shape: ModelShape | None) -> Iterator[str]:
-    own, shared = folder / "preprocessor_config.json", folder / "processor_config.json"
-    try:
-        settings = _json(own) if own.is_file() else _json(shared).get("image_processor") if shared.is_file() else None
-    except ValueError as error:
-        yield str(error)
-        return
+    own, shared = folder / IMAGE_PROCESSOR, folder / PROCESSOR
+    settings = read_object(own) if own.is_file() else None
+    if settings is None and shared.is_file():
+        settings = read_object(shared).get("image_processor")
     if not isinstance(settings, dict):
-        yield f"there is no image processor (preprocessor_config.json): {_FIX}"
+        yield f"there is no image processor (preprocessor_config.json): {FIX}"
         return
     if shape is None:
         return
@@ -158,23 +170,6 @@ def _processor_problems(folder: Path, shape: ModelShape | None) -> Iterator[str]
     for key, size in sizes.items():
         if settings.get(key, size) != size:
             yield f"the image processor's {key} is {settings[key]}, the model's is {size}: {_ONE_MODEL}"
-
-
-def chat_template(folder: Path) -> str | None:
-    """The text of the folder's chat template, wherever versions of transformers have put it; None when there is none.
-
-    Raises:
-        ValueError: a file that may hold it is damaged.
-    """
-    if (folder / CHAT_TEMPLATES[0]).is_file():
-        return (folder / CHAT_TEMPLATES[0]).read_text(encoding="utf-8")
-    for name in ("tokenizer_config.json", CHAT_TEMPLATES[1]):
-        found = _json(folder / name).get("chat_template") if (folder / name).is_file() else None
-        if isinstance(found, list):  # named ones: the plain chat is called default
-            found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
-        if isinstance(found, str) and found:
-            return found
-    return None
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -186,7 +181,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     shape = load_shape(folder)
-    problems = list(_tokenizer_problems(folder, shape))
+    problems = list(damaged_files(folder)) or list(_tokenizer_problems(folder, shape))
     if problems:
         raise ValueError(f"model folder {folder} cannot be used: " + "; ".join(problems))
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -145,3 +145,17 @@ def read_policy(folder: Path) -> PromptPolicy | None:
     except (ValueError, RecursionError) as error:
         reason = str(error)
     raise ValueError(f"{path} cannot be read ({reason}): export the model again, or mend it")
+
+
+def own_policy(folder: Path) -> PromptPolicy:
+    """`read_policy` of a folder that has to be one of ours.
+
+    Raises:
+        ValueError: it says nothing about how it is asked, or as there.
+    """
+    policy = read_policy(folder)
+    if policy is None:
+        raise ValueError(
+            f"{folder} has no {FILE}: give the folder that `r1reward sft` or `rl` has exported (<output_dir>/hf)"
+        )
+    return policy

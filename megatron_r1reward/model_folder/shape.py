@@ -21,6 +21,7 @@ _VISION_DEFAULTS: dict[bool, dict[str, int]] = {
     False: dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16, patch_size=16, out_hidden_size=3584),
 }
 _ROPE_THETA = {"qwen2_5_vl": 1_000_000.0, "qwen3_vl": 500_000.0, "qwen3_vl_moe": 500_000.0}
+_ROPE_KEYS = ("rope_scaling", "rope_parameters")  # of transformers up to 4.x, and later
 _RMS_NORM_EPS = {"qwen2_5_vl": 1e-5, "qwen3_vl": 1e-6, "qwen3_vl_moe": 1e-6}
 
 
@@ -269,6 +270,8 @@ def _text(family: Family, text: ConfigReader, *, tied: bool) -> TextShape:
 def _rope(family: Family, text: ConfigReader, head_dim: int) -> Rope:
     key = "rope_scaling" if text.has("rope_scaling") else "rope_parameters"
     text.ignore("rope_scaling", "rope_parameters")
+    if text.has("rope_scaling") and text.has("rope_parameters") and len({str(text.get(k)) for k in _ROPE_KEYS}) > 1:
+        text.problem("rope_scaling", "rope_parameters beside it says something else: keep one of them")
     rope = ConfigReader(text.get(key, {}), text.name(key), text.problems)
     theta = rope.positive("rope_theta", text.positive("rope_theta", _ROPE_THETA[family]))
     kind = rope.get("rope_type", rope.get("type", "default"))

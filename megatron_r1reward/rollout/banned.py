@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from tokenizers import Tokenizer
+
+from megatron_r1reward.model_folder.config_reader import CONFIG, parse_config
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -22,7 +23,7 @@ def banned_token_ids(model_path: Path) -> frozenset[int]:
         ValueError: the tokenizer has more tokens than the model has logits.
     """
     tokenizer = Tokenizer.from_file(str(model_path / "tokenizer.json"))
-    config = json.loads((model_path / "config.json").read_text())
+    config = parse_config(model_path / CONFIG)
     vocab_size: int = config.get("text_config", config)["vocab_size"]
     owned = set(tokenizer.get_vocab(with_added_tokens=True).values())
     if max(owned) >= vocab_size:

@@ -155,3 +155,28 @@ def test_experts_as_newer_versions_save_them_are_the_same_numbers(tmp_path: Path
     import_folder(modules, tmp_path / "megatron", progress=False)
     export_folder(tmp_path / "megatron", tmp_path / "back", progress=False)
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (modules / "model.safetensors").read_bytes()
+
+
+def test_values_that_are_not_finite_are_named(tiny_folder: Path, tmp_path: Path) -> None:
+    """`verify` said "intact", and training began."""
+    name = "model.layers.1.mlp.down_proj.weight"
+    weight = load_file(tiny_folder / "model.safetensors")[name]
+    for number, value in enumerate((float("nan"), float("inf"))):
+        weight[0, 0] = value
+        folder = changed_copy(tiny_folder, tmp_path / f"hf{number}", **{name.replace(".", "__"): weight})
+        code, output = run("verify", folder)
+        assert (code, f"tensor {name} is not finite" in output) == (1, True), output
+
+
+@pytest.mark.slow
+def test_a_dtype_that_is_too_small_is_an_error_that_names_the_tensor(tiny_folder: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    weight = load_file(tiny_folder / "model.safetensors")[name]
+    weight[0, 0] = 1e6
+    folder = changed_copy(tiny_folder, tmp_path / "hf", **{name.replace(".", "__"): weight})
+    import_folder(folder, tmp_path / "megatron", progress=False)
+    for command in (["import", folder], ["export", tmp_path / "megatron"]):
+        code, output = run(*command, tmp_path / "out", "--dtype", "float16")
+        assert (code, "is not finite as float16" in output, "beyond 65504" in output) == (2, True, True), output
+        assert not (tmp_path / "out").exists()
+    assert run("import", folder, tmp_path / "out", "--dtype", "bfloat16")[0] == 0

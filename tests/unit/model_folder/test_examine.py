@@ -54,7 +54,7 @@ def test_a_judge_may_be_of_any_family_and_has_to_be_there(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert len(list(served_problems(tmp_path))) == 2
     (tmp_path / "model.safetensors").touch()
-    (tmp_path / "tokenizer.json").touch()
+    (tmp_path / "tokenizer.json").write_text("{}")
     assert list(served_problems(tmp_path)) == []
 
 

@@ -33,6 +33,12 @@ def changed(family: str, part: str, **keys: Any) -> dict[str, Any]:
         ("qwen2_5_vl", "vision_config", {"hidden_act": "gelu"}, "vision_config.hidden_act"),
         ("qwen3_vl", "vision_config", {"hidden_act": "silu"}, 'only "gelu_pytorch_tanh" is'),
         ("qwen2_5_vl", "", {"rope_scaling": {"type": "linear", "factor": 2.0, "mrope_section": [1, 1, 2]}}, '"linear"'),
+        (
+            "qwen2_5_vl",
+            "",
+            {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
+            "rope_parameters beside it says something else",
+        ),
         ("qwen2_5_vl", "", {"attention_dropout": 0.1}, "attention_dropout = 0.1"),
         ("qwen2_5_vl", "", {"logit_scale": 2.0}, "logit_scale = 2.0: unknown here, so it may change the model"),
         ("qwen2_5_vl", "", {"attention_bias": False}, "attention_bias"),
