@@ -11,8 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
+from megatron_r1reward.model_folder.prompt_policy import own_policy
+from megatron_r1reward.run_files import Overrides, RunFile
 from megatron_r1reward.types import ModelAccess
-from megatron_r1reward.user_errors import user_errors
+from megatron_r1reward.user_errors import check_file, user_errors
 
 PromptOf = Annotated[
     Path | None, typer.Option(help="the folder that the servers at URLs serve: asked with its own prompt")
@@ -30,8 +32,6 @@ _ACCESS_OPTIONS: Mapping[str, Any] = {  # of the fields of `ModelAccess`
     "prompt_of": PromptOf,
     "trust_parser": TrustParser,
 }
-RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="the run file")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="applied left to right")]
 
 
 def _asks_a_model(command: Callable[..., None]) -> Callable[..., None]:
@@ -59,13 +59,31 @@ def _asks_a_model(command: Callable[..., None]) -> Callable[..., None]:
     return told
 
 
+def _check_models(*models: str | Path | None) -> None:
+    """ValueError where a folder cannot be asked; URLs are not looked at. Before what asks it is imported: it takes
+    seconds."""
+    from megatron_r1reward.hub_name import local_folder
+    from megatron_r1reward.model_folder.examine import check_served
+
+    for model in models:
+        if model is not None and "://" not in str(model):
+            check_served(local_folder(model))
+
+
 def serve_labels(run_file: RunFile, overrides: Overrides = None) -> None:
     """The released remote-reward protocol (POST /get_reward_mllm) for the original training code."""
     with user_errors():
         from megatron_r1reward.config.load import load_config
+        from megatron_r1reward.data.rows import check_source
+
+        config = load_config(run_file, overrides or [])
+        check_source(config.data.train)
+        from megatron_r1reward.launch.stage_models import check_models
+
+        check_models(config, "judge")
         from megatron_r1reward.launch.serve_labels import serve as run_service
 
-        run_service(load_config(run_file, overrides or []))
+        run_service(config)
 
 
 def serve(
@@ -92,6 +110,9 @@ def serve(
 ) -> None:
     """A trained model behind HTTP: compare, rank, score, and a page to try it; OpenAPI at /openapi.json."""
     with user_errors():
+        if model.endswith(".toml"):
+            raise ValueError(f"{model} is a run file: rewards for known labels are `r1reward serve-labels {model}`")
+        _check_models(model, prompt_of)
         from megatron_r1reward.config.schema import ServerSection
         from megatron_r1reward.launch.serve_model import cpu_defaults, serve_model
 
@@ -133,6 +154,8 @@ def score(
 ) -> None:
     """Rewards, ranking and best-of-N for files of responses, by a trained model."""
     with user_errors():
+        check_file(source)
+        _check_models(access.model, access.prompt_of)
         from megatron_r1reward.judging.score_files import run_score
 
         run_score(
@@ -183,6 +206,10 @@ def bench(
 ) -> None:
     """A public benchmark by its own rule and in both orders."""
     with user_errors():
+        from megatron_r1reward.data.rows import check_source
+
+        check_source(source)
+        _check_models(access.model, access.prompt_of, judge)
         from megatron_r1reward.evaluation.bench import BenchOptions, run_bench
         from megatron_r1reward.evaluation.judged_votes import JudgeAccess
         from megatron_r1reward.report.bench_report import write_bench_report
@@ -212,6 +239,8 @@ def calibrate(
 ) -> None:
     """Let a folder carry the calibration that an evaluation has fitted: `compare` then gives it, too."""
     with user_errors():
+        check_file(evaluation)
+        own_policy(folder)
         from megatron_r1reward.evaluation.calibration import calibrate_folder
 
         for one in calibrate_folder(folder, evaluation):

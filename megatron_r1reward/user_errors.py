@@ -75,6 +75,14 @@ def user_errors(*, level: int = logging.INFO, component: bool = False) -> Iterat
         sys.exit(EXIT_USER_ERROR)
 
 
+def check_file(path: Path) -> None:
+    """ValueError unless it is a file, before anything is imported that would read it."""
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is {'a folder' if path.is_dir() else 'not there'}: {_FIXES[errno.ENOENT]}, name a file"
+        )
+
+
 def tell(line: str) -> None:
     """The line, red on a terminal. Nothing in it is read as markup."""
     line = f"error: {line}"

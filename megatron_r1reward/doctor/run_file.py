@@ -15,7 +15,7 @@ from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.preference import ReadResult, SftReadResult
 from megatron_r1reward.data.stage_data import read_stage
 from megatron_r1reward.doctor.finding import Finding, error, note, ok, warning
-from megatron_r1reward.launch.stage_models import model_problems
+from megatron_r1reward.launch.stage_models import check_settings, model_problems
 from megatron_r1reward.model_folder.shape import load_shape
 from megatron_r1reward.planner.parameters import all_tensors, by_component
 
@@ -57,10 +57,8 @@ def check_run_file(config: RunConfig, stage: Stage) -> list[Finding]:
 
 
 def _settings(config: RunConfig, stage: Stage) -> Iterator[Finding]:
-    if stage != "rl":
-        return
     try:
-        config.sampling.check_for_rl()
+        check_settings(config, stage)
     except ValueError as problem:
         yield error("run.settings", str(problem), "change it in the run file")
 

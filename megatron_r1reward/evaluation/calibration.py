@@ -24,7 +24,7 @@ from megatron_r1reward.data.identity import model_identity
 from megatron_r1reward.evaluation.result import CalibrationBin, EvaluationResult, FittedCalibration
 from megatron_r1reward.files import write_text
 from megatron_r1reward.judging.votes import Aggregator
-from megatron_r1reward.model_folder.prompt_policy import FILE, Calibration, read_policy
+from megatron_r1reward.model_folder.prompt_policy import FILE, Calibration, own_policy
 
 Floats = NDArray[np.float64]
 BINS = 5  # of the confidence in the verdict, from 1/2 to 1
@@ -112,9 +112,7 @@ def calibrate_folder(folder: Path, evaluation: Path) -> tuple[Calibration, ...]:
     Raises:
         ValueError: it says nothing about how it is asked, or the evaluation is of other weights or fitted none.
     """
-    policy = read_policy(folder)
-    if policy is None:
-        raise ValueError(f"{folder} has no {FILE}: give the folder that `r1reward sft` or `rl` has exported")
+    policy = own_policy(folder)
     try:
         result = EvaluationResult.model_validate_json(evaluation.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:

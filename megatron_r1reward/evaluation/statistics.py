@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtri
-from scipy.stats import bootstrap
 
 CONFIDENCE = 0.95
 RESAMPLES = 2_000
@@ -51,6 +49,8 @@ def estimate_share(values: ArrayLike, items: Sequence[Hashable] | None = None) -
     values_P, sums_I, sizes_I = _by_item(values, items)
     total, share, count = len(values_P), float(values_P.mean()), len(sums_I)
     spread = share * (1.0 - share)
+    from scipy.special import ndtri  # readers of results do without
+
     quantile = float(ndtri(0.5 + CONFIDENCE / 2))
     if count == total and np.isin(values_P, (0.0, 1.0)).all():
         inverse = quantile**2 / total
@@ -79,6 +79,8 @@ def estimate_mean(
     means_I = sums_I / sizes_I
     if len(means_I) < 2 or np.ptp(means_I) == 0.0:
         return Estimate(mean=mean, low=mean, high=mean)
+    from scipy.stats import bootstrap
+
     interval = bootstrap(
         (sums_I, sizes_I),
         lambda sums, sizes, axis: sums.sum(axis=axis) / sizes.sum(axis=axis),

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_r1reward.model_folder.prompt_policy import own_policy
 from megatron_r1reward.user_errors import user_errors
 
 app = typer.Typer(no_args_is_help=True, help="A trained model on the Hugging Face Hub: its card, push, fetch.")
@@ -28,6 +29,7 @@ def card(
 ) -> None:
     """Write README.md from what the run recorded: data, recipe, scores in both orders, prompt, how to use it."""
     with user_errors():
+        own_policy(folder)  # before what writes the card is imported
         from megatron_r1reward.hub.model_card import write_card
 
         typer.echo(f"wrote {write_card(folder, name=name, evaluations=evaluation or (), licence=licence, force=force)}")
@@ -44,6 +46,7 @@ def push(
 ) -> None:
     """Upload a trained folder; prints the name that `model.path` takes."""
     with user_errors():
+        own_policy(folder)
         from megatron_r1reward.hub import repository as hub
 
         token = hub.token_in(token_variable)

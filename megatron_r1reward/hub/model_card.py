@@ -13,7 +13,7 @@ from megatron_r1reward.data.identity import model_identity
 from megatron_r1reward.evaluation.result import EvaluationResult, Interval, OrderAccuracy
 from megatron_r1reward.files import write_text
 from megatron_r1reward.hub_name import hub_name
-from megatron_r1reward.model_folder.prompt_policy import FILE, PromptPolicy, read_policy
+from megatron_r1reward.model_folder.prompt_policy import FILE, PromptPolicy, own_policy
 
 CARD = "README.md"
 _MARK = "<!-- written by `r1reward hub card` -->"
@@ -119,11 +119,7 @@ def write_card(
     Raises:
         ValueError: the folder is no reward model of ours, or holds a README.md that somebody else wrote.
     """
-    policy = read_policy(folder)
-    if policy is None:
-        raise ValueError(
-            f"{folder} has no {FILE}: give the folder that `r1reward sft` or `rl` has exported (<output_dir>/hf)"
-        )
+    policy = own_policy(folder)
     path = folder / CARD
     if path.exists() and not force and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
         raise ValueError(f"{path} was not written by `hub card`: move it away, or give --force to replace it")

@@ -13,23 +13,22 @@ from pathlib import Path
 
 from megatron_r1reward.cluster.placement import (
     DRIVERS,
-    Node,
     Placement,
-    Site,
     Stage,
     asks_judge,
     describe,
     place,
     servers_of,
+    this_machine,
 )
 from megatron_r1reward.cluster.slurm import SlurmJob, is_running
 from megatron_r1reward.cluster.step_environment import rank_of
 from megatron_r1reward.config.load import load_config
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.launch.addresses import components
-from megatron_r1reward.launch.local_steps import LocalLauncher, count_gpus
+from megatron_r1reward.launch.local_steps import LocalLauncher
 from megatron_r1reward.launch.slurm_steps import SlurmLauncher
-from megatron_r1reward.launch.stage_models import check_models
+from megatron_r1reward.launch.stage_models import check_models, check_settings
 from megatron_r1reward.launch.steps import StepLauncher
 from megatron_r1reward.launch.supervisor import Closeable, Plan, Supervisor
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE, new_token, token_from
@@ -48,8 +47,7 @@ def launch(stage: Stage, run_file: Path, overrides: Sequence[str], *, local: boo
         ValueError: the run file cannot be used, the stage does not fit on these nodes, or the run directory is in use.
     """
     config = load_config(run_file, overrides)
-    if stage == "rl":
-        config.sampling.check_for_rl()
+    check_settings(config, stage)  # before it claims the run's folder
     run = RunDir(root=config.run.output_dir)
     job = None if local or "SLURM_JOB_ID" not in os.environ else SlurmJob(os.environ)
     _claim(run, job)
@@ -88,7 +86,7 @@ def _supervise(
     job: SlurmJob | None,
     life: int,
 ) -> int:
-    site = job.site() if job is not None else _this_machine()
+    site = job.site() if job is not None else this_machine()
     placements = place(config, stage, site)
     info = RunInfo(
         stage=stage,
@@ -184,11 +182,6 @@ class _Commands:
             return [*self._cli, "worker", self._stage, *self._rest]
         which = ["--life", str(self._life), "--start", str(start)]
         return [*self._cli, "server", *which, self._stage, placement.kind, str(placement.index), *self._rest]
-
-
-def _this_machine() -> Site:
-    # Locally cores are shared as the operating system sees fit; a layout is not refused for want of them.
-    return Site(groups=((Node(name=socket.gethostname(), gpus=count_gpus(), cpus=1 << 20),),))
 
 
 def _claim(run: RunDir, job: SlurmJob | None) -> None:

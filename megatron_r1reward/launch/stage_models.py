@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_r1reward.cluster.placement import Stage, asks_judge
 from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.data.rows import check_source
 from megatron_r1reward.data.stage_data import template_of
 from megatron_r1reward.model_folder.examine import folder_problems, served_problems
 from megatron_r1reward.model_folder.prompt_policy import FILE, read_policy
@@ -41,6 +42,31 @@ def check_keys(config: RunConfig, stage: Stage) -> None:
             found.append(key)
     if found:
         raise ValueError(f"{', '.join(found)} mean nothing to `r1reward {stage}`: remove them from its run file")
+
+
+def check_settings(config: RunConfig, stage: Stage) -> None:
+    """ValueError where a stage would find out, once its servers are there, that its samples cannot be drawn as set."""
+    if stage == "rl":
+        config.sampling.check_for_rl()
+        key, samples = "algorithm.samples_per_prompt", config.algorithm.samples_per_prompt
+        if config.rl.replay is not None:
+            return
+    elif stage == "eval":
+        key, samples = "evaluation.samples", config.evaluation.samples
+        if too_large := [k for k in config.evaluation.voting if k > samples]:
+            raise ValueError(f"evaluation.voting {too_large} is more than evaluation.samples {samples}: change one")
+        if samples > 1 and config.sampling.temperature == 0:
+            raise ValueError(
+                f"sampling.temperature 0 draws {samples} equal samples: raise it, or set evaluation.samples and "
+                "evaluation.voting to 1"
+            )
+    else:
+        return
+    if not config.rollout.urls and samples > config.rollout.max_num_seqs:
+        raise ValueError(
+            f"{key} {samples} is more than rollout.max_num_seqs {config.rollout.max_num_seqs}, what a server samples "
+            "at a time: raise the latter"
+        )
 
 
 def model_problems(config: RunConfig, stage: Stage) -> Iterator[tuple[str, Path, str]]:
@@ -132,12 +158,13 @@ def _load(term: str, function: str) -> None:
 
 def _checkpoint_problems(folder: Path) -> Iterator[str]:
     """What keeps a folder from giving a model its first weights; hashes are compared when they are read."""
-    from megatron_r1reward.checkpoint.manifest import MANIFEST, find_damage  # megatron-core loads for seconds
-
     steps = sorted(path.name for path in folder.glob("step-*") if path.is_dir())
     if not folder.is_dir():
         yield "there is no such folder: name what `r1reward convert import` wrote, or a step folder of a run"
-    elif steps and not (folder / MANIFEST).is_file():
+        return
+    from megatron_r1reward.checkpoint.manifest import MANIFEST, find_damage  # megatron-core loads for seconds
+
+    if steps and not (folder / MANIFEST).is_file():
         yield f"it holds {len(steps)} checkpoints: name one of them, e.g. {folder / steps[-1]}"
     elif (folder / "config.json").is_file() and not (folder / MANIFEST).is_file():
         yield "it is a Hugging Face folder: name it as model.path, or what `r1reward convert import` makes of it"
@@ -154,12 +181,29 @@ def _serving_problems(path: Path, config: RunConfig) -> Iterator[str]:
 
 
 def check_models(config: RunConfig, stage: Stage) -> None:
-    """ValueError that names everything that is wrong with the folders that this stage reads, or keys that mean nothing
-    to it."""
+    """ValueError that names everything that is wrong with the folders that this stage reads and what keeps its rows
+    from being read, or keys that mean nothing to it."""
     check_keys(config, stage)
+    check_settings(config, stage)
+    parts = list(_data_problems(config, stage))
     by_folder: dict[tuple[str, Path], list[str]] = {}
     for key, folder, text in model_problems(config, stage):
         by_folder.setdefault((key, folder), []).append(text)
-    if by_folder:
-        parts = (f"{key} {folder} cannot be used: {'; '.join(lines)}" for (key, folder), lines in by_folder.items())
+    parts += [f"{key} {folder} cannot be used: {'; '.join(lines)}" for (key, folder), lines in by_folder.items()]
+    if parts:
         raise ValueError("; ".join(parts))
+
+
+def _data_problems(config: RunConfig, stage: Stage) -> Iterator[str]:
+    """What keeps the files of rows from being read at all."""
+    reads = {"data.train": config.data.train} if stage in ("sft", "rm", "rl", "annotate") else {}
+    probed = (stage == "rl" and config.rl.heldout_every) or (stage == "rm" and config.reward_model.heldout_every)
+    if (stage == "eval" or probed) and config.evaluation.data is not None:  # else the reader says that it is not set
+        reads["evaluation.data"] = config.evaluation.data
+    if stage == "rl" and config.rl.replay is not None:
+        reads.pop("data.train")
+    for key, path in reads.items():
+        try:
+            check_source(path)
+        except (ValueError, OSError) as error:
+            yield f"{key} cannot be used: {error}"

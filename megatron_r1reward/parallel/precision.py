@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -161,6 +162,19 @@ def fp8_arguments(
 def token_multiple(section: PrecisionSection) -> int:
     """What the tokens of a rank have to be a multiple of: they are a size of every weight gradient's product."""
     return 1 if section.fp8 is None else RECIPES[section.fp8_recipe].multiple
+
+
+def sequence_multiple(parallel: ParallelSection) -> int:
+    """What every packed sequence is padded to: the 2 x context-parallel chunks of equal length."""
+    return 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
+
+
+def row_multiple(parallel: ParallelSection, precision: PrecisionSection) -> int:
+    """What a packed row is padded to, so that every rank's share of tokens fits sequence parallelism and FP8."""
+    per_rank = token_multiple(precision)
+    if parallel.sequence_parallel:
+        per_rank *= parallel.tensor_model_parallel_size
+    return math.lcm(per_rank * parallel.context_parallel_size, sequence_multiple(parallel))
 
 
 def set_deterministic() -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_r1reward.cluster.legality import pipeline_layout
 from megatron_r1reward.config.schema import ParallelSection
 from megatron_r1reward.model_folder.shape import ModelShape, Rope
 from megatron_r1reward.parallel import cpu
-from megatron_r1reward.parallel.legality import pipeline_layout
 
 
 def common_arguments(dtype: torch.dtype) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from megatron_r1reward.model_folder.shape import ModelShape, read_shape
+from megatron_r1reward.model_folder.beside_weights import check_files
+from megatron_r1reward.model_folder.examine import folder_problems
+from megatron_r1reward.model_folder.shape import ModelShape, load_shape, read_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,17 @@ def bundled_config(name: str) -> dict[str, object]:
     return tree
 
 
+def check_model(path: Path, stand_in: str | None = None) -> None:
+    """ValueError where the folder that the run file names is there and cannot be used as a stage would use it; without
+    weights, as `find_model` uses it."""
+    find_model(path, stand_in)
+    if any(path.glob("*.safetensors")):
+        if problems := list(folder_problems(path, trainable=False, scalar=True)):
+            raise ValueError(f"model.path {path} cannot be used: {'; '.join(problems)}")
+    elif path.is_dir():
+        check_files(path)
+
+
 def find_model(path: Path, stand_in: str | None = None) -> Model:
     """The model at `path`. Where that folder does not exist: the shipped configuration `stand_in`, or the one named
     like the last part of `path`.
@@ -41,7 +54,7 @@ def find_model(path: Path, stand_in: str | None = None) -> Model:
     """
     file = path / "config.json"
     if file.is_file():
-        shape = read_shape(json.loads(file.read_text()), str(file))
+        shape = load_shape(path)
         return Model(name=path.name, shape=shape, source=str(file), weights=any(path.glob("*.safetensors")))
     name = stand_in if stand_in is not None else path.name
     if name in bundled_names():

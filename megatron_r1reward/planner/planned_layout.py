@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_r1reward.cluster import legality
 from megatron_r1reward.config.schema import ParallelSection
 from megatron_r1reward.model_folder.shape import ModelShape
-from megatron_r1reward.parallel import legality
 
 Stage = Literal["sft", "rl"]
 Recompute = Literal["none", "selective", "full"]

@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_r1reward.cluster import legality
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.model_folder.shape import ModelShape
-from megatron_r1reward.parallel import legality
 from megatron_r1reward.planner.catalog import find_model
 from megatron_r1reward.planner.plan import Plan, make_plan
 from megatron_r1reward.planner.planned_layout import Stage

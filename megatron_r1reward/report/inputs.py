@@ -39,6 +39,16 @@ class BestOfFile(_FileModel):
     failed: int  # images without a reward
 
 
+_NEEDED = (
+    "sft/metrics.jsonl",
+    "rl/metrics.jsonl",
+    "eval_sft/evaluation.json",
+    "eval_rl/evaluation.json",
+    "timing.json",
+    "difficulty.json",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunFiles:
     """Everything the report shows. Metric rows are `{"step": int, "time": float, <name>: float | None}`."""
@@ -54,23 +64,21 @@ class RunFiles:
     difficulty: dict[str, int]  # attempts needed ("1", "2", ..., "never") -> number of preferences
 
 
+def check_complete(run_dir: Path) -> None:
+    """ValueError that names every file that a report needs and the run has not written."""
+    if not run_dir.is_dir():
+        raise ValueError(f"{run_dir} is not a folder: name the directory that holds the stages of a run")
+    if missing := [name for name in _NEEDED if not (run_dir / name).is_file()]:
+        raise ValueError(f"{run_dir} lacks {', '.join(missing)}: finish the run before making its report")
+
+
 def read_run(run_dir: Path) -> RunFiles:
     """Read a run directory.
 
     Raises:
         ValueError: files are missing (all are named), a file is not what it should be, or it has no rows.
     """
-    names = (
-        "sft/metrics.jsonl",
-        "rl/metrics.jsonl",
-        "eval_sft/evaluation.json",
-        "eval_rl/evaluation.json",
-        "timing.json",
-        "difficulty.json",
-    )
-    missing = [name for name in names if not (run_dir / name).is_file()]
-    if missing:
-        raise ValueError(f"{run_dir} lacks {', '.join(missing)}: finish the run before making its report")
+    check_complete(run_dir)
     return RunFiles(
         name=run_dir.resolve().name,
         sft=_read(run_dir / "eval_sft/evaluation.json", EvaluationResult),

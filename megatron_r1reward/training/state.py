@@ -27,7 +27,7 @@ from megatron_r1reward.models.head import configure_heads
 from megatron_r1reward.models.registry import family_of, load_hf_config, shape_of
 from megatron_r1reward.models.scalar_head import with_head
 from megatron_r1reward.parallel.chunks import chunks_of, join_chunks
-from megatron_r1reward.parallel.legality import row_multiple, sequence_multiple
+from megatron_r1reward.parallel.precision import row_multiple, sequence_multiple
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.rollout.banned import banned_token_ids
 from megatron_r1reward.training.alarms import steps_kept

@@ -59,16 +59,71 @@ def test_one_line_and_exit_code_2(folder: Path, arguments: list[str], words: lis
         assert word in lines[0]
 
 
-def test_a_report_of_a_missing_folder_loads_nothing_heavy(folder: Path) -> None:
-    """It answered after the imports of the whole report."""
-    program = (
-        "import sys; from megatron_r1reward.cli import app; from typer.testing import CliRunner; "
-        "result = CliRunner().invoke(app, ['report', 'no-such-run']); "
-        "heavy = {'torch', 'matplotlib', 'transformers', 'scipy', 'datasets'} & set(sys.modules); "
-        "sys.exit(repr(heavy) if heavy else result.exit_code)"
+RUN_FILES = {
+    "unknown.toml": '[run]\noutput_dir = "x"\nsede = 1\n[model]\npath = "m"\n[data]\ntrain = "d"\n',
+    "torn.toml": '[run]\noutput_dir = "x',
+    "odd.toml": '[run]\noutput_dir = "x"\n[model]\npath = "m"\n[data]\ntrain = "d"\n[optimizer]\nlr = -1\n',
+    "nowhere.toml": '[run]\noutput_dir = "x"\n[model]\npath = "no-model"\n[data]\ntrain = "no-data.jsonl"\n',
+}
+NAMES = (*RUN_FILES, "gone.toml")
+MISTAKES = [
+    *([stage, name] for stage in ("sft", "rm", "rl", "eval", "annotate", "plan") for name in NAMES),
+    *(["launch", stage, "torn.toml"] for stage in ("sft", "rm", "rl", "eval", "annotate", "judge", "serve")),
+    ["launch", "sft", "nowhere.toml"],
+    *(["doctor", "--quick", "--run-file", name] for name in ("unknown.toml", "torn.toml", "gone.toml")),
+    *(["serve-labels", name] for name in NAMES),
+    *(["data", "sft", name, "--out", "o"] for name in NAMES),
+    ["data", "inspect", "rows.jsonl", "--run-file", "torn.toml"],
+    *(["data", command, "gone.jsonl", "--out", "o"] for command in ("import", "inspect")),
+    ["data", "import", "rows.jsonl", "--out", "o", "--remove-overlap-with", "gone.jsonl"],
+    *(["convert", command, "gone"] for command in ("inspect", "verify")),
+    *(["convert", command, "gone", "o"] for command in ("import", "export")),
+    ["convert", "average", "gone", "gone", "--out", "o"],
+    ["convert", "import", ".", "o"],
+    ["score", "gone.jsonl", "o.jsonl", "--model", "http://127.0.0.1:9"],
+    ["score", "rows.jsonl", "o.jsonl", "--model", "gone"],
+    ["bench", "pairs", "gone.jsonl", "--model", "gone", "--out", "o"],
+    ["bench", "pairs", "rows.jsonl", "--model", "gone", "--out", "o"],
+    ["bench", "pairs", "rows.jsonl", "--model", "http://127.0.0.1:9", "--judge", "gone", "--out", "o"],
+    ["calibrate", "gone", "rows.jsonl"],
+    ["calibrate", ".", "gone.json"],
+    ["serve", "gone"],
+    ["serve", "torn.toml"],
+    ["hub", "card", "gone"],
+    ["report", "gone"],
+    ["report", "."],
+    ["servers", "gone"],
+    ["tiny", "--out", "t", "--corpus", "gone.jsonl"],
+    ["demo", "--run-files", "gone"],
+]
+_ALL_IN_ONE = """
+import json, sys
+from typer.testing import CliRunner
+from megatron_r1reward.cli import app
+HEAVY = {"torch", "vllm", "transformers", "megatron", "datasets", "pyarrow", "scipy", "sklearn", "matplotlib", "openai",
+         "fastapi", "safetensors"}
+for line in sys.stdin:
+    result = CliRunner().invoke(app, json.loads(line))
+    print(json.dumps([result.exit_code, result.stderr.splitlines(), sorted(HEAVY & set(sys.modules))]))
+"""
+
+
+def test_a_mistake_is_answered_before_anything_heavy_is_imported(folder: Path) -> None:
+    """`plan` took five seconds of processor time to say that a key is unknown. All in one process: what none of them
+    imports, no one does."""
+    for name, text in RUN_FILES.items():
+        (folder / name).write_text(text)
+    given = "".join(json.dumps(words) + "\n" for words in MISTAKES)
+    done = subprocess.run(
+        [sys.executable, "-c", _ALL_IN_ONE], input=given, cwd=folder, capture_output=True, text=True, check=False
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == len(MISTAKES), done.stderr
+    for words, (code, lines, heavy) in zip(MISTAKES, answers, strict=True):
+        assert code == 2, (words, lines)
+        errors = [line for line in lines if not line.startswith("  ")]  # one line per key of a run file
+        assert len(errors) == 1 and errors[0].startswith("error: "), (words, lines)
+        assert not heavy, f"{words} imports {heavy}"
 
 
 def fails(error: BaseException, **options: bool) -> int | str | None:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import Qwen2_5_VLConfig
 
+from megatron_r1reward.cluster.legality import check_layout, split_layers
 from megatron_r1reward.config.schema import ParallelSection, PrecisionSection
 from megatron_r1reward.model_folder.shape import ModelShape, TextShape, read_shape
-from megatron_r1reward.parallel.legality import check_layout, split_layers
 from megatron_r1reward.parallel.precision import fp8_arguments
 from megatron_r1reward.parallel.transformer import (
     check_language_config,

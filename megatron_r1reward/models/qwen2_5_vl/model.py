@@ -7,6 +7,7 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from megatron_r1reward.cluster.legality import padded_vocabulary
 from megatron_r1reward.kernels.linear_policy_loss import PolicyLossOutput
 from megatron_r1reward.models.base import HeadlessGPT, VisionLanguageModel, is_tied, place_images
 from megatron_r1reward.models.head import LossRequest, use_response_head
@@ -15,7 +16,6 @@ from megatron_r1reward.models.qwen2_5_vl.rotary import PackedMultimodalRotary, r
 from megatron_r1reward.models.qwen2_5_vl.vision import VisionTower
 from megatron_r1reward.models.scalar_head import use_scalar_head
 from megatron_r1reward.parallel.context import ContextSplit, split_context
-from megatron_r1reward.parallel.legality import padded_vocabulary
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.parallel.specs import final_norm, layer_spec, packed
 from megatron_r1reward.types import PackedBatch

@@ -8,6 +8,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from megatron_r1reward.cluster.legality import padded_vocabulary
 from megatron_r1reward.kernels.linear_policy_loss import PolicyLossOutput
 from megatron_r1reward.models.base import HeadlessGPT, VisionLanguageModel, is_tied
 from megatron_r1reward.models.head import LossRequest, use_response_head
@@ -18,7 +19,6 @@ from megatron_r1reward.models.qwen3_vl.rotary import InterleavedMultimodalRotary
 from megatron_r1reward.models.qwen3_vl.vision import VisionTower
 from megatron_r1reward.models.scalar_head import use_scalar_head
 from megatron_r1reward.parallel.context import ContextSplit, split_context
-from megatron_r1reward.parallel.legality import padded_vocabulary
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.parallel.specs import final_norm, packed
 from megatron_r1reward.types import PackedBatch

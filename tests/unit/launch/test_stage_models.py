@@ -13,8 +13,15 @@ from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.launch.stage_models import check_models
 
 
+@pytest.fixture(autouse=True)
+def _in_a_folder_with_rows(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path_factory.mktemp("rows")
+    (folder / "rows.jsonl").write_text("{}\n")
+    monkeypatch.chdir(folder)
+
+
 def check(model: Path, first: Path) -> None:
-    tree = {"run": {"output_dir": "unused"}, "model": {"path": model}, "data": {"train": "unused"}, "sft": {}}
+    tree = {"run": {"output_dir": "unused"}, "model": {"path": model}, "data": {"train": "rows.jsonl"}, "sft": {}}
     check_models(RunConfig.model_validate(tree | {"checkpoint": {"init_from": first}}), "sft")
 
 
@@ -45,3 +52,42 @@ def test_a_supervisor_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def settings(**sections: object) -> RunConfig:
+    base = {"run": {"output_dir": "x"}, "model": {"path": "gone"}, "data": {"train": "gone.jsonl"}}
+    return RunConfig.model_validate(base | sections)
+
+
+def test_rows_that_are_not_there_are_said_with_the_model() -> None:
+    both = {"data.train", "evaluation.data"}
+    sections = {"evaluation": {"data": "held.parquet"}, "rl": {"heldout_every": 1}, "reward": {"use_judge": False}}
+    for stage, keys in (
+        ("sft", {"data.train"}),
+        ("eval", {"evaluation.data"}),
+        ("rl", both),
+    ):
+        with pytest.raises(ValueError, match=r"model.path gone cannot be used") as error:
+            check_models(settings(**sections), stage)  # type: ignore[arg-type]
+        said = {key for key in both if f"{key} cannot be used: " in str(error.value)}
+        assert said == keys, stage
+
+
+@pytest.mark.parametrize(
+    ("stage", "sections", "words"),
+    [
+        ("eval", {"evaluation": {"voting": [1, 20]}}, r"evaluation.voting \[20\] is more than evaluation.samples 15"),
+        ("eval", {"sampling": {"temperature": 0.0}}, "temperature 0 draws 15 equal samples"),
+        ("eval", {"rollout": {"max_num_seqs": 8}}, "evaluation.samples 15 is more than rollout.max_num_seqs 8"),
+        (
+            "rl",
+            {"algorithm": {"samples_per_prompt": 16}, "rollout": {"max_num_seqs": 8}},
+            "algorithm.samples_per_prompt 16 is more than rollout.max_num_seqs 8",
+        ),
+    ],
+)
+def test_samples_that_servers_cannot_draw_are_refused_before_there_are_servers(
+    stage: str, sections: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        check_models(settings(**sections), stage)  # type: ignore[arg-type]

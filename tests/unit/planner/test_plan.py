@@ -96,7 +96,7 @@ def test_refusals(sections: str, words: str, tmp_path: Path):
 
 def test_an_unknown_model_names_the_shipped_ones(tmp_path: Path):
     result = _plan(_run_file(tmp_path, model="Llama"))
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "Qwen3-VL-30B-A3B-Instruct" in result.output
 
 

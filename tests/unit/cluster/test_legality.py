@@ -6,17 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_r1reward.config.schema import ParallelSection, PrecisionSection
-from megatron_r1reward.model_folder.shape import ModelShape, read_shape
-from megatron_r1reward.parallel.legality import (
+from megatron_r1reward.cluster.legality import (
     check_layout,
     layout_problem,
     nearest_layout,
     pipeline_layout,
-    row_multiple,
-    sequence_multiple,
     split_layers,
 )
+from megatron_r1reward.config.schema import ParallelSection, PrecisionSection
+from megatron_r1reward.model_folder.shape import ModelShape, read_shape
+from megatron_r1reward.parallel.precision import row_multiple, sequence_multiple
 from megatron_r1reward.planner.catalog import bundled_config
 
 SEVEN_B = read_shape(bundled_config("Qwen2.5-VL-7B-Instruct"))

@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from megatron_r1reward.config.schema import ParallelSection, PrecisionSection
+from megatron_r1reward.config.schema import ParallelSection
 from megatron_r1reward.model_folder.shape import ModelShape
-from megatron_r1reward.parallel.precision import token_multiple
 
 MAX_SEARCHED_SIZE = 64  # largest tensor, pipeline or context size that is proposed
 
@@ -182,16 +181,3 @@ def pipeline_layout(shape: ModelShape, parallel: ParallelSection) -> list[list[s
     rows[0].insert(0, "embedding")
     rows[-1].append("loss")
     return rows
-
-
-def sequence_multiple(parallel: ParallelSection) -> int:
-    """What every packed sequence is padded to: the 2 x context-parallel chunks of equal length."""
-    return 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
-
-
-def row_multiple(parallel: ParallelSection, precision: PrecisionSection) -> int:
-    """What a packed row is padded to, so that every rank's share of tokens fits sequence parallelism and FP8."""
-    per_rank = token_multiple(precision)
-    if parallel.sequence_parallel:
-        per_rank *= parallel.tensor_model_parallel_size
-    return math.lcm(per_rank * parallel.context_parallel_size, sequence_multiple(parallel))
