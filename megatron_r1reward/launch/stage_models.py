@@ -195,7 +195,10 @@ def check_models(config: RunConfig, stage: Stage) -> None:
 
 
 def _data_problems(config: RunConfig, stage: Stage) -> Iterator[str]:
-    """What keeps the files of rows from being read at all."""
+    """What keeps the files of rows from being read at all. Mounts of a container may lead to them, which this process
+    is not in: then the stage finds out."""
+    if config.cluster.container_image is not None:
+        return
     reads = {"data.train": config.data.train} if stage in ("sft", "rm", "rl", "annotate") else {}
     probed = (stage == "rl" and config.rl.heldout_every) or (stage == "rm" and config.reward_model.heldout_every)
     if (stage == "eval" or probed) and config.evaluation.data is not None:  # else the reader says that it is not set

@@ -71,6 +71,9 @@ def test_rows_that_are_not_there_are_said_with_the_model() -> None:
             check_models(settings(**sections), stage)  # type: ignore[arg-type]
         said = {key for key in both if f"{key} cannot be used: " in str(error.value)}
         assert said == keys, stage
+    inside = settings(cluster={"container_image": "any.sqsh"})  # its mounts alone may lead there
+    with pytest.raises(ValueError, match=r"^model.path gone cannot be used"):
+        check_models(inside, "sft")
 
 
 @pytest.mark.parametrize(
