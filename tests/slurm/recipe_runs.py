@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,8 @@ from megatron_r1reward.cluster.server_health import unhealthy
 LAUNCHER = REPOSITORY / ".venv-recipes" / "bin" / "python"
 SHAPE = ("exclusive=false", "mem=3000", "cpus_per_task=4", "time=00:20:00", "account=r1reward")
 SHAPE += (f"exclude={NOT_THE_DOOMED[0].partition('=')[2]}",)
-SMALL = (
-    "run.local_ranks=1",
-    "sft:cluster.ranks_per_node=1",
-    "sft:sft.steps=15",
-    "sft:checkpoint.save_every=100",
-    "rl:rl.steps=2",
-)
+RUN_FILES = {"sft": "sft", "rl": "rl-unselected", "eval": "eval"}
+SMALL = ("run.local_ranks=1", "sft:sft.steps=15", "sft:checkpoint.save_every=100")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +29,18 @@ class Experiment:
 
 
 def _pipeline(
-    bench: Bench, executor: str, name: str, *overrides: str, environment: Mapping[str, str] | None = None
+    bench: Bench,
+    executor: str,
+    name: str,
+    *overrides: str,
+    stages: Iterable[str] = tuple(RUN_FILES),
+    environment: Mapping[str, str] | None = None,
 ) -> Experiment:
     folder = bench.folder / name
     folder.mkdir()
     command: list[str | Path] = [LAUNCHER, str(REPOSITORY / "recipes" / "pipeline.py"), "--executor", executor]
-    for stage, run_file in (("sft", "sft"), ("rl", "rl-unselected"), ("eval", "eval")):
-        command += [f"--{stage}", str(bench.folder / f"{run_file}.toml")]
+    for stage in stages:
+        command += [f"--{stage}", str(bench.folder / f"{RUN_FILES[stage]}.toml")]
     for setting in SHAPE:
         command += ["--slurm", setting]
     command += ["--output-dir", str(folder / "out"), "--python", str(REPOSITORY / ".venv" / "bin" / "python")]
@@ -71,7 +71,7 @@ def nemo_slurm(bench: Bench) -> WithSharedJudge:
     )
     until(lambda: judge.run.addresses("judge"), f"address of the judge\n{judge.output()}")
     shared = f"rl:cluster.shared_judge={output}"
-    experiment = _pipeline(bench, "slurm", "nemo-slurm", shared, environment=TOKEN)
+    experiment = _pipeline(bench, "slurm", "nemo-slurm", "rl:rl.steps=2", shared, environment=TOKEN)
     address = judge.run.addresses("judge")[0]
     problem = unhealthy(address.url.replace(address.host, f"127.0.0.{10 + int(address.host[1:])}"), attempts=1)
     tool("scancel", judge.id)
@@ -79,7 +79,8 @@ def nemo_slurm(bench: Bench) -> WithSharedJudge:
 
 
 def nemo_local(bench: Bench) -> Experiment:
-    return _pipeline(bench, "local", "nemo-local", "rl:reward.use_judge=false")
+    """Without RL, whose local run is a story of its own (`rl_local`)."""
+    return _pipeline(bench, "local", "nemo-local", stages=("sft", "eval"))
 
 
 def nemo_slurm_fails(bench: Bench) -> Experiment:

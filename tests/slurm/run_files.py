@@ -14,7 +14,6 @@ RESUMED_STEPS = 12  # enough for a life that stops within them, and some steps a
 SFT_TOML = """
 [run]
 output_dir = "{folder}/reference"
-local_ranks = 4
 num_threads = 1
 [model]
 path = "{folder}/model"
@@ -36,7 +35,7 @@ save_every = 10
 [monitor]
 tensorboard = false
 [cluster]
-ranks_per_node = 2
+ranks_per_node = 1
 walltime_margin_s = 15
 grace_s = 10
 """

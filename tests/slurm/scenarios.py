@@ -155,13 +155,14 @@ def out_of_time_then_cancelled(bench: Bench) -> Job:
 
 
 def crashed_in_a_chain(bench: Bench) -> tuple[Job, Job]:
-    """slurm/pipeline.sh: the first stage loses a rank, the second must not wait for ever."""
+    """slurm/pipeline.sh: the first stage loses one of two ranks of a node, the second must not wait for ever."""
     folder = bench.folder / "chain"
     folder.mkdir()
     run = RunDir(root=folder / "run")
     files = (bench.folder / "sft.toml", "-", "-", bench.folder / "eval.toml")
     options = {"sft": (*TWO_NODES, *NOT_THE_DOOMED), "eval": ONE_SERVER}
-    ids = bench.cluster.chain(*files, f"run.output_dir={run.root}", folder=folder, options=options)
+    overrides = (f"run.output_dir={run.root}", "cluster.ranks_per_node=2")
+    ids = bench.cluster.chain(*files, *overrides, folder=folder, options=options)
     parent, child = (Job(id=ids[stage], run=run, folder=folder) for stage in ("sft", "eval"))
     parent.wait_step(2)
     parent.kill_one(signal.SIGSEGV, "worker", "sft", procid=3)
@@ -288,7 +289,7 @@ def rl_servers_hang_and_die(bench: Bench) -> Job:
     limits = ("rollout.health_interval_s=1", "rollout.health_failures=2", "judge.health_interval_s=1")
     limits += ("rollout.health_timeout_s=30", "judge.health_timeout_s=30")  # a busy machine is no hang
     with _with_servers:
-        job = bench.rl("rl-mended", "rl.steps=6", *limits)
+        job = bench.rl("rl-mended", "rl.steps=6", "cluster.ranks_per_node=1", *limits)
         job.wait_step(1)
         job.kill_one(signal.SIGKILL, "megatron_r1reward.servers.vllm_main", "judge")
         for pid in job.processes("megatron_r1reward.servers.vllm_main", "policy"):

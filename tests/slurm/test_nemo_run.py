@@ -60,7 +60,7 @@ def test_the_local_executor_gives_the_same_losses(ended: Experiment, running: di
     got, expected = rows(ended.out, "sft"), rows(on_slurm.experiment.out, "sft")
     assert [row["sft/loss"] for row in got] == pytest.approx([row["sft/loss"] for row in expected], rel=1e-6)
     assert json.loads((ended.out / "eval" / "evaluation.json").read_text())["counts"]["pairs"] == 2
-    assert read_status(ended.out / "rl").state == "done"
+    assert [read_status(ended.out / stage).state for stage in ("sft", "eval")] == ["done", "done"]
 
 
 def assert_the_chain_stopped(experiment: Experiment) -> None:
