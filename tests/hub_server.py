@@ -1,4 +1,4 @@
-"""The few routes of the Hugging Face Hub that push and fetch need, on a port of this machine."""
+"""The few routes of the Hugging Face Hub that push, fetch and data sets need, on a port of this machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 from http.server import BaseHTTPRequestHandler
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from local_server import LocalServer
 
@@ -15,6 +15,7 @@ class HubServer(LocalServer):
     """Repositories in memory. Every commit is kept; `refused` answers 403 to whoever writes; `token` is asked for.
 
     Files whose name ends in `large` go over the LFS protocol: batch -> PUT -> verify -> `lfsFile` lines in the commit.
+    Data sets, "datasets/org/name", are read only, in whole or by ranges of bytes.
     """
 
     def __init__(self, *, large: tuple[str, ...] = ()) -> None:
@@ -36,6 +37,9 @@ class HubServer(LocalServer):
 
     def files(self, repository: str, revision: str = "main") -> dict[str, bytes]:
         return self.commits[f"{repository}@{self.commit_of(repository, revision)}"]
+
+    def hold_dataset(self, name: str, content: dict[str, bytes]) -> None:
+        self._keep(f"datasets/{name}", "main", content)
 
     def _commit(self, repository: str, branch: str, body: bytes) -> str:
         content = dict(self.files(repository, branch))
@@ -78,6 +82,10 @@ class HubServer(LocalServer):
                 return 404, {"error": "EntryNotFound"}
             self.verified.add(asked["oid"])
             return 200, {}
+        if parts[:2] == ["api", "datasets"] and parts[4] == "paths-info":
+            content = self.files(f"datasets/{'/'.join(parts[2:4])}", unquote(parts[5]))
+            found = _entries(content, "", recursive=True)
+            return 200, [entry for entry in found if entry["path"] in parse_qs(body.decode())["paths"]]
         assert parts[:2] == ["api", "models"], path
         repository, what, branch = "/".join(parts[2:4]), parts[4], unquote(parts[5])
         if what == "branch":
@@ -110,11 +118,13 @@ class HubServer(LocalServer):
         self.objects[oid] = body
         return 200, {}
 
-    def _get(self, path: str) -> tuple[int, object, str]:
+    def _get(self, path: str, query: str = "") -> tuple[int, object, str]:
         """Status, content, commit."""
         parts = [unquote(part) for part in path.strip("/").split("/")]
-        api = parts[:2] == ["api", "models"]
-        repository, rest = "/".join(parts[2:4] if api else parts[:2]), parts[4:] if api else parts[2:]
+        api = parts[0] == "api"
+        kind = parts[1] if api else "datasets" if parts[0] == "datasets" else "models"
+        rest = parts[2:] if api else parts[1:] if kind == "datasets" else parts
+        repository, rest = "/".join(["datasets"] * (kind == "datasets") + rest[:2]), rest[2:]
         if f"{repository}@main" not in self.branches:
             return 404, {"error": "RepoNotFound"}, ""
         commit = self.commit_of(repository, rest[1] if len(rest) > 1 else "main")
@@ -122,7 +132,9 @@ class HubServer(LocalServer):
             return 404, {"error": "RevisionNotFound"}, ""
         content = self.files(repository, commit)
         if api and rest and rest[0] == "tree":
-            return 200, [_entry(name, data) for name, data in content.items()], commit
+            recursive = parse_qs(query).get("recursive", ["true"])[0].lower() == "true"
+            found = _entries(content, "/".join(rest[2:]), recursive=recursive)
+            return (200, found, commit) if found or len(rest) < 3 else (404, {"error": "EntryNotFound"}, commit)
         if api and rest and rest[0].startswith("xet-"):
             return 404, {"error": "there is no Xet storage here"}, commit
         if api:
@@ -141,7 +153,11 @@ class HubServer(LocalServer):
             def do_GET(self) -> None:
                 if not self._allowed():
                     return self._send(401, {"error": "who are you?"})
-                status, content, commit = hub._get(urlsplit(self.path).path)
+                asked = urlsplit(self.path)
+                status, content, commit = hub._get(asked.path, asked.query)
+                if isinstance(content, bytes) and (wanted := self.headers.get("Range")):
+                    first, _, last = wanted.removeprefix("bytes=").partition("-")
+                    status, content = 206, content[int(first) : int(last) + 1 if last else None]
                 return self._send(status, content, commit)
 
             def do_HEAD(self) -> None:
@@ -199,6 +215,21 @@ class HubServer(LocalServer):
 
 def _blob(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _entries(content: dict[str, bytes], folder: str, *, recursive: bool) -> list[dict[str, object]]:
+    """Files and folders below `folder`."""
+    start = f"{folder}/" if folder else ""
+    found: dict[str, dict[str, object]] = {}
+    for name, data in content.items():
+        if not name.startswith(start):
+            continue
+        steps = name.removeprefix(start).split("/")
+        for depth in range(1, len(steps)):
+            inner = start + "/".join(steps[:depth])
+            found[inner] = {"type": "directory", "path": inner, "size": 0, "oid": _blob(inner.encode())}
+        found[name] = _entry(name, data)
+    return [entry for path, entry in found.items() if recursive or "/" not in path.removeprefix(start)]
 
 
 def _entry(name: str, data: bytes) -> dict[str, object]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+import os
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,9 +30,10 @@ from megatron_r1reward.data.preference_row import parse_preference, row_identifi
 from megatron_r1reward.data.rows import RawRow, RowError, RowOrigin, ZeroLabelError
 from megatron_r1reward.data.schemas import SCHEMAS
 from megatron_r1reward.files import write_jsonl
+from megatron_r1reward.processes import die_with_parent
 from megatron_r1reward.types import Preference
 
-_FORMAT = 3  # of the parts; those of another version are read again
+_FORMAT = 4  # of the parts; those of another version are read again
 BATCH_ROWS = 256  # embedded images of a few hundred KB make 100 MB of it
 
 
@@ -97,6 +99,7 @@ def _read_batch(
         try:
             fields = source.fields(row)
             preference = parse_preference(row_identifier(row, fields), fields, media)
+            _check_different(preference)
         except RowError as error:
             zero = isinstance(error, ZeroLabelError)
             found.append(BatchRow(origin=row.origin, preference=None, reason=str(error), zero_label=zero))
@@ -105,6 +108,13 @@ def _read_batch(
     paths = (path for row in found if row.preference is not None for path in row.preference.image_paths)
     examined = examine_images(paths, media_dir, thumbnails=True)
     return [row if row.preference is None else _examined(row, row.preference, examined) for row in found]
+
+
+def _check_different(preference: Preference) -> None:
+    """RowError where there is nothing to prefer: a model would learn to toss a coin."""
+    shown = preference.exchanged()
+    if (preference.responses, preference.image_paths) == (shown.responses, shown.image_paths):
+        raise RowError("the two responses are the same: neither is better")
 
 
 def _examined(row: BatchRow, preference: Preference, examined: Mapping[str, Examined]) -> BatchRow:
@@ -154,7 +164,11 @@ class _Pool:
         self._waiting: deque[Future[None]] = deque()
         # Not forked: this process may have threads, of pyarrow for one.
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(processes, mp_context=context) if processes > 1 else None
+        self._pool = (
+            ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with, initargs=(os.getpid(),))
+            if processes > 1
+            else None
+        )
 
     def __enter__(self) -> _Pool:
         return self
@@ -173,6 +187,13 @@ class _Pool:
         while len(self._waiting) >= self._most:
             _finish(self._waiting.popleft())
         self._waiting.append(self._pool.submit(_read_part, payload, reading, path))
+
+
+def _end_with(parent: int) -> None:
+    """In a process of the pool: the death of its parent is its own. Its queue alone would keep it waiting for ever."""
+    die_with_parent()
+    if os.getppid() != parent:  # died before the kernel was told
+        os._exit(1)
 
 
 def _finish(future: Future[None]) -> None:

@@ -26,7 +26,7 @@ from megatron_r1reward.data.repeats import MergedRows, Repeats, find_repeats
 from megatron_r1reward.data.rows import RawRow, RowOrigin, fixed_folder, hub_rows, is_hub_id, iterate_rows, label_of
 from megatron_r1reward.data.schemas import SCHEMAS, Schema, counts_from_zero, detect, nearest
 from megatron_r1reward.data.set_figures import SetFigures
-from megatron_r1reward.files import atomic_path, write_text
+from megatron_r1reward.files import atomic_path, remove_leftovers, write_text
 from megatron_r1reward.types import Preference
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def import_preferences(
 
     Args:
         source: what `iterate_rows` takes, or the id of a data set on the Hub.
-        schema: one of `SCHEMAS`; "auto" looks at the first readable row.
+        schema: one of `SCHEMAS`; "auto" looks at the first rows.
         split: of a data set on the Hub.
         order: "drawn" draws which response stands first, with as many labels 1 as 2; "stored" keeps the source's order;
             "auto" draws where the source names its responses by their quality or has one label only.
@@ -108,14 +108,19 @@ def import_preferences(
     Raises:
         ValueError: `source` cannot be read, is of no known schema, or holds no usable row.
     """
+    hub = is_hub_id(str(source))
+    if hub and out.resolve() == Path(source).resolve():
+        raise ValueError(f"--out {out} would be a folder of the data set's name, and taken for it: choose another one")
     out.mkdir(parents=True, exist_ok=True)
     path, parts = Path(source), out / ".parts"
+    for folder in (out, out / "media"):
+        remove_leftovers(folder)
 
     def rows() -> Iterator[RawRow]:
-        return hub_rows(str(source), split) if is_hub_id(str(source)) else iterate_rows(path)
+        return hub_rows(str(source), split) if hub else iterate_rows(path)
 
-    chosen = _schema_of(rows(), schema, source)
-    root = image_root or (Path.cwd() if is_hub_id(str(source)) else fixed_folder(path))
+    chosen = schema_of(rows(), source, schema)
+    root = image_root or (Path.cwd() if hub else fixed_folder(path))
     reading = Reading(
         schema=chosen.name,
         from_one=chosen.name == "pairwise" and counts_from_zero(row.fields for row in rows()),
@@ -273,7 +278,12 @@ def thumbnails_of(preferences: Sequence[Preference]) -> dict[str, bytes]:
     return {path: image.thumbnail for path, image in examined.items()}
 
 
-def _schema_of(rows: Iterator[RawRow], name: str, source: str | Path) -> Schema:
+def schema_of(rows: Iterable[RawRow], source: str | Path, name: str = "auto") -> Schema:
+    """The schema `name` where the first rows have it; that which one of them has for "auto".
+
+    Raises:
+        ValueError: no row is readable or of a schema; names the nearest and what the first row lacks.
+    """
     if name != "auto" and name not in SCHEMAS:
         raise ValueError(f"--schema {name!r}: give auto or one of {', '.join(SCHEMAS)}")
     reason, found, problem = "it is empty", False, None

@@ -21,6 +21,7 @@ from megatron_r1reward.types import Label
 
 _BATCH_ROWS = 64  # rows with embedded images weigh a few hundred KB each
 _EXCERPT_CHARACTERS = 500
+_BEGINNING = 1 << 20  # bytes of a .json file that tell an array from lines
 TIE = "tie"  # the answer of a row in which neither response is better
 _LABEL = re.compile(r"\s*(?:<answer>\s*([12])\s*</answer>|([12]))\s*")
 _SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -270,7 +271,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _json_rows(path: Path, source: str) -> Iterator[RawRow]:
-    """Rows of one JSON array of objects, streamed; their line is their place in it."""
+    """Rows of one JSON array of objects, streamed; their line is their place in it. Others call JSON lines so, too."""
+    with path.open("rb") as file:
+        begins = file.read(_BEGINNING).removeprefix(codecs.BOM_UTF8).lstrip()
+    if begins[:1] == b"{" and _is_object(begins.partition(b"\n")[0]):
+        yield from _jsonl_rows(path, source)
+        return
     number = 0
     try:
         with path.open("rb") as file:
@@ -285,8 +291,18 @@ def _json_rows(path: Path, source: str) -> Iterator[RawRow]:
     except ijson.JSONError as error:
         reason = " ".join(str(error).split("\n")[0].split())  # what follows is a picture of the place
         raise ValueError(f"{path}: malformed JSON after row {number} ({reason})") from error
-    if number == 0 and path.read_bytes().removeprefix(codecs.BOM_UTF8)[:1] not in (b"[", b""):
+    if number == 0 and begins[:1] not in (b"[", b""):
         raise ValueError(f"{path}: not a JSON array of rows: give one, or JSONL")
+
+
+def _is_object(line: bytes) -> bool:
+    """Whether a line may be a row of its own: a whole object, or the beginning of a long one."""
+    if len(line) >= _BEGINNING - len(codecs.BOM_UTF8):
+        return True
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _parquet_rows(path: Path, source: str) -> Iterator[RawRow]:

@@ -72,11 +72,13 @@ def detect(fields: Fields) -> Schema:
 def nearest(columns: Collection[str]) -> str:
     """Which schema the columns come closest to, and what they lack."""
 
-    def distance(schema: Schema) -> tuple[int, float]:
+    def distance(schema: Schema) -> tuple[float, int]:
         missing = len(schema.missing(columns))
-        return missing, missing / len(schema.needs)
+        return missing / len(schema.needs), missing
 
     schema = min(SCHEMAS.values(), key=distance)
+    if distance(schema)[0] == 1.0:
+        return "none of them is one of any; e.g. chosen_rejected needs prompt, chosen and rejected"
     return f"the nearest is {schema.name}, which also needs {', '.join(schema.missing(columns)) or 'other values'}"
 
 
@@ -85,7 +87,8 @@ def _first(fields: Fields, names: Sequence[str]) -> Any:
 
 
 def _turns(value: Any) -> list[tuple[str, str]]:
-    """(role, text) of every turn, `{"role", "content"}` or `{"from", "value"}`; an image part becomes `<image>`."""
+    """(role, text) of every turn, `{"role", "content"}` or `{"from", "value"}`; an image part becomes `<image>`, but
+    beside a video, whose frames nobody has counted yet."""
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, list):
@@ -97,8 +100,8 @@ def _turns(value: Any) -> list[tuple[str, str]]:
         role = str(turn.get("role") or turn.get("from") or "")
         content = turn.get("content") if turn.get("content") is not None else turn.get("value")
         if isinstance(content, list):
-            parts = [part.get("text") or "" if part.get("type") == "text" else IMAGE_PLACEHOLDER for part in content]
-            content = "".join(parts)
+            place = "" if any(part.get("type") == "video" for part in content) else IMAGE_PLACEHOLDER
+            content = "".join(part.get("text") or "" if part.get("type") == "text" else place for part in content)
         if not isinstance(content, str):
             raise RowError(f"the {role or 'unnamed'} turn has no text")
         turns.append((_ROLES.get(role, role), content))
@@ -120,7 +123,7 @@ def _reply(value: Any) -> str:
 
 
 def _embedded_images(value: Any) -> list[Any]:
-    """What the image parts of a conversation name."""
+    """What the image parts of a conversation name, and its videos."""
     if not isinstance(value, list):
         return []
     found = []
@@ -129,6 +132,7 @@ def _embedded_images(value: Any) -> list[Any]:
         for part in content if isinstance(content, list) else ():
             if isinstance(part, Mapping) and part.get("type") != "text":
                 image = part.get("image") or part.get("image_url") or part.get("url")
+                image = {"frames": part.get("video")} if part.get("type") == "video" else image
                 found.append(image.get("url") if isinstance(image, Mapping) and "url" in image else image)
     return [image for image in found if image is not None]
 
@@ -183,6 +187,10 @@ def _inside(fields: Fields, column: str, value: Any) -> list[Any]:
     """The images of a response: image parts of its turn, else COLUMN_images or COLUMN_image."""
     turns = [value] if isinstance(value, Mapping) else value
     found = _embedded_images(turns[-1:]) if isinstance(turns, list) else []
+    if any(isinstance(one, Mapping) and "frames" in one for one in found):
+        raise RowError(
+            f"a response shows a video: name its frames as images, in {column}_images or in parts of the turn"
+        )
     named = _first(fields, (f"{column}_images", f"{column}_image"))
     return found or (list(named) if isinstance(named, list) else [] if named is None else [named])
 
@@ -253,8 +261,13 @@ def _winner(value: Any) -> Any:
 
 def counts_from_zero(rows: Iterable[Fields | None]) -> bool:
     """Whether the winners of pairwise rows are 0 and 1, the number of the better response counted from 0."""
-    found = {str(_first(fields, _WINNERS)).strip().removesuffix(".0") for fields in rows if fields is not None}
-    return "0" in found and "2" not in found
+    zero = False
+    for fields in rows:
+        said = "" if fields is None else str(_first(fields, _WINNERS)).strip().removesuffix(".0").lower()
+        if said == "2" or said in _FIRST or said in _SECOND:
+            return False  # the rest need not be read
+        zero = zero or said == "0"
+    return zero
 
 
 def _vl_rewardbench(fields: Fields) -> Fields:

@@ -169,6 +169,20 @@ def test_frames_of_a_video_are_images(folder: Path) -> None:
     assert [video.image_paths[0][-7:], video.image_paths[-1][-7:]] == ["000.png", "039.png"]
 
 
+def test_videos_and_images_in_parts_of_turns(folder: Path) -> None:
+    show = [{"type": "image", "image": "a.png"}, {"type": "video", "video": "frames"}, {"type": "text", "text": "Why?"}]
+    row = {"prompt": [{"role": "user", "content": show}], "chosen": "a", "rejected": "b"}
+    inside = {**row, "chosen": [{"role": "assistant", "content": show[1:]}]}
+    result = import_preferences(write(folder, [row, inside], "jsonl"), folder / "out", max_frames=4)
+    (only,) = result.preferences
+    assert only.question == "Why?"
+    assert [Path(path).name for path in only.image_paths] == ["a.png", "000.png", "013.png", "026.png", "039.png"]
+    assert (
+        "a response shows a video: name its frames as images, in chosen_images"
+        in (folder / "out" / "quarantine.jsonl").read_text()
+    )
+
+
 def test_chosen_first_data_do_not_become_a_model_that_says_1(folder: Path) -> None:
     rows = [{"id": index, "prompt": "Which?", "chosen": f"good {index}", "rejected": "bad"} for index in range(101)]
     source = write(folder, rows, "jsonl")
@@ -217,11 +231,44 @@ def test_what_cannot_be_used_is_accounted_for(folder: Path) -> None:
         ({"prompt": "q", "chosen": "a", "id": 1}, "nearest is chosen_rejected, which also needs rejected or rejected_"),
         ({"query": "q", "response": ["a", "b"]}, "nearest is vl_rewardbench, which also needs human_ranking"),
         ({"Text": "q", "Output1": "a", "Output2": "b"}, "nearest is multimodal_rewardbench, which also needs Better"),
+        ({"context": "q", "response1": "a", "response2": "b", "score": -2}, r"nearest is pairwise, .* needs prompt or"),
+        ({"text": "q", "score": 1}, r"columns \['score', 'text'\] .*: none of them is one of any; e.g. chosen_rej"),
     ],
 )  # fmt: skip
 def test_a_refusal_names_the_nearest_schema_and_what_is_missing(folder: Path, row: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         import_preferences(write(folder, [row], "jsonl"), folder / "out")
+
+
+@pytest.mark.parametrize("schema", ["auto", "chosen_rejected"])
+def test_rows_that_say_nothing_do_not_hide_the_schema_of_the_others(folder: Path, schema: str) -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    empty = dict.fromkeys(row)
+    result = import_preferences(write(folder, [empty, empty, row], "jsonl"), folder / "out", schema=schema)
+    assert (result.rows, result.quarantined, result.account["schema"]) == (1, 2, "chosen_rejected")
+
+
+def test_json_that_other_programs_write(folder: Path) -> None:
+    """Lines under the name of an array, and the mark of an editor at the beginning."""
+    row = {"prompt": "q", "chosen": "g\u00fct", "rejected": "b"}
+    array, lines = json.dumps([row, row | {"prompt": "p"}]), json.dumps(row) + "\n" + json.dumps(row | {"prompt": "p"})
+    path = folder / "rows.json"
+    for number, content in enumerate((array, lines, json.dumps([row, row | {"prompt": "p"}], indent=1))):
+        for mark in ("utf-8", "utf-8-sig"):
+            path.write_bytes(content.encode(mark))
+            found = import_preferences(path, folder / f"{number}-{mark}", order="stored").preferences
+            assert [row.question for row in found] == ["q", "p"]
+    path.write_text(array[:-9])
+    with pytest.raises(ValueError, match="malformed JSON after row 1") as error:
+        import_preferences(path, folder / "torn")
+    assert "\n" not in str(error.value)
+
+
+def test_responses_that_are_the_same_are_no_preference(folder: Path) -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "a"}
+    result = import_preferences(write(folder, [row, {**row, "rejected": "b"}], "jsonl"), folder / "out")
+    assert (result.rows, result.quarantined) == (1, 1)
+    assert "the two responses are the same: neither is better" in (folder / "out" / "quarantine.jsonl").read_text()
 
 
 def test_a_schema_can_be_named_and_a_wrong_one_is_refused(folder: Path) -> None:

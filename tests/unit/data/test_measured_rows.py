@@ -58,9 +58,11 @@ def test_json_arrays_are_streamed_and_bad_elements_are_named(tmp_path: Path) -> 
     rows = list(iterate_rows(path))
     assert [row.fields for row in rows] == [{"value": 1}, None, {"value": 2}]
     assert (rows[1].origin.line, rows[1].error) == (2, "not a JSON object but int")
-    path.write_text('{"value": 1}')
+    path.write_text('{\n"value": 1}')
     with pytest.raises(ValueError, match="not a JSON array"):
         list(iterate_rows(path))
+    path.write_text('{"value": 1}')  # a file of JSON lines under another name
+    assert [row.fields for row in iterate_rows(path)] == [{"value": 1}]
     path.write_text('[{"value": 1}, {"val')
     with pytest.raises(ValueError, match="malformed JSON after row 1"):
         list(iterate_rows(path))
