@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 Label = Literal[1, 2]
 JudgeVerdict = Literal["consistent", "inconsistent", "unknown", "not_asked"]
 
@@ -41,14 +43,12 @@ class Preference:
 
     def exchanged(self) -> Preference:
         """The same with its responses, and their images, in each other's places."""
-        first, second = self.response_images
-        asked, rest = self.image_paths[: self.question_images], self.image_paths[self.question_images :]
         return replace(
             self,
             responses=self.responses[::-1],
             label=None if self.label is None else 2 if self.label == 1 else 1,
-            image_paths=(*asked, *rest[first:], *rest[:first]),
-            response_images=(second, first),
+            image_paths=exchange_images(self.image_paths, self.response_images),
+            response_images=self.response_images[::-1],
         )
 
     @property
@@ -56,6 +56,13 @@ class Preference:
         """Where rows without a label are not read."""
         assert self.label is not None, f"{self.id} has no label"
         return self.label
+
+
+def exchange_images(images: AnySequence[T], response_images: tuple[int, int]) -> tuple[T, ...]:
+    """`images` of a pair, in the order of its prompt, when the responses change places."""
+    asked = len(images) - sum(response_images)
+    second = asked + response_images[0]
+    return (*images[:asked], *images[second:], *images[asked:second])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -176,11 +176,11 @@ def score(
 @_asks_a_model
 def bench(
     benchmark: Annotated[
-        str, typer.Argument(help="vl-rewardbench, multimodal-rewardbench, mm-rlhf-rewardbench, or pairs: any other set")
+        str, typer.Argument(help="vl-rewardbench, multimodal-rewardbench or mm-rlhf-rewardbench; pairs: FILE alone")
     ],
-    source: Annotated[Path, typer.Argument(metavar="FILE", help="the published file, with its images beside it")],
     access: ModelAccess,
     out: Annotated[Path, typer.Option(help="folder of the judgements and the numbers; an earlier run is continued")],
+    source: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="the published file, beside images")] = None,
     image_root: Annotated[Path | None, typer.Option(help="of relative image paths; default: FILE's folder")] = None,
     legacy: Annotated[bool, typer.Option(help="also the grouping of the released scripts (vl-rewardbench)")] = False,
     samples: Annotated[int, typer.Option(help="per pair and order, beside the greedy judgement: voting@k")] = 0,
@@ -207,8 +207,10 @@ def bench(
     """A public benchmark by its own rule and in both orders."""
     with user_errors():
         from megatron_r1reward.data.rows import check_source
+        from megatron_r1reward.evaluation.benchmark_rules import named_source
 
-        check_source(source)
+        name, file = named_source(benchmark, source)
+        check_source(file)
         _check_models(access.model, access.prompt_of, judge)
         from megatron_r1reward.evaluation.bench import BenchOptions, run_bench
         from megatron_r1reward.evaluation.judged_votes import JudgeAccess
@@ -228,7 +230,7 @@ def bench(
             judge=asked,
             seed=seed,
         )
-        result = run_bench(benchmark, source, out, access, options)
+        result = run_bench(name, file, out, access, options)
         typer.echo(write_bench_report(result, out))
         result.check_complete()
 

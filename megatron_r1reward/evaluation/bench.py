@@ -1,4 +1,4 @@
-"""`r1reward bench BENCHMARK FILE --model FOLDER|URL`: a benchmark's own numbers, and ours in both orders.
+"""`r1reward bench [BENCHMARK] FILE --model FOLDER|URL`: a benchmark's own numbers, and ours in both orders.
 
 OUT/judgements.jsonl   every judgement, as soon as it is there (`judgements`)
 OUT/bench.json         the numbers; `report.bench_report` writes bench.md and bench.svg from them
@@ -16,20 +16,27 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
+from megatron_r1reward.data.importing import schema_of
 from megatron_r1reward.data.preference import read_preferences
 from megatron_r1reward.data.rows import RawRow, iterate_rows
-from megatron_r1reward.data.schemas import SCHEMAS, detect
 from megatron_r1reward.evaluation.bench_score import (
     CategoryScore,
     right_where_better_is,
     score_categories,
     vote_curves,
 )
-from megatron_r1reward.evaluation.benchmark_rules import RULES, OfficialScore, Rule, official_score
+from megatron_r1reward.evaluation.benchmark_rules import (
+    RULES,
+    OfficialScore,
+    Rule,
+    group_name,
+    id_of,
+    official_score,
+)
 from megatron_r1reward.evaluation.judged_votes import JudgeAccess, open_vote_judge
 from megatron_r1reward.evaluation.judgements import Asking, Judged, judge_pairs, judge_samples
 from megatron_r1reward.evaluation.result import JudgedSamples, VoteBudget
-from megatron_r1reward.files import write_text
+from megatron_r1reward.files import remove_leftovers, write_text
 from megatron_r1reward.judging.ask import AskOptions
 from megatron_r1reward.judging.judge_prompt import JudgePrompt
 from megatron_r1reward.judging.open_model import open_model
@@ -98,7 +105,12 @@ def run_bench(benchmark: str, source: Path, out: Path, access: ModelAccess, opti
     prompt = JudgePrompt.load(options.prompt, verdict=options.verdict)
     request = _request_fields(options.request)
     out.mkdir(parents=True, exist_ok=True)
+    for folder in (out, out / "media"):
+        remove_leftovers(folder)
     raw = list(iterate_rows(source))
+    rows = [dict(row.fields or {}) for row in raw]
+    for row in rows:
+        group_name(rule.group, row)  # raises where the file is of another benchmark, before hours of asking
     preferences = _read_pairs(raw, source, out, options.image_root)
     own = not prompt.turns and options.verdict == "answer"  # others may refuse to tell, and have no such token
     opened, name = open_model(access, AskOptions(prompt=prompt, log_probs=own, request_extra=request))
@@ -111,10 +123,10 @@ def run_bench(benchmark: str, source: Path, out: Path, access: ModelAccess, opti
         seed=options.seed,
     )
     with opened:
-        judged = judge_pairs(opened, preferences, out / "judgements.jsonl", asking)
+        names = {place: id_of(rows[place]) for place in preferences}
+        judged = judge_pairs(opened, preferences, out / "judgements.jsonl", asking, names)
     if not judged.greedy:
         raise ValueError(f"no pair of {source} could be judged: {list(judged.failed[:3])}")
-    rows = [dict(row.fields or {}) for row in raw]
     official, legacy = _official(rule, rows, judged, preferences, options)
     overall, categories = score_categories(rule, rows, judged, preferences, options.samples)
     curves = None
@@ -188,12 +200,7 @@ def _official(
 
 def _read_pairs(raw: Sequence[RawRow], source: Path, out: Path, image_root: Path | None) -> dict[int, Preference]:
     """The usable pairs by their place in the file; the others are in OUT/quarantine.jsonl."""
-    fields = next((row.fields for row in raw if row.fields is not None), None)
-    if fields is None:
-        raise ValueError(f"{source}: no readable row")
-    columns = {name for name, value in fields.items() if value is not None}
-    own = {"response_1", "response_2", "answer"} <= columns or {"message", "answer"} <= columns
-    schema = SCHEMAS["r1_reward"] if own else detect(fields)
+    schema = schema_of(raw, source)
     placed = (
         dataclasses.replace(row, fields=None if row.fields is None else {"row": row.fields, "place": place})
         for place, row in enumerate(raw)
@@ -203,7 +210,6 @@ def _read_pairs(raw: Sequence[RawRow], source: Path, out: Path, image_root: Path
         image_root=image_root,
         media_dir=out / "media",
         quarantine=out / "quarantine.jsonl",
-        fits=lambda row: "responses with images: bench asks about texts only" if any(row.response_images) else "",
         convert=lambda row: {**schema.convert(row["row"]), "id": row["place"]},
         rows=placed,
     )

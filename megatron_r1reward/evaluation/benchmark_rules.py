@@ -20,6 +20,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from megatron_r1reward.evaluation.statistics import Estimate, estimate_share
@@ -152,6 +153,12 @@ def group_name(group_of: Callable[[Row], str], row: Row) -> str:
         return "unreadable"
 
 
+def id_of(row: Row) -> str | None:
+    """The id that the published file gives a row; None: none."""
+    name = row.get("id", row.get("ID"))
+    return None if name is None else str(name)
+
+
 def items_of(rows: Sequence[Row]) -> list[Hashable]:
     """The rows of one id are one item."""
     return [_item(row, place) for place, row in enumerate(rows)]
@@ -185,8 +192,8 @@ def _tally(rule: Rule, rows: Sequence[Row], settled: Verdicts, places: Sequence[
 
 def _item(row: Row, place: int) -> Hashable:
     """A row without an id is an item of its own."""
-    name = row.get("id", row.get("ID"))
-    return ("place", place) if name is None else ("id", str(name))
+    name = id_of(row)
+    return ("place", place) if name is None else ("id", name)
 
 
 def _vl_group(row: Row) -> str:
@@ -229,3 +236,18 @@ RULES: Mapping[str, Rule] = {
     "mm-rlhf-rewardbench": Rule(group=_mm_rlhf_group, without_verdict="wrong", all_of_id=True),
     "pairs": Rule(group=lambda row: str(row.get("category") or "all"), without_verdict="wrong"),
 }
+
+
+def named_source(benchmark: str, source: Path | None) -> tuple[str, Path]:
+    """`bench FILE` is `bench pairs FILE`.
+
+    Raises:
+        ValueError: a benchmark without its file.
+    """
+    if source is not None:
+        return benchmark, source
+    if benchmark in RULES or not Path(benchmark).exists():
+        raise ValueError(
+            f"bench {benchmark}: name a FILE of pairs, or one of {', '.join(RULES)} and its published file after it"
+        )
+    return "pairs", Path(benchmark)

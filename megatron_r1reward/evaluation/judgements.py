@@ -1,10 +1,11 @@
 """Judgements of a benchmark's pairs: asked for once, kept line by line, read by whoever counts them.
 
-    {"key", "row", "order", "sample", "temperature", "text", "choice", "right", "p_first", "tokens", "finish_reason",
-     "content", "model", "judged"}
+    {"key", "row", "id", "order", "sample", "temperature", "text", "choice", "right", "p_first", "tokens",
+     "finish_reason", "content", "model", "judged"}
 
-`row` is the pair's place in its file; `order` "21": the responses were exchanged; `choice` and `p_first`, the
-probability that the answer token's distribution gives (null: the endpoint does not tell), speak of the stored order.
+`row` is the pair's place in its file, `id` what that calls it, as it may call others; `order` "21": the responses were
+exchanged; `choice` and `p_first`, the probability that the answer token's distribution gives (null: the endpoint does
+not tell), speak of the stored order.
 `content` (`ContentKeys.question`) says which row it is in any other file: `data.judgements` selects by it.
 `key` is the content of what was asked, of whom and how, so that a run that was killed asks for nothing twice. How a
 verdict is read is no part of it: the texts are there and are read again. `judged` is what a consistency judge says
@@ -88,23 +89,34 @@ class _Request:
     preference: Preference  # its images are read when it is asked: all of a benchmark's do not fit in memory
 
 
-def judge_pairs(model: RewardModel, preferences: Mapping[int, Preference], path: Path, asking: Asking) -> Judged:
+def judge_pairs(
+    model: RewardModel,
+    preferences: Mapping[int, Preference],
+    path: Path,
+    asking: Asking,
+    names: Mapping[int, str | None],
+) -> Judged:
     """Ask for what `path` does not hold, and append it there.
 
     Args:
         preferences: by their place in the benchmark's file.
+        names: the ids that the file gives them, by place.
     """
     requests = list(_requests(preferences, asking))
     known = _recorded(path, preferences, asking.read)
     keys = ContentKeys()
     said = {
-        place: {"content": keys.question(row), "model": str(asking.asked_as[0])} for place, row in preferences.items()
+        place: {"id": names.get(place), "content": keys.question(row), "model": str(asking.asked_as[0])}
+        for place, row in preferences.items()
     }
     _complete(path, known, requests, said)
     todo = [request for request in requests if request.key not in known]
     failed: list[str] = []
-    with path.open("a", encoding="utf-8") as sink, tqdm(desc="bench", total=len(requests), disable=None) as bar:
-        bar.update(len(requests) - len(todo))
+    done = len(requests) - len(todo)  # by earlier runs, whose speed says nothing about the time that remains
+    with (
+        path.open("a", encoding="utf-8", errors="backslashreplace") as sink,  # as `write_jsonl`
+        tqdm(desc="bench", total=len(requests), initial=done, disable=None) as bar,
+    ):
 
         async def one(request: _Request, slots: asyncio.Semaphore) -> None:
             async with slots:
@@ -144,10 +156,14 @@ def _complete(
     path: Path,
     known: Mapping[str, dict[str, Any]],
     requests: Sequence[_Request],
-    said: Mapping[int, Mapping[str, str]],
+    said: Mapping[int, Mapping[str, Any]],
 ) -> None:
     """Lines of earlier versions do not say what they are about."""
-    lacking = [request for request in requests if request.key in known and "content" not in known[request.key]]
+    lacking = [
+        request
+        for request in requests
+        if request.key in known and not said[request.place].keys() <= known[request.key].keys()
+    ]
     for request in lacking:
         known[request.key].update(said[request.place])
     if lacking:
@@ -157,7 +173,7 @@ def _complete(
 def _requests(preferences: Mapping[int, Preference], asking: Asking) -> Iterator[_Request]:
     ways: list[tuple[float, int]] = [(0.0, 0), *((asking.temperature, number) for number in range(asking.samples))]
     for place, preference in preferences.items():
-        item = Item.of(preference.question, preference.image_paths)
+        item = _item(preference)
         for order in ORDERS:
             asked = [place, item.key, *preference.responses, order, preference.label, *asking.asked_as]
             for temperature, number in ways:
@@ -166,6 +182,10 @@ def _requests(preferences: Mapping[int, Preference], asking: Asking) -> Iterator
                 yield _Request(
                     key=key, place=place, order=order, sample=number, temperature=temperature, preference=preference
                 )
+
+
+def _item(preference: Preference) -> Item:
+    return Item.of(preference.question, preference.image_paths, preference.response_images)
 
 
 def judge_samples(judged: Judged, path: Path, judge: VoteJudge) -> JudgedSamples | str:
@@ -191,7 +211,7 @@ def judge_samples(judged: Judged, path: Path, judge: VoteJudge) -> JudgedSamples
 async def _ask(model: RewardModel, request: _Request, seed: int) -> dict[str, Any]:
     """One judgement as a line of the record."""
     pair, order = request.preference.responses, request.order
-    item = Item.of(request.preference.question, request.preference.image_paths)
+    item = _item(request.preference)
     (said,) = await model.model.judge(
         item,
         pair,

@@ -25,7 +25,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from megatron_r1reward.judging.image_input import ImageInput, image_url
 from megatron_r1reward.judging.judge_prompt import JudgePrompt
 from megatron_r1reward.reward.rules import parse_response
-from megatron_r1reward.types import Label
+from megatron_r1reward.types import Label, exchange_images
 
 T = TypeVar("T")
 Order = Literal["12", "21"]  # the responses as given, or exchanged
@@ -47,19 +47,28 @@ class Item:
 
     question: str
     images: tuple[str, ...] = ()  # data URLs, in the order in which the model sees them
+    # How many of `images`, the last ones, stand in each response as given, where its text has `<image>`
+    response_images: tuple[int, int] = (0, 0)
 
     @classmethod
-    def of(cls, question: str, images: Sequence[ImageInput] = ()) -> Item:
+    def of(cls, question: str, images: Sequence[ImageInput] = (), response_images: tuple[int, int] = (0, 0)) -> Item:
         """Raises ValueError for an image that cannot be read; see `image_url`."""
-        return cls(question=question, images=tuple(map(image_url, images)))
+        return cls(question=question, images=tuple(map(image_url, images)), response_images=response_images)
 
     @property
     def key(self) -> str:
         """Content hash of question and images, 32 hexadecimal digits."""
         digest = hashlib.blake2b(digest_size=16)
-        for part in (self.question, *self.images):
+        inside = map(str, self.response_images) if any(self.response_images) else ()
+        for part in (self.question, *self.images, *inside):
             digest.update(hashlib.blake2b(part.encode("utf-8", "surrogatepass")).digest())
         return digest.hexdigest()
+
+    def shown(self, order: Order) -> tuple[tuple[str, ...], tuple[int, int]]:
+        """`images` and `response_images` where the responses stand in `order`."""
+        if order == "12":
+            return self.images, self.response_images
+        return exchange_images(self.images, self.response_images), self.response_images[::-1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,9 +199,10 @@ class ModelClient:
         if n < 1 or (temperature == 0 and n > 1):
             raise ValueError(f"{n} samples at temperature {temperature:g}: greedy decoding has one; raise temperature")
         shown = responses if order == "12" else (responses[1], responses[0])
+        images, inside = item.shown(order)
         request = {
             "model": await self.model_name(),
-            "messages": self.options.prompt.messages(item.question, shown, item.images),
+            "messages": self.options.prompt.messages(item.question, shown, images, response_images=inside),
             "n": n,
             "temperature": temperature,
             "top_p": self.options.top_p,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import re
@@ -62,6 +64,7 @@ def test_both_numbers_stand_side_by_side_and_every_row_is_accounted_for(always_f
         (0, "12", True), (0, "21", False), (1, "12", True), (1, "21", False), (2, "12", True), (2, "21", False),
     ]  # fmt: skip
     assert {line["text"] for line in judged} == {FIRST}
+    assert {(line["row"], line["id"]) for line in judged} == {(0, "x"), (1, "x"), (2, "y")}
 
 
 @pytest.mark.slow
@@ -79,14 +82,77 @@ def test_a_run_that_was_killed_anywhere_asks_and_writes_nothing_twice(always_fir
     assert (out / "bench.json").read_text() == result
 
 
+SEEN = {(255, 0, 0): "asked", (0, 128, 0): "good", (0, 0, 255): "bad"}
+
+
+def asked_of(request: dict) -> list[str]:
+    """What stands in a request's turn, pictures by what they show."""
+    found = []
+    for part in request["messages"][0]["content"]:
+        if part["type"] == "text":
+            found.append(part["text"])
+        else:
+            picture = base64.b64decode(part["image_url"]["url"].partition(",")[2])
+            found.append(SEEN[Image.open(io.BytesIO(picture)).convert("RGB").getpixel((0, 0))])
+    return found
+
+
+@pytest.mark.parametrize("own_prompt", [True, False])
+def test_images_inside_responses_are_asked_about_in_both_orders(always_first, tmp_path, own_prompt) -> None:
+    """One response shows a picture, the other three frames of a video; they change places with their texts."""
+    for color, name in (("red", "asked"), ("green", "good"), ("blue", "bad")):
+        Image.new("RGB", (28, 28), color).save(tmp_path / f"{name}.png")
+    row = {
+        "prompt": "Draw it.", "chosen": "Here<image>it is", "rejected": "<image><image><image>", "image": "asked.png",
+        "chosen_images": ["good.png"], "rejected_images": ["bad.png"] * 3, "category": "edits",
+    }  # fmt: skip
+    path, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    path.write_text("".join(json.dumps({**row, "prompt": text}) + "\n" for text in ("Draw it.", "Again.")))
+    options = []
+    if not own_prompt:
+        (tmp_path / "prompt.txt").write_text("Q {question} A {response_1} B {response_2}")
+        options = ["--prompt", str(tmp_path / "prompt.txt")]
+    command = ["bench", str(path), "--model", always_first.url, "--out", str(out), *options]
+    done = CliRunner().invoke(app, command)  # a file alone is a set of pairs
+    assert done.exit_code == 0, done.output
+    found = json.loads((out / "bench.json").read_text())
+    assert (found["benchmark"], found["rows"], found["unusable"]) == ("pairs", 2, 0)
+    assert found["overall"]["greedy"]["better_first"]["mean"] == 1.0
+    assert found["overall"]["greedy"]["better_second"]["mean"] == 0.0
+    good, bad = ["Here", "good", "it is"], ["bad", "bad", "bad"]
+    wanted = {("asked", *good, *bad), ("asked", *bad, *good)}
+    orders = set()
+    for request in always_first.requests:
+        parts = asked_of(request)
+        words = [re.sub(r".*(Here)$|^(it is).*", r"\1\2", part, flags=re.DOTALL) for part in parts]
+        orders.add(tuple(word for word in words if word in ("asked", "good", "bad", "Here", "it is")))
+        assert "<image>" not in "".join(parts)
+    assert orders == wanted
+    assert len(always_first.requests) == 4
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert len(always_first.requests) == 4, "a second run asks nothing"
+    other = {**row, "chosen": "Here<image>", "chosen_images": ["bad.png"]}
+    path.write_text(path.read_text() + json.dumps(other) + "\n")
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert len(always_first.requests) == 6, "another picture in a response is another question"
+
+
 def test_what_cannot_be_meant_is_refused(always_first, rows, tmp_path) -> None:
     done = bench(rows, tmp_path / "out", always_first.url, name="vlrb")
     assert done.exit_code != 0
     assert "give one of vl-rewardbench" in done.output
+    for name in ("vl-rewardbench", "gone.jsonl"):
+        done = CliRunner().invoke(app, ["bench", name, "--model", always_first.url, "--out", str(tmp_path / "out")])
+        assert done.exit_code == 2
+        assert f"bench {name}: name a FILE of pairs, or one of vl-rewardbench" in done.output.replace("\n", " ")
     done = bench(rows, tmp_path / "out", always_first.url, "--legacy")
     assert done.exit_code != 0
     assert "no legacy grouping" in done.output
-    assert always_first.requests == []
+    rows.write_text(rows.read_text() + json.dumps({**json.loads(rows.read_text().splitlines()[0]), "image": "a.png"}))
+    done = bench(rows, tmp_path / "out", always_first.url)
+    assert done.exit_code == 2
+    assert "no category of MM-RLHF-RewardBench in the path 'a.png'" in done.output
+    assert always_first.requests == [], "nobody is asked before"
 
 
 def test_requests_that_failed_fail_the_command_and_are_asked_again(always_first, rows, tmp_path) -> None:

@@ -56,6 +56,21 @@ def test_texts_are_put_in_as_they_are_and_images_where_the_prompt_says(tmp_path)
     assert words["content"] == "See \nq|a|b"
 
 
+@pytest.mark.parametrize("placed", [True, False])
+def test_images_of_a_response_stand_in_its_text(tmp_path, placed) -> None:
+    path = tmp_path / "prompt.txt"
+    text = "{question} 1: {response_1} 2: {response_2}"
+    path.write_text(f"See {{images}}:{text} {{images}}" if placed else text)
+    (turn,) = JudgePrompt.load(path).messages(
+        "q", ("a<image>b", "<image><image>"), ["data:q", "data:1", "data:2", "data:3"], response_images=(1, 2)
+    )
+    shown = [part["text"] if part["type"] == "text" else part["image_url"]["url"] for part in turn["content"]]
+    rest = ["data:1", "b 2: ", "data:2", "data:3"]
+    assert shown == (["See ", "data:q", ":q 1: a", *rest, " "] if placed else ["data:q", "q 1: a", *rest])
+    (plain,) = JudgePrompt.load(path).messages("q", ("a<image>b", "c"), [])
+    assert "a<image>b" in plain["content"], "a text that no image belongs to is a text"
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [("{question} {response_1}", "has no {response_2}"), (None, "no text and no list"), ("[1]", "no text and no list")],
