@@ -1,4 +1,4 @@
-"""What a stage reads, and in `rl` which rows of it in which steps."""
+"""What a stage reads, and which rows of it it trains on in which steps."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ MAX_FRAMES = 32  # of a video, as at the published evaluation
 
 
 class Selection(Section):
-    """The rows that `rl` trains on: those that meet all that is set."""
+    """The rows that `sft`, `rm` and `rl` train on: those that meet all that is set."""
 
     select: Path | None = None  # JSON list of ids to train on, e.g. the hard set that `r1reward annotate` writes
     categories: tuple[Annotated[str, Field(min_length=1)], ...] = ()  # none: all
-    # Attempts that the annotator needed, from and to, by `data.attempts`; one more than were made: none was right
+    # Attempts that the annotator needed, from and to, by `data.attempts` or, in `sft`, the rows' own column; one more
+    # than were made: none was right
     difficulty: tuple[PositiveInt, PositiveInt] | None = None
     accuracy: tuple[Fraction, Fraction] | None = None  # a model's share of right verdicts, by `data.judgements`
 
@@ -44,7 +45,7 @@ class CurriculumStage(Selection):
 
 class DataSection(Selection):
     train: Path
-    curriculum: tuple[CurriculumStage, ...] = ()  # `rl`: stages one after the other; none: all rows at all steps
+    curriculum: tuple[CurriculumStage, ...] = ()  # stages one after the other; none: all rows at all steps
     attempts: Path | None = None  # attempts.jsonl of `r1reward annotate`, which says how difficult rows are
     judgements: Path | None = None  # judgements.jsonl of `r1reward bench pairs`, which says what a model can do
     image_root: Path | None = None  # relative image paths are resolved against it; None: the folder of the data
@@ -67,17 +68,25 @@ class DataSection(Selection):
 
     @model_validator(mode="after")
     def _sources(self) -> DataSection:
-        for number, one in enumerate((self, *self.curriculum)):
-            where = f"data.curriculum stage {number}: " if number else "data."
-            if one.difficulty is not None and self.attempts is None:
-                raise ValueError(
-                    f"{where}difficulty needs data.attempts, the attempts.jsonl that `r1reward annotate` wrote: name it"
-                )
+        for where, one in self._selections:
             if one.accuracy is not None and self.judgements is None:
                 raise ValueError(
                     f"{where}accuracy needs data.judgements, the judgements.jsonl of `r1reward bench pairs`: name it"
                 )
         return self
+
+    @property
+    def _selections(self) -> list[tuple[str, Selection]]:
+        stages = enumerate(self.curriculum, start=1)
+        return [("data.", self), *((f"data.curriculum stage {number}: ", one) for number, one in stages)]
+
+    def check_attempts(self) -> None:
+        """ValueError where difficulty is asked for of rows that do not say it themselves, and no file does."""
+        for where, one in self._selections:
+            if one.difficulty is not None and self.attempts is None:
+                raise ValueError(
+                    f"{where}difficulty needs data.attempts, the attempts.jsonl that `r1reward annotate` wrote: name it"
+                )
 
     @model_validator(mode="after")
     def _stages_follow(self) -> DataSection:
@@ -87,7 +96,7 @@ class DataSection(Selection):
             if number == len(self.curriculum):
                 if ends:
                     raise ValueError(
-                        f"data.curriculum stage {number} is the last one and goes on to the last step (rl.steps): "
+                        f"data.curriculum stage {number} is the last one and goes on to the run's last step: "
                         "leave until_step and epochs out"
                     )
             elif len(ends) != 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,10 @@ class SftSection(Section):
     steps: PositiveInt | None = None  # None: one pass per epoch
     epochs: PositiveInt = 1  # exact passes; the last step takes what is left
     global_batch_size: PositiveInt = 256
+
+    def steps_of(self, rows: int) -> int:
+        """Of a run over so many rows."""
+        return self.steps or math.ceil(self.epochs * rows / self.global_batch_size)
 
 
 class RewardModelSection(SftSection):

@@ -35,15 +35,20 @@ class ContentKeys:
     def __init__(self) -> None:
         self._images: dict[str, str] = {}
 
-    def question(self, preference: Preference) -> str:
-        """What a model is asked about a preference in its stored order. The label is not part of it."""
-        return digest_of([messages_of(preference), self._seen(preference.image_paths)])
+    def question(self, example: Preference | SftExample) -> str:
+        """What a model is asked about a preference in its stored order, or by a chat. The label is not part of it."""
+        messages = example.messages if isinstance(example, SftExample) else messages_of(example)
+        return digest_of([messages, self._seen(example.image_paths)])
+
+    def pair(self, example: Preference | SftExample) -> str:
+        """The question, and which response is better: the same of a preference and of the chat that asks about it."""
+        return digest_of([self.question(example), example.label])
 
     def row(self, example: Preference | SftExample) -> str:
         """Everything about a row that training or judging depends on."""
         if isinstance(example, SftExample):
             return digest_of([example.messages, self._seen(example.image_paths), example.response])
-        return digest_of([self.question(example), example.label])
+        return self.pair(example)
 
     def images(self, paths: Iterable[str]) -> tuple[str, ...]:
         """Of the files, in their order."""

@@ -25,10 +25,10 @@ RowT = TypeVar("RowT", bound=_Row)
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """Example `index` in pass `epoch` over the data."""
+    """Example `index` in pass `epoch` over the data; of a stage's rows passes are "stage2-0", "stage2-1", ..."""
 
     index: int
-    epoch: int
+    epoch: int | str
 
 
 def seeded_sample(rows: Sequence[RowT], count: int | None, *, seed: int) -> tuple[RowT, ...]:
@@ -87,11 +87,50 @@ class DataStage:
     rows: tuple[int, ...]
 
 
+class StagedSampler:
+    """The rows of a step: of all rows, or of its stage in a curriculum, each stage passing over its own from its first
+    step on.
+
+    Args:
+        draws, at_least: see `EpochSampler`; the batches of stages are always full.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        seed: int,
+        stages: Sequence[DataStage] = (),
+        draws: int | None = None,
+        at_least: int = 1,
+    ) -> None:
+        self._size, self._stages = size, stages
+        self._all = EpochSampler(size, seed=seed, draws=draws, at_least=at_least)
+        self._of_stages = [EpochSampler(len(stage.rows), seed=seed) for stage in stages]
+
+    def batch(self, step: int, batch_size: int) -> list[Draw]:
+        """The draws of step `step` (counted from 0) at a constant batch size."""
+        number = self._stage_at(step)
+        if number is None:
+            return self._all.batch(step, batch_size)
+        stage = self._stages[number]
+        draws = self._of_stages[number].batch(step - stage.first, batch_size)
+        return [Draw(index=stage.rows[one.index], epoch=f"stage{number + 1}-{one.epoch}") for one in draws]
+
+    def rows_at(self, step: int) -> Sequence[int]:
+        """Places of the rows that a step may train on."""
+        number = self._stage_at(step)
+        return range(self._size) if number is None else self._stages[number].rows
+
+    def _stage_at(self, step: int) -> int | None:
+        return next((n for n, stage in enumerate(self._stages) if stage.end is None or step < stage.end), None)
+
+
 class PromptLoader:
     """Prompts for rollout batches.
 
     Args:
-        stages: a curriculum; each passes over its own rows from its first step on. None: all rows at every step.
+        stages: a curriculum; none: all rows at every step.
         both_orders: every preference gives two prompts, its two orders, which stand next to each other and are one
             group; else one prompt, in an order that is drawn.
     """
@@ -108,28 +147,16 @@ class PromptLoader:
     ) -> None:
         self.preferences, self.builder, self.section, self.seed = preferences, builder, section, seed
         self.orders = 2 if both_orders else 1  # prompts per preference
-        self._stages = stages
-        self._samplers = [EpochSampler(len(stage.rows), seed=seed) for stage in stages]
-        self._sampler = EpochSampler(len(preferences), seed=seed)
+        self._sampler = StagedSampler(len(preferences), seed=seed, stages=stages)
 
     def batch(self, step: int, batch_size: int) -> list[Prompt]:
         """`batch_size` prompts; with both orders, of half as many preferences."""
-        number, rows = self._stage_at(step), batch_size // self.orders
-        if number is None:
-            drawn: list[tuple[int, int | str]] = [(one.index, one.epoch) for one in self._sampler.batch(step, rows)]
-        else:
-            stage = self._stages[number]
-            draws = self._samplers[number].batch(step - stage.first, rows)
-            drawn = [(stage.rows[one.index], f"stage{number + 1}-{one.epoch}") for one in draws]
-        return [prompt for index, occurrence in drawn for prompt in self.prompts(index, occurrence)]
+        draws = self._sampler.batch(step, batch_size // self.orders)
+        return [prompt for draw in draws for prompt in self.prompts(draw.index, draw.epoch)]
 
     def rows_at(self, step: int) -> Sequence[int]:
         """Places of the preferences that a step may train on."""
-        number = self._stage_at(step)
-        return range(len(self.preferences)) if number is None else self._stages[number].rows
-
-    def _stage_at(self, step: int) -> int | None:
-        return next((n for n, stage in enumerate(self._stages) if stage.end is None or step < stage.end), None)
+        return self._sampler.rows_at(step)
 
     def prompts(self, index: int, occurrence: int | str) -> list[Prompt]:
         """Of example `index`, `self.orders` of them. Which order a single one has is drawn from the seed and

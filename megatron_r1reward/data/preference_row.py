@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from megatron_r1reward.data.image_files import MediaResolver
 from megatron_r1reward.data.prompt import split_message_text
 from megatron_r1reward.data.rows import RawRow, RowError, label_of, label_or_none
 from megatron_r1reward.data.video_frames import frames_of
-from megatron_r1reward.types import Preference
+from megatron_r1reward.types import Label, Preference
 
 _PLACEHOLDER = re.compile(rf"\s*{IMAGE_PLACEHOLDER}\n?")
 # `<|im_end|>` in a text would end the turn it stands in.
@@ -35,6 +35,9 @@ class SftExample:
     messages: tuple[dict[str, Any], ...]
     image_paths: tuple[str, ...]  # absolute
     response: str
+    metadata: Mapping[str, str] = field(default_factory=dict)  # as of a `Preference`
+    label: Label | None = None  # of a row about two responses whose `answer` says which is better
+    difficulty: int | None = None  # attempts that the annotator needed, where the row says so
 
 
 def row_identifier(row: RawRow, fields: Mapping[str, Any]) -> str:
@@ -63,7 +66,7 @@ def parse_preference(
         responses=responses,
         label=(label_or_none if ties else label_of)(fields.get("answer")),
         image_paths=image_paths,
-        metadata={key: str(fields[key]) for key in ("category", "source") if fields.get(key) is not None},
+        metadata=_metadata(fields),
         response_images=response_images,
     )
 
@@ -82,7 +85,28 @@ def parse_sft_example(identifier: str, fields: Mapping[str, Any], media: MediaRe
         messages=messages,
         image_paths=image_paths,
         response=_required_text("response", fields.get("response")),
+        metadata=_metadata(fields),
+        label=_label_if_any(fields.get("answer")),
+        difficulty=_difficulty(fields.get("difficulty")),
     )
+
+
+def _metadata(fields: Mapping[str, Any]) -> dict[str, str]:
+    return {key: str(fields[key]) for key in ("category", "source") if fields.get(key) is not None}
+
+
+def _label_if_any(answer: Any) -> Label | None:
+    """The answer of a chat about anything may be anything."""
+    try:
+        return label_or_none(answer)
+    except RowError:
+        return None
+
+
+def _difficulty(value: Any) -> int | None:
+    if isinstance(value, float) and value.is_integer():  # what a Parquet writer makes of a column with gaps
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 1 else None
 
 
 def _question_and_responses(fields: Mapping[str, Any], chat: Chat | None) -> tuple[str, tuple[str, str]]:

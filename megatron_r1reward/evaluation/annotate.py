@@ -199,6 +199,7 @@ def annotate(
     served: Mapping[str, Any] | None = None,
     budget: Budget | None = None,
     progress: Callable[[int], object] | None = None,
+    known_already: Callable[[int], object] | None = None,
 ) -> list[AttemptRecord]:
     """Up to `attempts` attempts per preference, stopping at the first that agrees with the label (R1-Reward, sec. 3).
 
@@ -217,7 +218,8 @@ def annotate(
         concurrency: preferences in flight; the attempts on one preference follow each other.
         served: what is known of the model behind its name, e.g. `model_identity` of a folder; JSON.
         budget: what may be spent and how fast; when it is spent the rest is left for a later call, with a warning.
-        progress: called with a number of preferences just done, those found in `output` first.
+        progress: called with a number of preferences just done.
+        known_already: called once with the number of those that `output` answers, before anything is asked.
 
     Returns:
         One record per annotated preference, in the order of `preferences`.
@@ -249,8 +251,8 @@ def annotate(
     found = {task.preference.id: task.record(attempts, annotator.asked) for task in tasks if task.done(attempts)}
     _append_changed(output, found, {record.preference_id: record for record in earlier})
     todo = [task for task in tasks if task.preference.id not in found]
-    report = progress or (lambda done: None)
-    report(len(found))
+    report, begin = progress or (lambda done: None), known_already or (lambda done: None)
+    begin(len(found))
     client = openai.AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=max_retries, timeout=timeout_s)
     purse = _Purse(budget or Budget(), _distinct_replies(earlier))
     results = asyncio.run(annotator.annotate_all(client, todo, output, purse, report))

@@ -18,6 +18,7 @@ from megatron_r1reward.data.importing import preference_row
 from megatron_r1reward.reward.rules import ParsedResponse, parse_response
 from megatron_r1reward.types import Label, Preference
 
+WITHOUT_VERDICT = "without a verdict of the judge"
 Judge = Callable[[Sequence[tuple[str, Label]]], Sequence[str]]  # (reasoning, answer) -> "consistent" or another verdict
 
 
@@ -90,7 +91,8 @@ def build_cold_start(
                 found.append((preference, record, place, parse_response(record.replies[place].text)))
     if judge is not None and found:
         verdicts = judge([(parsed.reasoning, preference.known_label) for preference, _, _, parsed in found])
-        counts["not consistent, says the judge"] += sum(verdict != "consistent" for verdict in verdicts)
+        counts["not consistent, says the judge"] += sum(verdict == "inconsistent" for verdict in verdicts)
+        counts[WITHOUT_VERDICT] += sum(verdict not in ("consistent", "inconsistent") for verdict in verdicts)
         found = [entry for entry, verdict in zip(found, verdicts, strict=True) if verdict == "consistent"]
     counts["used"] = len(found)
     rows = tuple(_row(preference, record, place) for preference, record, place, _ in found)

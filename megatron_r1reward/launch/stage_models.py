@@ -21,13 +21,15 @@ from megatron_r1reward.user_parts import load_function, read_part
 # time, and has no LM head.
 _NOT_FOR_RM = (
     *("sft", "rl", "asynchrony", "algorithm", "health", "reward", "sampling", "rollout", "judge", "annotate", "prompt"),
-    *("data.swap", "data.curriculum", "precision.kernels", "precision.logits"),
+    *("data.swap", "precision.kernels", "precision.logits"),
 )
 _MEANINGLESS: dict[Stage, tuple[str, ...]] = {"rm": _NOT_FOR_RM, "sft": ("reward_model",), "rl": ("reward_model",)}
 
 
 def check_keys(config: RunConfig, stage: Stage) -> None:
-    """ValueError where a key of another stage is set to something else than its default."""
+    """ValueError where a key of another stage is set to something else than its default, or lacks what it needs."""
+    if stage != "sft":  # whose rows may say it themselves
+        config.data.check_attempts()
     defaults = {name: field.default for name, field in RunConfig.model_fields.items()}
     found = []
     for key in _MEANINGLESS.get(stage, ()):

@@ -8,8 +8,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -18,9 +19,15 @@ from megatron_r1reward.data.difficulty import read_records, select_hard, summary
 from megatron_r1reward.data.identity import model_identity
 from megatron_r1reward.data.loader import seeded_sample
 from megatron_r1reward.data.prompt import TEMPLATE, PromptBuilder
-from megatron_r1reward.data.selection import selection
+from megatron_r1reward.data.selection import in_categories, selection
 from megatron_r1reward.data.stage_data import read_heldout, read_training_preferences, template_of
-from megatron_r1reward.evaluation.cold_start_set import ColdStartSet, ReasoningFilter, build_cold_start, card
+from megatron_r1reward.evaluation.cold_start_set import (
+    WITHOUT_VERDICT,
+    ColdStartSet,
+    ReasoningFilter,
+    build_cold_start,
+    card,
+)
 from megatron_r1reward.evaluation.evaluate import evaluate as evaluate_pairs
 from megatron_r1reward.evaluation.judged_votes import VoteJudge
 from megatron_r1reward.evaluation.pair_kinds import make_pair_kinds
@@ -95,8 +102,7 @@ def annotate(config: RunConfig, *, supervised: bool = False) -> None:
     output = config.run.output_dir
     output.mkdir(parents=True, exist_ok=True)
     section = config.annotate
-    preferences = read_training_preferences(config, "annotate").preferences
-    preferences = seeded_sample(preferences, section.max_rows, seed=config.run.seed)
+    preferences = seeded_sample(_to_annotate(config), section.max_rows, seed=config.run.seed)
     with (
         open_annotator(config, supervised=supervised) as (url, api_key),
         tqdm(total=len(preferences), desc="annotate", unit="sample") as progress,
@@ -121,12 +127,28 @@ def annotate(config: RunConfig, *, supervised: bool = False) -> None:
                 requests_per_minute=section.requests_per_minute,
             ),
             progress=progress.update,
+            known_already=partial(_begin_at, progress),
         )
     hard = selection(preferences, set(select_hard(records)))
     counts = summary(records)
     write_text(output / "hard.json", json.dumps(hard) + "\n")
     write_text(output / "difficulty.json", json.dumps(counts) + "\n")
     log.info("attempts needed: %s; hard set: %d of %d", counts, len(hard), len(records))
+
+
+def _begin_at(progress: tqdm[NoReturn], done: int) -> None:
+    """What earlier calls did took none of this one's time, and says nothing about the time that remains."""
+    progress.initial = progress.n = progress.last_print_n = done
+    progress.refresh()
+
+
+def _to_annotate(config: RunConfig) -> list[Preference]:
+    """The rows of `data.categories`. The other keys that select rows rest on what `annotate` finds out."""
+    preferences, section = read_training_preferences(config, "annotate").preferences, config.data
+    later = [name for name in section.criteria if name != "categories"] + ["curriculum"] * bool(section.curriculum)
+    if later:
+        log.info("all rows are annotated, and data.%s chooses among them afterwards", ", data.".join(later))
+    return in_categories(preferences, preferences, section.categories, "data.")
 
 
 def _check_as_published(config: RunConfig) -> None:
@@ -153,10 +175,11 @@ def write_cold_start(config: RunConfig, out: Path, *, keep: ReasoningFilter, jud
     attempts = config.run.output_dir / "attempts.jsonl"
     if not attempts.is_file():
         raise ValueError(f"{attempts} does not exist: run `r1reward annotate` with the same run file first")
-    preferences = read_training_preferences(config, "annotate").preferences
+    preferences = _to_annotate(config)
     records = read_records(attempts)
     if judged:
-        with open_judge(config) as judge:
+        everything = config.judge.model_copy(update={"max_calls_per_step": None})  # this is no step
+        with open_judge(config.model_copy(update={"judge": everything})) as judge:
             if judge is None:
                 raise ValueError("reward.use_judge is false: set it to true, or leave out --judge")
 
@@ -166,6 +189,10 @@ def write_cold_start(config: RunConfig, out: Path, *, keep: ReasoningFilter, jud
             built = build_cold_start(preferences, records, keep=keep, judge=ask)
     else:
         built = build_cold_start(preferences, records, keep=keep)
+    if unknown := built.counts.get(WITHOUT_VERDICT):
+        log.warning(
+            "the judge gave no verdict on %d reasonings, which are left out: run again to ask about them", unknown
+        )
     built = replace(built, settings={"attempts": str(attempts), "judge": judged, **asdict(keep)})
     if not built.rows:
         raise ValueError(f"{attempts}: no reasoning is left: {dict(built.counts)}")

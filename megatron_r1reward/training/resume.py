@@ -6,28 +6,22 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from megatron_r1reward.checkpoint.dist import LATEST, Trained, find_checkpoint_together, keep_identity, load_checkpoint
 from megatron_r1reward.checkpoint.hf_model_io import save_hf_folder
 from megatron_r1reward.config.load import dump_config
-from megatron_r1reward.data.identity import ContentKeys
-from megatron_r1reward.data.preference_row import SftExample
 from megatron_r1reward.files import write_text
 from megatron_r1reward.model_folder import prompt_policy
 from megatron_r1reward.model_folder.config_reader import CONFIG
 from megatron_r1reward.model_folder.scalar_folder import scalar_config
-from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training import rollback
 from megatron_r1reward.training.data_parallel import synchronize_parameters
 from megatron_r1reward.training.heartbeat import RunControl
 from megatron_r1reward.training.models_read import check_models_read
 from megatron_r1reward.training.state import TrainState
-from megatron_r1reward.types import Preference
 
 log = logging.getLogger(__name__)
 DESCRIBES_THE_BASE: dict[str, str | None] = {"README.md": None}  # `r1reward hub card` writes one about these weights
@@ -40,17 +34,6 @@ def prepare(state: TrainState) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         dump_config(state.config, root / "config.toml")
     return root
-
-
-def row_contents(rows: Sequence[Preference] | Sequence[SftExample], topology: Topology) -> dict[str, str]:
-    """Id -> `ContentKeys.row`, in the order of the rows; collective. One rank reads the images and tells the others."""
-    answer: list[dict[str, str]] = [{}]
-    if topology.is_main:
-        keys = ContentKeys()
-        answer = [{row.id: keys.row(row) for row in rows}]
-    if topology.world_size > 1:
-        dist.broadcast_object_list(answer, src=0)
-    return answer[0]
 
 
 def describe_data(

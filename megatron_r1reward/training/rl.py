@@ -48,11 +48,12 @@ from megatron_r1reward.training.rollout_batch import Shards, add_advantages, add
 from megatron_r1reward.training.state import TrainState, build_state
 from megatron_r1reward.training.step_sampler import StepSampler
 from megatron_r1reward.training.trained_policy import rl_policy
-from megatron_r1reward.types import ScoredRollout
+from megatron_r1reward.types import Preference, ScoredRollout
 from megatron_r1reward.user_parts import PartError
 
 log = logging.getLogger(__name__)
 Probe = Callable[[], float]
+Selected = SelectedRows[Preference]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +195,7 @@ def _train(
     state: TrainState,
     control: RunControl,
     services: Services | None,
-    source: Replay | SelectedRows | None,
+    source: Replay | Selected | None,
     *,
     resumed: bool,
 ) -> bool:
@@ -266,7 +267,7 @@ def _stage(state: TrainState, main: MainRank | None) -> Stage:
     )
 
 
-def _data(config: RunConfig, topology: Topology, replay: Replay | None) -> tuple[SelectedRows | None, dict[str, Any]]:
+def _data(config: RunConfig, topology: Topology, replay: Replay | None) -> tuple[Selected | None, dict[str, Any]]:
     """The rows to train on, on the main rank, and on all what describes them; collective. A replay gets along without:
     then none, and the record's description.
 
@@ -287,7 +288,7 @@ def _data(config: RunConfig, topology: Topology, replay: Replay | None) -> tuple
     return selected, description
 
 
-def _read(config: RunConfig, replay: Replay | None) -> tuple[SelectedRows | None, dict[str, Any]]:
+def _read(config: RunConfig, replay: Replay | None) -> tuple[Selected | None, dict[str, Any]]:
     if replay is not None and not config.data.train.exists():
         log.info("data.train %s is not here: trained is on what %s recorded", config.data.train, replay.origin.run)
         return None, replay.origin.data
@@ -296,7 +297,7 @@ def _read(config: RunConfig, replay: Replay | None) -> tuple[SelectedRows | None
         data.preferences,
         config.data,
         batch_size=config.rl.rollout_batch_size // config.rl.orders,
-        steps=config.rl.steps,
+        steps=lambda rows: config.rl.steps,
         set_aside=data.set_aside,
     )
     description = resume.describe_data(
@@ -313,7 +314,7 @@ def _read(config: RunConfig, replay: Replay | None) -> tuple[SelectedRows | None
 
 @contextmanager
 def _main_rank(
-    state: TrainState, services: Services | None, source: Replay | SelectedRows | None, *, resumed_step: int | None
+    state: TrainState, services: Services | None, source: Replay | Selected | None, *, resumed_step: int | None
 ) -> Iterator[MainRank]:
     config, output = state.config, state.config.run.output_dir
     with ExitStack() as stack:
@@ -336,18 +337,18 @@ def _main_rank(
         yield MainRank(services=services, producer=producer, recorder=recorder, monitor=monitor, timeline=timeline)
 
 
-def _producer(state: TrainState, services: Services, selected: SelectedRows, timeline: Timeline) -> RolloutProducer:
+def _producer(state: TrainState, services: Services, selected: Selected, timeline: Timeline) -> RolloutProducer:
     config = state.config
     builder = PromptBuilder(state.tokenizer, config.data.max_prompt_tokens, template=template_of(config))
     loader = PromptLoader(
-        selected.preferences,
+        selected.rows,
         builder,
         config.data,
         seed=config.run.seed,
         stages=selected.stages,
         both_orders=config.rl.pairing == "both_orders",
     )
-    services.scorer.show(selected.preferences)
+    services.scorer.show(selected.rows)
     learned = json.loads(state.producer["accuracies"]) if state.producer else {}
     curriculum = Curriculum(loader, learned, contents=selected.contents)
     sampler = StepSampler(services.pool, services.scorer, loader, config, curriculum=curriculum, timeline=timeline)

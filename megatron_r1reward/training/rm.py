@@ -18,8 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.data.loader import EpochSampler, seeded_sample
-from megatron_r1reward.data.selection import select_rows
+from megatron_r1reward.data.loader import StagedSampler, seeded_sample
 from megatron_r1reward.data.stage_data import read_heldout, read_training_preferences, scored_examples
 from megatron_r1reward.model_folder.shape import load_shape
 from megatron_r1reward.parallel.setup import Topology
@@ -28,7 +27,12 @@ from megatron_r1reward.training.loop import set_threads
 from megatron_r1reward.training.schedule import LossOutput, reduce_statistics, run_micro_batches, train_micro_batches
 from megatron_r1reward.training.sft import to_sequence
 from megatron_r1reward.training.state import TrainState
-from megatron_r1reward.training.supervised import SupervisedStage, check_batch, run_supervised
+from megatron_r1reward.training.supervised import (
+    SupervisedStage,
+    check_batch,
+    run_supervised,
+    select_together,
+)
 from megatron_r1reward.training.trained_policy import rm_policy
 from megatron_r1reward.types import PackedBatch, Preference
 from megatron_r1reward.types import Sequence as TokenSequence
@@ -60,7 +64,7 @@ def to_sequences(state: TrainState, pairs: Sequence[Preference]) -> list[TokenSe
     return [to_sequence(state, one) for pair in pairs for one in scored_examples(pair)]
 
 
-def train_step(state: TrainState, sampler: EpochSampler, pairs: Sequence[Preference]) -> dict[str, float]:
+def train_step(state: TrainState, sampler: StagedSampler, pairs: Sequence[Preference]) -> dict[str, float]:
     """One optimizer step on the pairs that belong to `state.step`."""
     started = time.monotonic()
     topology, section = state.topology, state.config.reward_model
@@ -136,20 +140,6 @@ def head_layers(config: RunConfig) -> int:
     return there or wanted or 1
 
 
-def _selected(config: RunConfig) -> tuple[Preference, ...]:
-    """The pairs of `data.train` that the run file selects; all ranks read them alike."""
-    data, section = read_training_preferences(config, "rm"), config.reward_model
-    if not config.data.criteria:
-        return data.preferences
-    return select_rows(
-        data.preferences,
-        config.data,
-        batch_size=section.global_batch_size,
-        steps=section.steps or 0,
-        set_aside=data.set_aside,
-    ).preferences
-
-
 def run(config: RunConfig, topology: Topology) -> Path | None:
     """Run the stage to its end and return the exported Hugging Face folder; None when it was asked to save and stop.
 
@@ -160,7 +150,9 @@ def run(config: RunConfig, topology: Topology) -> Path | None:
     section = config.reward_model
     check_batch(section, "reward_model", topology)
     layers = head_layers(config)
-    pairs = _selected(config)
+    data = read_training_preferences(config, "rm")
+    selected = select_together(data.preferences, data.set_aside, config, section, topology)
+    pairs = selected.rows
     probe = None
     if section.heldout_every is not None:
         heldout = seeded_sample(
@@ -171,7 +163,7 @@ def run(config: RunConfig, topology: Topology) -> Path | None:
         name="rm",
         title="reward model",
         section=section,
-        rows=pairs,
+        selected=selected,
         step=partial(train_step, pairs=pairs),
         headline={"loss": "rm/loss", "accuracy": "rm/accuracy"},
         described=lambda steps: rm_policy(config, rows=len(pairs), steps=steps),

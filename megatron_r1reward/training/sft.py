@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.data.loader import EpochSampler
+from megatron_r1reward.data.loader import StagedSampler
 from megatron_r1reward.data.preference_row import SftExample
 from megatron_r1reward.data.prompt import render_chat
 from megatron_r1reward.data.stage_data import read_training_examples
@@ -18,7 +18,12 @@ from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training.loop import set_threads
 from megatron_r1reward.training.schedule import LossOutput, reduce_statistics, train_micro_batches
 from megatron_r1reward.training.state import TrainState
-from megatron_r1reward.training.supervised import SupervisedStage, check_batch, run_supervised
+from megatron_r1reward.training.supervised import (
+    SupervisedStage,
+    check_batch,
+    run_supervised,
+    select_together,
+)
 from megatron_r1reward.training.trained_policy import sft_policy
 from megatron_r1reward.types import PackedBatch, Prompt, Sequence
 
@@ -52,7 +57,7 @@ def to_sequence(state: TrainState, example: SftExample) -> Sequence:
     return state.packer.sequence(prompt, [*response, state.tokenizer.eos_token_id])
 
 
-def train_step(state: TrainState, sampler: EpochSampler, examples: tuple[SftExample, ...]) -> dict[str, float]:
+def train_step(state: TrainState, sampler: StagedSampler, examples: tuple[SftExample, ...]) -> dict[str, float]:
     """One optimizer step on the batch that belongs to `state.step`."""
     started = time.monotonic()
     topology, section = state.topology, state.config.sft
@@ -83,14 +88,15 @@ def run(config: RunConfig, topology: Topology) -> Path | None:
     """
     set_threads(config)
     check_batch(config.sft, "sft", topology)
-    examples = read_training_examples(config).examples
+    data = read_training_examples(config)
+    selected = select_together(data.examples, data.set_aside, config, config.sft, topology)
     stage = SupervisedStage(
         name="sft",
         title="SFT",
         section=config.sft,
-        rows=examples,
-        step=partial(train_step, examples=examples),
+        selected=selected,
+        step=partial(train_step, examples=selected.rows),
         headline={"loss": "sft/loss"},
-        described=lambda steps: sft_policy(config, examples, steps=steps),
+        described=lambda steps: sft_policy(config, selected.rows, steps=steps),
     )
     return run_supervised(config, topology, stage)

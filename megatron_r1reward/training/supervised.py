@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from megatron_r1reward.config.rl_sections import SftSection
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.data.loader import EpochSampler
+from megatron_r1reward.data.loader import DataStage, StagedSampler
 from megatron_r1reward.data.preference_row import SftExample
+from megatron_r1reward.data.selection import SelectedRows, select_rows
 from megatron_r1reward.model_folder.prompt_policy import PromptPolicy
 from megatron_r1reward.monitor.sinks import build_monitor
 from megatron_r1reward.parallel.setup import Topology
@@ -22,6 +22,8 @@ from megatron_r1reward.training.models_read import described_parts, models_read
 from megatron_r1reward.training.state import TrainState, build_state
 from megatron_r1reward.types import Preference
 
+RowT = TypeVar("RowT", Preference, SftExample)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedStage:
@@ -29,7 +31,7 @@ class SupervisedStage:
 
     Attributes:
         section: steps, epochs and batch size.
-        rows: what a batch is drawn from.
+        selected: what a batch is drawn from, see `select_together`.
         step: trains the step after `state.step`, and counts it there.
         described: what the exported folder will say about itself, from the number of steps.
         probe: held-out accuracy of the current weights, on every rank; asked every `probe_every` steps.
@@ -38,8 +40,8 @@ class SupervisedStage:
     name: Literal["sft", "rm"]
     title: str
     section: SftSection
-    rows: Sequence[Preference] | Sequence[SftExample]
-    step: Callable[[TrainState, EpochSampler], Metrics]
+    selected: SelectedRows[Preference] | SelectedRows[SftExample]
+    step: Callable[[TrainState, StagedSampler], Metrics]
     headline: Mapping[str, str]
     described: Callable[[int], PromptPolicy | None]
     score_layers: int = 0
@@ -56,23 +58,61 @@ def check_batch(section: SftSection, name: str, topology: Topology) -> None:
         )
 
 
+def select_together(
+    rows: Sequence[RowT], set_aside: frozenset[str], config: RunConfig, section: SftSection, topology: Topology
+) -> SelectedRows[RowT]:
+    """What `config.data` selects of the rows that every rank has read; collective. One rank reads the images and the
+    files that say something of the rows, and tells the others.
+
+    Raises:
+        ValueError: a file cannot be read, or no row is left.
+    """
+    message: tuple[Mapping[str, str], tuple[DataStage, ...], ValueError | None] = ({}, (), None)
+    if topology.is_main:
+        try:
+            found = select_rows(
+                rows,
+                config.data,
+                batch_size=section.global_batch_size,
+                steps=section.steps_of,
+                set_aside=set_aside,
+            )
+            message = (found.contents, found.stages, None)
+        except ValueError as error:
+            message = ({}, (), error)
+    contents, stages, problem = topology.from_main(message)
+    if problem is not None:
+        raise problem
+    of = {row.id: row for row in rows}
+    return SelectedRows(rows=tuple(of[name] for name in contents), contents=contents, stages=stages)
+
+
 def run_supervised(config: RunConfig, topology: Topology, stage: SupervisedStage) -> Path | None:
     """Run the stage to its end and return the exported Hugging Face folder; None when it was asked to save and stop."""
     section, output = stage.section, config.run.output_dir
-    draws = None if section.steps else section.epochs * len(stage.rows)
-    steps = section.steps or math.ceil(section.epochs * len(stage.rows) / section.global_batch_size)
+    rows = len(stage.selected.rows)
+    draws, steps = None if section.steps else section.epochs * rows, section.steps_of(rows)
     control = RunControl(output, topology, total_steps=steps)
     control.loading()
     state = build_state(config, topology, optimizer_steps=steps, score_layers=stage.score_layers)
     state.data = resume.describe_data(
-        resume.row_contents(stage.rows, topology), seed=config.run.seed, batch_size=section.global_batch_size
+        stage.selected.contents,
+        seed=config.run.seed,
+        batch_size=section.global_batch_size,
+        stages=stage.selected.description,
     )
     state.models = models_read(config, topology, rl=False)
     state.parts = described_parts(config)
     state.described = stage.described(steps)
     resumed = resume.resume(state)
     resume.prepare(state)
-    sampler = EpochSampler(len(stage.rows), seed=config.run.seed, draws=draws, at_least=topology.data_parallel_size)
+    sampler = StagedSampler(
+        rows,
+        seed=config.run.seed,
+        stages=stage.selected.stages,
+        draws=draws,
+        at_least=topology.data_parallel_size,
+    )
     monitor = (
         build_monitor(config.monitor, output, stage.name, resumed_step=state.step if resumed else None)
         if topology.is_main

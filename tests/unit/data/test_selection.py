@@ -14,6 +14,9 @@ from megatron_r1reward.config.data_section import DataSection
 from megatron_r1reward.data.difficulty import AttemptRecord, append_record
 from megatron_r1reward.data.identity import ContentKeys
 from megatron_r1reward.data.loader import PromptLoader
+from megatron_r1reward.data.preference import read_sft_examples
+from megatron_r1reward.data.preference_row import SftExample
+from megatron_r1reward.data.prompt import messages_of
 from megatron_r1reward.data.selection import SelectedRows, select_rows, selection
 from megatron_r1reward.types import Preference, Prompt
 
@@ -55,12 +58,13 @@ def judgements(rows: list[Preference], tmp_path: Path) -> Path:
     return path
 
 
-def chosen(rows: list[Preference], **section: Any) -> SelectedRows:
-    return select_rows(rows, DataSection.model_validate({"train": "x.jsonl", **section}), batch_size=4, steps=20)
+def chosen(rows: list[Any], **section: Any) -> SelectedRows[Any]:
+    data = DataSection.model_validate({"train": "x.jsonl", **section})
+    return select_rows(rows, data, batch_size=4, steps=lambda rows: 20)
 
 
-def ids(found: SelectedRows) -> list[int]:
-    return [int(row.id[1:]) for row in found.preferences]
+def ids(found: SelectedRows[Any]) -> list[int]:
+    return [int(row.id[1:]) for row in found.rows]
 
 
 def test_rows_by_category_difficulty_and_accuracy(
@@ -98,9 +102,9 @@ class Builder:
         )  # fmt: skip
 
 
-def loader_of(found: SelectedRows) -> PromptLoader:
+def loader_of(found: SelectedRows[Any]) -> PromptLoader:
     section = DataSection(train=Path("x.jsonl"))
-    return PromptLoader(found.preferences, Builder(), section, seed=0, stages=found.stages)  # type: ignore[arg-type]
+    return PromptLoader(found.rows, Builder(), section, seed=0, stages=found.stages)  # type: ignore[arg-type]
 
 
 def test_a_curriculum_goes_from_stage_to_stage(
@@ -165,16 +169,15 @@ def test_what_holds_nothing_or_is_never_reached_is_said(
     refused("does not say what its rows are about", judgements=judgements, accuracy=[0, 1])
     with caplog.at_level(logging.WARNING):
         chosen(rows, curriculum=[{"until_step": 20}, {}])
-    assert "stage 2 of 2 begins after step 20, rl.steps is 20: it is never reached" in caplog.text
+    assert "stage 2 of 2 begins after step 20, and the run has 20: it is never reached" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("section", "message"),
     [
         ({"difficulty": [2, 1]}, "goes from the larger to the smaller"),
-        ({"difficulty": [1, 2]}, "data.difficulty needs data.attempts"),
         ({"curriculum": [{"until_step": 1, "accuracy": [0, 1]}, {}]}, "stage 1: accuracy needs data.judgements"),
-        ({"curriculum": [{"until_step": 5}]}, "stage 1 is the last one and goes on to the last step"),
+        ({"curriculum": [{"until_step": 5}]}, "stage 1 is the last one and goes on to the run's last step"),
         ({"curriculum": [{}, {}]}, "stage 1 needs until_step or epochs"),
         ({"curriculum": [{"until_step": 5, "epochs": 1}, {}]}, "stage 1 needs until_step or epochs, one of them"),
         ({"curriculum": [{"until_step": 5}, {"until_step": 5}, {}]}, "stage 2 ends at step 5, and the one before at 5"),
@@ -183,3 +186,63 @@ def test_what_holds_nothing_or_is_never_reached_is_said(
 def test_a_schedule_that_cannot_be_meant_is_refused(section: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DataSection.model_validate({"train": "x.jsonl", **section})
+
+
+def test_difficulty_comes_from_the_annotator(attempts: Path) -> None:
+    DataSection(train=Path("x.jsonl"), attempts=attempts, difficulty=(1, 2)).check_attempts()
+    with pytest.raises(ValueError, match=r"data.difficulty needs data.attempts, the attempts.jsonl"):
+        DataSection(train=Path("x.jsonl"), difficulty=(1, 2)).check_attempts()
+    stages = [{"until_step": 3, "difficulty": [1, 2]}, {}]
+    with pytest.raises(ValueError, match=r"data.curriculum stage 1: difficulty needs data.attempts"):
+        DataSection.model_validate({"train": "x.jsonl", "curriculum": stages}).check_attempts()
+
+
+def examples(rows: list[Preference]) -> list[SftExample]:
+    """The rows as `data sft` writes them, without the attempts that were needed."""
+    return [
+        SftExample(id=row.id, messages=tuple(messages_of(row)), image_paths=(), response="<answer>2</answer>",
+                   metadata=row.metadata, label=row.label)
+        for row in rows
+    ]  # fmt: skip
+
+
+def test_supervised_rows_are_selected_by_what_they_or_the_files_say(
+    rows: list[Preference], attempts: Path, judgements: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By their own column, or by what is known of the pair that they ask about."""
+    chats = examples(rows)
+    assert ids(chosen(chats, categories=["count", "colour"])) == [0, 2, 3, 5, 6, 8, 9, 11]
+    assert ids(chosen(chats, attempts=attempts, difficulty=[1, 1])) == [0, 1, 2, 3]
+    assert ids(chosen(chats, judgements=judgements, accuracy=[0.25, 0.75])) == [3, 4, 5, 6, 7, 8, 9]
+    hard = tmp_path / "hard.json"
+    hard.write_text(json.dumps(selection(rows, {"r8", "r9"})))  # of the preferences, as `annotate` writes it
+    renamed = [dataclasses.replace(row, id=f"r{11 - i}") for i, row in enumerate(chats)]
+    assert sorted(ids(chosen(renamed, select=hard))) == [2, 3]
+    said = [dataclasses.replace(row, difficulty=1 + i % 3 if i else None) for i, row in enumerate(chats)]
+    with caplog.at_level(logging.WARNING):
+        assert ids(chosen(said, difficulty=[2, 2])) == [1, 4, 7, 10]
+    assert "data.difficulty: 1 of 12 rows do not say it and are left out" in caplog.text
+    found = chosen(said, curriculum=[{"until_step": 2, "difficulty": [1, 1]}, {"difficulty": [3, 3]}])
+    assert [len(stage.rows) for stage in found.stages] == [3, 4]
+    with pytest.raises(
+        ValueError, match=r"data.difficulty: no row has the column `difficulty` that `r1reward data sft`"
+    ):
+        chosen(chats, difficulty=[1, 1])
+    about_nothing = [dataclasses.replace(row, label=None) for row in chats]
+    with pytest.raises(ValueError, match="no row of 12 is left by accuracy"):
+        chosen(about_nothing, judgements=judgements, accuracy=[0.0, 1.0])
+
+
+def test_supervised_rows_bring_what_they_are_selected_by(tmp_path: Path) -> None:
+    row = {"message": [{"role": "user", "content": "Which?"}], "response": "<answer>2</answer>"}
+    told = [
+        {"category": "count", "source": "a", "answer": ["<answer>2</answer>"], "difficulty": 2},
+        {"answer": "A chat about anything.", "difficulty": 1.0},
+        {"difficulty": "hard"},
+        {"difficulty": True, "answer": None},
+    ]
+    path = tmp_path / "sft.jsonl"
+    path.write_text("".join(json.dumps({**row, **more}) + "\n" for more in told))
+    first, *others = read_sft_examples(path).examples
+    assert (first.metadata, first.label, first.difficulty) == ({"category": "count", "source": "a"}, 2, 2)
+    assert [(one.label, one.difficulty) for one in others] == [(None, 1), (None, None), (None, None)]

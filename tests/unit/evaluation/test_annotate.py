@@ -150,7 +150,10 @@ def test_a_second_call_skips_what_is_done(serve: Any, preferences: list[Preferen
     done = run(first, preferences[:2], output)
     output.write_bytes(output.read_bytes() + b'{"preference_id": "ne')  # killed while writing
     second = serve(by_name)
-    records = run(second, preferences, output)
+    already: list[int] = []
+    progress: list[int] = []
+    records = run(second, preferences, output, known_already=already.append, progress=progress.append)
+    assert (already, sum(progress)) == ([2], 2), "what was known took no time"
     assert {Endpoint.pair_name(request) for request in second.requests} == {"never", "odd"}
     assert records[:2] == done
     assert {record.preference_id for record in read_records(output)} == {"easy", "never", "odd", "second"}

@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from scripted_server import Action, ScriptedServer
+from typer.testing import CliRunner
 
+from megatron_r1reward.cli import app
 from megatron_r1reward.data.difficulty import AttemptRecord, Reply, append_record, read_records
 from megatron_r1reward.data.identity import ContentKeys
+from megatron_r1reward.data.importing import preference_row
 from megatron_r1reward.data.preference import read_sft_examples
 from megatron_r1reward.evaluation.cold_start_set import ReasoningFilter, build_cold_start, card, script_of
 from megatron_r1reward.files import write_jsonl
@@ -115,3 +119,46 @@ def test_the_judge_has_the_last_word(make) -> None:
     assert [row["id"] for row in built.rows] == ["sound"]
     assert asked == [("One is right.", 1), ("Two is right.", 1)]
     assert built.counts["not consistent, says the judge"] == 1
+
+
+class Judge(ScriptedServer):
+    def _take(self, body: dict) -> Action:
+        super()._take(body)
+        text = str(body["messages"])
+        return 500 if self.fails and "Broken" in text else "0" if "Odd" in text else "1"
+
+    fails = True
+
+
+def test_the_command_filters_by_judge_length_script_and_category_and_says_so(make, tmp_path: Path) -> None:
+    """What the judge did not answer is no verdict of its own, and is asked again by the same command."""
+    said = {
+        "sound": RIGHT, "odd": RIGHT.replace("One", "Odd"), "broken": RIGHT.replace("One", "Broken"), "han": CHINESE,
+        "short": "<think>1</think><answer>1</answer>", "other": RIGHT,
+    }  # fmt: skip
+    rows = []
+    for name, text in said.items():
+        preference, record = make(name, text)
+        rows.append({**preference_row(preference), "category": "b" if name == "other" else "a"})
+        append_record(tmp_path / "run" / "attempts.jsonl", record)
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    judge, out = Judge([""]), tmp_path / "sft"
+    (tmp_path / "run.toml").write_text(
+        f'[run]\noutput_dir = "{tmp_path}/run"\n[model]\npath = "{tmp_path}"\n[data]\ntrain = "{tmp_path}/rows.jsonl"\n'
+        f'categories = ["a"]\n[judge]\nurls = ["{judge.url}"]\nretries = 0\nmax_calls_per_step = 1\n'
+    )
+    command = ["data", "sft", str(tmp_path / "run.toml"), "--out", str(out), "--judge", "--min-characters", "5"]
+    try:
+        assert CliRunner().invoke(app, [*command, "--script", "latin"]).exit_code == 0
+        counts = {
+            "used": 1, "not consistent, says the judge": 1, "without a verdict of the judge": 1, "another script": 1,
+            "too short": 1,
+        }  # fmt: skip
+        assert json.loads((out / "sft.json").read_text())["counts"] == counts
+        assert all(f"| {reason} | {count} |" in (out / "README.md").read_text() for reason, count in counts.items())
+        asked, judge.fails = len(judge.requests), False
+        assert CliRunner().invoke(app, [*command, "--script", "latin"]).exit_code == 0
+        assert [json.loads(line)["id"] for line in (out / "sft.jsonl").read_text().splitlines()] == ["sound", "broken"]
+        assert len(judge.requests) == asked + 1
+    finally:
+        judge.stop()

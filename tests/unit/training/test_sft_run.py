@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,20 +30,21 @@ def topology() -> Iterator[Topology]:
 def write_rows(folder: Path, questions: list[str]) -> None:
     rows = [
         {"id": str(number), "message": json.dumps([{"role": "user", "content": question}]),
-         "image": [], "response": f"<think>The image shows {number}.</think><answer>1</answer>"}
+         "image": [], "response": f"<think>The image shows {number}.</think><answer>1</answer>",
+         "category": "low" if number < 4 else "high", "difficulty": 1 + number % 2}
         for number, question in enumerate(questions)
     ]  # fmt: skip
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def run_config(
-    folder: Path, name: str, model: Path, *, steps: int, token_budget: int = 600, save_every: int = 100
+    folder: Path, name: str, model: Path, *, steps: int, token_budget: int = 600, save_every: int = 100, **data: Any
 ) -> RunConfig:
     return RunConfig.model_validate(
         {
             "run": {"output_dir": folder / name},
             "model": {"path": model, "precision": "fp32"},
-            "data": {"train": folder / "train.jsonl", "token_budget": token_budget, "max_pixels": 40_000},
+            "data": {"train": folder / "train.jsonl", "token_budget": token_budget, "max_pixels": 40_000, **data},
             "sft": {"steps": steps, "global_batch_size": 4},
             "optimizer": {"lr": 3e-3, "warmup_fraction": 0.0, "schedule": "constant"},
             "checkpoint": {"save_every": save_every},
@@ -99,3 +101,30 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(tiny_folder: Path, topology:
         assert json.loads((tmp_path / name / "DONE").read_text())["step"] == 3
     weights = [load_file(tmp_path / name / "hf" / "model.safetensors") for name in ("whole", "stopped")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.slow
+def test_a_run_trains_on_the_selected_rows_in_the_stages_of_its_curriculum(
+    tiny_folder: Path, topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the second stage it goes on there, and not where the stages are others."""
+    write_rows(tmp_path, [f"Which digit? {number}" for number in range(12)])
+    stages = [{"until_step": 1, "difficulty": [1, 1]}, {}]
+    drawn: list[str] = []
+    real = sft.to_sequence
+    monkeypatch.setattr(sft, "to_sequence", lambda state, row: (drawn.append(row.id), real(state, row))[1])
+
+    def run(steps: int, **data: Any) -> None:
+        given = {"categories": ["high"], "curriculum": stages, **data}
+        sft.run(run_config(tmp_path, "run", tiny_folder, steps=steps, **given), topology)
+
+    run(2)
+    assert sorted(drawn[:4]) == ["10", "4", "6", "8"]
+    assert set(drawn[4:]) <= {str(number) for number in range(4, 12)} and len(drawn) == 8
+    drawn.clear()
+    run(3)
+    assert len(drawn) == 4 and not set(drawn) & {"0", "1", "2", "3"}
+    with pytest.raises(ValueError, match=r"data.curriculum, or the rows of its stages, changed"):
+        run(4, curriculum=[{"until_step": 1, "difficulty": [2, 2]}, {}])
+    with pytest.raises(ValueError, match=r"data.categories: no row has 'hgih'; there are high, low"):
+        run(4, categories=["hgih"])
