@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from family import (
     reference_log_probs,
     reference_model,
 )
+from safetensors.torch import load_file, save_file
 
 from megatron_r1reward.checkpoint.hf_model_io import HfReader
 from megatron_r1reward.checkpoint.weight_exporter import export_hf_tensors
@@ -104,3 +108,39 @@ def test_export_returns_every_tensor_of_the_folder_unchanged(model, member, topo
     assert set(exported) == {family_of(member.config).weight_table(member.config).canonical(n) for n in reader.files}
     for name, tensor in exported.items():
         assert torch.equal(tensor, reader[name]), name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_not_trained(value: float, topology: setup.Topology, tmp_path: Path) -> None:
+    """Training began, and every loss was NaN."""
+    member, name = _changed(tmp_path, tied=False), "model.layers.0.mlp.up_proj.weight"
+    with changed_tensors(member.folder) as tensors:
+        tensors[name][0, 0] = value
+    with pytest.raises(ValueError, match=rf"{name} is not finite as"):
+        member.build(topology)
+
+
+def test_a_tied_head_that_is_another_one_is_not_left_out(topology: setup.Topology, tmp_path: Path) -> None:
+    """`convert import` refused the folder, and training took it."""
+    member = _changed(tmp_path, tied=True)
+    for change, fits in ((0.0, True), (1.0, False)):
+        with changed_tensors(member.folder) as tensors:
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+            tensors["lm_head.weight"][0, 0] += change
+        if fits:
+            member.build(topology)
+            continue
+        with pytest.raises(ValueError, match=r"ties the embeddings, but lm_head\.weight differs"):
+            member.build(topology)
+
+
+def _changed(folder: Path, *, tied: bool) -> Member:
+    write_tiny_checkpoint(folder / "tiny", corpus=CORPUS, spec=MEMBERS["qwen2_5_vl tied" if tied else "qwen2_5_vl"])
+    return Member(folder / "tiny")
+
+
+@contextmanager
+def changed_tensors(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    tensors = load_file(folder / "model.safetensors")
+    yield tensors
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
