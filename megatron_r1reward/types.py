@@ -228,3 +228,16 @@ class ModelAccess:
     api_key_variable: str = "OPENAI_API_KEY"
     prompt_of: Path | None = None  # the folder that the servers at URLs serve: it says its prompt
     trust_parser: bool = False  # run the code that the folder carries for reading its verdicts
+
+    @property
+    def remote(self) -> bool:
+        """Servers that run, not a folder that is served here."""
+        return "://" in self.model
+
+    def check(self) -> None:
+        """ValueError where something is said about servers, and the model is a folder."""
+        if self.remote:
+            return
+        for option, value in (("--prompt-of", self.prompt_of), ("--model-name", self.model_name)):
+            if value is not None:
+                raise ValueError(f"{option} {str(value)!r} is for servers, {self.model} is a folder: leave it out")

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_r1reward.model_folder.prompt_policy import own_policy
+from megatron_r1reward.model_folder.prompt_policy import own_policy, read_policy
 from megatron_r1reward.run_files import Overrides, RunFile
 from megatron_r1reward.types import ModelAccess
 from megatron_r1reward.user_errors import check_file, user_errors
@@ -59,15 +59,19 @@ def _asks_a_model(command: Callable[..., None]) -> Callable[..., None]:
     return told
 
 
-def _check_models(*models: str | Path | None) -> None:
-    """ValueError where a folder cannot be asked; URLs are not looked at. Before what asks it is imported: it takes
-    seconds."""
+def _check_models(*models: str | Path | None, prompt_of: Path | None = None) -> None:
+    """ValueError where a folder cannot be served, or that of a prompt says nothing that can be read; URLs are not
+    looked at. Before what asks them is imported: it takes seconds."""
     from megatron_r1reward.hub_name import local_folder
+    from megatron_r1reward.model_folder.config_reader import CONFIG, parse_config
     from megatron_r1reward.model_folder.examine import check_served
 
     for model in models:
         if model is not None and "://" not in str(model):
             check_served(local_folder(model))
+    if prompt_of is not None:
+        parse_config(local_folder(prompt_of) / CONFIG)
+        read_policy(local_folder(prompt_of))
 
 
 def serve_labels(run_file: RunFile, overrides: Overrides = None) -> None:
@@ -112,7 +116,7 @@ def serve(
     with user_errors():
         if model.endswith(".toml"):
             raise ValueError(f"{model} is a run file: rewards for known labels are `r1reward serve-labels {model}`")
-        _check_models(model, prompt_of)
+        _check_models(model, prompt_of=prompt_of)
         from megatron_r1reward.config.schema import ServerSection
         from megatron_r1reward.launch.serve_model import cpu_defaults, serve_model
 
@@ -155,7 +159,8 @@ def score(
     """Rewards, ranking and best-of-N for files of responses, by a trained model."""
     with user_errors():
         check_file(source)
-        _check_models(access.model, access.prompt_of)
+        access.check()
+        _check_models(access.model, prompt_of=access.prompt_of)
         from megatron_r1reward.judging.score_files import run_score
 
         run_score(
@@ -211,7 +216,8 @@ def bench(
 
         name, file = named_source(benchmark, source)
         check_source(file)
-        _check_models(access.model, access.prompt_of, judge)
+        access.check()
+        _check_models(access.model, judge, prompt_of=access.prompt_of)
         from megatron_r1reward.evaluation.bench import BenchOptions, run_bench
         from megatron_r1reward.evaluation.judged_votes import JudgeAccess
         from megatron_r1reward.report.bench_report import write_bench_report

@@ -34,11 +34,8 @@ def open_model(
     options = dataclasses.replace(
         options or AskOptions(), max_tokens=access.max_tokens, trust_parser=access.trust_parser
     )
-    remote = "://" in access.model
-    if access.prompt_of is not None and not remote:
-        raise ValueError(f"--prompt-of {access.prompt_of} is for servers, {access.model} is a folder: leave it out")
-    if access.model_name is not None and not remote:
-        raise ValueError(f"--model-name {access.model_name!r} is for servers, {access.model} is a folder: leave it out")
+    access.check()
+    remote = access.remote
     folder = access.prompt_of if remote else local_folder(access.model)
     policy = None if folder is None else policy_of(folder)
     if policy is not None:

@@ -85,9 +85,9 @@ def test_errors_say_what_to_change(scripted, rows, tmp_path) -> None:
     out = tmp_path / "out.jsonl"
     done = score(rows, out, str(tmp_path))
     assert done.exit_code == 2
-    assert "has no config.json" in done.output
+    assert "holds no config.json" in done.output
     assert "give one of swiss" in score(rows, out, "http://x", "--schedule", "best").output
-    assert "cannot be read" in score(tmp_path / "none.jsonl", out, scripted(FIRST).url).output
+    assert "none.jsonl is not there" in score(tmp_path / "none.jsonl", out, scripted(FIRST).url).output
     refused = score(rows, out, scripted(400).url)
     assert refused.exit_code == 2
     assert "no row of" in refused.output

@@ -146,10 +146,12 @@ def test_an_evaluation_asks_as_the_model_was_trained(tiny_folder: Path, tmp_path
     )
 
 
-def test_annotate_asks_and_reads_as_published(tiny_folder: Path) -> None:
+def test_annotate_asks_and_reads_as_published(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    data = {"train": tmp_path / "rows.jsonl"}
     for own, part in (({"template": PARTS / "rubric.txt"}, "prompt"), ({"parser": POINTWISE}, "parser")):
         with pytest.raises(ValueError, match=f"has a {part} of its own, and annotate asks and reads as published"):
-            annotate(config_of(tiny_folder, prompt=own))
+            annotate(config_of(tiny_folder, prompt=own, data=data))
 
 
 def replace_parser(policy: PromptPolicy) -> str:
