@@ -20,6 +20,7 @@ from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.data.identity import model_identity
 from megatron_r1reward.hub_name import local_folder
 from megatron_r1reward.judging.ask import AskOptions, Item, Judgement, ModelClient, ModelUnavailableError, Order
+from megatron_r1reward.model_folder.beside_weights import check_files
 from megatron_r1reward.model_folder.prompt_policy import FILE, PromptPolicy, read_policy
 from megatron_r1reward.model_folder.scalar_folder import scalar_problem
 from megatron_r1reward.reward.readers import policy_reader
@@ -69,10 +70,11 @@ class ServedModel:
         The folder is asked as it says itself: its template takes the place of that of `options`.
 
         Raises:
-            ValueError: `folder` is no model folder, or `gpu_ids` are too few.
+            ValueError: `folder` is no model folder, a file in it is torn, or `gpu_ids` are too few.
             ServerError: a server did not start.
         """
         policy = policy_of(folder)
+        check_files(folder)
         size = section.tensor_parallel_size
         gpu_ids = section.gpu_ids
         if not gpu_ids and count > 1 and sees_gpu():  # each of them would take the first ones

@@ -108,6 +108,13 @@ def test_an_evaluation_with_other_image_sizes_is_refused(tiny_folder: Path, tmp_
     check_models(config(min_pixels=800, max_pixels=90_000), "eval")
 
 
+def test_a_torn_file_is_named_before_a_server_starts(folder: Path) -> None:
+    """The server said so, a minute later and in the middle of its log."""
+    (folder / "tokenizer.json").write_text('{"model": ')
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
+        RewardModel.from_pretrained(folder)
+
+
 def test_the_prompt_is_no_part_of_the_weights_but_of_what_was_asked(scripted, folder: Path, tmp_path: Path) -> None:
     weights, server = model_identity(folder), scripted(FIRST)
     model = ("--model", server.url, "--prompt-of", folder)
