@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +16,15 @@ from safetensors.torch import load_file
 
 from megatron_r1reward.config.schema import ParallelSection, RunConfig
 from megatron_r1reward.conversion.convert import export_folder
+from megatron_r1reward.data.preference import read_sft_examples
+from megatron_r1reward.data.preference_row import SftExample
 from megatron_r1reward.data.prompt import TEMPLATE
+from megatron_r1reward.data.selection import SelectedRows
 from megatron_r1reward.model_folder.prompt_policy import FILE, read_policy
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training import sft
+from megatron_r1reward.training.supervised import select_together
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +134,29 @@ def test_a_run_trains_on_the_selected_rows_in_the_stages_of_its_curriculum(
         run(4, curriculum=[{"until_step": 1, "difficulty": [2, 2]}, {}])
     with pytest.raises(ValueError, match=r"data.categories: no row has 'hgih'; there are high, low"):
         run(4, categories=["hgih"])
+
+
+def test_every_rank_trains_on_what_the_main_rank_selected(tmp_path: Path) -> None:
+    """Only that one looks into files and pictures; the others get the names, or what is wrong."""
+    write_rows(tmp_path, [f"Which digit? {number}" for number in range(8)])
+    rows, sent = read_sft_examples(tmp_path / "train.jsonl").examples, []
+
+    def select(topology: SimpleNamespace, **data: Any) -> SelectedRows[SftExample]:
+        config = run_config(tmp_path, "run", tmp_path, steps=4, **data)
+        return select_together(rows, frozenset(), config, config.sft, topology)  # type: ignore[arg-type]
+
+    def send(message: Any) -> Any:
+        sent.append(pickle.dumps(message))
+        return message
+
+    main = SimpleNamespace(is_main=True, from_main=send)
+    other = SimpleNamespace(is_main=False, from_main=lambda nothing: pickle.loads(sent[-1]))
+    stages = {"categories": ["high"], "curriculum": [{"until_step": 2, "difficulty": [1, 1]}, {}]}
+    found = select(main, **stages)
+    assert [row.id for row in found.rows] == ["4", "5", "6", "7"]
+    assert select(other) == found
+    with pytest.raises(ValueError, match="no row has 'gone'") as told:
+        select(main, categories=["gone"])
+    with pytest.raises(ValueError, match="no row has 'gone'") as heard:
+        select(other)
+    assert str(told.value) == str(heard.value)
