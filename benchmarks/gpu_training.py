@@ -93,8 +93,7 @@ def peak_bytes(found: list[int]) -> Iterator[None]:
 def planned_bytes(config: Any, world_size: int, sequences: Sequence[Any], *, fused_loss: bool) -> float:
     """What the planner says about a step over these sequences in one micro-batch."""
     from megatron_r1reward.model_folder.shape import read_shape
-    from megatron_r1reward.planner.activations import Numerics, stage_activations
-    from megatron_r1reward.planner.memory import state_bytes
+    from megatron_r1reward.planner.memory import Numerics, stage_activations, state_bytes
     from megatron_r1reward.planner.parameters import stage_tensors
     from megatron_r1reward.planner.planned_layout import trainer_layout
     from megatron_r1reward.planner.workload import MicroBatch

@@ -33,8 +33,8 @@ from reporting import print_table, write_json  # noqa: E402
 from megatron_r1reward.checkpoint.weight_exporter import export_hf_tensors  # noqa: E402
 from megatron_r1reward.config.schema import RunConfig  # noqa: E402
 from megatron_r1reward.demo.tiny_models import TinyQwen3Spec, TinySpec, write_tiny_checkpoint  # noqa: E402
+from megatron_r1reward.models.base import chunks_of  # noqa: E402
 from megatron_r1reward.parallel import setup  # noqa: E402
-from megatron_r1reward.parallel.chunks import chunks_of  # noqa: E402
 from megatron_r1reward.training.data_parallel import zero_gradients  # noqa: E402
 from megatron_r1reward.training.schedule import (  # noqa: E402
     LossOutput,

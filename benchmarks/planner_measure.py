@@ -21,8 +21,7 @@ from megatron_r1reward.config.load import load_config
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.model_folder.shape import read_shape
 from megatron_r1reward.parallel import setup
-from megatron_r1reward.planner.activations import Numerics, stage_activations
-from megatron_r1reward.planner.memory import state_bytes
+from megatron_r1reward.planner.memory import Numerics, stage_activations, state_bytes
 from megatron_r1reward.planner.parameters import stage_tensors
 from megatron_r1reward.planner.planned_layout import trainer_layout
 from megatron_r1reward.planner.workload import MicroBatch

@@ -26,7 +26,7 @@ from reporting import print_table, write_json
 from tqdm import tqdm
 
 from megatron_r1reward.data.identity import model_identity
-from megatron_r1reward.demo.digits_candidates import write_candidates
+from megatron_r1reward.demo.digits import write_candidates
 from megatron_r1reward.evaluation.statistics import estimate_share
 from megatron_r1reward.files import recover_jsonl
 from megatron_r1reward.judging.ask import AskOptions, Asks, Item, Judgement, Order

@@ -33,13 +33,13 @@ import httpx
 from reporting import print_table, write_json
 
 from megatron_r1reward.config.schema import ServerSection
-from megatron_r1reward.demo.digits_candidates import write_candidates
+from megatron_r1reward.demo.digits import write_candidates
 from megatron_r1reward.judging.ask import AskOptions, Item
 from megatron_r1reward.judging.served import asked_by, policy_of
 from megatron_r1reward.network.tokens import bearer
 from megatron_r1reward.reward.rules import parse_response
+from megatron_r1reward.servers.command import sees_gpu
 from megatron_r1reward.servers.process import VllmServer, start_servers
-from megatron_r1reward.servers.server_devices import sees_gpu
 
 CLIENTS = 64
 AT_ONCE = (2 * CLIENTS, AskOptions.concurrency)  # bare requests in flight

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from megatron_r1reward.cluster.placement import ServerKind, Stage
-from megatron_r1reward.conversion.cli import app as convert_app
+from megatron_r1reward.conversion.convert_commands import app as convert_app
 from megatron_r1reward.data_commands import app as data_app
 from megatron_r1reward.hub.hub_commands import app as hub_app
 from megatron_r1reward.processes import quick_exit, quick_imports
@@ -156,7 +156,7 @@ def plan(
 def servers(run_dir: Annotated[Path, typer.Argument(help="run directory of a stage")]) -> None:
     """State of each rollout and judge server of a running stage."""
     with user_errors():
-        from megatron_r1reward.servers.server_status import status_table
+        from megatron_r1reward.servers.member import status_table
 
         typer.echo(status_table(run_dir / "live"))
 
@@ -251,7 +251,7 @@ def doctor(
         if run_file is None and (overrides or stage is not None):
             raise ValueError("overrides and --stage belong to a run file: name it with --run-file")
         config = load_config(run_file, overrides or []) if run_file is not None else None
-        from megatron_r1reward.doctor.show import run_doctor
+        from megatron_r1reward.doctor.examination import run_doctor
 
         code = run_doctor(folder, run_dir=run_dir, as_json=json_output, quick=quick, config=config, stage=stage)
         raise typer.Exit(code)

@@ -85,7 +85,7 @@ def serve_labels(run_file: RunFile, overrides: Overrides = None) -> None:
         from megatron_r1reward.launch.stage_models import check_models
 
         check_models(config, "judge")
-        from megatron_r1reward.launch.serve_labels import serve as run_service
+        from megatron_r1reward.launch.serve_model import serve_labels as run_service
 
         run_service(config)
 

@@ -1,6 +1,6 @@
 """Convert, inspect and verify checkpoints: the same commands as `r1reward convert`."""
 
-from megatron_r1reward.conversion.cli import app
+from megatron_r1reward.conversion.convert_commands import app
 from megatron_r1reward.processes import quick_exit
 
 if __name__ == "__main__":

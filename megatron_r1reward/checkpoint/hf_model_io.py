@@ -17,7 +17,7 @@ from megatron_r1reward.model_folder.config_reader import CONFIG
 from megatron_r1reward.model_folder.dtypes import config_for
 from megatron_r1reward.model_folder.folder_weights import read_folder_weights
 from megatron_r1reward.model_folder.weight_table import Entry, WeightTable, global_name
-from megatron_r1reward.models.scalar_head import fresh_score
+from megatron_r1reward.models.head import fresh_score
 from megatron_r1reward.types import TensorMeta
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core import fp8_utils, parallel_state
 
 from megatron_r1reward.model_folder.weight_table import Entry, WeightTable, global_name
-from megatron_r1reward.parallel.chunks import chunks_of
+from megatron_r1reward.models.base import chunks_of
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.types import TensorMeta
 

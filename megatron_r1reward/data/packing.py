@@ -11,7 +11,7 @@ import torch
 from megatron_r1reward.data.balance import Bins, Cost
 from megatron_r1reward.data.pixels import ImageProcessor, ProcessedImage
 from megatron_r1reward.models.registry import Positions
-from megatron_r1reward.parallel.transfer import to_device
+from megatron_r1reward.parallel.setup import to_device
 from megatron_r1reward.types import PackedBatch, Prompt, Sequence
 
 

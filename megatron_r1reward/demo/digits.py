@@ -1,7 +1,7 @@
 """The embedded data set: preferences about images of real handwritten digits, small enough for a laptop.
 
 Everything a stage of the pipeline needs comes from one seed: supervised reasonings, a pool for difficulty annotation
-and RL, held-out pairs on pictures that training never shows, and data for a consistency judge.
+and RL, held-out pairs on pictures that training never shows, data for a consistency judge, and rows of best-of-N.
 """
 
 from __future__ import annotations
@@ -9,25 +9,63 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, StrictUndefined
 from tqdm import tqdm
 
 from megatron_r1reward.data.prompt import preference_messages
 from megatron_r1reward.data.rows import TIE, label_of
-from megatron_r1reward.demo.digits_card import data_card
-from megatron_r1reward.demo.digits_judge import judge_rows as make_judge_rows
 from megatron_r1reward.demo.digits_pictures import DigitSources, PictureStore, choose_pictures, split_sources
 from megatron_r1reward.demo.digits_text import CATEGORIES, DigitQuestion, draw_question, target
-from megatron_r1reward.evaluation.pair_kinds import NEAR, WRONG, make_pair_kinds
+from megatron_r1reward.demo.digits_text import judge_rows as make_judge_rows
+from megatron_r1reward.evaluation.control_sets import NEAR, WRONG, make_pair_kinds
 from megatron_r1reward.files import write_jsonl, write_text
 from megatron_r1reward.types import Preference
 
 IMAGE_FOLDER = "images"
 _TRIES = 1000
+_CARD = """\
+# Preferences about handwritten digits
+
+Questions about images of one to three real handwritten digits, each with a right and a wrong response. The two
+responses of a row are equally likely given their text: only the image says which one is right.
+
+| file | rows | content |
+|---|---|---|
+| `sft.jsonl` | {{ rows.sft }} | preferences with a target `response`: reasoning and answer |
+| `pool.jsonl` | {{ rows.pool }} | preferences for difficulty annotation and RL |
+{% if rows.pool_unlabelled is defined %}\
+| `pool_unlabelled.jsonl` | {{ rows.pool_unlabelled }} | two wrong or near-equal responses each, without a label |
+{% endif %}\
+| `heldout.jsonl` | {{ rows.heldout }} | preferences on source pictures that the two files above never show |
+| `judge_sft.jsonl` | {{ rows.judge_sft }} | text only: does a reasoning support a verdict? "1" or "0" |
+| `judge_heldout.jsonl` | {{ rows.judge_heldout }} | the same, other texts |
+
+Seed {{ seed }}. {{ images }} images in `images/`, named by their source pictures: training draws on
+{{ train_pictures }} pictures, held-out rows on {{ heldout_pictures }} others. Labels are 1:1 in every file, in random
+order. No preference repeats another's image, question and pair of answers; the judge's rows may repeat each other.
+{% if annotator_error_rate %}
+The annotator of `sft.jsonl` is fallible: {{ "%.0f" % (100 * annotator_error_rate) }} % of its reasonings argue for the
+wrong response.
+{% endif %}
+## Rows by category
+{% for name, counts in categories.items() %}
+`{{ name }}.jsonl`: {% for category, count in counts.items() %}{{ category }} {{ count }}{{ ", " if not loop.last }}\
+{% endfor %}.
+{% endfor %}
+## Source and licence
+
+The digits are those of `sklearn.datasets.load_digits` (1,797 pictures of 8 by 8 pixels), a copy of the test set of
+"Optical Recognition of Handwritten Digits" by E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998,
+doi:10.24432/C50P49, under CC BY 4.0. Here each is enlarged to 56 by 56 pixels, black on white, and set beside others;
+questions, responses and reasonings are written by a program. Keep this notice with copies.
+"""
+# Kinds of question that have more than a handful of answers, with the largest number that may be one.
+LARGEST_ANSWER = {"digit": 9, "position": 9, "position_of_three": 9, "sum": 18}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,3 +276,52 @@ def _row(identifier: str, example: _Example, store: PictureStore) -> dict[str, A
         "category": question.category,
         "source": "digits",
     }
+
+
+def data_card(summary: Mapping[str, Any]) -> str:
+    """Markdown text for the fields of a `DigitsSummary`."""
+    return Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(_CARD).render(summary)
+
+
+def write_candidates(
+    path: Path, *, rows: int, candidates: int = 8, categories: Sequence[str] = ("digit",), seed: int = 0
+) -> None:
+    """Best-of-N on held-out digits: an image, a question and N different answers of which exactly one is right.
+
+    Writes rows {id, question, responses, images, right, category}; `right` is the index of the right answer.
+
+    Pictures come from the held-out split of `build_digits` with the same seed, and lie beside the file.
+
+    Raises:
+        ValueError: a category has fewer answers than `candidates`.
+    """
+    unfit = [name for name in categories if LARGEST_ANSWER.get(name, -1) + 1 < candidates]
+    if unfit:
+        raise ValueError(f"categories {unfit} have fewer than {candidates} answers: use {sorted(LARGEST_ANSWER)}")
+    _, heldout = split_sources(seed)
+    store, rng = PictureStore(path.parent / IMAGE_FOLDER), random.Random(f"candidates/{seed}")
+
+    def drawn() -> Iterator[dict[str, Any]]:
+        for number in range(rows):
+            question = draw_question(categories[number % len(categories)], rng)
+            responses, right = _answers(question, candidates, rng)
+            yield {
+                "id": f"candidates-{number:05d}",
+                "question": question.question,
+                "responses": responses,
+                "images": [f"{IMAGE_FOLDER}/{store.store(choose_pictures(heldout, question.digits, rng))}"],
+                "right": right,
+                "category": question.category,
+            }
+
+    write_jsonl(path, drawn())
+
+
+def _answers(question: DigitQuestion, count: int, rng: random.Random) -> tuple[list[str], int]:
+    """Different claims in one of the question's two wordings each, in random order, and where the right one is."""
+    wordings = [text.replace(claim, "{}") for text, claim in zip(question.responses, question.claims, strict=True)]
+    right = question.claims[0]
+    others = [str(value) for value in range(LARGEST_ANSWER[question.category] + 1) if str(value) != right]
+    claims = [right, *rng.sample(others, count - 1)]
+    rng.shuffle(claims)
+    return [rng.choice(wordings).format(claim) for claim in claims], claims.index(right)

@@ -18,8 +18,7 @@ from rich.console import Console
 from megatron_r1reward.data.chat import parse_chat
 from megatron_r1reward.data.prompt import JUDGE_TEMPLATE, TEMPLATE
 from megatron_r1reward.data.rows import RowError
-from megatron_r1reward.demo.digits import build_digits
-from megatron_r1reward.demo.digits_candidates import write_candidates
+from megatron_r1reward.demo.digits import build_digits, write_candidates
 from megatron_r1reward.evaluation.statistics import estimate_share
 from megatron_r1reward.files import write_text
 from megatron_r1reward.report.inputs import BEST_OF_FILE, BestOfFile

@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_r1reward.cluster import commands
 from megatron_r1reward.cluster.step_environment import clean_environment
-from megatron_r1reward.doctor import gpus, imports, limits, network, packages, storage
+from megatron_r1reward.doctor import machine, network, packages, storage
 from megatron_r1reward.doctor.finding import Finding, error, merge_nodes, ok, warning
 
 _TIMEOUT_S = 300.0
@@ -37,11 +37,11 @@ def gpus_expected(environment: Mapping[str, str]) -> bool:
 
 def check_node(environment: Mapping[str, str] = os.environ, *, several_nodes: bool = False) -> list[Finding]:
     """All that can be said about this node on its own, except packages and storage."""
-    findings, driver = gpus.check_driver(gpus_expected=gpus_expected(environment))
+    findings, driver = machine.check_driver(gpus_expected=gpus_expected(environment))
     if driver:
-        torch_findings, seen = imports.check_torch(environment)
-        findings += torch_findings + gpus.check_torch_gpus(seen, driver, environment.get("CUDA_VISIBLE_DEVICES"))
-        findings += gpus.check_links(len(driver))
+        torch_findings, seen = packages.check_torch(environment)
+        findings += torch_findings + machine.check_torch_gpus(seen, driver, environment.get("CUDA_VISIBLE_DEVICES"))
+        findings += machine.check_links(len(driver))
     ports = network.infiniband_ports()
     active = any("ACTIVE" in port[0].upper() for port in ports.values())
     return [
@@ -50,10 +50,10 @@ def check_node(environment: Mapping[str, str] = os.environ, *, several_nodes: bo
         *network.check_variables(environment, active_infiniband=active),
         network.check_name(several_nodes=several_nodes),
         *network.check_ports(environment),
-        *limits.check_limits(on_infiniband=active),
-        limits.check_shared_memory(),
-        limits.check_temporary(environment),
-        limits.check_memory(),
+        *machine.check_limits(on_infiniband=active),
+        machine.check_shared_memory(),
+        machine.check_temporary(environment),
+        machine.check_memory(),
         storage.check_caches(environment),
         storage.check_clock(),
     ]

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_r1reward.config.schema import SamplingSection
+from megatron_r1reward.evaluation.control_sets import SAME
+from megatron_r1reward.evaluation.control_sets import shuffle_images as with_shuffled_images
 from megatron_r1reward.evaluation.judged_pair import JudgedPair, Sample, as_right_and_wrong, ask_about, category_of
 from megatron_r1reward.evaluation.judged_votes import VoteJudge
-from megatron_r1reward.evaluation.pair_kinds import SAME
 from megatron_r1reward.evaluation.result import (
     ORDERS,
     CategoryAccuracy,
@@ -29,7 +30,6 @@ from megatron_r1reward.evaluation.result import (
     one,
     several,
 )
-from megatron_r1reward.evaluation.shuffled_images import shuffle_images as with_shuffled_images
 from megatron_r1reward.evaluation.statistics import Estimate, estimate_mean, estimate_share
 from megatron_r1reward.evaluation.vote_budget import NO_JUDGE, measure_votes
 from megatron_r1reward.evaluation.voting import (

@@ -24,9 +24,9 @@ from megatron_r1reward.hub_name import local_folder, model_name
 from megatron_r1reward.reward.consistency import ConsistencyJudge, JudgeDownError
 from megatron_r1reward.reward.verdict_cache import VerdictCache
 from megatron_r1reward.servers.build import judge_server
+from megatron_r1reward.servers.command import sees_gpu
 from megatron_r1reward.servers.group import ServerGroup
 from megatron_r1reward.servers.process import start_servers
-from megatron_r1reward.servers.server_devices import sees_gpu
 from megatron_r1reward.types import JudgeVerdict, Label
 
 log = logging.getLogger(__name__)

@@ -24,14 +24,13 @@ from typing import Any, TypeVar
 
 from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.hub_name import local_folder
-from megatron_r1reward.judging.ask import AskOptions, Asks, Item, ModelClient
+from megatron_r1reward.judging.ask import AskOptions, Asks, ImageInput, Item, ModelClient
 from megatron_r1reward.judging.compare import Comparison, Votes, compare
-from megatron_r1reward.judging.image_input import ImageInput
 from megatron_r1reward.judging.rank import Ranking, Schedule, rank
 from megatron_r1reward.judging.served import ServedModel, asked_by, policy_of
 from megatron_r1reward.model_folder.prompt_policy import PromptPolicy
 from megatron_r1reward.network.event_loop import EventLoopThread
-from megatron_r1reward.servers.server_devices import sees_gpu
+from megatron_r1reward.servers.command import sees_gpu
 
 T = TypeVar("T")
 

@@ -24,10 +24,10 @@ from megatron_r1reward.model_folder.beside_weights import check_files
 from megatron_r1reward.model_folder.prompt_policy import FILE, PromptPolicy, read_policy
 from megatron_r1reward.model_folder.scalar_folder import scalar_problem
 from megatron_r1reward.reward.readers import policy_reader
+from megatron_r1reward.servers.command import sees_gpu
 from megatron_r1reward.servers.group import ServerGroup
 from megatron_r1reward.servers.member import Member
 from megatron_r1reward.servers.process import Report, VllmServer, start_servers
-from megatron_r1reward.servers.server_devices import sees_gpu
 
 T = TypeVar("T")
 SERVED_NAME = "reward-model"

@@ -1,4 +1,5 @@
-"""A model behind the service until SIGINT or SIGTERM: `r1reward serve`, and the driver of `r1reward launch serve`."""
+"""A service until SIGINT or SIGTERM: a model (`r1reward serve`, and the driver of `r1reward launch serve`), or known
+labels in the protocol of the original code base (`r1reward serve-labels`)."""
 
 from __future__ import annotations
 
@@ -21,13 +22,16 @@ from megatron_r1reward.hub_name import local_folder
 from megatron_r1reward.judging.ask import AskOptions
 from megatron_r1reward.judging.served import ServedModel, asked_by, endpoints, policy_of
 from megatron_r1reward.launch.addresses import components, node_address
+from megatron_r1reward.launch.stage_models import check_models
+from megatron_r1reward.launch.stage_servers import open_judge
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE, is_loopback, token_from
 from megatron_r1reward.run_dir import Address, RunDir
 from megatron_r1reward.servers.build import SERVED_NAME as POLICY
+from megatron_r1reward.servers.command import sees_gpu
 from megatron_r1reward.servers.group import ServerGroup
-from megatron_r1reward.servers.server_devices import sees_gpu
 from megatron_r1reward.serving.cohorts import Policy
 from megatron_r1reward.serving.other_trainers import add_routes, cohorts_of
+from megatron_r1reward.serving.remote_reward import ROUTE, LabelTable, RemoteReward, reward_app
 from megatron_r1reward.serving.service import Backend, RewardService, build_app
 from megatron_r1reward.serving.wire import Limits
 
@@ -184,3 +188,23 @@ def _token(variable: str, host: str, allow_anonymous: bool, key: str) -> str | N
 def cpu_defaults() -> dict[str, Any]:
     """Keys of `ServerSection` that a CPU server needs to leave the machine some memory."""
     return {} if sees_gpu() else {"kv_cache_bytes": 1 << 30}
+
+
+def serve_labels(config: RunConfig) -> None:
+    """The reward of this package for people who train with the original code base: labels come from `data.train`, the
+    judge from [judge].
+
+    Raises:
+        ValueError: the address is on the network and there is no token, or the data has no labels.
+    """
+    section = config.serve
+    check_models(config, "judge")
+    token = _token(section.token_variable, section.host, section.allow_anonymous, "serve.host")
+    labels = LabelTable(config.data.train)
+    log.info(
+        "%d labels (%d rows without, %d messages with two answers)", len(labels), labels.skipped, len(labels.ambiguous)
+    )
+    with open_judge(config) as judge:
+        app = reward_app(RemoteReward(config.reward, labels, judge), token=token)
+        log.info("POST http://%s:%d%s", section.host, section.port, ROUTE)
+        uvicorn.run(app, host=section.host, port=section.port, log_level="warning", access_log=False)

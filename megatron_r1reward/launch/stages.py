@@ -28,9 +28,9 @@ from megatron_r1reward.evaluation.cold_start_set import (
     build_cold_start,
     card,
 )
+from megatron_r1reward.evaluation.control_sets import make_pair_kinds
 from megatron_r1reward.evaluation.evaluate import evaluate as evaluate_pairs
 from megatron_r1reward.evaluation.judged_votes import VoteJudge
-from megatron_r1reward.evaluation.pair_kinds import make_pair_kinds
 from megatron_r1reward.evaluation.result import EvaluationResult
 from megatron_r1reward.evaluation.vote_budget import NO_JUDGE
 from megatron_r1reward.files import write_jsonl, write_text

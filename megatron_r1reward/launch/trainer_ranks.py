@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Literal
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.launch.addresses import node_address
 from megatron_r1reward.launch.stage_models import check_models
+from megatron_r1reward.parallel import setup
+from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.processes import quick_imports
 
 if TYPE_CHECKING:  # torch and megatron-core take seconds to import: a bad run file is refused before that
@@ -26,8 +28,7 @@ log = logging.getLogger(__name__)
 @contextmanager
 def ranks(config: RunConfig, rendezvous: Path | None) -> Iterator[Topology]:
     """Join the other ranks, at `rendezvous` where a supervisor started them; leave them at the end."""
-    from megatron_r1reward.parallel import setup
-    from megatron_r1reward.parallel.rendezvous import Rendezvous
+    from megatron_r1reward.parallel.setup import Rendezvous
 
     topology = setup.initialize(
         config.parallel,

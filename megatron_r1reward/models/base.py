@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_r1reward.kernels.linear_policy_loss import PolicyLossOutput
 from megatron_r1reward.kernels.lm_head import gather_sequence_parallel_rows
 from megatron_r1reward.model_folder.shape import ModelShape
-from megatron_r1reward.models.head import LossRequest
-from megatron_r1reward.models.scalar_head import ScalarHead
+from megatron_r1reward.models.head import LossRequest, ScalarHead
 from megatron_r1reward.parallel.context import ContextSplit
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.types import PackedBatch
@@ -170,3 +170,27 @@ def place_images(
         rows_K = slot_K if rows_K is None else rows_K[slot_K]
     values_KH = images_MH if rows_K is None else images_MH.index_select(0, rows_K)
     return embedding_T1H.masked_scatter(is_image_T[:, None, None], values_KH.to(embedding_T1H.dtype))
+
+
+class ModelChunks(torch.nn.ModuleList):
+    """Several chunks of one rank. Saved and loaded together; megatron-core's schedules take them as a list."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Local names carry the chunk's number; the names in the checkpoint do not, so layouts are interchangeable."""
+        return {
+            f"{prefix}{number}.{name}": item
+            for number, chunk in enumerate(self)
+            for name, item in chunk.sharded_state_dict("", sharded_offsets, metadata).items()  # type: ignore[operator]
+        }
+
+
+def join_chunks(chunks: Sequence[torch.nn.Module]) -> torch.nn.Module:
+    """The one chunk itself, or all of them as one module."""
+    return chunks[0] if len(chunks) == 1 else ModelChunks(chunks)
+
+
+def chunks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The chunks of a model, in the order of the interleaved schedule."""
+    return list(model) if isinstance(model, ModelChunks) else [model]

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 
-from megatron_r1reward.parallel.transfer import to_device
+from megatron_r1reward.parallel.setup import to_device
 
 
 def zigzag_positions(bounds: Sequence[int], size: int, rank: int) -> torch.Tensor:

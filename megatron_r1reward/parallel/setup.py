@@ -1,10 +1,12 @@
-"""Process groups of one trainer rank, from torchrun, Slurm or a single process."""
+"""Process groups of one trainer rank, from torchrun, Slurm or a single process, and how ranks find each other without a
+port that somebody had to choose."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,11 +19,54 @@ from megatron_r1reward.cluster.step_environment import rank_of
 from megatron_r1reward.config.schema import ParallelSection
 from megatron_r1reward.parallel import cpu
 from megatron_r1reward.parallel.precision import set_deterministic
-from megatron_r1reward.parallel.rendezvous import Rendezvous
+from megatron_r1reward.run_dir import Record, exists_on_shared
 
+_POLL_INTERVAL_S = 0.1
 Value = TypeVar("Value")
 Apex = Literal["absent", "nvidia", "unrelated"]
 _WAIT_FOR_MAIN = timedelta(days=7)  # servers start, rollouts are sampled; a supervisor watches over the main rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendezvous:
+    """Where to meet: `path` on a file system that all ranks see; `host`, the name under which others reach this one.
+    Rank 0 listens on a port that the kernel picks and publishes it there: jobs that share a node cannot collide.
+
+    The file must belong to this start of the job alone: one that an earlier start left would send ranks to nobody.
+    """
+
+    path: Path
+    host: str
+
+    def store(self, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+        """The store that `init_process_group` takes; blocks until rank 0 is there.
+
+        Raises:
+            ValueError: rank 0 has published nothing within `timeout`.
+        """
+        if rank == 0:
+            store = dist.TCPStore(
+                self.host, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False
+            )  # fmt: skip
+            _Address(host=self.host, port=store.port).write(self.path)
+            return store
+        deadline = time.monotonic() + timeout.total_seconds()
+        while not exists_on_shared(self.path):
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"rank {rank}: no {self.path} after {timeout}: rank 0 did not start, or the run directory is not "
+                    "on a file system that all nodes share"
+                )
+            time.sleep(_POLL_INTERVAL_S)
+        address = _Address.read(self.path)
+        assert address is not None
+        return dist.TCPStore(address.host, address.port, world_size, is_master=False, timeout=timeout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Address(Record):
+    host: str
+    port: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,3 +297,14 @@ def shutdown() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor`, a CPU tensor, on `device`.
+
+    A plain `.to(device)` waits until the device has done all that was asked of it before. From pinned memory the copy
+    takes its place in the stream, and the host goes on.
+    """
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

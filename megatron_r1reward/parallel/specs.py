@@ -2,8 +2,8 @@
 
 `local` uses megatron-core's own layers and works on any device. Two leaves have no such implementation in 0.16.1 and
 come from here: the norm (`WrappedTorchNorm` refuses sequence parallelism) and the core attention
-(`DotProductAttention` refuses packed sequences). Checkpoint names are those of the Transformer Engine spec
-(`specs_te`), so checkpoints move between the two.
+(`DotProductAttention` refuses packed sequences). Checkpoint names are those of the Transformer Engine spec,
+so checkpoints move between the two.
 """
 
 from __future__ import annotations
@@ -188,9 +188,7 @@ class PackedAttention(MegatronModule):
 def final_norm(transformer_impl: str) -> Any:
     """The norm after the last layer."""
     if transformer_impl == "transformer_engine":
-        from megatron_r1reward.parallel import specs_te
-
-        return specs_te.final_norm()
+        return _te_final_norm()
     return TorchNorm
 
 
@@ -200,11 +198,13 @@ def layer_spec(
     self_attention: type[SelfAttention] = PackedSelfAttention,
     transformer_impl: str = "local",
 ) -> ModuleSpec:
-    """One transformer layer: pre-norm attention and a gated MLP."""
-    if transformer_impl == "transformer_engine":
-        from megatron_r1reward.parallel import specs_te
+    """One transformer layer: pre-norm attention and a gated MLP.
 
-        return specs_te.layer_spec(attn_mask_type, self_attention=self_attention)
+    Raises:
+        ValueError: Transformer Engine is asked for and cannot be imported.
+    """
+    if transformer_impl == "transformer_engine":
+        return _te_layer_spec(attn_mask_type, self_attention=self_attention)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -232,3 +232,50 @@ def layer_spec(
             },
         ),
     )
+
+
+def _extensions() -> Any:
+    """Without Transformer Engine megatron-core replaces its wrappers by mocks that fail late; this fails at once."""
+    from megatron.core.extensions import transformer_engine as extensions
+
+    if not extensions.HAVE_TE:
+        raise ValueError(
+            "transformer_impl 'transformer_engine', but Transformer Engine cannot be imported: install the 'gpu' extra "
+            "on a machine with CUDA, or use transformer_impl 'local'"
+        )
+    return extensions
+
+
+def _te_layer_spec(attn_mask_type: AttnMaskType, *, self_attention: type[SelfAttention] = SelfAttention) -> ModuleSpec:
+    """One transformer layer of Transformer Engine: fused norm and linear layers, fused attention, FP8. CUDA only.
+
+    Raises:
+        ValueError: Transformer Engine cannot be imported.
+    """
+    te = _extensions()
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=ModuleSpec(
+                module=self_attention,
+                params={"attn_mask_type": attn_mask_type},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=te.TELayerNormColumnParallelLinear,
+                    core_attention=te.TEDotProductAttention,
+                    linear_proj=te.TERowParallelLinear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=te.TELayerNormColumnParallelLinear, linear_fc2=te.TERowParallelLinear
+                ),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _te_final_norm() -> Any:
+    return _extensions().TENorm

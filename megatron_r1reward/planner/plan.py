@@ -8,15 +8,13 @@ from megatron_r1reward.cluster.placement import servers_of
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.planner import planned_layout as layouts
 from megatron_r1reward.planner import step_time
-from megatron_r1reward.planner.activations import Numerics
 from megatron_r1reward.planner.catalog import Model, find_model
-from megatron_r1reward.planner.communication import Communication, volumes
 from megatron_r1reward.planner.devices import Device, find_device
-from megatron_r1reward.planner.memory import GIB, StageMemory, trainer_memory
+from megatron_r1reward.planner.memory import GIB, Numerics, StageMemory, trainer_memory
 from megatron_r1reward.planner.parameters import all_tensors, by_component
-from megatron_r1reward.planner.planned_layout import Layout, Stage
-from megatron_r1reward.planner.planned_placement import Devices, planned_devices
+from megatron_r1reward.planner.planned_layout import Devices, Layout, Stage, planned_devices
 from megatron_r1reward.planner.server_memory import SLEEPING_BYTES, Server, generation_seconds, plan_server
+from megatron_r1reward.planner.step_time import Communication, volumes
 from megatron_r1reward.planner.workload import Workload, describe
 
 VISION = frozenset({"vision tower", "vision merger"})

@@ -10,10 +10,10 @@ import math
 from dataclasses import dataclass
 
 from megatron_r1reward.config.server_sections import VllmSection
-from megatron_r1reward.planner import flops
 from megatron_r1reward.planner.catalog import Model
 from megatron_r1reward.planner.devices import Device
 from megatron_r1reward.planner.parameters import all_tensors, by_component
+from megatron_r1reward.planner.step_time import sequence_flops
 from megatron_r1reward.planner.workload import Workload
 
 GIB = 2**30
@@ -120,7 +120,7 @@ def generation_seconds(
     """
     count = max(server.count, 1)
     shape = server.model.shape
-    per_prompt = flops.sequence_forward(
+    per_prompt = sequence_flops(
         shape,
         tokens=workload.prompt_tokens,
         patches=workload.patches,

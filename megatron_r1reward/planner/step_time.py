@@ -1,4 +1,9 @@
-"""Predicted seconds of a training step, and model FLOPs utilization (MFU).
+"""Predicted seconds of a training step: FLOPs, bytes sent, seconds, and model FLOPs utilization (MFU).
+
+FLOPs are those of the forward pass; a multiplication and an addition count as two. Training needs three times these
+(forward, gradients of inputs, gradients of weights): the definition behind MFU. Recomputation adds work but no model
+FLOPs. Bytes are those that one trainer rank sends, per kind of collective, for one optimizer step, by ring algorithms:
+an all-gather or reduce-scatter of N bytes over n ranks sends N (n - 1) / n per rank, an all-reduce twice that.
 
 Every term is work divided by an achieved rate; the achieved share of peak is an assumption of the device table. Phases
 of an RL step run one after the other; the judge is not counted, its calls overlap generation.
@@ -6,14 +11,119 @@ of an RL step run one after the other; the judge is not counted, its calls overl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 
-from megatron_r1reward.model_folder.shape import ModelShape
-from megatron_r1reward.planner import flops
-from megatron_r1reward.planner.communication import Communication, volumes
+from megatron_r1reward.model_folder.shape import ModelShape, TextShape, VisionShape
 from megatron_r1reward.planner.devices import Device
+from megatron_r1reward.planner.memory import GRADIENT_WIDTH
+from megatron_r1reward.planner.parameters import active_per_token, by_component, stage_tensors
 from megatron_r1reward.planner.planned_layout import Layout
 from megatron_r1reward.planner.workload import MicroBatch, Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Communication:
+    """Bytes sent by one rank. All but `data_parallel` are per micro-batch, forward and backward together."""
+
+    tensor_parallel: float
+    vision: float  # inside the tower, or its embeddings' gather
+    context_parallel: float
+    pipeline: float
+    experts: float
+    data_parallel: float  # gradients and parameters, once per optimizer step
+
+    @property
+    def per_micro_batch(self) -> float:
+        return sum(getattr(self, part.name) for part in fields(self)) - self.data_parallel
+
+
+def _share(ranks: int) -> float:
+    return (ranks - 1) / ranks
+
+
+def volumes(shape: ModelShape, layout: Layout, batch: MicroBatch, width: int, *, stage: int = 0) -> Communication:
+    """Volumes of a rank of pipeline stage `stage`; `width` bytes per activation."""
+    text = shape.text
+    tokens = batch.tokens / layout.cp
+    layers = layout.layers_of(stage, text.layers)
+    stream = tokens * text.hidden * width
+    # Per linear pair. Sequence parallel: all-gather before and reduce-scatter after it, the same in the backward pass,
+    # and the input gathered once more for the weight gradient. Otherwise one all-reduce each way.
+    passes = 5 if layout.sequence_parallel else 4
+    if layout.recompute == "full":
+        passes += 2
+    sparse = sum(text.is_sparse(layer) for layer in layers)
+    pairs = 2 * len(layers) - sparse  # experts are no linear pair of the residual stream
+    tensor = pairs * passes * stream * _share(layout.tp)
+    keys = tokens * text.key_value / layout.tp * width
+    context = len(layers) * 3 * (layout.cp - 1) * keys  # forward, and keys with gradients in the backward pass
+    pipeline = 2 * stream / layout.stream_cut * layout.vpp if layout.pp > 1 else 0.0
+    copies = 0.0
+    if text.experts is not None:  # dispatched and combined, forward and backward; gathered where experts are cut
+        sent = stream / layout.stream_cut * text.experts.top_k
+        copies = 4 * sparse * sent * (_share(layout.ep) + layout.etp - 1)
+    return Communication(
+        tensor_parallel=tensor,
+        vision=_vision(shape, layout, batch, width) if stage == 0 else 0.0,
+        context_parallel=context,
+        pipeline=pipeline,
+        experts=copies,
+        data_parallel=_data_parallel(shape, layout, width, stage),
+    )
+
+
+def _vision(shape: ModelShape, layout: Layout, batch: MicroBatch, width: int) -> float:
+    vision = shape.vision
+    if layout.vision_replicated:  # embeddings are gathered, their gradients scattered back
+        both = layout.tp * layout.cp
+        return 2 * batch.patches / vision.unit * vision.out * (1 + vision.deepstack) * width * _share(both)
+    return 8 * vision.blocks * batch.patches * vision.hidden * width * _share(layout.tp)
+
+
+def _data_parallel(shape: ModelShape, layout: Layout, width: int, stage: int) -> float:
+    total = 0.0
+    for expert in (False, True):
+        tensors = [t for t in stage_tensors(shape, layout, stage) if (t.cut == "expert") == expert]
+        held = sum(by_component(tensors, layout).values())
+        ranks = layout.expert_shards if expert else layout.shards
+        per_value = GRADIENT_WIDTH + width if layout.distributed_optimizer else 2 * GRADIENT_WIDTH
+        total += held * per_value * _share(ranks)
+    return total
+
+
+def language_flops(text: TextShape, layers: Iterable[int], *, tokens: float, length: float) -> float:
+    """`tokens` tokens in sequences of `length` through these decoder layers. Causal attention: each token meets half of
+    its sequence, once for the scores and once for the values."""
+    layers = tuple(layers)
+    scores = 2 * text.query * length * tokens * len(layers)
+    return 2 * active_per_token(text, layers) * tokens + scores
+
+
+def head_flops(text: TextShape, rows: float) -> float:
+    """The LM head on `rows` response tokens."""
+    return 2 * text.vocab * text.hidden * rows
+
+
+def vision_flops(tower: VisionShape, *, patches: float, frame: float) -> float:
+    """`patches` patches in frames of `frame` through the tower and its mergers."""
+    block = 2 * (4 * tower.hidden**2 + (3 if tower.gated else 2) * tower.hidden * tower.ffn)
+    window = min(tower.window_patches or frame, frame)
+    windowed = tower.blocks - tower.full_attention_blocks
+    scores = 4 * tower.hidden * (tower.full_attention_blocks * frame + windowed * window)
+    wide = tower.hidden * tower.unit
+    merger = 2 * (wide**2 + wide * tower.out) / tower.unit * (1 + tower.deepstack)
+    embed = 2 * tower.patch_values * tower.hidden
+    return patches * (block * tower.blocks + scores + merger + embed)
+
+
+def sequence_flops(shape: ModelShape, *, tokens: float, patches: float, frame: float, responses: float) -> float:
+    """One sequence of `tokens` tokens with its images, and the head on its response."""
+    return (
+        language_flops(shape.text, range(shape.text.layers), tokens=tokens, length=tokens)
+        + vision_flops(shape.vision, patches=patches, frame=frame)
+        + head_flops(shape.text, responses)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +147,13 @@ def stage_forward(shape: ModelShape, layout: Layout, batch: MicroBatch, frame: i
     everything else (tower, head)."""
     ranks = layout.tp * layout.cp
     layers = layout.layers_of(stage, shape.text.layers)
-    decoder = flops.language(shape.text, layers, tokens=batch.tokens, length=batch.longest) / ranks
+    decoder = language_flops(shape.text, layers, tokens=batch.tokens, length=batch.longest) / ranks
     other = 0.0
     if stage == 0:
         over = ranks if layout.vision_replicated else layout.tp  # context ranks repeat a tensor-parallel tower
-        other += flops.vision(shape.vision, patches=batch.patches, frame=frame) / over
+        other += vision_flops(shape.vision, patches=batch.patches, frame=frame) / over
     if stage == layout.pp - 1:
-        other += flops.head(shape.text, batch.responses) / layout.tp
+        other += head_flops(shape.text, batch.responses) / layout.tp
     return decoder, other
 
 
@@ -62,7 +172,7 @@ def _micro_batch_seconds(
     if train:
         work = 3 * work + (decoder if layout.recompute == "full" else 0.0)
         if stage == layout.pp - 1 and not fused_loss:  # linear_log_probs forms its logits again
-            work += flops.head(shape.text, workload.mean.responses) / layout.tp
+            work += head_flops(shape.text, workload.mean.responses) / layout.tp
     return work / (device.bf16_flops * device.compute_efficiency)
 
 
@@ -127,7 +237,7 @@ def update_time(
 
 
 def _mean_sequence(shape: ModelShape, workload: Workload) -> float:
-    return flops.sequence_forward(
+    return sequence_flops(
         shape,
         tokens=workload.sequence_tokens,
         patches=workload.patches,

@@ -14,8 +14,7 @@ from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.model_folder.shape import ModelShape
 from megatron_r1reward.planner.catalog import find_model
 from megatron_r1reward.planner.plan import Plan, make_plan
-from megatron_r1reward.planner.planned_layout import Stage
-from megatron_r1reward.planner.planned_placement import enough_nodes, planned_devices
+from megatron_r1reward.planner.planned_layout import Stage, enough_nodes, planned_devices
 
 MAX_EVALUATIONS = 600
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from megatron_r1reward.evaluation.result import EvaluationResult, Interval
 from megatron_r1reward.monitor.sinks import read_rows
-from megatron_r1reward.monitor.timeline import read_timeline
+from megatron_r1reward.monitor.timers import read_timeline
 
 T = TypeVar("T")
 BEST_OF_FILE = "use/best_of_n.json"

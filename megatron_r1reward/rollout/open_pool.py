@@ -11,14 +11,13 @@ from megatron_r1reward.rollout.banned import banned_token_ids
 from megatron_r1reward.rollout.client import PolicyTokenizer
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.servers.build import common_folder, rollout_server
+from megatron_r1reward.servers.command import weight_transport
 from megatron_r1reward.servers.component import ComponentServer
 from megatron_r1reward.servers.member import Report
 from megatron_r1reward.servers.process import VllmServer, start_servers
-from megatron_r1reward.servers.server_devices import weight_transport
 from megatron_r1reward.servers.sleep import SleepLevel
-from megatron_r1reward.weight_sync.broadcast_sender import GlooTransport, NcclTransport
 from megatron_r1reward.weight_sync.protocol import Transport
-from megatron_r1reward.weight_sync.shared_memory_sender import IpcTransport
+from megatron_r1reward.weight_sync.senders import GlooTransport, IpcTransport, NcclTransport
 
 log = logging.getLogger(__name__)
 

@@ -27,9 +27,8 @@ from megatron_r1reward.rollout.client import (
     UnfinishedError,
 )
 from megatron_r1reward.servers.build import SERVED_NAME
-from megatron_r1reward.servers.group import ServerGroup
+from megatron_r1reward.servers.group import NoServerError, ServerGroup
 from megatron_r1reward.servers.member import Member, Server, ServerError, ServerStatus
-from megatron_r1reward.servers.router import NoServerError
 from megatron_r1reward.servers.sleep import Colocation, SleepLevel
 from megatron_r1reward.types import Prompt, Rollout, TensorMeta
 from megatron_r1reward.weight_sync import WeightPushError

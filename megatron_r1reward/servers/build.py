@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_r1reward.config.schema import JudgeSection, ServerSection
 from megatron_r1reward.config.server_sections import VllmSection
+from megatron_r1reward.servers.command import weight_transport
 from megatron_r1reward.servers.process import VllmServer
-from megatron_r1reward.servers.server_devices import weight_transport
 
 SERVED_NAME = "policy"
 

@@ -1,10 +1,12 @@
-"""How one vLLM server is called: its command line and its environment.
+"""How one vLLM server is called: its command line, its environment, and what these must know of the machine: without
+the seconds that torch takes to import where there is no GPU.
 
 Rollout servers (token ids in and out, weight transfer) and judges (plain OpenAI chat) alike.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_r1reward.cluster.visible_gpus import VARIABLE, names_of
+from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.config.server_sections import VllmSection
 from megatron_r1reward.model_folder.folder_weights import read_folder_weights
 from megatron_r1reward.model_folder.shape import Family, ModelShape, Yarn, load_shape
@@ -46,6 +49,40 @@ _POSITIONS_FACTOR: Mapping[Family, int] = {"qwen2_5_vl": 4, "qwen3_vl": 1, "qwen
 # glibc gives large blocks back to the kernel when they are freed. A weight push frees and allocates every layer, and
 # faulting all its pages in again takes longer than the transfer: keep them for the next push.
 _KEEP_FREED_MEMORY = "glibc.malloc.mmap_threshold=1099511627776:glibc.malloc.trim_threshold=1099511627776"
+
+
+def has_driver() -> bool:
+    """Whether NVIDIA's driver is here; CUDA loads its library by this name."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def sees_gpu() -> bool:
+    """`torch.cuda.is_available()`, which is False for sure without the driver."""
+    if "torch" not in sys.modules and not has_driver():
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def weight_transport(section: ServerSection, *, colocated: bool = False) -> WeightTransport:
+    """`section.weight_transport`, "auto" resolved: nccl where this process sees a GPU of its own, else gloo.
+
+    Raises:
+        ValueError: nccl between two processes on one GPU, which it refuses.
+    """
+    if colocated and section.weight_transport == "nccl":
+        raise ValueError(
+            "rollout.weight_transport 'nccl' cannot reach servers on the trainer's own GPUs (cluster.layout "
+            "'colocated'): use 'auto', 'gloo', or 'ipc' with one GPU"
+        )
+    if section.weight_transport != "auto":
+        return section.weight_transport
+    return "nccl" if not colocated and sees_gpu() else "gloo"
 
 
 def server_command(

@@ -1,4 +1,5 @@
-"""`r1reward serve`: the model behind HTTP.
+"""`r1reward serve`: the model behind HTTP. What /metrics shows: requests, judgements, the servers behind it, samples
+without a reward.
 
     client --guard, size, admission--> route --wire.checked_item--> compare | rank --judge--> vLLM servers
 
@@ -12,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections import Counter as Tally
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,9 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
 
 from megatron_r1reward.judging.ask import Asks, Item, ModelUnavailableError
@@ -30,11 +34,10 @@ from megatron_r1reward.judging.compare import compare
 from megatron_r1reward.judging.rank import rank
 from megatron_r1reward.model_folder.prompt_policy import PromptPolicy
 from megatron_r1reward.network.event_loop import EventLoopThread
+from megatron_r1reward.servers.group import NoServerError
 from megatron_r1reward.servers.member import ServerStatus
-from megatron_r1reward.servers.router import NoServerError
 from megatron_r1reward.serving import wire
 from megatron_r1reward.serving.admission import Admission, BodyLimit, FullError, ServiceGuard
-from megatron_r1reward.serving.telemetry import Telemetry
 from megatron_r1reward.serving.wire import Limits, RefusedError
 
 log = logging.getLogger(__name__)
@@ -42,6 +45,56 @@ T = TypeVar("T")
 PAGE = Path(__file__).parent / "page"
 RETRY_AFTER_S = 2
 _WATCH_INTERVAL_S = 0.5  # how soon the work of a client that has gone is stopped
+
+
+class Telemetry(Collector):
+    """Counted as it happens, or asked for when somebody looks.
+
+    Args:
+        servers: the state of each server.
+    """
+
+    def __init__(self, servers: Callable[[], Sequence[ServerStatus]]) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "r1reward_requests_total", "Requests by route and HTTP status", ("route", "status"), registry=self.registry
+        )
+        self.seconds = Histogram(
+            "r1reward_request_seconds",
+            "Time from admission to answer",
+            ("route",),
+            buckets=(0.1, 0.3, 1, 3, 10, 30, 100, 300),
+            registry=self.registry,
+        )
+        self.judgements = Counter("r1reward_judgements_total", "Judgements made", registry=self.registry)
+        self.unparsable = Counter(
+            "r1reward_unparsable_total", "Judgements without a readable verdict", registry=self.registry
+        )
+        self.in_progress = Gauge("r1reward_requests_in_progress", "Requests being worked on", registry=self.registry)
+        self._servers = servers
+        self.cohorts: Mapping[str, int] = {}  # `CohortBuffer.counts`
+        self.registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        servers = self._servers()
+        states = GaugeMetricFamily("r1reward_servers", "vLLM servers by state", labels=["state"])
+        for state, count in Tally(server.state for server in servers).items():
+            states.add_metric([state], count)
+        failures = CounterMetricFamily(
+            "r1reward_server_failures", "Requests and health checks that a server did not answer", labels=["server"]
+        )
+        restarts = CounterMetricFamily(
+            "r1reward_server_restarts", "Starts of a server but for the first", labels=["server"]
+        )
+        for server in servers:
+            failures.add_metric([server.name], server.failures)
+            restarts.add_metric([server.name], server.restarts)
+        cohorts = CounterMetricFamily(
+            "r1reward_cohorts", "Samples of other trainers, their cohorts, and what got no reward", labels=["what"]
+        )
+        for what, count in self.cohorts.items():
+            cohorts.add_metric([what], count)
+        yield from (states, failures, restarts, cohorts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from megatron_r1reward.judging.ask import Item
+from megatron_r1reward.judging.ask import Item, image_url
 from megatron_r1reward.judging.compare import Comparison, Votes
-from megatron_r1reward.judging.image_input import image_url
 from megatron_r1reward.judging.rank import Ranking, Schedule
 from megatron_r1reward.judging.votes import Adaptive, Aggregator
 from megatron_r1reward.types import Label

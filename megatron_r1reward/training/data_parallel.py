@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from megatron_r1reward.config.schema import ClusterSection, ModelSection, RunConfig
-from megatron_r1reward.parallel.chunks import chunks_of, join_chunks
+from megatron_r1reward.models.base import chunks_of, join_chunks
 
 
 def check_freezing(config: RunConfig) -> None:

@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 from megatron_r1reward.config.schema import ProfileSection, RunConfig
 from megatron_r1reward.monitor.sinks import Monitor
-from megatron_r1reward.monitor.timeline import Timeline
-from megatron_r1reward.monitor.timers import PhaseTimer
+from megatron_r1reward.monitor.timers import PhaseTimer, Timeline
 from megatron_r1reward.training import resume
 from megatron_r1reward.training.alarms import SignalGoneError
 from megatron_r1reward.training.heartbeat import RunControl

@@ -28,8 +28,7 @@ from megatron_r1reward.data.prompt import PromptBuilder
 from megatron_r1reward.data.selection import SelectedRows, select_rows
 from megatron_r1reward.data.stage_data import read_training_preferences, template_of
 from megatron_r1reward.monitor.sinks import Monitor, build_monitor
-from megatron_r1reward.monitor.timeline import Timeline
-from megatron_r1reward.monitor.timers import PhaseTimer
+from megatron_r1reward.monitor.timers import PhaseTimer, Timeline
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.reward.consistency import JudgeDownError
 from megatron_r1reward.reward.score import RewardScorer

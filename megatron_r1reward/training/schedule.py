@@ -15,8 +15,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_r1reward.kernels.linear_policy_loss import PolicyLossOutput
+from megatron_r1reward.models.base import chunks_of
 from megatron_r1reward.models.head import LossRequest
-from megatron_r1reward.parallel.chunks import chunks_of
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training.data_parallel import zero_gradients
 from megatron_r1reward.training.state import TrainState

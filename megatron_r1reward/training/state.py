@@ -22,11 +22,9 @@ from megatron_r1reward.kernels.policy_loss.row_kernels import PolicyLossOptions
 from megatron_r1reward.model_folder.examine import load_tokenizer
 from megatron_r1reward.model_folder.prompt_policy import PromptPolicy
 from megatron_r1reward.model_folder.weight_table import WeightTable, adapt_table
-from megatron_r1reward.models.base import on_device
-from megatron_r1reward.models.head import configure_heads
+from megatron_r1reward.models.base import chunks_of, join_chunks, on_device
+from megatron_r1reward.models.head import configure_heads, with_head
 from megatron_r1reward.models.registry import family_of, load_hf_config, shape_of
-from megatron_r1reward.models.scalar_head import with_head
-from megatron_r1reward.parallel.chunks import chunks_of, join_chunks
 from megatron_r1reward.parallel.precision import row_multiple, sequence_multiple
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.rollout.banned import banned_token_ids

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.curriculum import Curriculum, is_informative
 from megatron_r1reward.data.loader import PromptLoader
-from megatron_r1reward.monitor.timeline import Timeline
+from megatron_r1reward.monitor.timers import Timeline
 from megatron_r1reward.reward.score import RewardScorer, ScoringBatch, count
 from megatron_r1reward.reward.terms import as_stored
 from megatron_r1reward.rollout.accounting import Accounting

@@ -1,6 +1,6 @@
 """What a weight transport does, and vLLM's protocol around it, on all servers at once:
 
-pause -> start -> buckets (a transport: broadcast_sender, shared_memory_sender) -> finish -> verify -> resume
+pause -> start -> buckets (a transport: `senders`) -> finish -> verify -> resume
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from reference import requests_running
 from rl_runs import BATCH, STEPS, config, rows, run
 from waiting import wait_until
 
-from megatron_r1reward.monitor.timeline import read_timeline
+from megatron_r1reward.monitor.timers import read_timeline
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.rollout.accounting import Accounting
 from megatron_r1reward.rollout.pool import GenerateResult, RolloutPool

@@ -40,7 +40,7 @@ from megatron_r1reward.servers.process import VllmServer, start_servers
 from megatron_r1reward.serving.service import Backend
 from megatron_r1reward.types import Prompt
 from megatron_r1reward.weight_sync import WeightPushError
-from megatron_r1reward.weight_sync.broadcast_sender import GlooTransport
+from megatron_r1reward.weight_sync.senders import GlooTransport
 
 pytestmark = pytest.mark.e2e
 SECTION = SERVER.model_copy(

@@ -25,9 +25,9 @@ from megatron_r1reward.conversion import parity
 from megatron_r1reward.conversion.convert import export_folder, import_folder
 from megatron_r1reward.conversion.parity import log_prob_difference
 from megatron_r1reward.demo.tiny_models import write_tiny_checkpoint
+from megatron_r1reward.models.base import join_chunks
 from megatron_r1reward.models.registry import family_of
 from megatron_r1reward.parallel import setup
-from megatron_r1reward.parallel.chunks import join_chunks
 from megatron_r1reward.types import TensorMeta
 
 pytestmark = pytest.mark.parallel

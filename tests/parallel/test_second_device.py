@@ -38,8 +38,8 @@ from megatron_r1reward.training import rl, sft
 from megatron_r1reward.training.schedule import train_micro_batches
 from megatron_r1reward.training.sft import cross_entropy
 from megatron_r1reward.types import TensorMeta
-from megatron_r1reward.weight_sync.broadcast_sender import GroupTransport, NcclTransport
 from megatron_r1reward.weight_sync.buckets import WeightSnapshot
+from megatron_r1reward.weight_sync.senders import GroupTransport, NcclTransport
 from megatron_r1reward.weight_sync.shared_memory import MemoryFile
 
 pytestmark = pytest.mark.parallel

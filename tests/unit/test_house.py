@@ -26,16 +26,8 @@ CRUMBS = {
     "network.breaker": "an idea of its own: the judge's client is its user today",
     "network.guard": "users name it to vLLM servers of their own (docs/run-files.md)",
     # Present crumbs: each goes into its user, and its line goes with it.
-    "demo.digits_card": "a page of text, not code",
-    "demo.digits_candidates": "of the benchmark of ranking schedules, which is no part of the package",
-    "launch.serve_labels": "what `serve-labels` opens; cli.py imports nothing that is not asked for",
     "launch.step_main": "what every rank of a job step imports first: as little as possible",
     "servers.vllm_main": "the program of a server's process, started with -m",
-    "evaluation.shuffled_images": "to be merged into its user",
-}
-# A file name outside the model families that occurs twice, with the reason.
-TWICE = {
-    "cli.py": "the command, and the group of commands that `convert` is",
 }
 
 
@@ -111,7 +103,7 @@ def test_no_function_is_long() -> None:
 def test_no_file_name_occurs_twice_outside_the_model_families() -> None:
     counts = Counter(f"{name.rpartition('.')[2]}.py" for name in modules() if not name.startswith("models."))
     twice = {name for name, count in counts.items() if count > 1}
-    assert twice - set(TWICE) == set()
+    assert twice == set()
 
 
 def test_a_crumb_belongs_into_the_module_that_uses_it() -> None:

@@ -19,9 +19,8 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
 from megatron_r1reward.models.qwen2_5_vl.config import ModelConfigs
-from megatron_r1reward.parallel.setup import Topology
+from megatron_r1reward.parallel.setup import Topology, to_device
 from megatron_r1reward.parallel.specs import PackedRow, PackedSelfAttention, final_norm, layer_spec, packed
-from megatron_r1reward.parallel.transfer import to_device
 from megatron_r1reward.parallel.vision_sharding import vision_sharding
 
 ROTARY_BASE = 10_000.0

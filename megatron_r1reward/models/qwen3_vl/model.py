@@ -11,13 +11,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_r1reward.cluster.legality import padded_vocabulary
 from megatron_r1reward.kernels.linear_policy_loss import PolicyLossOutput
 from megatron_r1reward.models.base import HeadlessGPT, VisionLanguageModel, is_tied
-from megatron_r1reward.models.head import LossRequest, use_response_head
+from megatron_r1reward.models.head import LossRequest, use_response_head, use_scalar_head
 from megatron_r1reward.models.qwen2_5_vl.rotary import rotary_frequencies
 from megatron_r1reward.models.qwen3_vl.config import ModelConfigs
 from megatron_r1reward.models.qwen3_vl.layers import DecoderRow, RouterBalance, decoder_layer_spec
 from megatron_r1reward.models.qwen3_vl.rotary import InterleavedMultimodalRotary
 from megatron_r1reward.models.qwen3_vl.vision import VisionTower
-from megatron_r1reward.models.scalar_head import use_scalar_head
 from megatron_r1reward.parallel.context import ContextSplit, split_context
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.parallel.specs import final_norm, packed

@@ -24,9 +24,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_r1reward.models.qwen3_vl.config import ModelConfigs
-from megatron_r1reward.parallel.setup import Topology
+from megatron_r1reward.parallel.setup import Topology, to_device
 from megatron_r1reward.parallel.specs import PackedRow, TorchNorm, final_norm, layer_spec, packed
-from megatron_r1reward.parallel.transfer import to_device
 from megatron_r1reward.parallel.vision_sharding import vision_sharding
 
 ROTARY_BASE = 10_000.0

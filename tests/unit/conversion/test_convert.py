@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from megatron_r1reward.checkpoint import streaming
 from megatron_r1reward.checkpoint.manifest import find_damage
-from megatron_r1reward.conversion.cli import app
 from megatron_r1reward.conversion.convert import export_folder, import_folder
+from megatron_r1reward.conversion.convert_commands import app
 from megatron_r1reward.demo.tiny_models import write_tiny_checkpoint
 from megatron_r1reward.model_folder.folder_weights import weight_table
 from megatron_r1reward.model_folder.shape import load_shape

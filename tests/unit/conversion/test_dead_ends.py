@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from megatron_r1reward.checkpoint.streaming import Sources
-from megatron_r1reward.conversion.cli import app
 from megatron_r1reward.conversion.convert import export_folder, import_folder
+from megatron_r1reward.conversion.convert_commands import app
 from megatron_r1reward.conversion.weight_source import WeightSource, template_of
 from megatron_r1reward.demo.tiny_models import TINY_SPECS, write_tiny_checkpoint
 from megatron_r1reward.files import exclusive

@@ -15,7 +15,7 @@ from PIL import Image
 from megatron_r1reward.data.image_files import data_url, decode, examine_images, upright_size
 from megatron_r1reward.data.pixels import ImageProcessor
 from megatron_r1reward.data.preference import read_preferences
-from megatron_r1reward.evaluation.shuffled_images import shuffle_images
+from megatron_r1reward.evaluation.control_sets import shuffle_images
 from megatron_r1reward.types import Preference
 
 

@@ -17,11 +17,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_r1reward.doctor import nodes, running_servers, slurm_features
+from megatron_r1reward.doctor import examination, nodes, slurm_features
 from megatron_r1reward.doctor.finding import Finding, error, merge_nodes, ok
 from megatron_r1reward.run_dir import Address, RunDir
-from megatron_r1reward.servers.member import Member
-from megatron_r1reward.servers.server_status import write_status
+from megatron_r1reward.servers.member import Member, write_status
 
 CONFIG = {
     "AccountingStorageType": "accounting_storage/slurmdbd",
@@ -180,7 +179,7 @@ class TestServers:
             self.publish(run, "rollout-0", f"http://127.0.0.1:{server.server_port}")
             self.publish(run, "judge-0", f"http://127.0.0.1:{dead.getsockname()[1]}")
             (run.live / "rollout-1.address.json").write_text("{")
-            found = levels(running_servers.check_servers(tmp_path))
+            found = levels(examination.check_servers(tmp_path))
             server.shutdown()
         assert found == {"servers.rollout-0": "ok", "servers.judge-0": "error", "servers": "warning"}
 
@@ -190,7 +189,7 @@ class TestServers:
         )
         well = Member(name="rollout-0", fixed_url="http://a", state="ready", requests=7, weight_version=4)
         write_status(tmp_path / "live" / "rollout-servers.json", [well.status(), sick.status()])
-        found = {finding.check: finding for finding in running_servers.check_servers(tmp_path)}
+        found = {finding.check: finding for finding in examination.check_servers(tmp_path)}
         assert levels(found.values()) == {"pool.rollout-0": "ok", "pool.rollout-1": "warning"}
         assert found["pool.rollout-0"].message == (
             "http://a is ready: 0 requests in flight, 7 answered, 0 failures, 0 restarts, weight version 4"
@@ -198,9 +197,9 @@ class TestServers:
         assert found["pool.rollout-1"].message.endswith("3 failures, 0 restarts, its own weights; hung")
 
     def test_a_run_without_servers_and_a_finished_one(self, tmp_path):
-        assert levels(running_servers.check_servers(tmp_path)) == {"servers": "note"}
+        assert levels(examination.check_servers(tmp_path)) == {"servers": "note"}
         (tmp_path / "DONE").write_text("{}")
-        assert levels(running_servers.check_servers(tmp_path)) == {"servers": "ok"}
+        assert levels(examination.check_servers(tmp_path)) == {"servers": "ok"}
 
 
 def doctor(*arguments, **options):

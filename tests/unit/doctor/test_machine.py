@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1reward.doctor import gpus, imports, limits, network, storage
+from megatron_r1reward.doctor import machine, network, packages, storage
 
 H100 = "{i}, NVIDIA H100 80GB HBM3, 580.65, 81559, {used}, {cap}, {mig}, {ecc}"
 
@@ -25,12 +25,12 @@ def gpu_line(i=0, used=5, cap="9.0", mig="Disabled", ecc="0"):
 class TestGpus:
     def test_none_is_fine_unless_the_job_has_some(self, monkeypatch, tmp_path):
         monkeypatch.setenv("PATH", str(tmp_path))
-        assert levels(gpus.check_driver(gpus_expected=False)[0]) == {"gpu.driver": "note"}
-        assert levels(gpus.check_driver(gpus_expected=True)[0]) == {"gpu.driver": "error"}
+        assert levels(machine.check_driver(gpus_expected=False)[0]) == {"gpu.driver": "note"}
+        assert levels(machine.check_driver(gpus_expected=True)[0]) == {"gpu.driver": "error"}
 
     def test_a_healthy_machine(self, command):
         command("nvidia-smi", f"cat <<E\n{gpu_line(0)}\n{gpu_line(1)}\nE")
-        findings, found = gpus.check_driver(gpus_expected=True)
+        findings, found = machine.check_driver(gpus_expected=True)
         assert levels(findings) == {"gpu.driver": "ok"}
         assert [gpu["index"] for gpu in found] == ["0", "1"]
 
@@ -46,40 +46,40 @@ class TestGpus:
     )
     def test_faults(self, command, line, check, level):
         command("nvidia-smi", f"echo '{line}'")
-        assert levels(gpus.check_driver(gpus_expected=True)[0])[check] == level
+        assert levels(machine.check_driver(gpus_expected=True)[0])[check] == level
 
     def test_a_driver_that_does_not_match_its_libraries(self, command):
         command("nvidia-smi", "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18")
-        (finding,) = gpus.check_driver(gpus_expected=False)[0]
+        (finding,) = machine.check_driver(gpus_expected=False)[0]
         assert finding.level == "error"
         assert "version mismatch" in finding.message
 
     def test_torch_sees_fewer(self):
         driver = [{"driver_version": "520"}, {"driver_version": "520"}]
         seen = {"cuda": "13.0", "gpus": [], "peers": True}
-        assert levels(gpus.check_torch_gpus(seen, driver, None)) == {"gpu.torch": "error"}
+        assert levels(machine.check_torch_gpus(seen, driver, None)) == {"gpu.torch": "error"}
         two = seen | {"gpus": [{}, {}]}
-        assert levels(gpus.check_torch_gpus(two, driver, None)) == {"gpu.torch": "ok"}
-        assert levels(gpus.check_torch_gpus(two | {"peers": False}, driver, None))["gpu.peers"] == "warning"
-        assert levels(gpus.check_torch_gpus(seen | {"gpus": [{}]}, driver, "1")) == {"gpu.torch": "ok"}
+        assert levels(machine.check_torch_gpus(two, driver, None)) == {"gpu.torch": "ok"}
+        assert levels(machine.check_torch_gpus(two | {"peers": False}, driver, None))["gpu.peers"] == "warning"
+        assert levels(machine.check_torch_gpus(seen | {"gpus": [{}]}, driver, "1")) == {"gpu.torch": "ok"}
 
     @pytest.mark.parametrize(("link", "level"), [("NV18", "ok"), ("PHB", "warning")])
     def test_links(self, command, link, level):
         rows = rf"\tGPU0\tGPU1\tCPU Affinity\nGPU0\t X \t{link}\t0-7\nGPU1\t{link}\t X \t0-7\n"
         command("nvidia-smi", f"printf '{rows}'")
-        assert levels(gpus.check_links(2)) == {"gpu.links": level}
+        assert levels(machine.check_links(2)) == {"gpu.links": level}
 
 
 class TestImports:
     @pytest.mark.slow
     def test_torch_loads_here(self):
-        findings, seen = imports.check_torch()
+        findings, seen = packages.check_torch()
         assert levels(findings) == {"imports.torch": "ok"}
         assert seen["version"].startswith("2.13.0")
 
     def test_a_torch_that_cannot_load(self, tmp_path):
         (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
-        (finding,), seen = imports.check_torch({**os.environ, "PYTHONPATH": str(tmp_path)})
+        (finding,), seen = packages.check_torch({**os.environ, "PYTHONPATH": str(tmp_path)})
         assert finding.level == "error"
         assert "libcudart.so.13" in finding.message
         assert seen == {}
@@ -97,10 +97,10 @@ class TestImports:
         ],
     )
     def test_what_an_import_says(self, seen, problem, build, has_gpus, level):
-        assert imports._judge("vllm", seen, problem, build=build, has_gpus=has_gpus).level == level
+        assert packages._judge("vllm", seen, problem, build=build, has_gpus=has_gpus).level == level
 
     def test_a_crash_is_a_finding(self):
-        seen, problem = imports.probe("import os; os.kill(os.getpid(), 11)")
+        seen, problem = packages.probe("import os; os.kill(os.getpid(), 11)")
         assert seen is None
         assert "-11" in problem
 
@@ -122,18 +122,18 @@ class TestLimits:
         def getrlimit(which):
             return (soft, soft) if which == low else (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 
-        found = levels(limits.check_limits(on_infiniband=infiniband, getrlimit=getrlimit))
+        found = levels(machine.check_limits(on_infiniband=infiniband, getrlimit=getrlimit))
         assert found.pop(check) == level
         assert set(found.values()) == {"ok"}
 
     def test_a_low_hard_limit_is_the_sites_to_raise(self):
-        findings = limits.check_limits(on_infiniband=False, getrlimit=lambda which: (1024, 2048))
+        findings = machine.check_limits(on_infiniband=False, getrlimit=lambda which: (1024, 2048))
         assert "the hard limit is 2048" in findings[0].fix
 
     def test_shared_memory_and_temporary_folder(self, tmp_path):
-        assert limits.check_shared_memory(tmp_path / "none").level == "error"
-        assert limits.check_temporary({"TMPDIR": str(tmp_path / "none")}).level == "error"
-        assert limits.check_temporary({"TMPDIR": str(tmp_path)}).level in ("ok", "warning")
+        assert machine.check_shared_memory(tmp_path / "none").level == "error"
+        assert machine.check_temporary({"TMPDIR": str(tmp_path / "none")}).level == "error"
+        assert machine.check_temporary({"TMPDIR": str(tmp_path)}).level in ("ok", "warning")
 
     def test_a_small_control_group(self, tmp_path):
         meminfo = tmp_path / "meminfo"
@@ -142,10 +142,10 @@ class TestLimits:
         for folder, name in ((cgroup, "memory.max"), (cgroup / "memory", "memory.limit_in_bytes")):
             folder.mkdir(exist_ok=True)
             (folder / name).write_text(f"{4 * 2**30}\n")
-        finding = limits.check_memory(meminfo, cgroup)
+        finding = machine.check_memory(meminfo, cgroup)
         assert finding.level == "warning"
         assert finding.message == "4 of 64 GiB of memory may be used"
-        assert limits.check_memory(meminfo, tmp_path / "none").message == "64 GiB of memory"
+        assert machine.check_memory(meminfo, tmp_path / "none").message == "64 GiB of memory"
 
 
 class TestNetwork:

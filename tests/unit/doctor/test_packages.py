@@ -9,7 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from megatron_r1reward.doctor import packages, pins
+from megatron_r1reward.doctor import packages
 from megatron_r1reward.doctor.finding import worst
 
 PYPROJECT = Path(__file__).parents[3] / "pyproject.toml"
@@ -36,14 +36,14 @@ def install_all(install, **changes):
 
 def test_the_table_says_what_pyproject_installs():
     project = tomllib.loads(PYPROJECT.read_text())["project"]
-    assert SpecifierSet(project["requires-python"]) == SpecifierSet(pins.PYTHON)
+    assert SpecifierSet(project["requires-python"]) == SpecifierSet(packages.PYTHON)
     extras = project["optional-dependencies"]
     for build in ("cpu", "gpu"):
         declared = {}
         for text in [*project["dependencies"], *extras[build]]:
             requirement = Requirement(text)
             declared[requirement.name] = str(requirement.specifier).replace("+cpu", "")
-        for pin in pins.PINS:
+        for pin in packages.PINS:
             if build in pin.builds:
                 assert SpecifierSet(declared[pin.package]) == SpecifierSet(pin.specifier), pin.package
 

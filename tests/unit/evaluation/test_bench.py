@@ -16,7 +16,7 @@ from scripted_server import ScriptedServer, completion
 from typer.testing import CliRunner
 
 from megatron_r1reward.cli import app
-from megatron_r1reward.report.published_scores import COLUMNS, PUBLISHED
+from megatron_r1reward.report.bench_report import COLUMNS, PUBLISHED
 
 FIRST = "<think>The first.</think><answer>1</answer>"
 

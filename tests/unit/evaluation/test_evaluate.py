@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 
 from megatron_r1reward.config.schema import SamplingSection
 from megatron_r1reward.data.prompt import PromptBuilder
+from megatron_r1reward.evaluation.control_sets import shuffle_images
 from megatron_r1reward.evaluation.evaluate import evaluate
 from megatron_r1reward.evaluation.result import EvaluationResult
-from megatron_r1reward.evaluation.shuffled_images import shuffle_images
 from megatron_r1reward.types import Label, Preference, Prompt, Rollout
 
 BANNED, CUT = "<|image_pad|>", " and and"

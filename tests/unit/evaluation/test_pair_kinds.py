@@ -8,8 +8,8 @@ from test_evaluate import ScriptedPool, builder, pairs, says  # noqa: F401  (bui
 
 from megatron_r1reward.config.schema import SamplingSection
 from megatron_r1reward.data.prompt import PromptBuilder
+from megatron_r1reward.evaluation.control_sets import NEAR, SAME, WRONG, make_pair_kinds
 from megatron_r1reward.evaluation.evaluate import evaluate
-from megatron_r1reward.evaluation.pair_kinds import NEAR, SAME, WRONG, make_pair_kinds
 from megatron_r1reward.types import Preference, Prompt
 
 

@@ -20,8 +20,8 @@ from megatron_r1reward.judging.ask import (
     ModelClient,
     ModelRefusedError,
     ModelUnavailableError,
+    image_url,
 )
-from megatron_r1reward.judging.image_input import image_url
 
 RIGHT = "<think>The second.</think><answer>2</answer>"
 QUICK = AskOptions(retries=2, backoff_s=0.001)

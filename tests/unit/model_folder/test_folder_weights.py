@@ -13,7 +13,7 @@ from folders import config, metas, write_folder, write_weights
 from typer.testing import CliRunner
 
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.conversion.cli import app
+from megatron_r1reward.conversion.convert_commands import app
 from megatron_r1reward.conversion.inspect_folder import inspect
 from megatron_r1reward.launch.stage_models import model_problems
 from megatron_r1reward.model_folder.dtypes import check_dtype, config_for

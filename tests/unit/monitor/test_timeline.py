@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1reward.monitor.timeline import Timeline, read_timeline
-from megatron_r1reward.monitor.timers import PhaseTimer
+from megatron_r1reward.monitor.timers import PhaseTimer, Timeline, read_timeline
 
 
 def test_phases_of_all_threads_share_one_clock(tmp_path: Path) -> None:

@@ -23,10 +23,10 @@ from megatron_r1reward.checkpoint import dist as checkpoint
 from megatron_r1reward.config.schema import ProfileSection, ServerSection
 from megatron_r1reward.kernels import choose_kernel, lm_head
 from megatron_r1reward.kernels.policy_loss.row_kernels import PolicyLossOptions
-from megatron_r1reward.parallel import cpu, precision, setup, transfer, transformer
-from megatron_r1reward.servers import server_devices, sleep
+from megatron_r1reward.parallel import cpu, precision, setup, transformer
+from megatron_r1reward.servers import command, sleep
 from megatron_r1reward.training.loop import StepProfiler
-from megatron_r1reward.weight_sync import broadcast_group, broadcast_sender, shared_memory_sender
+from megatron_r1reward.weight_sync import broadcast_group, senders
 
 PACKAGE = Path(megatron_r1reward.__file__).parent
 TESTS = Path(__file__).parents[2]
@@ -161,10 +161,10 @@ def _precision_asks_the_gpu(gpu: Gpu) -> None:
     assert precision.this_device().capability == (9, 0)
 
 
-@check("parallel/transfer.py::to_device")
+@check("parallel/setup.py::to_device")
 def _copies_are_pinned_and_nobody_waits(gpu: Gpu) -> None:
     pinned = SimpleNamespace(to=lambda device, non_blocking: (device, non_blocking))
-    assert transfer.to_device(SimpleNamespace(pin_memory=lambda: pinned), GPU) == (GPU, True)  # type: ignore[arg-type]
+    assert setup.to_device(SimpleNamespace(pin_memory=lambda: pinned), GPU) == (GPU, True)  # type: ignore[arg-type]
 
 
 @check("checkpoint/dist.py::_cuda_state")
@@ -205,22 +205,18 @@ def _what_sleeping_servers_free_is_the_gpus(gpu: Gpu) -> None:
     assert memory.free_bytes() == 5
 
 
-@check("servers/server_devices.py::sees_gpu")
+@check("servers/command.py::sees_gpu")
 def _weights_go_over_nccl(gpu: Gpu) -> None:
-    assert server_devices.weight_transport(ServerSection()) == "nccl"
-    assert server_devices.weight_transport(ServerSection(), colocated=True) == "gloo"
+    assert command.weight_transport(ServerSection()) == "nccl"
+    assert command.weight_transport(ServerSection(), colocated=True) == "gloo"
 
 
-@check("weight_sync/shared_memory_sender.py::__init__")
-def _ipc_stages_on_the_gpu(gpu: Gpu) -> None:
-    transport = shared_memory_sender.IpcTransport()
+@check("weight_sync/senders.py::__init__")
+def _buckets_are_on_the_gpu(gpu: Gpu) -> None:
+    transport = senders.IpcTransport()
     assert transport.device == GPU
     assert not transport.needs_memory_file
-
-
-@check("weight_sync/broadcast_sender.py::__init__")
-def _nccl_takes_buckets_from_the_gpu(gpu: Gpu) -> None:
-    assert broadcast_sender.NcclTransport().device == GPU
+    assert senders.NcclTransport().device == GPU
 
 
 @check("weight_sync/broadcast_group.py::__init__", "weight_sync/broadcast_group.py::begin")

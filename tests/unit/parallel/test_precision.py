@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_r1reward.config.schema import ParallelSection, PrecisionSection
-from megatron_r1reward.parallel import precision, specs_te
+from megatron_r1reward.parallel import precision, specs
 from megatron_r1reward.parallel.precision import Device, fp8_arguments
 
 H100 = Device(name="H100", capability=(9, 0), transformer_engine=(2, 20))
@@ -88,6 +88,6 @@ def test_the_transformer_engine_spec_fails_at_once_without_it() -> None:
     from megatron.core.transformer.enums import AttnMaskType
 
     with pytest.raises(ValueError, match="Transformer Engine cannot be imported"):
-        specs_te.layer_spec(AttnMaskType.causal)
+        specs.layer_spec(AttnMaskType.causal, transformer_impl="transformer_engine")
     with pytest.raises(ValueError, match="Transformer Engine cannot be imported"):
-        specs_te.final_norm()
+        specs.final_norm("transformer_engine")

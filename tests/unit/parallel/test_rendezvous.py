@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1reward.parallel.rendezvous import Rendezvous
+from megatron_r1reward.parallel.setup import Rendezvous
 
 TIMEOUT = timedelta(seconds=120)
 

@@ -15,11 +15,20 @@ from megatron_r1reward.kernels.linear_policy_loss import linear_policy_loss
 from megatron_r1reward.kernels.lm_head import HeadOptions
 from megatron_r1reward.kernels.policy_loss.row_kernels import PolicyLossOptions, TokenInputs
 from megatron_r1reward.model_folder.shape import read_shape
-from megatron_r1reward.planner import activations
-from megatron_r1reward.planner.activations import Numerics, head_workspace, language_layer, stage_activations
 from megatron_r1reward.planner.catalog import bundled_config, find_model
 from megatron_r1reward.planner.devices import DEVICES
-from megatron_r1reward.planner.memory import buffer_elements, state_bytes, trainer_memory
+from megatron_r1reward.planner.memory import (
+    CPU_COLUMNS,
+    TILE_ELEMENTS,
+    Numerics,
+    buffer_elements,
+    chunk_rows,
+    head_workspace,
+    language_layer,
+    stage_activations,
+    state_bytes,
+    trainer_memory,
+)
 from megatron_r1reward.planner.parameters import stage_tensors
 from megatron_r1reward.planner.planned_layout import Layout
 from megatron_r1reward.planner.workload import MicroBatch, describe
@@ -102,13 +111,13 @@ def test_the_planned_chunks_are_those_of_the_kernels():
     from megatron_r1reward.kernels import lm_head
     from megatron_r1reward.kernels.policy_loss import torch_rows
 
-    assert (activations.CPU_COLUMNS, activations.TILE_ELEMENTS) == (lm_head.CPU_COLUMNS, torch_rows.TILE_ELEMENTS)
+    assert (CPU_COLUMNS, TILE_ELEMENTS) == (lm_head.CPU_COLUMNS, torch_rows.TILE_ELEMENTS)
     for columns in (512, 38_016, 152_064, 10_000_000):
         for device, fused in (("cpu", False), ("cuda", True)):
             for dtype in (torch.float32, torch.bfloat16):
                 numerics = Numerics(width=2, fused_norm=fused, logits_width=dtype.itemsize)
                 expected = lm_head.default_chunk_rows(columns, torch.device(device), dtype)
-                assert activations.chunk_rows(numerics, columns) == expected
+                assert chunk_rows(numerics, columns) == expected
 
 
 def test_earlier_pipeline_stages_keep_more_micro_batches():

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_r1reward.cluster.placement import Node, Placement, Site, place
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.planner.planned_placement import planned_devices
+from megatron_r1reward.planner.planned_layout import planned_devices
 
 MakeConfig = Callable[..., RunConfig]
 KEYS = ("plan.nodes", "plan.gpus_per_node", "rollout.count", "rollout.tensor_parallel_size", "judge.count",

@@ -9,13 +9,12 @@ from typing import get_args
 import pytest
 
 from megatron_r1reward.config.schema import PlanSection, ServerSection
-from megatron_r1reward.planner import flops
 from megatron_r1reward.planner.catalog import find_model
-from megatron_r1reward.planner.communication import volumes
 from megatron_r1reward.planner.devices import DEVICES, find_device
 from megatron_r1reward.planner.plan import make_plan
 from megatron_r1reward.planner.planned_layout import Layout
 from megatron_r1reward.planner.server_memory import decode_step, plan_server
+from megatron_r1reward.planner.step_time import head_flops, language_flops, vision_flops, volumes
 from megatron_r1reward.planner.workload import MicroBatch
 
 SEVEN = find_model(Path("models/Qwen2.5-VL-7B-Instruct"))
@@ -26,7 +25,7 @@ BATCH = MicroBatch(name="x", tokens=8192, sequences=4, patches=10_240, responses
 def test_language_operations_by_hand():
     products = 28 * (3584 * (3584 + 1024) + 3584 * 3584 + 3 * 3584 * 18_944)
     scores = 28 * 2 * 3584 * 2048
-    found = flops.language(TEXT, range(28), tokens=8192, length=2048)
+    found = language_flops(TEXT, range(28), tokens=8192, length=2048)
     biases = 28 * (3584 + 1024)  # added, but counted like the weights
     assert found == 8192 * (2 * (products + biases) + scores)
 
@@ -35,11 +34,11 @@ def test_vision_operations_by_hand():
     block = 2 * (4 * 1280**2 + 3 * 1280 * 3420)
     scores = 4 * 1280 * (4 * 2560 + 28 * 64)
     merger = 2 * (5120 * 5120 + 5120 * 3584) / 4
-    assert flops.vision(VISION, patches=1, frame=2560) == 32 * block + scores + merger + 2 * 1176 * 1280
+    assert vision_flops(VISION, patches=1, frame=2560) == 32 * block + scores + merger + 2 * 1176 * 1280
 
 
 def test_the_head_runs_on_response_tokens_only():
-    assert flops.head(TEXT, 600) == 2 * 600 * 152_064 * 3584
+    assert head_flops(TEXT, 600) == 2 * 600 * 152_064 * 3584
 
 
 def test_tensor_parallel_volume_by_hand():

@@ -30,9 +30,8 @@ from megatron_r1reward.evaluation.result import (
 )
 from megatron_r1reward.evaluation.statistics import Estimate
 from megatron_r1reward.evaluation.vote_budget import JUDGE_FILTERED
-from megatron_r1reward.report.charts import Chart, Series, draw
+from megatron_r1reward.report.charts import Chart, Series, draw, draw_timeline
 from megatron_r1reward.report.report import build_report
-from megatron_r1reward.report.timeline_chart import draw_timeline
 from megatron_r1reward.report.vote_charts import draw_reliability, draw_votes, judged_votes
 
 VOID_TAGS = {"meta", "img", "br", "link", "input", "hr"}

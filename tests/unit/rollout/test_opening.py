@@ -16,10 +16,9 @@ from megatron_r1reward.cli import app
 from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.rollout.open_pool import build_transport
 from megatron_r1reward.servers.build import rollout_server
+from megatron_r1reward.servers.command import weight_transport
 from megatron_r1reward.servers.keeper import shared_memory_of
-from megatron_r1reward.servers.member import Member
-from megatron_r1reward.servers.server_devices import weight_transport
-from megatron_r1reward.servers.server_status import write_status
+from megatron_r1reward.servers.member import Member, write_status
 from megatron_r1reward.weight_sync.shared_memory import MemoryFile
 
 

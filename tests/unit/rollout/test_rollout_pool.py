@@ -14,8 +14,7 @@ from waiting import wait_until
 from megatron_r1reward.config.schema import SamplingSection, ServerSection
 from megatron_r1reward.rollout.client import MAX_BANNED_IDS, RolloutClient, sample_seed
 from megatron_r1reward.rollout.pool import GenerateResult, RolloutPool
-from megatron_r1reward.servers.member import ServerError
-from megatron_r1reward.servers.server_status import read_status
+from megatron_r1reward.servers.member import ServerError, read_status
 from megatron_r1reward.types import Prompt, TensorMeta
 from megatron_r1reward.weight_sync import WeightPushError
 from megatron_r1reward.weight_sync.protocol import Transport

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from megatron_r1reward.servers.server_devices import has_driver, sees_gpu
+from megatron_r1reward.servers.command import has_driver, sees_gpu
 
 
 def test_it_says_what_torch_says() -> None:
@@ -20,7 +20,7 @@ def test_it_says_what_torch_says() -> None:
 def test_a_server_step_does_not_import_torch() -> None:
     program = (
         "import sys, megatron_r1reward.cli, megatron_r1reward.launch.server_main\n"
-        "from megatron_r1reward.servers.server_devices import sees_gpu\n"
+        "from megatron_r1reward.servers.command import sees_gpu\n"
         "assert not sees_gpu()\n"
         "sys.exit('torch' in sys.modules)"
     )

@@ -14,9 +14,8 @@ from waiting import wait_until
 
 from megatron_r1reward.config.schema import SamplingSection, ServerSection
 from megatron_r1reward.rollout.pool import RolloutPool
-from megatron_r1reward.servers.command import server_command
+from megatron_r1reward.servers.command import server_command, weight_transport
 from megatron_r1reward.servers.member import ServerError
-from megatron_r1reward.servers.server_devices import weight_transport
 from megatron_r1reward.servers.sleep import NEXT, Colocation, DeviceMemory, Phase, PhaseError, PhaseMachine
 from megatron_r1reward.types import TensorMeta
 from megatron_r1reward.weight_sync import WeightPushError

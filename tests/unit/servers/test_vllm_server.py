@@ -19,9 +19,8 @@ from megatron_r1reward.config.rl_sections import COLDEST
 from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.rollout.banned import banned_token_ids
 from megatron_r1reward.servers.command import server_command, server_environment
-from megatron_r1reward.servers.explain_death import explain
 from megatron_r1reward.servers.member import ServerError
-from megatron_r1reward.servers.process import VllmServer, start_servers
+from megatron_r1reward.servers.process import VllmServer, explain, start_servers
 
 
 def command(section: ServerSection, **options: object) -> list[str]:

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from waiting import wait_until
 
-from megatron_r1reward.serving.chat_format import question_of, response_in
 from megatron_r1reward.serving.clients import RewardServiceError, TrlReward, compute_score
+from megatron_r1reward.serving.other_trainers import question_of, response_in
 
 THREE = ("bad", "good", "fair")
 

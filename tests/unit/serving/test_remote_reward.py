@@ -10,8 +10,13 @@ from starlette.testclient import TestClient
 
 from megatron_r1reward.config.load import load_config
 from megatron_r1reward.config.schema import RewardSection
-from megatron_r1reward.serving.labels import LabelTable, UnknownMessageError
-from megatron_r1reward.serving.remote_reward import RemoteReward, response_of, reward_app
+from megatron_r1reward.serving.remote_reward import (
+    LabelTable,
+    RemoteReward,
+    UnknownMessageError,
+    response_of,
+    reward_app,
+)
 
 MESSAGES = ['[{"role": "user", "content": "A or B?"}]', '[{"role": "user", "content": "C or D?"}]']
 
@@ -109,7 +114,7 @@ def test_answers_and_messages_are_read_by_the_readers_rule(tmp_path: Path) -> No
 
 
 def test_no_network_address_without_a_token(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_r1reward.launch.serve_labels import serve
+    from megatron_r1reward.launch.serve_model import serve_labels
 
     monkeypatch.delenv("R1REWARD_SERVE_TOKEN", raising=False)
     run_file = tmp_path / "run.toml"
@@ -118,4 +123,4 @@ def test_no_network_address_without_a_token(data: Path, tmp_path: Path, monkeypa
         '[serve]\nhost = "0.0.0.0"\n'
     )
     with pytest.raises(ValueError, match=r"serve\.host 0\.0\.0\.0 is on the network"):
-        serve(load_config(run_file, []))
+        serve_labels(load_config(run_file, []))

@@ -17,7 +17,7 @@ from test_step_sampler import Builder, Pool, asked
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.curriculum import Curriculum
 from megatron_r1reward.data.loader import PromptLoader
-from megatron_r1reward.monitor.timeline import Timeline
+from megatron_r1reward.monitor.timers import Timeline
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.training.producer import RolloutProducer
 from megatron_r1reward.training.rl_metrics import rollout_metrics

@@ -17,7 +17,7 @@ from waiting import wait_until
 from megatron_r1reward.config.schema import DataSection, JudgeSection, RewardSection, RunConfig
 from megatron_r1reward.data.curriculum import Curriculum
 from megatron_r1reward.data.loader import DataStage, PromptLoader
-from megatron_r1reward.monitor.timeline import Timeline
+from megatron_r1reward.monitor.timers import Timeline
 from megatron_r1reward.reward.consistency import ConsistencyJudge
 from megatron_r1reward.reward.score import RewardScorer, Rules, count
 from megatron_r1reward.rollout.accounting import Accounting, FailedPrompt

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_r1reward.weight_sync import broadcast_sender
+from megatron_r1reward.weight_sync import senders
 from megatron_r1reward.weight_sync.broadcast_group import BroadcastGroup, Rendezvous, listen
 
 TIMEOUT_S = 30.0  # of a receiver that does not notice by itself
@@ -75,7 +75,7 @@ def test_the_sender_notices_who_leaves_long_before_the_time_out() -> None:
 def test_the_end_of_the_process_does_not_wait_for_a_peer() -> None:
     """A peer that never joins leaves nccl in its start, in a thread that nobody can end."""
     never = threading.Event()
-    waiting = broadcast_sender._in_thread(never.wait)
+    waiting = senders._in_thread(never.wait)
     (thread,) = (thread for thread in threading.enumerate() if thread.name == "weights")
     assert thread.daemon
     never.set()
