@@ -42,6 +42,8 @@ Launcher = Literal["local", "slurm"]
 # "stopped": saved and left on request; "done": nothing is left to do.
 Phase = Literal["loading", "training", "saving", "exporting", "stopped", "done"]
 Outcome = Literal["done", "requeue", "failed", "cancelled"]
+_TAIL_BYTES = 64 << 10
+_TAIL_LINES = 25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,3 +270,15 @@ def duration(seconds: float) -> str:
         return f"{minutes} min"
     days, hours = divmod(hours, 24)
     return f"{hours} h {minutes} min" if days == 0 else f"{days} d {hours} h"
+
+
+def last_lines(path: Path) -> tuple[str, ...]:
+    """The end of a log; of a progress bar, which overwrites its line, only the last state."""
+    try:
+        with path.open("rb") as log:
+            log.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            text = log.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ()
+    lines = (line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n"))
+    return tuple([line for line in lines if line][-_TAIL_LINES:])

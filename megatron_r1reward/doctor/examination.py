@@ -17,12 +17,12 @@ from rich.table import Table
 
 from megatron_r1reward.cluster import commands
 from megatron_r1reward.cluster.placement import Stage
-from megatron_r1reward.cluster.server_health import unhealthy
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.doctor import nodes, packages, slurm_features, storage
 from megatron_r1reward.doctor.finding import LEVELS, Finding, error, note, ok, warning, worst
 from megatron_r1reward.doctor.packages import Build
 from megatron_r1reward.doctor.run_file import check_run_file, stage_of
+from megatron_r1reward.network.server_api import unhealthy
 from megatron_r1reward.run_dir import Address, RunDir
 from megatron_r1reward.servers.member import read_status
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from megatron_r1reward.cluster.server_health import last_lines
-from megatron_r1reward.run_dir import ExitReport, Heartbeat, Outcome, RunDir, RunInfo
+from megatron_r1reward.run_dir import ExitReport, Heartbeat, Outcome, RunDir, RunInfo, last_lines
 
 EXIT_STALLED = 70  # no progress within cluster.stall_timeout_s
 EXIT_UNFINISHED = 71  # a component left with exit code 0, but its work was not done

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from megatron_r1reward.cluster.placement import Placement
-from megatron_r1reward.cluster.server_health import unhealthy
 from megatron_r1reward.config.schema import ClusterSection
 from megatron_r1reward.launch.exit_report import (
     EXIT_LOST_NODE,
@@ -27,6 +26,7 @@ from megatron_r1reward.launch.exit_report import (
 )
 from megatron_r1reward.launch.server_lives import ServerLives
 from megatron_r1reward.launch.steps import RunningStep, StepEnd, StepLauncher
+from megatron_r1reward.network.server_api import unhealthy
 from megatron_r1reward.run_dir import (
     EXIT_DONE,
     EXIT_REQUEUE,

@@ -13,11 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-import httpx
-
-from megatron_r1reward.cluster.server_health import unhealthy
 from megatron_r1reward.config.server_sections import VllmSection
-from megatron_r1reward.network.tokens import bearer, new_token
+from megatron_r1reward.network.server_api import ServerCallError, call, open_client, unhealthy
+from megatron_r1reward.network.tokens import new_token
 from megatron_r1reward.servers.command import WeightTransport, sees_gpu, server_command, server_environment
 from megatron_r1reward.servers.keeper import KEEPER_GRACE_S, ScratchFolder, remove_unmapped, shared_memory_of
 from megatron_r1reward.servers.member import Report, ServerError
@@ -239,14 +237,13 @@ class VllmServer:
     def _wait_ready(self, progress: Report | None) -> None:
         started = time.monotonic()
         limit_s = self._section.startup_timeout_s
-        with httpx.Client(timeout=limit_s, trust_env=False, headers=bearer(self.token)) as http:
-            while unhealthy(self.url, attempts=1) is not None:
-                self.check_alive()
-                if time.monotonic() - started > limit_s:
-                    raise ServerError(self._describe(f"was not ready after {limit_s:g} s"))
-                time.sleep(_POLL_INTERVAL_S)
-            self.check_alive()  # whoever answered might be somebody else on our port
-            self._complete_one_request(http)
+        while unhealthy(self.url, attempts=1) is not None:
+            self.check_alive()
+            if time.monotonic() - started > limit_s:
+                raise ServerError(self._describe(f"was not ready after {limit_s:g} s"))
+            time.sleep(_POLL_INTERVAL_S)
+        self.check_alive()  # whoever answered might be somebody else on our port
+        self._complete_one_request(limit_s)
         assert self.pid is not None
         self._shared_memory = shared_memory_of(self.pid)  # who is killed cannot clean up
         if progress is not None:
@@ -307,13 +304,13 @@ class VllmServer:
     ) -> None:
         self.close()
 
-    def _complete_one_request(self, http: httpx.Client) -> None:
+    def _complete_one_request(self, timeout_s: float) -> None:
+        body = ONE_TOKEN | {"model": self.served_name}
         try:
-            response = http.post(f"{self.url}/v1/completions", json=ONE_TOKEN | {"model": self.served_name})
-        except httpx.TransportError as error:
-            raise ServerError(self._describe(f"broke off its first request ({error})")) from error
-        if response.is_error:
-            raise ServerError(self._describe(f"failed its first request: {response.status_code} {response.text[:500]}"))
+            with open_client(timeout_s=timeout_s) as client:
+                call(client, "POST", f"{self.url}/v1/completions", token=self.token, body=body)
+        except ServerCallError as error:
+            raise ServerError(self._describe(f"did not complete its first request ({error})")) from error
 
     def _describe(self, what: str) -> str:
         return f"server {self.served_name!r} ({self.url}) {what}: {explain(self.log_path, self._log_start)}"

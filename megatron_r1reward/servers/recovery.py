@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import httpx
 
 from megatron_r1reward.config.server_sections import VllmSection
-from megatron_r1reward.network.tokens import bearer
+from megatron_r1reward.network.server_api import HEALTH, ServerCallError, call_async, open_async_client
 from megatron_r1reward.servers.member import Member, ServerError
 from megatron_r1reward.servers.process import ONE_TOKEN
 
@@ -151,7 +151,7 @@ class Supervisor:
         if member.server is not None and not member.server.alive:
             self.quarantine(member, _ENDED, hung=True)
             return
-        problem = await self._problem(member, "GET", "/health", None, self._section.health_timeout_s)
+        problem = await self._problem(member, "GET", HEALTH, None, self._section.health_timeout_s)
         if member.state != "ready" or member.incarnation != incarnation:
             return
         if problem is None:
@@ -198,7 +198,7 @@ class Supervisor:
         """Probe and admit; None when the member is in service, else what stands in the way."""
         if member.server is not None and not member.server.alive:
             return _ENDED
-        problem = await self._problem(member, "GET", "/health", None, self._section.health_timeout_s)
+        problem = await self._problem(member, "GET", HEALTH, None, self._section.health_timeout_s)
         if problem is not None:
             return problem
         try:
@@ -254,16 +254,13 @@ class Supervisor:
 
     async def _problem(self, member: Member, method: str, path: str, body: object, timeout_s: float) -> str | None:
         """None when the member answers 2xx in time, else what it did instead."""
-        http = self._http.setdefault(member, httpx.AsyncClient(trust_env=False))
+        client = self._http.get(member)
+        if client is None:
+            client = self._http[member] = open_async_client()
         try:
-            async with asyncio.timeout(timeout_s):
-                response = await http.request(
-                    method, member.url + path, json=body, headers=bearer(member.bearer_token), timeout=None
-                )
-        except TimeoutError:
-            return f"{method} {path}: no answer within {timeout_s:g} s"
-        except httpx.HTTPError as error:
-            return f"{method} {path}: {type(error).__name__} {error}"
-        return (
-            None if response.is_success else f"{method} {path} answered {response.status_code}: {response.text[:300]}"
-        )
+            await call_async(
+                client, method, member.url + path, token=member.bearer_token, body=body, timeout_s=timeout_s
+            )
+        except ServerCallError as error:
+            return str(error)
+        return None

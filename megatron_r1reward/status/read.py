@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_r1reward.cluster import commands
-from megatron_r1reward.cluster.server_health import last_lines
 from megatron_r1reward.monitor.sinks import HEADLINE
-from megatron_r1reward.run_dir import Address, Component, ExitReport, Heartbeat, RunDir, RunInfo
+from megatron_r1reward.run_dir import Address, Component, ExitReport, Heartbeat, RunDir, RunInfo, last_lines
 
 # starting: servers or model are loading. silent: running, but without a sign of life for too long. waiting: saved, and
 # another turn was asked for. died: it ended without a word (killed, or its node failed). unknown: nothing has run yet.

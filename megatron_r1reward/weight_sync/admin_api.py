@@ -7,9 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
-
-from megatron_r1reward.network.tokens import bearer
+from megatron_r1reward.network.server_api import ServerCallError, call, open_client
 from megatron_r1reward.weight_sync import WeightPushError
 
 
@@ -28,8 +26,7 @@ class ControlPlane:
 
     def __init__(self, targets: Sequence[Target], *, timeout_s: float) -> None:
         self.targets = tuple(targets)
-        # A connection for each call: a server closes it after answering 500, and the next call on it would fail.
-        self._http = httpx.Client(timeout=timeout_s, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
+        self._http = open_client(timeout_s=timeout_s)
         self._threads = ThreadPoolExecutor(max_workers=max(len(self.targets), 1), thread_name_prefix="weight-push")
 
     def start(
@@ -76,16 +73,18 @@ class ControlPlane:
         body: Any,
         timeout_s: float | None,
     ) -> Any:
-        url = target.url + path
-        timeout = httpx.USE_CLIENT_DEFAULT if timeout_s is None else timeout_s
         try:
-            response = self._http.request(
-                method, url, params=params, json=body, headers=bearer(target.token), timeout=timeout
+            response = call(
+                self._http,
+                method,
+                target.url + path,
+                token=target.token,
+                body=body,
+                params=params,
+                timeout_s=timeout_s,
             )
-        except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: the client was closed meanwhile
-            raise WeightPushError(f"{method} {url} failed: {error or type(error).__name__}") from error
-        if response.is_error:
-            raise WeightPushError(f"{method} {url} answered {response.status_code}: {response.text[:500]}")
+        except ServerCallError as error:
+            raise WeightPushError(str(error)) from error
         return response.json() if response.content else None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from jobs import REPOSITORY, Job, tool, until
 from scenarios import NOT_THE_DOOMED, ONE_SERVER, TOKEN, Bench
 
-from megatron_r1reward.cluster.server_health import unhealthy
+from megatron_r1reward.network.server_api import unhealthy
 
 LAUNCHER = REPOSITORY / ".venv-recipes" / "bin" / "python"
 SHAPE = ("exclusive=false", "mem=3000", "cpus_per_task=4", "time=00:20:00", "account=r1reward")

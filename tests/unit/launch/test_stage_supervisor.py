@@ -227,7 +227,7 @@ def test_what_cannot_be_mended_ends_the_life_with_its_reason(tmp_path: Path) -> 
 
 
 def test_an_address_that_cannot_be_reached_is_said(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("megatron_r1reward.cluster.server_health._PAUSE_S", 0.01)
+    monkeypatch.setattr("megatron_r1reward.network.server_api._PAUSE_S", 0.01)
     life = OneLife(tmp_path)
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))  # and not listening
