@@ -27,9 +27,7 @@ _MEANINGLESS: dict[Stage, tuple[str, ...]] = {"rm": _NOT_FOR_RM, "sft": ("reward
 
 
 def check_keys(config: RunConfig, stage: Stage) -> None:
-    """ValueError where a key of another stage is set to something else than its default, or lacks what it needs."""
-    if stage != "sft":  # whose rows may say it themselves
-        config.data.check_attempts()
+    """ValueError where a key of another stage is set to something else than its default."""
     defaults = {name: field.default for name, field in RunConfig.model_fields.items()}
     found = []
     for key in _MEANINGLESS.get(stage, ()):
@@ -47,7 +45,10 @@ def check_keys(config: RunConfig, stage: Stage) -> None:
 
 
 def check_settings(config: RunConfig, stage: Stage) -> None:
-    """ValueError where a stage would find out, once its servers are there, that its samples cannot be drawn as set."""
+    """ValueError where a stage would find out, once its servers are there, that its samples cannot be drawn as set, or
+    its rows not be selected."""
+    if stage != "sft":  # whose rows may say it themselves
+        config.data.check_attempts()
     if stage == "rl":
         config.sampling.check_for_rl()
         key, samples = "algorithm.samples_per_prompt", config.algorithm.samples_per_prompt

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_r1reward.checkpoint.manifest import write_manifest
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.launch.stage_models import check_models
+from megatron_r1reward.launch.stage_models import check_models, check_settings
 
 
 @pytest.fixture(autouse=True)
@@ -94,3 +94,12 @@ def test_samples_that_servers_cannot_draw_are_refused_before_there_are_servers(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         check_models(settings(**sections), stage)  # type: ignore[arg-type]
+
+
+def test_a_difficulty_that_nobody_measured_is_refused_where_rows_do_not_say_it_themselves() -> None:
+    tree = {"run": {"output_dir": "unused"}, "model": {"path": "unused"}, "data": {"train": "x", "difficulty": [1, 2]}}
+    config = RunConfig.model_validate(tree)
+    for stage in ("rl", "rm"):
+        with pytest.raises(ValueError, match=r"data.difficulty needs data.attempts"):
+            check_settings(config, stage)
+    check_settings(config, "sft")
