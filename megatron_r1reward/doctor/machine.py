@@ -102,7 +102,7 @@ def _check_gpu(gpu: Mapping[str, str]) -> list[Finding]:
 
 
 def check_torch_gpus(seen: Mapping[str, Any], driver: list[dict[str, str]], visible: str | None) -> list[Finding]:
-    """torch sees the GPUs that it may use. `seen` is what `imports.check_torch` returned, `visible` the value of
+    """torch sees the GPUs that it may use. `seen` is what `packages.check_torch` returned, `visible` the value of
     CUDA_VISIBLE_DEVICES."""
     if not driver or not seen or seen.get("cuda") is None:
         return []

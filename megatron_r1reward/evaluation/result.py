@@ -132,7 +132,7 @@ class GreedyAccuracy(OrderAccuracy):
 class PairKind(_Part):
     """Pairs of one kind, judged greedily in both orders."""
 
-    kind: str  # "right against wrong", and those of `pair_kinds`
+    kind: str  # "right against wrong", and those of `control_sets`
     pairs: int
     first_place: float | None  # share of the verdicts that are 1; None: no verdict
     first_place_interval: Interval | None

@@ -166,7 +166,7 @@ def draw_timeline(rows: Sequence[Mapping[str, Any]]) -> TimelineDrawing | None:
     """Draw some steps from the middle of the run; None when there is no step with training and generation.
 
     Args:
-        rows: of `monitor.timeline.Timeline`.
+        rows: of `monitor.timers.Timeline`.
     """
     rows = [row for row in rows if row["phase"] in LANES or SERVER.fullmatch(row["phase"])]
     trained = sorted({int(row["step"]) for row in rows if row["phase"] in TRAINING})
