@@ -249,6 +249,9 @@ def _text(family: Family, text: ConfigReader, *, tied: bool) -> TextShape:
     kinds = text.get("layer_types", ["full_attention"])
     if not isinstance(kinds, list) or set(map(str, kinds)) != {"full_attention"}:
         text.problem("layer_types", 'not implemented, only "full_attention" is')
+    vocab, pad = text.size("vocab_size"), text.get("pad_token_id")
+    if isinstance(pad, int) and pad >= vocab:  # transformers cannot build the model
+        text.problem("pad_token_id", f"outside the vocabulary of {vocab}")
     return TextShape(
         layers=layers,
         hidden=hidden,
@@ -256,7 +259,7 @@ def _text(family: Family, text: ConfigReader, *, tied: bool) -> TextShape:
         heads=heads,
         groups=groups,
         head_dim=max(head_dim, 1),
-        vocab=text.size("vocab_size"),
+        vocab=vocab,
         tied=tied,
         qkv_bias=family == "qwen2_5_vl",
         qk_norm=family != "qwen2_5_vl",

@@ -54,6 +54,7 @@ def changed(family: str, part: str, **keys: Any) -> dict[str, Any]:
         ("qwen3_vl_moe", "text_config", {"num_shared_experts": 1}, "num_shared_experts"),
         ("qwen2_5_vl", "vision_config", {"in_chans": 4}, "in_chans = 4: not implemented, only 3"),
         ("qwen2_5_vl", "", {"hidden_size": "32"}, "a positive integer is needed"),
+        ("qwen2_5_vl", "", {"pad_token_id": 26}, "pad_token_id = 26: outside the vocabulary of 26"),
         ("qwen2_5_vl", "", {"image_token_id": 26}, "image_token_id 26 is outside the vocabulary of 26"),
     ],
 )
