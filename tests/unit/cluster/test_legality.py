@@ -13,9 +13,8 @@ from megatron_r1reward.cluster.legality import (
     pipeline_layout,
     split_layers,
 )
-from megatron_r1reward.config.schema import ParallelSection, PrecisionSection
+from megatron_r1reward.config.schema import ParallelSection
 from megatron_r1reward.model_folder.shape import ModelShape, read_shape
-from megatron_r1reward.parallel.precision import row_multiple, sequence_multiple
 from megatron_r1reward.planner.catalog import bundled_config
 
 SEVEN_B = read_shape(bundled_config("Qwen2.5-VL-7B-Instruct"))
@@ -99,11 +98,3 @@ def test_vision_placements() -> None:
     interleaved = split_layers(SEVEN_B, parallel(pp=2, vpp=2, vision_placement="balanced"))
     assert interleaved[0] + interleaved[2] < interleaved[1] + interleaved[3]
     assert sum(interleaved) == 28
-
-
-def test_padding_multiples() -> None:
-    fp8 = PrecisionSection(transformer_impl="transformer_engine", fp8="hybrid", fp8_recipe="mxfp8")
-    assert (sequence_multiple(parallel()), row_multiple(parallel(), PrecisionSection())) == (1, 1)
-    assert sequence_multiple(parallel(cp=4)) == 8
-    assert row_multiple(parallel(tp=4, cp=2, sequence_parallel=True), PrecisionSection()) == 8
-    assert row_multiple(parallel(tp=2, cp=2, sequence_parallel=True), fp8) == 128

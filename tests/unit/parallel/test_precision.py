@@ -9,7 +9,7 @@ import torch
 
 from megatron_r1reward.config.schema import ParallelSection, PrecisionSection
 from megatron_r1reward.parallel import precision, specs
-from megatron_r1reward.parallel.precision import Device, fp8_arguments
+from megatron_r1reward.parallel.precision import Device, fp8_arguments, row_multiple, sequence_multiple
 
 H100 = Device(name="H100", capability=(9, 0), transformer_engine=(2, 20))
 B200 = Device(name="B200", capability=(10, 0), transformer_engine=(2, 20))
@@ -91,3 +91,13 @@ def test_the_transformer_engine_spec_fails_at_once_without_it() -> None:
         specs.layer_spec(AttnMaskType.causal, transformer_impl="transformer_engine")
     with pytest.raises(ValueError, match="Transformer Engine cannot be imported"):
         specs.final_norm("transformer_engine")
+
+
+def test_padding_multiples() -> None:
+    mxfp8 = PrecisionSection(**FP8, fp8_recipe="mxfp8")
+    assert (sequence_multiple(ParallelSection()), row_multiple(ParallelSection(), PrecisionSection())) == (1, 1)
+    assert sequence_multiple(ParallelSection(context_parallel_size=4)) == 8
+    cut = {"context_parallel_size": 2, "sequence_parallel": True}
+    four, two = (ParallelSection(tensor_model_parallel_size=size, **cut) for size in (4, 2))
+    assert row_multiple(four, PrecisionSection()) == 8
+    assert row_multiple(two, mxfp8) == 128
