@@ -289,7 +289,7 @@ def _rope(family: Family, text: ConfigReader, head_dim: int) -> Rope:
         )
         if not rope.has("factor"):
             rope.problems.append(f"{rope.name('factor')} is missing")
-    elif kind not in ("default", "mrope"):
+    elif kind not in (("default", "mrope") if family == "qwen2_5_vl" else ("default",)):  # transformers' names
         rope.problem("rope_type" if rope.has("rope_type") else "type", 'not implemented, only "default" and "yarn" are')
     if family != "qwen2_5_vl":
         rope.only("mrope_interleaved", True)

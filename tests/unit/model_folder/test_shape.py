@@ -50,6 +50,12 @@ def changed(family: str, part: str, **keys: Any) -> dict[str, Any]:
             {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 1]}},
             "sizes that add",
         ),
+        (
+            "qwen3_vl",
+            "text_config",
+            {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
+            'type = "mrope": not implemented',
+        ),
         ("qwen3_vl_moe", "text_config", {"norm_topk_prob": False}, "norm_topk_prob = false"),
         ("qwen3_vl_moe", "text_config", {"num_shared_experts": 1}, "num_shared_experts"),
         ("qwen2_5_vl", "vision_config", {"in_chans": 4}, "in_chans = 4: not implemented, only 3"),
