@@ -119,10 +119,20 @@ def _clear(out: Path) -> None:
     (out / MARKER).touch()
 
 
-def run_demo(out: Path, run_files: Path, *, seed: int = 0, best_of_images: int = 40) -> None:
+def run_demo(
+    out: Path,
+    run_files: Path,
+    *,
+    seed: int = 0,
+    sft_rows: int = 9_000,
+    pool_rows: int = 2_400,
+    judge_rows: int = 2_000,
+    best_of_images: int = 40,
+) -> None:
     """Data, model, SFT, judge, annotation, RL, evaluation, best-of-N, report; everything under `out`.
 
     Args:
+        sft_rows: of the cold start; likewise for RL and the judge, see `build_digits`.
         best_of_images: held-out images of which the trained model picks the best answer.
 
     Raises:
@@ -144,9 +154,9 @@ def run_demo(out: Path, run_files: Path, *, seed: int = 0, best_of_images: int =
     build_digits(
         out / "data",
         seed=seed,
-        sft_rows=9_000,
-        pool_rows=2_400,
-        judge_rows=2_000,
+        sft_rows=sft_rows,
+        pool_rows=pool_rows,
+        judge_rows=judge_rows,
         categories=CATEGORIES,
     )
     write_demo_model(out / "model", [out / "data" / name for name in ("sft.jsonl", "judge_sft.jsonl")], seed=seed)
