@@ -78,13 +78,15 @@ def test_a_benchmark_is_judged_once(
     shared_pool: RolloutPool, tmp_path: Path, image_paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Greedy and sampled, in both orders, by the command, and the same server as the judge of the samples; a second run
-    finds all of it on record."""
+    finds all of it on record. One pair is about text alone, and the responses of one show pictures."""
     ((url, token),) = shared_pool.group.endpoints()
     monkeypatch.setenv("BENCH_KEY", token or "")
     rows = [
         {"id": name, "prompt": "Which?", "chosen": f"It is {name}.", "rejected": "b", "category": "c", "image": path}
         for name, path in zip("xyz", image_paths, strict=False)
     ]
+    drawn = {"chosen": "So:<image>", "chosen_images": list(image_paths[:1]), "rejected_image": image_paths[1]}
+    rows += [{**rows[2], **drawn, "id": "drawn", "rejected": ""}, {**rows[0], "id": "text", "image": None}]
     source, out = tmp_path / "rows.jsonl", tmp_path / "out"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["bench", "pairs", str(source), "--out", str(out), "--model", url, "--model-name", SERVED_NAME]
