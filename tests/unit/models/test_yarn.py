@@ -72,9 +72,10 @@ def test_servers_compute_yarn_as_the_trainer_does(scaled: Path, original: int, t
     assert (vllm_table("qwen2_5_vl", original)[: len(ours_TF)] - ours_TF).abs().max() > 0.1, "as long as this holds"
 
 
-def test_rl_with_yarn_is_refused_only_beyond_its_reach(scaled: Path) -> None:
+def test_rl_with_yarn_is_refused_only_beyond_its_reach(scaled: Path, tmp_path: Path) -> None:
     """Qwen3-VL: vLLM's engine dies of the first request that is longer. Qwen2.5-VL has four times that room."""
-    tree = {"run": {"output_dir": "unused"}, "model": {"path": str(scaled)}, "data": {"train": "unused"}}
+    (rows := tmp_path / "rows.jsonl").write_text("{}\n")
+    tree = {"run": {"output_dir": "unused"}, "model": {"path": str(scaled)}, "data": {"train": str(rows)}}
     rl = RunConfig.model_validate(tree | {"rl": {}, "reward": {"use_judge": False}})
     check_models(rl.model_copy(update={"rollout": ServerSection(max_model_len=512)}), "rl")
     with pytest.raises(ValueError, match=r"max_model_len 513 is more than the 512 positions that"):
