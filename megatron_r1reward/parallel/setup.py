@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -101,6 +102,23 @@ class Topology:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.on_host, device=torch.device("cpu"))
         return box[0]
+
+    def decided_by_main(self, decide: Callable[[], Value]) -> Value:
+        """What the main rank finds by `decide`, on every rank; collective.
+
+        Raises:
+            OSError, ValueError: those of `decide`, on every rank: the others would wait.
+        """
+        answer: Value | Exception | None = None
+        if self.is_main:
+            try:
+                answer = decide()
+            except (OSError, ValueError) as error:
+                answer = error
+        answer = self.from_main(answer)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer  # type: ignore[return-value]
 
     def holds_first_layer(self, chunk: int) -> bool:
         """Whether model chunk `chunk` of this rank embeds tokens and images."""

@@ -62,16 +62,7 @@ def models_read(config: RunConfig, topology: Topology, *, rl: bool) -> dict[str,
     Raises:
         ValueError: a folder or a file is missing.
     """
-    answer: dict[str, str] | ValueError = {}
-    if topology.is_main:
-        try:
-            answer = _read(config, rl)
-        except ValueError as error:  # on all ranks, or the others would wait
-            answer = error
-    answer = topology.from_main(answer)
-    if isinstance(answer, ValueError):
-        raise answer
-    return answer
+    return topology.decided_by_main(lambda: _read(config, rl))
 
 
 def _read(config: RunConfig, rl: bool) -> dict[str, str]:

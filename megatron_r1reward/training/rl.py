@@ -273,17 +273,14 @@ def _data(config: RunConfig, topology: Topology, replay: Replay | None) -> tuple
     Raises:
         ValueError: there is no usable row, or the record is of other data.
     """
-    message: tuple[dict[str, Any], Exception | None] = ({}, None)
     selected = None
-    if topology.is_main:  # alone: hundreds of thousands of rows on every rank of a node would fill its memory
-        try:
-            selected, description = _read(config, replay)
-            message = (description, None)
-        except ValueError as error:
-            message = ({}, error)
-    description, problem = topology.from_main(message)
-    if problem is not None:
-        raise problem
+
+    def read() -> dict[str, Any]:  # by one rank: hundreds of thousands of rows on every rank would fill a node's memory
+        nonlocal selected
+        selected, description = _read(config, replay)
+        return description
+
+    description = topology.decided_by_main(read)
     return selected, description
 
 

@@ -14,10 +14,9 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 from megatron_r1reward.checkpoint.dist import LATEST, describe_problem, step_of
 from megatron_r1reward.files import read_json, write_text
@@ -27,7 +26,6 @@ from megatron_r1reward.training.state import TrainState
 
 log = logging.getLogger(__name__)
 FILE = "rollbacks.json"
-Value = TypeVar("Value")
 
 
 class RollBackError(Exception):
@@ -59,7 +57,7 @@ def history(root: Path, topology: Topology) -> tuple[Rollback, ...]:
             found = _complete(root, found)
         return found
 
-    return _together(topology, read)
+    return topology.decided_by_main(read)
 
 
 def roll_back(state: TrainState, alarm: RollBackError) -> None:
@@ -93,7 +91,7 @@ def roll_back(state: TrainState, alarm: RollBackError) -> None:
         _write(root, (*past, entry))
         return _complete(root, (*past, entry))
 
-    now = _together(state.topology, choose)
+    now = state.topology.decided_by_main(choose)
     if now is None:
         raise SignalGoneError(
             f"{alarm.reason}; there is no checkpoint of step {last} or earlier to go back to: lower "
@@ -118,20 +116,6 @@ def lower_rate(state: TrainState, unseen: Sequence[Rollback]) -> None:
     for group in state.optimizer.param_groups:
         group["max_lr"], group["min_lr"] = scheduler.max_lr, scheduler.min_lr
     scheduler.step(increment=0)
-
-
-def _together(topology: Topology, decide: Callable[[], Value]) -> Value:
-    """What the main rank decides, or its error, on all ranks."""
-    answer: Value | Exception | None = None
-    if topology.is_main:
-        try:
-            answer = decide()
-        except (OSError, ValueError) as error:
-            answer = error
-    answer = topology.from_main(answer)
-    if isinstance(answer, Exception):
-        raise answer
-    return answer  # type: ignore[return-value]
 
 
 def _complete(root: Path, entries: tuple[Rollback, ...]) -> tuple[Rollback, ...]:

@@ -67,22 +67,18 @@ def select_together(
     Raises:
         ValueError: a file cannot be read, or no row is left.
     """
-    message: tuple[Mapping[str, str], tuple[DataStage, ...], ValueError | None] = ({}, (), None)
-    if topology.is_main:
-        try:
-            found = select_rows(
-                rows,
-                config.data,
-                batch_size=section.global_batch_size,
-                steps=section.steps_of,
-                set_aside=set_aside,
-            )
-            message = (found.contents, found.stages, None)
-        except ValueError as error:
-            message = ({}, (), error)
-    contents, stages, problem = topology.from_main(message)
-    if problem is not None:
-        raise problem
+
+    def select() -> tuple[Mapping[str, str], tuple[DataStage, ...]]:
+        found = select_rows(
+            rows,
+            config.data,
+            batch_size=section.global_batch_size,
+            steps=section.steps_of,
+            set_aside=set_aside,
+        )
+        return found.contents, found.stages
+
+    contents, stages = topology.decided_by_main(select)
     of = {row.id: row for row in rows}
     return SelectedRows(rows=tuple(of[name] for name in contents), contents=contents, stages=stages)
 

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from megatron_r1reward.training import rl
 from megatron_r1reward.training.models_read import check_models_read, models_read
 
 ALONE: Any = SimpleNamespace(is_main=True, from_main=lambda value: value)
+ALONE.decided_by_main = partial(Topology.decided_by_main, ALONE)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -151,6 +152,8 @@ def test_every_rank_trains_on_what_the_main_rank_selected(tmp_path: Path) -> Non
 
     main = SimpleNamespace(is_main=True, from_main=send)
     other = SimpleNamespace(is_main=False, from_main=lambda nothing: pickle.loads(sent[-1]))
+    for rank in (main, other):
+        rank.decided_by_main = partial(Topology.decided_by_main, rank)  # type: ignore[arg-type]
     stages = {"categories": ["high"], "curriculum": [{"until_step": 2, "difficulty": [1, 1]}, {}]}
     found = select(main, **stages)
     assert [row.id for row in found.rows] == ["4", "5", "6", "7"]
