@@ -18,9 +18,12 @@ _PR_SET_PDEATHSIG = 1
 _UNUSED = ("sklearn",)
 
 
-def die_with_parent() -> None:
-    """Called in a child: the kernel kills it when its parent ends, however that ends (Linux)."""
+def die_with_parent(parent: int) -> None:
+    """Called in a child of the process `parent`: the kernel kills it when its parent ends, however and whenever that
+    ends (Linux)."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the kernel knew
+        os._exit(1)
 
 
 @contextmanager

@@ -164,8 +164,9 @@ class _Pool:
         self._waiting: deque[Future[None]] = deque()
         # Not forked: this process may have threads, of pyarrow for one.
         context = multiprocessing.get_context("spawn")
+        # Of a parent that is killed its queue alone would tell nothing: its processes would wait for ever.
         self._pool = (
-            ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with, initargs=(os.getpid(),))
+            ProcessPoolExecutor(processes, mp_context=context, initializer=die_with_parent, initargs=(os.getpid(),))
             if processes > 1
             else None
         )
@@ -187,13 +188,6 @@ class _Pool:
         while len(self._waiting) >= self._most:
             _finish(self._waiting.popleft())
         self._waiting.append(self._pool.submit(_read_part, payload, reading, path))
-
-
-def _end_with(parent: int) -> None:
-    """In a process of the pool: the death of its parent is its own. Its queue alone would keep it waiting for ever."""
-    die_with_parent()
-    if os.getppid() != parent:  # died before the kernel was told
-        os._exit(1)
 
 
 def _finish(future: Future[None]) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -123,7 +124,7 @@ class LocalLauncher:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE if show else handle,
                     stderr=subprocess.STDOUT,
-                    preexec_fn=die_with_parent,
+                    preexec_fn=partial(die_with_parent, os.getpid()),
                 )
             processes.append(process)
             if show:

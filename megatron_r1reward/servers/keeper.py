@@ -43,9 +43,7 @@ def keep() -> None:
     keeper, program = os.getpid(), os.fork()
     if program:
         os._exit(_Keeper(program, starter).run(signals))
-    die_with_parent()
-    if os.getppid() != keeper:  # it was killed before the kernel knew that we die with it
-        os._exit(1)
+    die_with_parent(keeper)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
