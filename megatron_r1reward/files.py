@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+LFS_POINTER = b"version https://git-lfs"  # the beginning of what git checks out without git-lfs
 _TEMPORARY = re.compile(r"\..+-[0-9a-f]{16}(?:\.[^.]*)?")  # the names that `atomic_path` gives
 
 

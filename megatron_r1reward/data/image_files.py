@@ -27,9 +27,9 @@ from PIL import ExifTags, Image, ImageOps
 
 from megatron_r1reward.config.data_section import MAX_FRAMES
 from megatron_r1reward.data.near_duplicates import thumbnail
-from megatron_r1reward.data.rows import LFS_POINTER, RowError
+from megatron_r1reward.data.rows import RowError
 from megatron_r1reward.data.video_frames import VIDEOS, evenly_spaced, extract_frames
-from megatron_r1reward.files import write_bytes
+from megatron_r1reward.files import LFS_POINTER, write_bytes
 
 MAX_ASPECT_RATIO = 200  # the Qwen-VL image processors refuse more
 # Formats of pictures that vLLM's loader opens, too. MPO, what phones write, opens as a JPEG with further pictures.

@@ -16,7 +16,7 @@ from typing import Any
 
 import ijson
 
-from megatron_r1reward.files import write_jsonl
+from megatron_r1reward.files import LFS_POINTER, write_jsonl
 from megatron_r1reward.types import Label
 
 _BATCH_ROWS = 64  # rows with embedded images weigh a few hundred KB each
@@ -25,7 +25,6 @@ _BEGINNING = 1 << 20  # bytes of a .json file that tell an array from lines
 TIE = "tie"  # the answer of a row in which neither response is better
 _LABEL = re.compile(r"\s*(?:<answer>\s*([12])\s*</answer>|([12]))\s*")
 _SUFFIXES = (".jsonl", ".json", ".parquet")
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the beginning of what git checks out without git-lfs
 # How files begin that hold rows in another form.
 _OTHER_BYTES = {
     b"\x1f\x8b": "compressed by gzip: unpack it with gunzip",

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_r1reward.files import LFS_POINTER
 from megatron_r1reward.model_folder.prompt_policy import read_policy
 
 CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -23,7 +24,6 @@ _OBJECTS = (
     *(IMAGE_PROCESSOR, PROCESSOR, "video_preprocessor_config.json", CHAT_TEMPLATES[1], "generation_config.json"),
 )
 _TEXTS = ("merges.txt", CHAT_TEMPLATES[0])
-_LFS_POINTER = "version https://git-lfs"
 
 
 def damaged_files(folder: Path) -> Iterator[str]:
@@ -60,7 +60,7 @@ def _read_text(path: Path) -> str:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path.name} cannot be read ({error}): {FIX}") from error
-    if text.startswith(_LFS_POINTER):
+    if text.startswith(LFS_POINTER.decode()):
         raise ValueError(f"{path.name} is a pointer of git-lfs, not the file itself: run git lfs pull in its folder")
     return text
 

@@ -15,13 +15,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_r1reward.files import LFS_POINTER
 from megatron_r1reward.types import TensorMeta
 
 log = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
-_LFS_POINTER = b"version "
 _MAX_HEADER = 100 << 20  # the format's own limit
 
 DTYPES = {
@@ -96,7 +96,7 @@ def read_file(path: Path) -> SafetensorsFile:
     with path.open("rb") as handle:
         prefix = handle.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER + 1
-        if prefix == _LFS_POINTER:
+        if prefix == LFS_POINTER[:8]:
             raise ValueError(f"{path} is a pointer of git-lfs, not the file itself: run git lfs pull in its folder")
         if length > _MAX_HEADER:
             raise ValueError(f"{path} is not a safetensors file")
