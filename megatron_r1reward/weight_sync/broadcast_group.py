@@ -139,15 +139,16 @@ def _gloo_group(store: dist.Store, meeting: Rendezvous, rank: int, timeout: time
 def listen(host: str, timeout_s: float) -> dist.TCPStore:
     """The sender's store, on `host` only and on a port that the kernel picks (`store.port`)."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.create_server((host, 0), family=family, backlog=512)
-    port = listener.getsockname()[1]
+    return store_of(socket.create_server((host, 0), family=family, backlog=512), timeout_s)
+
+
+def store_of(listener: socket.socket, timeout_s: float) -> dist.TCPStore:
+    """A store that answers on a socket that listens already, and owns it from now on: made without one, it would listen
+    on all interfaces."""
+    host, port = listener.getsockname()[:2]
+    timeout = timedelta(seconds=timeout_s)
     return dist.TCPStore(
-        host,
-        port,
-        is_master=True,
-        timeout=timedelta(seconds=timeout_s),
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),  # the store would listen on all interfaces
+        host, port, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach()
     )
 
 
