@@ -84,6 +84,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/data_pipeline.py --json $(RESULTS)/data_pipeline.json # 200,000 rows
 	$(BIN)/python benchmarks/ranking.py --json $(RESULTS)/ranking.json # on a finished `make demo`
 	$(BIN)/python benchmarks/serving_throughput.py --json $(RESULTS)/serving_throughput.json # on a finished `make demo`
+	$(BIN)/python benchmarks/stability.py --json $(RESULTS)/stability.json --pictures $(RESULTS) # an hour of one core; resumes
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

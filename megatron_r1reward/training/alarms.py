@@ -36,7 +36,7 @@ class Health:
 
     def check(self, metrics: Mapping[str, float], step: int) -> str | None:
         """Why the run should stop after step `step`; None: it may go on."""
-        found = dict(_gone(metrics, self._section, self._algorithm))
+        found = dict(causes(metrics, self._section, self._algorithm))
         self._lasting = Counter({cause: self._lasting[cause] + 1 for cause in found})
         patience = self._section.patience
         for cause, text in found.items():
@@ -63,10 +63,10 @@ def steps_kept(config: RunConfig) -> int:
     return config.health.patience + 1 + steps_ahead(config) if config.health.policy == "rollback" else 0
 
 
-def _gone(
+def causes(
     metrics: Mapping[str, float], section: HealthSection, algorithm: AlgorithmSection
 ) -> Iterator[tuple[str, str]]:
-    """(cause, what is seen and what to change)."""
+    """Why one step teaches nothing: (cause, what is seen and what to change)."""
     yield from _samples(metrics, section)
     right, spread = f"at {_percent(metrics['reward/result'])} right", metrics["advantage/std"]
     negative, positive = metrics["advantage/filtered_negative"], metrics["advantage/filtered_positive"]
