@@ -260,13 +260,42 @@ def _jsonl_rows(path: Path, source: str) -> Iterator[RawRow]:
 class _TwiceError(ValueError):
     """A key stands twice in one object: nobody knows which of its values is meant."""
 
+    def __init__(self, key: str) -> None:
+        super().__init__(f"{key!r} stands twice in it")
+
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
         names = [name for name, _ in pairs]
-        raise _TwiceError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in it")
+        raise _TwiceError(next(name for name in names if names.count(name) > 1))
     return fields
+
+
+class _Streamed(dict[str, Any]):
+    """An object that is read key by key; an error in there would end the whole array."""
+
+    twice: str | None = None
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key in self:
+            self.twice = key
+        super().__setitem__(key, value)
+
+
+def _checked(value: Any) -> Any:
+    """The same in plain dictionaries.
+
+    Raises:
+        _TwiceError: a key stands twice in an object of it.
+    """
+    if isinstance(value, list):
+        return [_checked(item) for item in value]
+    if not isinstance(value, _Streamed):
+        return value
+    if value.twice is not None:
+        raise _TwiceError(value.twice)
+    return {key: _checked(item) for key, item in value.items()}
 
 
 def _json_rows(path: Path, source: str) -> Iterator[RawRow]:
@@ -281,8 +310,13 @@ def _json_rows(path: Path, source: str) -> Iterator[RawRow]:
         with path.open("rb") as file:
             if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
                 file.seek(0)
-            for number, fields in enumerate(ijson.items(file, "item", use_float=True), start=1):
-                origin = RowOrigin(source=source, line=number, excerpt=_EXCERPTS.repr(fields)[:_EXCERPT_CHARACTERS])
+            for number, item in enumerate(ijson.items(file, "item", use_float=True, map_type=_Streamed), start=1):
+                origin = RowOrigin(source=source, line=number, excerpt=_EXCERPTS.repr(item)[:_EXCERPT_CHARACTERS])
+                try:
+                    fields = _checked(item)
+                except _TwiceError as error:
+                    yield RawRow(origin=origin, fields=None, error=str(error))
+                    continue
                 if isinstance(fields, dict):
                     yield RawRow(origin=origin, fields=fields)
                 else:
@@ -340,6 +374,8 @@ class _ExcerptRepr(reprlib.Repr):
 
     def repr_bytes(self, value: bytes, level: int) -> str:
         return f"<{len(value)} bytes>"
+
+    repr__Streamed = reprlib.Repr.repr_dict
 
 
 _EXCERPTS = _ExcerptRepr()

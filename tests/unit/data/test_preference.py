@@ -455,12 +455,17 @@ def test_rows_without_a_label_are_read_where_they_can_be_used(root, answer):
         read_preferences(write(root, row(answer="3")), unlabelled=True)
 
 
-def test_a_key_that_stands_twice_is_no_answer(root, tmp_path):
+@pytest.mark.parametrize("kind", ["lines", "array"])
+def test_a_key_that_stands_twice_is_no_answer(root, tmp_path, kind):
     """The last one won, without a word."""
     good = row()
     twice = json.dumps(good)[:-1] + ', "answer": ["<answer>1</answer>"]}'
     inner = json.dumps(good | {"extra": 1})[:-1] + ', "more": {"a": 1, "a": 2}}'
-    result = read_preferences(write(root, good, twice.encode(), inner.encode()), quarantine=tmp_path / "q.jsonl")
+    path = write(root, good, twice.encode(), inner.encode())
+    if kind == "array":
+        path = path.with_suffix(".json")
+        path.write_text(f"[{json.dumps(good)}, {twice}, {inner}]")
+    result = read_preferences(path, quarantine=tmp_path / "q.jsonl")
     assert len(result.preferences) == 1
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "q.jsonl").read_text().splitlines()]
     assert reasons == ["'answer' stands twice in it", "'a' stands twice in it"]
