@@ -375,7 +375,7 @@ class _ExcerptRepr(reprlib.Repr):
     def repr_bytes(self, value: bytes, level: int) -> str:
         return f"<{len(value)} bytes>"
 
-    repr__Streamed = reprlib.Repr.repr_dict
+    repr__Streamed = reprlib.Repr.repr_dict  # noqa: N815  # reprlib finds it by the name of the class
 
 
 _EXCERPTS = _ExcerptRepr()
