@@ -66,3 +66,52 @@ def test_the_same_layout_repeats_itself(alone: RunConfig, tmp_path: Path) -> Non
         run_ranks(_run, 2, config)
     first, second = map(weights, twice)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _run_that_collapses(config: RunConfig) -> None:
+    """What is measured after step 2 says that the model no longer answers, as long as the rate is what it was."""
+    train_step, rate = rl.train_step, config.optimizer.lr
+
+    def step(state: Any, *given: Any) -> dict[str, float]:
+        metrics = train_step(state, *given)
+        gone = state.step > 2 and metrics["lr"] > 0.9 * rate
+        return metrics | {"rollout/answer_1_fraction": 0.5, "rollout/unparsable_fraction": float(gone)}
+
+    rl.train_step = step  # this process is a fork: nothing else sees it
+    _run(config)
+
+
+@pytest.fixture(scope="module")
+def went_back(folder: Path, parity_images: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    config = replay_config(
+        tmp_path_factory.mktemp("went-back"), folder,
+        rl={"steps": 4, "rollout_batch_size": 4, "train_batch_size": 4},
+        checkpoint={"save_every": 1, "keep_last": 1},
+        health={"policy": "rollback", "patience": 1, "rollback_factor": 0.25, "max_rollbacks": 1},
+    )  # fmt: skip
+    write_made_up_record(config, parity_images, image_token_id=load_hf_config(folder).image_token_id)
+    run_ranks(_run_that_collapses, 1, config)
+    return config
+
+
+@pytest.mark.parametrize("layout", [{}, {"pipeline_model_parallel_size": 2}], ids=["DP2", "PP2"])
+def test_ranks_go_back_together(layout: dict[str, int], went_back: RunConfig, tmp_path: Path) -> None:
+    """To the same checkpoint, each with its own part of the optimizer's state: what follows is one rank's training."""
+    config = elsewhere(went_back, tmp_path, parallel=layout)
+    run_ranks(_run_that_collapses, 2, config)
+    (then,), (now,) = (
+        json.loads((run.run.output_dir / "checkpoints" / "rollbacks.json").read_text()) for run in (went_back, config)
+    )
+    assert {name: now[name] for name in ("step", "began", "to", "done")} == {
+        "step": 3,
+        "began": 3,
+        "to": 1,
+        "done": True,
+    }
+    assert now["to"] == then["to"]
+    assert [row["step"] for row in rows(config)] == [1, 2, 3, 4]
+    for before, after in zip(rows(went_back), rows(config), strict=True):
+        for name in ("loss", "grad_norm", "lr", "health/rollbacks"):
+            assert after[name] == pytest.approx(before[name], rel=1e-3, abs=1e-5), (before["step"], name)
+    ours, theirs = weights(config), weights(went_back)
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 1e-4
