@@ -59,16 +59,16 @@ def _asks_a_model(command: Callable[..., None]) -> Callable[..., None]:
     return told
 
 
-def _check_models(*models: str | Path | None, prompt_of: Path | None = None) -> None:
+def _check_models(model: str, judge: str | None = None, *, prompt_of: Path | None = None) -> None:
     """ValueError where a folder cannot be served, or that of a prompt says nothing that can be read; URLs are not
     looked at. Before what asks them is imported: it takes seconds."""
     from megatron_r1reward.hub_name import local_folder
     from megatron_r1reward.model_folder.config_reader import CONFIG, parse_config
     from megatron_r1reward.model_folder.examine import check_served
 
-    for model in models:
-        if model is not None and "://" not in str(model):
-            check_served(local_folder(model))
+    for folder, scalar in ((model, True), (judge, False)):
+        if folder is not None and "://" not in folder:
+            check_served(local_folder(folder), scalar=scalar)
     if prompt_of is not None:
         parse_config(local_folder(prompt_of) / CONFIG)
         read_policy(local_folder(prompt_of))

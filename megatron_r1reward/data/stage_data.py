@@ -20,6 +20,7 @@ from megatron_r1reward.data.preference_row import SftExample
 from megatron_r1reward.data.prompt import TEMPLATE, messages_of, preference_messages, render_chat
 from megatron_r1reward.data.rows import fixed_folder
 from megatron_r1reward.model_folder.prompt_policy import check_template, read_policy
+from megatron_r1reward.model_folder.scalar_folder import is_scalar_folder
 from megatron_r1reward.types import Preference
 from megatron_r1reward.user_parts import read_part
 
@@ -129,7 +130,8 @@ def read_stage(config: RunConfig, stage: Stage, *, output: Path | None = None) -
     elif stage != "eval":
         found["data.train"] = read_training_preferences(config, stage, output=output)
     if stage == "eval" or (stage == "rl" and config.rl.heldout_every is not None):
-        found["evaluation.data"] = read_heldout(config, output=output)
+        scalar = stage == "eval" and is_scalar_folder(config.model.path)
+        found["evaluation.data"] = read_heldout(config, output=output, scalar=scalar)
     if stage == "rm" and config.reward_model.heldout_every is not None:
         found["evaluation.data"] = read_heldout(config, output=output, scalar=True)
     return found

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel
@@ -36,10 +36,13 @@ from megatron_r1reward.evaluation.benchmark_rules import (
 from megatron_r1reward.evaluation.judged_votes import JudgeAccess, open_vote_judge
 from megatron_r1reward.evaluation.judgements import Asking, Judged, judge_pairs, judge_samples
 from megatron_r1reward.evaluation.result import JudgedSamples, VoteBudget
+from megatron_r1reward.evaluation.scalar_evaluation import ABSENT
 from megatron_r1reward.files import remove_leftovers, write_text
-from megatron_r1reward.judging.ask import AskOptions
+from megatron_r1reward.judging.ask import ORDERS, AskOptions
 from megatron_r1reward.judging.judge_prompt import JudgePrompt
-from megatron_r1reward.judging.open_model import open_model
+from megatron_r1reward.judging.open_model import access_policy, open_model
+from megatron_r1reward.judging.scalar import read_rewards
+from megatron_r1reward.judging.served import is_scalar
 from megatron_r1reward.types import ModelAccess, Preference
 
 
@@ -69,20 +72,27 @@ class BenchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchResult:
-    """`official` and `legacy` are the benchmark's own numbers, of greedy judgements; the others are of both orders."""
+    """`official` and `legacy` are the benchmark's own numbers, of greedy judgements; the others are of both orders.
+
+    `absent`: what a scalar reward model does not have, with the reason.
+    """
 
     benchmark: str
+    kind: Literal["generative", "scalar"]
     model: str
     rows: int
     unusable: int
     asked: int
     failed: Sequence[str]
+    calls: int  # answered; of a scalar reward model two for a pair
+    tokens: int  # generated; of a scalar reward model: read
     samples: int
     official: OfficialScore
     legacy: OfficialScore | None
     overall: CategoryScore
     categories: Mapping[str, CategoryScore]
     vote_budget: VoteBudget | None  # None: no samples
+    absent: Mapping[str, str]
 
     def check_complete(self) -> None:
         """ValueError where a number rests on requests that were not answered."""
@@ -102,6 +112,9 @@ def run_bench(benchmark: str, source: Path, out: Path, access: ModelAccess, opti
     rule = _rule(benchmark, options)
     if options.judge is not None:
         options.judge.check()  # before hours of asking
+    scalar = is_scalar(access_policy(access))
+    if scalar:
+        _check_scalar(options)
     prompt = JudgePrompt.load(options.prompt, verdict=options.verdict)
     request = _request_fields(options.request)
     out.mkdir(parents=True, exist_ok=True)
@@ -117,7 +130,8 @@ def run_bench(benchmark: str, source: Path, out: Path, access: ModelAccess, opti
     other = [part for part in (prompt.turns, request) if part]
     asking = Asking(
         asked_as=(name, access.max_tokens, options.seed, *other),
-        read=prompt.read,
+        read=read_rewards if scalar else prompt.read,
+        orders=ORDERS[:1] if scalar else ORDERS,
         samples=options.samples,
         temperature=options.temperature,
         seed=options.seed,
@@ -138,20 +152,34 @@ def run_bench(benchmark: str, source: Path, out: Path, access: ModelAccess, opti
         curves = vote_curves(rows, judged, overall, options.samples, options.seed, supported)
     result = BenchResult(
         benchmark=benchmark,
+        kind="scalar" if scalar else "generative",
         model=access.model if access.model_name is None else access.model_name,
         rows=len(rows),
         unusable=len(rows) - len(preferences),
         asked=judged.asked,
         failed=judged.failed,
+        calls=(judged.asked - len(judged.failed)) * (2 if scalar else 1),
+        tokens=judged.tokens,
         samples=options.samples,
         official=official,
         legacy=legacy,
         overall=overall,
         categories=categories,
         vote_budget=curves,
+        absent=ABSENT if scalar else {},
     )
     write_text(out / "bench.json", json.dumps(_fields(result), indent=2, default=_plain) + "\n")
     return result
+
+
+def _check_scalar(options: BenchOptions) -> None:
+    """Raises ValueError for what a scalar reward model is not asked."""
+    default = BenchOptions()
+    for name in ("samples", "prompt", "verdict", "request", "judge"):
+        if getattr(options, name) != getattr(default, name):
+            raise ValueError(
+                f"--{name}: a scalar reward model gives a response one number and writes no text: leave it out"
+            )
 
 
 def _rule(benchmark: str, options: BenchOptions) -> Rule:

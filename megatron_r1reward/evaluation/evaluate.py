@@ -260,7 +260,7 @@ def _summarise(
         **several("voting", by_k(voting_accuracy)),
         **several("any_correct", by_k(any_correct)),
         **one("mean_response_tokens", estimate_mean(tokens or [0.0], told or None, seed=seed)),
-        by_category=_by_category(pairs, single),
+        by_category=accuracy_by_category(pairs, single),
     )
 
 
@@ -302,7 +302,8 @@ def _mean_tokens(pair: JudgedPair) -> float | None:
     return float(np.mean(lengths)) if lengths else None
 
 
-def _by_category(pairs: Sequence[JudgedPair], accuracy: Floats) -> dict[str, CategoryAccuracy]:
+def accuracy_by_category(pairs: Sequence[JudgedPair], accuracy: Floats) -> dict[str, CategoryAccuracy]:
+    """`accuracy` [P] of each pair, by category, with intervals over items."""
     members: dict[str, list[int]] = defaultdict(list)
     for index, pair in enumerate(pairs):
         members[pair.category].append(index)

@@ -10,6 +10,9 @@ not tell), speak of the stored order.
 `key` is the content of what was asked, of whom and how, so that a run that was killed asks for nothing twice. How a
 verdict is read is no part of it: the texts are there and are read again. `judged` is what a consistency judge says
 about a sample, {"by", "consistent"}; missing: it was not asked, or did not say.
+
+The text of a scalar reward model is the two rewards. It is asked in the stored order alone: what it says of a response
+does not depend on the other one, so the line holds for both orders.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ from megatron_r1reward.data.identity import ContentKeys
 from megatron_r1reward.evaluation.judged_votes import VoteJudge, ask_judge
 from megatron_r1reward.evaluation.result import JudgedSamples
 from megatron_r1reward.files import recover_jsonl, write_jsonl
-from megatron_r1reward.judging.ask import ORDERS, Item, Judgement, Order, as_shown
-from megatron_r1reward.judging.compare import seed_of
+from megatron_r1reward.judging.ask import ORDERS, Item, Judgement, Order, Scores, as_shown
+from megatron_r1reward.judging.compare import judged_rewards, rewards_of, seed_of
 from megatron_r1reward.judging.reward_model import RewardModel
 from megatron_r1reward.reward.readers import Reader
 from megatron_r1reward.reward.rules import parse_response
@@ -51,6 +54,7 @@ class Asking:
     samples: int
     temperature: float
     seed: int
+    orders: tuple[Order, ...] = ORDERS  # of a scalar reward model the first: what it says holds in both
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,7 @@ class Judged:
     samples: Mapping[tuple[int, Order], Sequence[Line]]
     failed: Sequence[str]
     asked: int
+    tokens: int  # generated, of all that was answered; of a scalar reward model: read
 
     def judgements(self, place: int, order: Order) -> list[Judgement]:
         """The samples for `measure_votes`: choice 1 is the better response."""
@@ -149,7 +154,10 @@ def judge_pairs(
                 greedy[where] = known[request.key]
             else:
                 samples.setdefault(where, []).append(known[request.key])
-    return Judged(greedy=greedy, samples=samples, failed=failed, asked=len(requests))
+    if asking.orders != ORDERS:
+        greedy |= {(place, "21"): {**line, "order": "21"} for (place, _), line in greedy.items()}
+    tokens = sum(known[request.key]["tokens"] for request in requests if request.key in known)
+    return Judged(greedy=greedy, samples=samples, failed=failed, asked=len(requests), tokens=tokens)
 
 
 def _complete(
@@ -174,7 +182,7 @@ def _requests(preferences: Mapping[int, Preference], asking: Asking) -> Iterator
     ways: list[tuple[float, int]] = [(0.0, 0), *((asking.temperature, number) for number in range(asking.samples))]
     for place, preference in preferences.items():
         item = _item(preference)
-        for order in ORDERS:
+        for order in asking.orders:
             asked = [place, item.key, *preference.responses, order, preference.label, *asking.asked_as]
             for temperature, number in ways:
                 said = json.dumps(asked + ([] if temperature == 0.0 else [temperature, number]))
@@ -212,14 +220,19 @@ async def _ask(model: RewardModel, request: _Request, seed: int) -> dict[str, An
     """One judgement as a line of the record."""
     pair, order = request.preference.responses, request.order
     item = _item(request.preference)
-    (said,) = await model.model.judge(
-        item,
-        pair,
-        order=order,
-        n=1,
-        temperature=request.temperature,
-        seed=(seed_of(seed, item, pair, order) + request.sample) % 2**31,
-    )
+    if isinstance(model.model, Scores):
+        rewards = await rewards_of(model.model, item, pair)
+        said, tokens = judged_rewards(*rewards, order), sum(one.tokens for one in rewards)
+    else:
+        (said,) = await model.model.judge(
+            item,
+            pair,
+            order=order,
+            n=1,
+            temperature=request.temperature,
+            seed=(seed_of(seed, item, pair, order) + request.sample) % 2**31,
+        )
+        tokens = said.tokens
     return {
         "key": request.key,
         "row": request.place,
@@ -230,7 +243,7 @@ async def _ask(model: RewardModel, request: _Request, seed: int) -> dict[str, An
         "choice": said.choice,
         "right": _right(said.choice, request.preference),
         "p_first": said.p_first,
-        "tokens": said.tokens,
+        "tokens": tokens,
         "finish_reason": said.finish_reason,
     }
 

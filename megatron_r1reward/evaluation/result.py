@@ -143,6 +143,7 @@ class PairKind(_Part):
 class EvaluationResult(OrderAccuracy):
     """Every pair in both answer orders, several samples each. A key `x` has its 95 % interval in `x_interval(s)`."""
 
+    kind: Literal["generative"] = "generative"
     voting: Mapping[str, float]  # "k" -> voting@k
     voting_intervals: Mapping[str, Interval]
     any_correct: Mapping[str, float]  # "k" -> any_correct@k
@@ -158,6 +159,34 @@ class EvaluationResult(OrderAccuracy):
     vote_budget: VoteBudget | None = None  # None: the control, or written by an earlier version
     pair_kinds: tuple[PairKind, ...] = ()  # none: not asked for, or written by an earlier version
     control: EvaluationResult | None = None  # with another pair's images
+
+    def to_json(self) -> str:
+        """The content of `evaluation.json`."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
+class ScalarEvaluation(_Part):
+    """The same of a scalar reward model, which scores each response of a pair once: a tie counts 1/2, and both orders
+    are equal by construction. `absent`: keys of `EvaluationResult` that mean nothing here, with the reason."""
+
+    kind: Literal["scalar"]
+    accuracy: float
+    interval: Interval
+    accuracy_by_order: Mapping[Order, float]
+    accuracy_by_order_intervals: Mapping[Order, Interval]
+    order_consistency: float
+    by_category: Mapping[str, CategoryAccuracy]
+    counts: Counts  # its samples are the responses that were scored
+    calibration_error: float | None  # expected, of sigmoid(r_1 - r_2)
+    calibration: tuple[CalibrationBin, ...]
+    calls: int
+    tokens: int  # read
+    seconds: float  # of asking, the servers being ready
+    absent: Mapping[str, str]
+    weights: str | None = None
+    data: str | None = None
+    shuffled_images: bool = False
+    control: ScalarEvaluation | None = None  # with another pair's images
 
     def to_json(self) -> str:
         """The content of `evaluation.json`."""

@@ -17,10 +17,10 @@ import io
 import json
 import math
 import warnings
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar, Union, runtime_checkable
 
 import openai
 from openai.types.chat import ChatCompletion
@@ -148,11 +148,26 @@ class Judgement:
 
 
 class Asks(Protocol):
-    """What `compare` and `rank` need: `ModelClient`, or recorded judgements."""
+    """What `compare` and `rank` need of a model that compares: `ModelClient`, or recorded judgements."""
 
     async def judge(
         self, item: Item, responses: tuple[str, str], *, order: Order, n: int, temperature: float, seed: int
     ) -> list[Judgement]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reward:
+    """What a scalar reward model says about one response."""
+
+    value: float  # of its head, finite; differences are log-odds of the better response
+    tokens: int  # read: question, images and response
+
+
+@runtime_checkable
+class Scores(Protocol):
+    """What `compare` and `rank` need of a scalar reward model: `scalar.ScalarClient`."""
+
+    async def reward(self, item: Item, response: str) -> Reward: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,8 +200,8 @@ async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     return [task.result() for task in tasks]
 
 
-class ModelClient:
-    """The model behind one or several OpenAI-compatible servers that serve the same weights.
+class Endpoint:
+    """One or several servers that serve the same weights.
 
     Belongs to the event loop that uses it first; close with `aclose`.
 
@@ -243,6 +258,38 @@ class ModelClient:
                 raise ModelUnavailableError(f"no server says which model it serves: {'; '.join(reasons)}")
         return self._model
 
+    async def _asked(self, item: Item, ask: Callable[[openai.AsyncOpenAI], Awaitable[T]]) -> T:
+        """The result of `ask` at the server that knows the item if it is well, else at the ones after it in turn."""
+        first = int(item.key[:8], 16) % len(self._clients)
+        attempts = AsyncRetrying(
+            retry=retry_if_exception_type(ModelUnavailableError),
+            stop=stop_after_attempt(self.options.retries + 1),
+            wait=wait_random_exponential(multiplier=self.options.backoff_s, max=10.0),
+            reraise=True,
+        )
+        async with self._slots:
+            async for attempt in attempts:
+                with attempt:
+                    place = first + attempt.retry_state.attempt_number - 1
+                    return await self._attempt(self._clients[place % len(self._clients)], ask)
+        raise AssertionError("the last attempt raises")
+
+    async def _attempt(self, client: openai.AsyncOpenAI, ask: Callable[[openai.AsyncOpenAI], Awaitable[T]]) -> T:
+        try:
+            return await ask(client)
+        except (openai.RateLimitError, openai.APITimeoutError, openai.APIConnectionError) as error:
+            raise ModelUnavailableError(f"{client.base_url}: {type(error).__name__}: {error}") from error
+        except openai.APIStatusError as error:
+            if error.status_code < 500 and error.status_code != 408:
+                raise ModelRefusedError(f"{client.base_url} answered {error.status_code}: {error.message}") from error
+            raise ModelUnavailableError(f"{client.base_url} answered {error.status_code}: {error.message}") from error
+        except (openai.OpenAIError, json.JSONDecodeError) as error:
+            raise ModelUnavailableError(f"{client.base_url}: {type(error).__name__}: {error}") from error
+
+
+class ModelClient(Endpoint):
+    """A generative model behind OpenAI-compatible servers; see `Endpoint`."""
+
     async def judge(
         self, item: Item, responses: tuple[str, str], *, order: Order, n: int, temperature: float, seed: int
     ) -> list[Judgement]:
@@ -273,42 +320,19 @@ class ModelClient:
             **self.options.request_extra,
         }
         request = {key: value for key, value in request.items() if value is not None}
-        async with self._slots:
-            completion = await self._complete(request, first=int(item.key[:8], 16) % len(self._clients))
+
+        async def ask(client: openai.AsyncOpenAI) -> ChatCompletion:
+            completion: object = await client.chat.completions.create(**request)
+            # The client does not validate replies: a proxy's HTML page, or JSON of any shape, arrives as it is.
+            if not isinstance(completion, ChatCompletion) or not completion.choices:
+                raise ModelUnavailableError(f"{client.base_url}: not a chat completion: {str(completion)[:200]!r}")
+            return completion
+
+        completion = await self._asked(item, ask)
         if len(completion.choices) != n:
             raise ModelUnavailableError(f"asked for {n} samples, got {len(completion.choices)}")
         tokens = completion.usage.completion_tokens if completion.usage is not None else 0
         return [_judgement(choice, order, tokens // n, self.options.prompt) for choice in completion.choices]
-
-    async def _complete(self, request: dict[str, Any], *, first: int) -> ChatCompletion:
-        """One completion, from server `first` if it is well, else from the ones after it in turn."""
-        attempts = AsyncRetrying(
-            retry=retry_if_exception_type(ModelUnavailableError),
-            stop=stop_after_attempt(self.options.retries + 1),
-            wait=wait_random_exponential(multiplier=self.options.backoff_s, max=10.0),
-            reraise=True,
-        )
-        async for attempt in attempts:
-            with attempt:
-                place = first + attempt.retry_state.attempt_number - 1
-                return await self._attempt(self._clients[place % len(self._clients)], request)
-        raise AssertionError("the last attempt raises")
-
-    async def _attempt(self, client: openai.AsyncOpenAI, request: dict[str, Any]) -> ChatCompletion:
-        try:
-            completion: object = await client.chat.completions.create(**request)
-        except (openai.RateLimitError, openai.APITimeoutError, openai.APIConnectionError) as error:
-            raise ModelUnavailableError(f"{client.base_url}: {type(error).__name__}: {error}") from error
-        except openai.APIStatusError as error:
-            if error.status_code < 500 and error.status_code != 408:
-                raise ModelRefusedError(f"{client.base_url} answered {error.status_code}: {error.message}") from error
-            raise ModelUnavailableError(f"{client.base_url} answered {error.status_code}: {error.message}") from error
-        except (openai.OpenAIError, json.JSONDecodeError) as error:
-            raise ModelUnavailableError(f"{client.base_url}: {type(error).__name__}: {error}") from error
-        # The client does not validate replies: a proxy's HTML page, or JSON of any shape, arrives here as it is.
-        if not isinstance(completion, ChatCompletion) or not completion.choices:
-            raise ModelUnavailableError(f"{client.base_url}: not a chat completion: {str(completion)[:200]!r}")
-        return completion
 
 
 def _judgement(choice: Choice, order: Order, mean_tokens: int, prompt: JudgePrompt) -> Judgement:

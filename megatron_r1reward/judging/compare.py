@@ -1,13 +1,15 @@
-"""Which of two responses is better: both orders, several samples, one probability."""
+"""Which of two responses is better: both orders, several samples, one probability; or two rewards, one probability."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
-from megatron_r1reward.judging.ask import ORDERS, Asks, Item, Judgement, Order, all_of
+from megatron_r1reward.judging.ask import ORDERS, Asks, Item, Judgement, Order, Reward, Scores, all_of
 from megatron_r1reward.judging.votes import (
     Adaptive,
     Aggregator,
@@ -67,6 +69,15 @@ class Votes:
             return "greedy"
         return str(self.samples) if self.sampling_temperature == 1.0 else None
 
+    def check_scalar(self) -> None:
+        """Raises ValueError where something is said that a scalar reward model has not; orders and ways to count change
+        nothing there."""
+        if self.samples > 1 or self.adaptive is not None or self.temperature is not None:
+            raise ValueError(
+                "votes: a scalar reward model gives each response one number, and more votes would be copies of it: "
+                "leave votes at 1, without a temperature and without adaptive sampling"
+            )
+
     @property
     def calls(self) -> int:
         """Judgements that one comparison costs, at most."""
@@ -75,7 +86,10 @@ class Votes:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What the model says about two responses; 1 is the caller's first."""
+    """What the model says about two responses; 1 is the caller's first.
+
+    Of a scalar reward model: one judgement, whose text holds the two rewards; it has no orders to disagree in.
+    """
 
     verdict: Label | None  # None: a tie, or no judgement could be read
     probability: float | None  # that the first response is better; None: no judgement could be read
@@ -119,7 +133,7 @@ def html_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object
 
 
 async def compare(
-    model: Asks,
+    model: Asks | Scores,
     item: Item,
     responses: tuple[str, str],
     votes: Votes,
@@ -127,14 +141,18 @@ async def compare(
     seed: int = 0,
     policy: PromptPolicy | None = None,
 ) -> Comparison:
-    """Ask for judgements of `responses` and count them.
+    """Ask for judgements of `responses` and count them; of a scalar reward model, for their two rewards.
 
     Args:
         policy: of the model's folder, for its calibration.
 
     Raises:
+        ValueError: `votes` mean nothing to a scalar reward model.
         ModelRefusedError, ModelUnavailableError: see `ModelClient.judge`.
     """
+    if isinstance(model, Scores):
+        votes.check_scalar()
+        return of_rewards(*await rewards_of(model, item, responses))
     if votes.adaptive is None:
         samples = [(order, votes.samples) for order in votes.orders]
         judgements = await _ask(model, item, responses, samples, votes, seed)
@@ -148,6 +166,42 @@ async def compare(
         return found
     p = policy.calibrated(found.probability, aggregator=votes.aggregator, votes=votes.way)
     return replace(found, calibrated=p)
+
+
+async def rewards_of(model: Scores, item: Item, responses: tuple[str, str]) -> tuple[Reward, Reward]:
+    """Of both responses; raises as `ScalarClient.reward`."""
+    first, second = await all_of(model.reward(item, one) for one in responses)
+    return first, second
+
+
+def of_rewards(first: Reward, second: Reward) -> Comparison:
+    """Bradley and Terry's: the difference of two rewards is the log-odds of the first response."""
+    p = chance(first.value - second.value)
+    said = judged_rewards(first, second, "12")
+    return Comparison(
+        verdict=verdict(p),
+        probability=p,
+        calibrated=None,
+        share=p,
+        counts=count([said]) if said.choice is not None else VoteCounts(first=0, second=0, unparsable=0),
+        orders_agree=None if said.choice is None else True,
+        judgements=(said,),
+    )
+
+
+def judged_rewards(first: Reward, second: Reward, order: Order) -> Judgement:
+    """The rewards of the caller's responses as a judgement; `scalar.read_rewards` reads its text."""
+    p = chance(first.value - second.value)
+    shown = (first, second) if order == "12" else (second, first)
+    text = json.dumps({"rewards": [one.value for one in shown], "tokens": [one.tokens for one in shown]})
+    return Judgement(
+        order=order, choice=verdict(p), p_first=p, text=text, reasoning="", tokens=0, finish_reason="scored"
+    )
+
+
+def chance(odds: float) -> float:
+    """The logistic function: a probability from its log-odds."""
+    return 1.0 / (1.0 + math.exp(-odds)) if odds >= 0 else math.exp(odds) / (1.0 + math.exp(odds))
 
 
 def summarise(judgements: list[Judgement], aggregator: Aggregator) -> Comparison:

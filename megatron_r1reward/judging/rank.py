@@ -2,6 +2,8 @@
 
     candidates --schedule--> pairs of a round --compare, concurrently--> wins --Bradley-Terry--> strengths, rewards
 
+A scalar reward model needs no pairs: N candidates are N calls, and their rewards are the strengths (`_rank_rewards`).
+
 A schedule proposes pairs round by round from what is known so far. Whatever was asked, cycles and ties included, the
 strengths are the maximum a posteriori of a Bradley-Terry model whose prior keeps candidates that never lost finite;
 their covariance (Laplace) says how sure that is. Rewards are mean win probabilities against the other candidates.
@@ -12,14 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_r1reward.judging.ask import Asks, Item, all_of
-from megatron_r1reward.judging.compare import Comparison, Votes, compare, html_table
+from megatron_r1reward.judging.ask import Asks, Item, Scores, all_of
+from megatron_r1reward.judging.compare import Comparison, Votes, compare, html_table, of_rewards
 
 Schedule = Literal["swiss", "all_pairs", "knockout", "circular", "pivot"]
 SCHEDULES: Final = get_args(Schedule)
@@ -34,12 +36,14 @@ class Ranking:
     """N candidates in order of their strength. Arrays are indexed like the caller's candidates."""
 
     order: tuple[int, ...]  # indices, the best first
-    rewards: tuple[float, ...]  # mean probability of winning against another candidate, in (0, 1); their mean is 1/2
+    # Mean probability of winning against another candidate, in (0, 1), their mean 1/2; of a scalar reward model the
+    # values of its head, which do not depend on the other candidates
+    rewards: tuple[float, ...]
     strengths: tuple[float, ...]  # Bradley-Terry, in log-odds, mean 0
-    standard_errors: tuple[float, ...]  # of the strengths
+    standard_errors: tuple[float, ...]  # of the strengths; 0 of a scalar reward model, which does not tell
     confidence: float  # posterior probability that order[0] is the strongest
     comparisons: Mapping[Pair, Comparison]  # by indices (i, j): i was the first response
-    calls: int  # judgements
+    calls: int  # judgements; of a scalar reward model: responses that it read
     ties: int  # comparisons without a verdict though votes exist
     unparsable: int  # judgements without a verdict
     cycles: int  # triples a over b over c over a
@@ -148,7 +152,7 @@ def fit_strengths(wins: Floats) -> tuple[Floats, Floats]:
 
 
 async def rank(
-    model: Asks,
+    model: Asks | Scores,
     item: Item,
     candidates: Sequence[str],
     votes: Votes,
@@ -158,7 +162,8 @@ async def rank(
     budget: int | None = None,
     seed: int = 0,
 ) -> Ranking:
-    """Compare candidates by a schedule and rank them. Candidates with equal text are one candidate.
+    """Compare candidates by a schedule and rank them. Candidates with equal text are one candidate. A scalar reward
+    model scores each, whatever the schedule is.
 
     Args:
         rounds: of the Swiss system; None: log2 of the number of candidates, rounded up.
@@ -166,9 +171,18 @@ async def rank(
         seed: of seats, pivot and samples.
 
     Raises:
-        ValueError: fewer than two candidates, or a budget below one comparison.
+        ValueError: fewer than two candidates (a scalar reward model: none), a budget below one comparison, or votes,
+            rounds or a budget for a scalar reward model.
         ModelRefusedError, ModelUnavailableError: see `ModelClient.judge`.
     """
+    if isinstance(model, Scores):
+        votes.check_scalar()
+        for name, given in (("rounds", rounds), ("budget", budget)):
+            if given is not None:
+                raise ValueError(
+                    f"{name} {given}: a scalar reward model compares no pairs, N candidates cost N calls: leave it out"
+                )
+        return await _rank_rewards(model, item, candidates)
     if len(candidates) < 2:
         raise ValueError(f"{len(candidates)} candidates: a model that compares needs at least two")
     if budget is not None and budget < votes.calls:
@@ -190,6 +204,34 @@ async def rank(
             spent += len(comparison.judgements)
             add_votes(wins, i, j, comparison)
     return _ranking(candidates, texts, wins, met, generator)
+
+
+async def _rank_rewards(model: Scores, item: Item, candidates: Sequence[str]) -> Ranking:
+    """By the value of each. The comparisons are those of neighbours in the order, which follow from it; the confidence
+    is the best one's share in Luce's choice among all, with two candidates the probability of the better one."""
+    if not candidates:
+        raise ValueError("no candidates: give at least one")
+    texts = list(dict.fromkeys(candidates))
+    found = await all_of(model.reward(item, text) for text in texts)
+    values = np.array([one.value for one in found])
+    order = [int(index) for index in np.argsort(-values, kind="stable")]
+    place = {text: index for index, text in enumerate(texts)}
+    own = values[[place[text] for text in candidates]]
+    first_seen = {index: candidates.index(text) for index, text in enumerate(texts)}
+    pairs = sorted(_pair(i, j) for i, j in pairwise(order))
+    met = {(first_seen[i], first_seen[j]): of_rewards(found[i], found[j]) for i, j in pairs}
+    return Ranking(
+        order=tuple(int(index) for index in np.argsort(-own, kind="stable")),
+        rewards=tuple(map(float, own)),
+        strengths=tuple(map(float, own - own.mean())),
+        standard_errors=(0.0,) * len(own),
+        confidence=float(1.0 / np.exp(values - values.max()).sum()),
+        comparisons=met,
+        calls=len(texts),
+        ties=sum(comparison.verdict is None for comparison in met.values()),
+        unparsable=0,
+        cycles=0,
+    )
 
 
 def add_votes(wins: Floats, i: int, j: int, comparison: Comparison) -> None:

@@ -24,10 +24,11 @@ from typing import Any, TypeVar
 
 from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.hub_name import local_folder
-from megatron_r1reward.judging.ask import AskOptions, Asks, ImageInput, Item, ModelClient
+from megatron_r1reward.judging.ask import AskOptions, Asks, ImageInput, Item, ModelClient, Scores
 from megatron_r1reward.judging.compare import Comparison, Votes, compare
 from megatron_r1reward.judging.rank import Ranking, Schedule, rank
-from megatron_r1reward.judging.served import ServedModel, asked_by, policy_of
+from megatron_r1reward.judging.scalar import ScalarClient
+from megatron_r1reward.judging.served import asked_by, is_scalar, policy_of, serve_folder
 from megatron_r1reward.model_folder.prompt_policy import PromptPolicy
 from megatron_r1reward.network.event_loop import EventLoopThread
 from megatron_r1reward.servers.command import sees_gpu
@@ -36,10 +37,10 @@ T = TypeVar("T")
 
 
 class RewardModel:
-    """A trained generative reward model; close it, or use it as a context manager."""
+    """A trained reward model, generative or scalar; close it, or use it as a context manager."""
 
     def __init__(
-        self, model: Asks, loop: EventLoopThread, cleanup: ExitStack, policy: PromptPolicy | None = None
+        self, model: Asks | Scores, loop: EventLoopThread, cleanup: ExitStack, policy: PromptPolicy | None = None
     ) -> None:
         """Use `connect` or `from_pretrained`. `model` belongs to `loop`; `cleanup` is closed with this object."""
         self._model, self._loop, self._cleanup = model, loop, cleanup
@@ -55,7 +56,8 @@ class RewardModel:
         options: AskOptions | None = None,
         folder: str | Path | None = None,
     ) -> RewardModel:
-        """Use running servers: vLLM's, or any OpenAI-compatible endpoint, that serve the same model.
+        """Use running servers: vLLM's, or any OpenAI-compatible endpoint, that serve the same model. A scalar reward
+        model's are vLLM's, and `folder` says what they serve.
 
         Args:
             model: its name there; None: the first that /v1/models lists.
@@ -71,7 +73,8 @@ class RewardModel:
             stack.callback(loop.close)
             urls = [url] if isinstance(url, str) else list(url)
             asked = asked_by(policy, options or AskOptions())
-            client = ModelClient(urls, model=model, api_key=api_key, options=asked)
+            kind = ScalarClient if is_scalar(policy) else ModelClient
+            client = kind(urls, model=model, api_key=api_key, options=asked)
             stack.callback(lambda: loop.run(client.aclose()))
             return cls(client, loop, stack.pop_all(), policy)
 
@@ -104,7 +107,7 @@ class RewardModel:
         with ExitStack() as stack:
             logs = Path(log_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="reward-model-")))
             asked = options or AskOptions()
-            served = ServedModel.start(
+            served = serve_folder(
                 local_folder(folder), settings, count=servers, log_dir=logs, options=asked, report=report
             )
             stack.callback(served.close)
@@ -135,10 +138,12 @@ class RewardModel:
 
         Args:
             images: paths, bytes, PIL images or data URLs.
-            votes: judgements in each of the two orders (1: greedy), or `Votes` for everything else.
+            votes: judgements in each of the two orders (1: greedy), or `Votes` for everything else. A scalar reward
+                model has one number for each response.
 
         Raises:
-            ValueError: not two responses, an image that cannot be read, or the model refuses the request (too long).
+            ValueError: not two responses, an image that cannot be read, the model refuses the request (too long), or
+                several votes of a scalar reward model.
             ModelUnavailableError: no server answered.
         """
         return self._loop.run(self._compare(question, responses, images, votes, seed))
@@ -178,7 +183,8 @@ class RewardModel:
             budget: judgements at most.
 
         Raises:
-            ValueError: fewer than two candidates, a budget below one comparison; else as `compare`.
+            ValueError: fewer than two candidates, a budget below one comparison; of a scalar reward model: none, or
+                rounds or a budget; else as `compare`.
             ModelUnavailableError: no server answered.
         """
         return self._loop.run(self._rank(question, candidates, images, votes, schedule, rounds, budget, seed))
@@ -192,7 +198,8 @@ class RewardModel:
     def score(
         self, question: str, responses: Sequence[str], images: Sequence[ImageInput] = (), **options: Any
     ) -> tuple[float, ...]:
-        """One number per response: its mean probability of winning against the others, in (0, 1).
+        """One number per response: its mean probability of winning against the others, in (0, 1); of a scalar reward
+        model the value of its head, any number, also for a single response.
 
         Args:
             options: as for `rank`.
@@ -279,10 +286,12 @@ class RewardModel:
         chosen = votes if isinstance(votes, Votes) else Votes(samples=votes)
         if self.policy is not None:
             self.policy.check_orders(chosen.both_orders, "one order")
+            if is_scalar(self.policy):
+                chosen.check_scalar()
         return chosen
 
     @property
-    def model(self) -> Asks:
+    def model(self) -> Asks | Scores:
         """What makes the requests; belongs to the model's own loop, see `run`."""
         return self._model
 

@@ -43,7 +43,7 @@ class ScoreRow(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     question: str
-    responses: list[str] = Field(min_length=2)
+    responses: list[str] = Field(min_length=1)  # a model that compares needs two
     images: list[str] = []
     id: str | int | None = None
 
@@ -96,7 +96,7 @@ def run_score(
         budget=budget,
         seed=seed,
     )
-    opened, name = open_model(model, both_orders=both_orders)
+    opened, name = open_model(model, votes=options.votes)
     with opened, tqdm(desc="score", unit="row", mininterval=1.0, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:

@@ -1,6 +1,7 @@
 """A reward model on servers that are supervised here: a server that dies or hangs is mended, its requests are not lost.
 
 judge --router--> the server that knows the item, or the least busy --ModelClient--> judgements
+    reward --router--> the same --ScalarClient--> the reward of one response
              failure: told to the supervisor (which quarantines, probes, restarts), asked again elsewhere
 """
 
@@ -8,21 +9,32 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from megatron_r1reward.cluster.visible_gpus import VARIABLE, count_gpus
 from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.data.identity import model_identity
+from megatron_r1reward.data.stage_data import SCALAR_TEMPLATE
 from megatron_r1reward.hub_name import local_folder
-from megatron_r1reward.judging.ask import AskOptions, Item, Judgement, ModelClient, ModelUnavailableError, Order
+from megatron_r1reward.judging.ask import (
+    AskOptions,
+    Endpoint,
+    Item,
+    Judgement,
+    ModelClient,
+    ModelUnavailableError,
+    Order,
+    Reward,
+)
+from megatron_r1reward.judging.scalar import ScalarClient
 from megatron_r1reward.model_folder.beside_weights import check_files
 from megatron_r1reward.model_folder.prompt_policy import FILE, PromptPolicy, read_policy
-from megatron_r1reward.model_folder.scalar_folder import scalar_problem
+from megatron_r1reward.model_folder.scalar_folder import is_scalar_folder
 from megatron_r1reward.reward.readers import policy_reader
 from megatron_r1reward.servers.command import sees_gpu
 from megatron_r1reward.servers.group import ServerGroup
@@ -30,6 +42,7 @@ from megatron_r1reward.servers.member import Member
 from megatron_r1reward.servers.process import Report, VllmServer, start_servers
 
 T = TypeVar("T")
+ClientT = TypeVar("ClientT", bound=Endpoint)
 SERVED_NAME = "reward-model"
 _ATTEMPTS = 8  # with pauses of up to 10 s: outlasts the notice of a death; waiting for a restart is no attempt
 
@@ -38,8 +51,10 @@ class _WithdrawnError(ModelUnavailableError):
     """Its server was taken out of service meanwhile."""
 
 
-class ServedModel:
-    """Judges through a group of servers, on the group's event loop; closing it stops the servers that are its own."""
+class Served(Generic[ClientT]):
+    """A model behind a group of servers, on the group's event loop; closing it stops the servers that are its own."""
+
+    client: ClassVar[type[Endpoint]]
 
     def __init__(
         self,
@@ -52,62 +67,10 @@ class ServedModel:
         self.group, self.policy = group, policy
         self._model = model
         self._options = replace(options, retries=0)  # tried again here, where the other servers are known
-        self._clients: dict[tuple[str, str | None], ModelClient] = {}
+        self._clients: dict[tuple[str, str | None], ClientT] = {}
 
-    @classmethod
-    def start(
-        cls,
-        folder: Path,
-        section: ServerSection,
-        *,
-        count: int,
-        log_dir: Path,
-        options: AskOptions,
-        report: Report | None,
-    ) -> ServedModel:
-        """Serve a Hugging Face folder on this machine by `count` servers; returns when all have completed a request.
-
-        The folder is asked as it says itself: its template takes the place of that of `options`.
-
-        Raises:
-            ValueError: `folder` is no model folder, a file in it is torn, or `gpu_ids` are too few.
-            ServerError: a server did not start.
-        """
-        policy = policy_of(folder)
-        check_files(folder)
-        size = section.tensor_parallel_size
-        gpu_ids = section.gpu_ids
-        if not gpu_ids and count > 1 and sees_gpu():  # each of them would take the first ones
-            gpu_ids = tuple(range(count_gpus(os.environ)))
-        if gpu_ids and len(gpu_ids) < count * size:
-            raise ValueError(
-                f"{count} servers of tensor_parallel_size {size} need {count * size} GPUs, and there are "
-                f"{len(gpu_ids)} (gpu_ids, or {VARIABLE}): start fewer servers"
-            )
-        servers = [
-            VllmServer(
-                section,
-                model_path=folder,
-                log_path=log_dir / f"reward-model-{index}.log",
-                served_name=SERVED_NAME,
-                pixels=None if policy is None else policy.pixels,
-                gpu_ids=gpu_ids[index * size : (index + 1) * size],
-            )
-            for index in range(count)
-        ]
-        try:
-            start_servers(servers, report)
-            group = ServerGroup(section, name="reward-model", servers=servers, served_name=SERVED_NAME)
-        except BaseException:
-            for server in servers:
-                server.close()
-            raise
-        return cls(group, options=asked_by(policy, options), policy=policy)
-
-    async def judge(
-        self, item: Item, responses: tuple[str, str], *, order: Order, n: int, temperature: float, seed: int
-    ) -> list[Judgement]:
-        """See `ModelClient.judge`.
+    async def _asked(self, item: Item, ask: Callable[[ClientT], Coroutine[Any, Any, T]]) -> T:
+        """The result of `ask` at a server that is well.
 
         Raises:
             NoServerError: every server has been given up.
@@ -123,10 +86,7 @@ class ServedModel:
             with attempt:
                 member = await self.group.router.acquire(item.key, frozenset(failed))
                 try:
-                    work = self._client(member).judge(
-                        item, responses, order=order, n=n, temperature=temperature, seed=seed
-                    )
-                    judgements = await _unless_withdrawn(member, work)
+                    result = await _unless_withdrawn(member, ask(self._client(member)))
                 except ModelUnavailableError as error:
                     failed.add(member)
                     if not isinstance(error, _WithdrawnError):  # the supervisor knows why it withdrew this one
@@ -135,7 +95,7 @@ class ServedModel:
                 finally:
                     self.group.router.release(member)
                 self.group.supervisor.succeeded(member)
-                return judgements
+                return result
         raise AssertionError("the last attempt raises")
 
     @property
@@ -153,28 +113,114 @@ class ServedModel:
         self.group.loop.run(self.aclose())
         self.group.close()
 
-    def _client(self, member: Member) -> ModelClient:
+    def _client(self, member: Member) -> ClientT:
         """A client for the member's present address, which a restart may change."""
         address = (member.url, member.bearer_token)
         if address not in self._clients:
-            self._clients[address] = ModelClient(
-                [member.url], model=self._model, api_key=member.bearer_token, options=self._options
-            )
+            made = self.client([member.url], model=self._model, api_key=member.bearer_token, options=self._options)
+            self._clients[address] = cast(ClientT, made)
         return self._clients[address]
 
 
-def policy_of(folder: str | Path) -> PromptPolicy | None:
-    """What a model's folder says about how it is asked; None where it says nothing.
+class ServedModel(Served[ModelClient]):
+    """One that judges pairs."""
+
+    client = ModelClient
+
+    async def judge(
+        self, item: Item, responses: tuple[str, str], *, order: Order, n: int, temperature: float, seed: int
+    ) -> list[Judgement]:
+        """See `ModelClient.judge`; raises NoServerError as well."""
+        return await self._asked(
+            item,
+            lambda client: client.judge(item, responses, order=order, n=n, temperature=temperature, seed=seed),
+        )
+
+
+class ServedScalar(Served[ScalarClient]):
+    """One that scores single responses."""
+
+    client = ScalarClient
+
+    async def reward(self, item: Item, response: str) -> Reward:
+        """See `ScalarClient.reward`; raises NoServerError as well."""
+        return await self._asked(item, lambda client: client.reward(item, response))
+
+
+def serve_folder(
+    folder: Path, section: ServerSection, *, count: int, log_dir: Path, options: AskOptions, report: Report | None
+) -> ServedModel | ServedScalar:
+    """Serve a Hugging Face folder on this machine by `count` servers; returns when all have completed a request.
+
+    The folder is asked as it says itself: its template takes the place of that of `options`.
 
     Raises:
-        ValueError: there is no such folder, or what it says cannot be read.
+        ValueError: `folder` is no model folder, a file in it is torn, or `gpu_ids` are too few.
+        ServerError: a server did not start.
+    """
+    policy = policy_of(folder)
+    check_files(folder)
+    size = section.tensor_parallel_size
+    gpu_ids = section.gpu_ids
+    if not gpu_ids and count > 1 and sees_gpu():  # each of them would take the first ones
+        gpu_ids = tuple(range(count_gpus(os.environ)))
+    if gpu_ids and len(gpu_ids) < count * size:
+        raise ValueError(
+            f"{count} servers of tensor_parallel_size {size} need {count * size} GPUs, and there are "
+            f"{len(gpu_ids)} (gpu_ids, or {VARIABLE}): start fewer servers"
+        )
+    servers = [
+        VllmServer(
+            section,
+            model_path=folder,
+            log_path=log_dir / f"reward-model-{index}.log",
+            served_name=SERVED_NAME,
+            pixels=None if policy is None else policy.pixels,
+            gpu_ids=gpu_ids[index * size : (index + 1) * size],
+        )
+        for index in range(count)
+    ]
+    try:
+        start_servers(servers, report)
+        group = ServerGroup(
+            section, name="reward-model", servers=servers, served_name=SERVED_NAME, scalar=is_scalar(policy)
+        )
+    except BaseException:
+        for server in servers:
+            server.close()
+        raise
+    return served_by(group, options=options, policy=policy)
+
+
+def served_by(
+    group: ServerGroup, *, model: str | None = SERVED_NAME, options: AskOptions, policy: PromptPolicy | None
+) -> ServedModel | ServedScalar:
+    """The model of these servers, of the kind that its folder says, asked as that says; see `asked_by`."""
+    kind = ServedScalar if is_scalar(policy) else ServedModel
+    return kind(group, model=model, options=asked_by(policy, options), policy=policy)
+
+
+def is_scalar(policy: PromptPolicy | None) -> bool:
+    return policy is not None and policy.kind == "scalar"
+
+
+def policy_of(folder: str | Path) -> PromptPolicy | None:
+    """What a model's folder says about how it is asked; None where it says nothing. That of a scalar head without the
+    file is asked as `r1reward rm` trains.
+
+    Raises:
+        ValueError: there is no such folder, or what it says cannot be read, or is of another kind of model.
     """
     here = local_folder(folder)
     if not (here / "config.json").is_file():
         raise ValueError(f"model {here} has no config.json: give a Hugging Face model folder, or a server's URL")
-    if problem := scalar_problem(here):
-        raise ValueError(f"model {here}: {problem}")
     policy = read_policy(here)
+    if is_scalar_folder(here) and policy is None:
+        return PromptPolicy(kind="scalar", template=SCALAR_TEMPLATE, orders="any")
+    if policy is not None and is_scalar_folder(here) != is_scalar(policy):
+        raise ValueError(
+            f'model {here}: {FILE} says kind "{policy.kind}", and config.json the other one: take both from one export'
+        )
     return policy.of_weights(model_identity(here)) if policy is not None and policy.calibration else policy
 
 
@@ -219,7 +265,7 @@ def endpoints(
     options: AskOptions,
     model: str | None,
     policy: PromptPolicy | None = None,
-) -> ServedModel:
+) -> ServedModel | ServedScalar:
     """Supervised use of running vLLM servers: those that fail are left out until they complete a request again.
 
     Args:
@@ -228,10 +274,11 @@ def endpoints(
     Raises:
         ServerError: one refuses the token, or does not complete a request in time.
     """
-    group = ServerGroup(section, name="reward-model", urls=urls, served_name=model)
+    scalar = is_scalar(policy)
+    group = ServerGroup(section, name="reward-model", urls=urls, served_name=model, scalar=scalar)
     try:
         group.wait_until_ready()
     except BaseException:
         group.close()
         raise
-    return ServedModel(group, model=model, options=asked_by(policy, options), policy=policy)
+    return served_by(group, model=model, options=options, policy=policy)

@@ -20,7 +20,15 @@ import uvicorn
 from megatron_r1reward.config.schema import RunConfig, ServerSection
 from megatron_r1reward.hub_name import local_folder
 from megatron_r1reward.judging.ask import AskOptions
-from megatron_r1reward.judging.served import ServedModel, asked_by, endpoints, policy_of
+from megatron_r1reward.judging.served import (
+    ServedModel,
+    ServedScalar,
+    endpoints,
+    is_scalar,
+    policy_of,
+    serve_folder,
+    served_by,
+)
 from megatron_r1reward.launch.addresses import components, node_address
 from megatron_r1reward.launch.stage_models import check_models
 from megatron_r1reward.launch.stage_servers import open_judge
@@ -83,7 +91,7 @@ def serve_model(
             served = endpoints(section, model.split(","), options=options, model=None, policy=policy)
         else:
             logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reward-model-")))
-            served = ServedModel.start(
+            served = serve_folder(
                 local_folder(model), section, count=servers, log_dir=logs, options=options, report=log.info
             )
         stack.callback(served.close)
@@ -120,8 +128,15 @@ def serve_stage(config: RunConfig) -> None:
     else:
         servers = components(config, "serve", "rollout", token=token_from(TOKEN_VARIABLE))
         status = run.live / "rollout-servers.json"
-        group = ServerGroup(config.rollout, name="rollout", servers=servers, served_name=POLICY, status_file=status)
-        served = ServedModel(group, model=POLICY, options=asked_by(policy, options), policy=policy)
+        group = ServerGroup(
+            config.rollout,
+            name="rollout",
+            servers=servers,
+            served_name=POLICY,
+            status_file=status,
+            scalar=is_scalar(policy),
+        )
+        served = served_by(group, model=POLICY, options=options, policy=policy)
     offer = _Offer(
         limits=Limits(image_roots=tuple(root.resolve() for root in section.image_roots)),
         concurrency=section.concurrency,
@@ -145,7 +160,14 @@ class _Offer:
 
 
 def _run(
-    served: ServedModel, offer: _Offer, *, what: str, host: str, port: int, token: str | None, run: RunDir | None = None
+    served: ServedModel | ServedScalar,
+    offer: _Offer,
+    *,
+    what: str,
+    host: str,
+    port: int,
+    token: str | None,
+    run: RunDir | None = None,
 ) -> None:
     """Until SIGINT or SIGTERM, and until what was in progress then is finished. `run`: where to leave the address."""
     backend = Backend(

@@ -13,6 +13,7 @@ from megatron_r1reward.data.rows import check_source
 from megatron_r1reward.data.stage_data import template_of
 from megatron_r1reward.model_folder.examine import folder_problems, served_problems
 from megatron_r1reward.model_folder.prompt_policy import FILE, read_policy
+from megatron_r1reward.model_folder.scalar_folder import is_scalar_folder
 from megatron_r1reward.reward.readers import parser_of, reader_of
 from megatron_r1reward.servers.command import model_corrections
 from megatron_r1reward.user_parts import load_function, read_part
@@ -55,6 +56,13 @@ def check_settings(config: RunConfig, stage: Stage) -> None:
         if config.rl.replay is not None:
             return
     elif stage == "eval":
+        if is_scalar_folder(config.model.path):
+            if config.evaluation.judge_filtered_votes:
+                raise ValueError(
+                    f"evaluation.judge_filtered_votes: the scalar reward model in {config.model.path} writes no "
+                    "reasoning that a judge could read: set it to false"
+                )
+            return
         key, samples = "evaluation.samples", config.evaluation.samples
         if too_large := [k for k in config.evaluation.voting if k > samples]:
             raise ValueError(f"evaluation.voting {too_large} is more than evaluation.samples {samples}: change one")
@@ -87,14 +95,15 @@ def model_problems(config: RunConfig, stage: Stage) -> Iterator[tuple[str, Path,
             yield from (("model.path", path, text) for text in _serving_problems(path, config))
     elif stage == "eval":
         weights = not config.rollout.urls
-        yield from (("model.path", path, text) for text in folder_problems(path, weights=weights, trainable=False))
+        found = folder_problems(path, weights=weights, trainable=False, scalar=True)
+        yield from (("model.path", path, text) for text in found)
         yield from (("model.path", path, text) for text in _asked_otherwise(config))
         if weights:
             yield from (("model.path", path, text) for text in _serving_problems(path, config))
     elif stage == "serve":
         path = config.rollout.model_path or path
         if not config.rollout.urls:
-            yield from (("model.path", path, text) for text in served_problems(path))
+            yield from (("model.path", path, text) for text in served_problems(path, scalar=True))
     if stage in ("sft", "rl", "eval"):
         yield from _part_problems(config, stage)
     if stage == "annotate" and config.annotate.url is None:
@@ -121,6 +130,10 @@ def _asked_otherwise(config: RunConfig) -> Iterator[str]:
         )
 
     template, parser = config.prompt.template, config.prompt.parser
+    if policy is not None and policy.kind == "scalar":
+        if template is not None or parser is not None:
+            yield "it is a scalar reward model, to which [prompt] means nothing: remove the section"
+        return
     if any(_part_problems(config, "eval")):
         return  # said there
     if policy is not None and template is not None and template_of(config) != policy.template:

@@ -16,6 +16,8 @@ from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.stage_data import image_folders
 from megatron_r1reward.evaluation.judged_votes import VoteJudge
 from megatron_r1reward.hub_name import model_name
+from megatron_r1reward.judging.ask import AskOptions
+from megatron_r1reward.judging.served import ServedScalar, asked_by, policy_of
 from megatron_r1reward.launch.addresses import components
 from megatron_r1reward.model_folder.examine import load_tokenizer
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE, token_from
@@ -23,6 +25,7 @@ from megatron_r1reward.reward.consistency import ConsistencyJudge
 from megatron_r1reward.reward.verdict_cache import VerdictCache
 from megatron_r1reward.rollout.open_pool import open_rollout_pool
 from megatron_r1reward.rollout.pool import RolloutPool
+from megatron_r1reward.servers.build import SERVED_NAME as POLICY
 from megatron_r1reward.servers.build import judge_server, rollout_server
 from megatron_r1reward.servers.component import ComponentServer
 from megatron_r1reward.servers.group import ServerGroup
@@ -98,6 +101,47 @@ def open_evaluation_pool(config: RunConfig, *, supervised: bool = False) -> Iter
     """Rollout servers of `model.path` whose weights do not change."""
     with _open_pool(config, "eval", supervised) as pool:
         yield pool
+
+
+@contextmanager
+def open_evaluation_scalar(config: RunConfig, *, supervised: bool = False) -> Iterator[ServedScalar]:
+    """`model.path`, a scalar reward model, behind those servers."""
+    policy, section = policy_of(config.model.path), config.rollout
+    name = None if section.urls else POLICY  # there the first that they list
+    servers: list[VllmServer] = []
+    if not supervised and not section.urls:
+        gpus = place_beside_ranks(config, "eval")
+        servers = [
+            rollout_server(
+                section,
+                index,
+                model_path=config.model.path,
+                log_path=_log_dir(config) / f"rollout-{index}.log",
+                takes_weights=False,
+                gpu_ids=gpus.get(("rollout", index)),
+                pixels=(config.data.min_pixels, config.data.max_pixels),
+            )
+            for index in range(section.count)
+        ]
+    with ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.close)
+        start_servers(servers, log.info)
+        group = ServerGroup(
+            section,
+            name="rollout",
+            urls=section.urls,
+            servers=_components(config, "eval", "rollout") if supervised and not section.urls else servers,
+            served_name=name,
+            status_file=_live_dir(config) / "rollout-servers.json",
+            scalar=True,
+        )
+        stack.callback(group.close)
+        group.wait_until_ready()
+        options = AskOptions(concurrency=section.max_concurrency, timeout_s=section.request_timeout_s)
+        served = ServedScalar(group, model=name, options=asked_by(policy, options), policy=policy)
+        stack.callback(lambda: group.loop.run(served.aclose()))
+        yield served
 
 
 @contextmanager

@@ -31,7 +31,8 @@ from megatron_r1reward.evaluation.cold_start_set import (
 from megatron_r1reward.evaluation.control_sets import make_pair_kinds
 from megatron_r1reward.evaluation.evaluate import evaluate as evaluate_pairs
 from megatron_r1reward.evaluation.judged_votes import VoteJudge
-from megatron_r1reward.evaluation.result import EvaluationResult
+from megatron_r1reward.evaluation.result import EvaluationResult, ScalarEvaluation
+from megatron_r1reward.evaluation.scalar_evaluation import evaluate_scalar
 from megatron_r1reward.evaluation.vote_budget import NO_JUDGE
 from megatron_r1reward.files import write_jsonl, write_text
 from megatron_r1reward.launch.addresses import connected
@@ -40,10 +41,12 @@ from megatron_r1reward.launch.stage_servers import (
     open_annotator,
     open_evaluation_judge,
     open_evaluation_pool,
+    open_evaluation_scalar,
     open_judge,
     open_rl_services,
 )
 from megatron_r1reward.model_folder.examine import load_tokenizer
+from megatron_r1reward.model_folder.scalar_folder import is_scalar_folder
 from megatron_r1reward.processes import quick_imports
 from megatron_r1reward.reward.readers import parser_of, reader_of
 from megatron_r1reward.reward.score import RewardScorer
@@ -225,6 +228,9 @@ def evaluate(config: RunConfig, *, supervised: bool = False) -> None:
     output = config.run.output_dir
     output.mkdir(parents=True, exist_ok=True)
     section = config.evaluation
+    if is_scalar_folder(config.model.path):
+        _write_evaluation(config, _evaluate_scalar(config, supervised=supervised))
+        return
     pairs = _heldout(config)
     with (
         open_evaluation_judge(config, supervised=supervised) as judge,
@@ -244,21 +250,9 @@ def evaluate(config: RunConfig, *, supervised: bool = False) -> None:
         if section.shuffled_images_control:
             control = _evaluate(config, pool, pairs, samples=1, voting=(1,), transcripts=0, shuffle_images=True)
             result = result.model_copy(update={"control": control})
-    measured = {"data": Path(section.data).name if section.data is not None else None}
-    if not config.rollout.urls and config.rollout.model_path is None:
-        measured["weights"] = model_identity(config.model.path)
-    result = result.model_copy(update=measured)
-    write_text(output / "evaluation.json", result.to_json())
-    low, high = result.interval
-    log.info(
-        "%d pairs: accuracy %.1f %% [%.1f, %.1f], voting %s, format %.1f %%",
-        result.counts.pairs,
-        100 * result.accuracy,
-        100 * low,
-        100 * high,
-        {k: round(100 * v, 1) for k, v in result.voting.items()},
-        100 * result.format_rate,
-    )
+    _write_evaluation(config, result)
+    voting = {k: round(100 * v, 1) for k, v in result.voting.items()}
+    log.info("voting %s, format %.1f %%", voting, 100 * result.format_rate)
     for kind in result.pair_kinds:
         log.info(
             "%d pairs, %s: the first place wins %s, the orders agree %s",
@@ -267,8 +261,43 @@ def evaluate(config: RunConfig, *, supervised: bool = False) -> None:
         )
 
 
-def _heldout(config: RunConfig) -> tuple[Preference, ...]:
-    return seeded_sample(read_heldout(config).preferences, config.evaluation.max_pairs, seed=config.run.seed)
+def _write_evaluation(config: RunConfig, result: EvaluationResult | ScalarEvaluation) -> None:
+    """`evaluation.json`, with what was measured on what."""
+    data = config.evaluation.data
+    measured = {"data": Path(data).name if data is not None else None}
+    if not config.rollout.urls and config.rollout.model_path is None:
+        measured["weights"] = model_identity(config.model.path)
+    result = result.model_copy(update=measured)
+    write_text(config.run.output_dir / "evaluation.json", result.to_json())
+    shares = (100 * share for share in (result.accuracy, *result.interval))
+    log.info("%d pairs: accuracy %.1f %% [%.1f, %.1f]", result.counts.pairs, *shares)
+
+
+def _evaluate_scalar(config: RunConfig, *, supervised: bool) -> ScalarEvaluation:
+    """Of a scalar reward model; the keys about samples mean nothing to it, and `absent` says why."""
+    pairs, section = _heldout(config, scalar=True), config.evaluation
+    controls = (False, True) if section.shuffled_images_control else (False,)
+    with (
+        open_evaluation_scalar(config, supervised=supervised) as served,
+        tqdm(total=len(pairs) * len(controls), desc="evaluate", unit="pair", dynamic_ncols=True) as progress,
+    ):
+        result, *control = (
+            evaluate_scalar(
+                served,
+                served.group.loop.run,
+                pairs,
+                seed=config.run.seed,
+                shuffle_images=shuffled,
+                progress=progress.update,
+            )
+            for shuffled in controls
+        )
+    return result.model_copy(update={"control": control[0] if control else None})
+
+
+def _heldout(config: RunConfig, *, scalar: bool = False) -> tuple[Preference, ...]:
+    found = read_heldout(config, scalar=scalar)
+    return seeded_sample(found.preferences, config.evaluation.max_pairs, seed=config.run.seed)
 
 
 def _evaluate(

@@ -25,7 +25,7 @@ from megatron_r1reward.model_folder.beside_weights import (
 from megatron_r1reward.model_folder.config_reader import parse_config
 from megatron_r1reward.model_folder.folder_weights import read_folder_weights
 from megatron_r1reward.model_folder.other_folder import instead_of_model
-from megatron_r1reward.model_folder.scalar_folder import scalar_problem
+from megatron_r1reward.model_folder.scalar_folder import is_scalar_folder, scalar_problem
 from megatron_r1reward.model_folder.shape import ModelShape, load_shape
 
 if TYPE_CHECKING:
@@ -87,15 +87,18 @@ def folder_problems(
         yield from _processor_problems(folder, shape)
 
 
-def served_problems(folder: Path) -> Iterator[str]:
-    """The same for a folder that only vLLM reads (a judge, an annotator): it may be of any family."""
+def served_problems(folder: Path, *, scalar: bool = False) -> Iterator[str]:
+    """The same for a folder that only vLLM reads (a judge, an annotator): it may be of any family. `scalar`: a reward
+    model with a scalar head, which must be of ours, is no mistake."""
     if not folder.is_dir():
         yield _missing(folder)
         return
     try:
         if not isinstance(parse_config(folder / "config.json").get("model_type"), str):
             yield f"config.json names no model_type: {FIX}"
-        if problem := scalar_problem(folder):
+        if scalar and is_scalar_folder(folder):
+            load_shape(folder)
+        elif problem := scalar_problem(folder):
             yield problem
     except ValueError as error:
         yield _without(str(error), folder)
@@ -106,9 +109,9 @@ def served_problems(folder: Path) -> Iterator[str]:
     yield from damaged_files(folder)
 
 
-def check_served(folder: Path) -> None:
+def check_served(folder: Path, *, scalar: bool = False) -> None:
     """ValueError that names everything that `served_problems` finds."""
-    if problems := list(served_problems(folder)):
+    if problems := list(served_problems(folder, scalar=scalar)):
         raise ValueError(f"model folder {folder} cannot be served: {'; '.join(problems)}")
 
 

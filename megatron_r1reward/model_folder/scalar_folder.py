@@ -10,6 +10,11 @@ from typing import Any
 from megatron_r1reward.model_folder.config_reader import CONFIG, parse_config
 from megatron_r1reward.model_folder.shape import SCALAR, is_scalar
 
+SCALAR_ARCHITECTURES = (  # of our families
+    "Qwen2_5_VLForSequenceClassification",
+    "Qwen3VLForSequenceClassification",
+    "Qwen3VLMoeForSequenceClassification",
+)
 LABELS = {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
 
 
@@ -18,13 +23,22 @@ def scalar_architecture(name: str) -> str:
     return name.partition("For")[0] + SCALAR
 
 
+def is_scalar_folder(folder: Path) -> bool:
+    """Whether a folder is that of a model with a scalar head; False where there is none.
+
+    Raises:
+        ValueError: its configuration cannot be read.
+    """
+    return (folder / CONFIG).is_file() and is_scalar(parse_config(folder / CONFIG))
+
+
 def scalar_problem(folder: Path) -> str:
     """Why a folder cannot be asked for texts: it is a scalar reward model. Empty where it is none.
 
     Raises:
         ValueError: its configuration cannot be read.
     """
-    if not (folder / CONFIG).is_file() or not is_scalar(parse_config(folder / CONFIG)):
+    if not is_scalar_folder(folder):
         return ""
     return "it is a scalar reward model, which writes no text: give a language model, or train it on with `r1reward rm`"
 

@@ -108,6 +108,10 @@ def _markdown(result: BenchResult) -> Iterator[str]:
         f"requests failed, {result.official.without_verdict} rows without a verdict."
     )
     yield from _official("Benchmark's own rule", result.official)
+    if result.kind == "scalar":
+        yield from ("", f"A scalar reward model: {result.calls} responses scored, {result.tokens} tokens read.")
+        yield from ("What it does not have:", "")
+        yield from (f"- {name}: {reason}" for name, reason in result.absent.items())
     if result.legacy is not None:
         yield from _official("Legacy grouping of the released scripts", result.legacy)
     yield from ("", "## Both orders, 95 % intervals over items", "")

@@ -1,7 +1,8 @@
 """How one vLLM server is called: its command line, its environment, and what these must know of the machine: without
 the seconds that torch takes to import where there is no GPU.
 
-Rollout servers (token ids in and out, weight transfer) and judges (plain OpenAI chat) alike.
+Rollout servers (token ids in and out, weight transfer), judges (plain OpenAI chat) and scalar reward models (vLLM's
+pooling route) alike.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from megatron_r1reward.cluster.visible_gpus import VARIABLE, names_of
 from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.config.server_sections import VllmSection
 from megatron_r1reward.model_folder.folder_weights import read_folder_weights
+from megatron_r1reward.model_folder.scalar_folder import is_scalar_folder
 from megatron_r1reward.model_folder.shape import Family, ModelShape, Yarn, load_shape
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE
 from megatron_r1reward.servers.vllm_main import FORK_FLAG
@@ -120,10 +122,7 @@ def server_command(
     command += ["--middleware", GUARD]
     command += ["--dtype", section.dtype, "--tensor-parallel-size", str(section.tensor_parallel_size)]
     command += ["--max-model-len", str(section.max_model_len), "--max-num-seqs", str(section.max_num_seqs)]
-    # Sampling parameters come from requests only; "auto" would add the checkpoint's generation_config.json.
-    command += ["--generation-config", "vllm"]
-    command += ["--enable-scale-out"]  # /inference/v1/generate: token ids in, token ids out
-    command += ["--logprobs-mode", "processed_logprobs" if sampled_log_probs else "raw_logprobs"]
+    command += _route_options(model_path, sampled_log_probs)
     command += ["--limit-mm-per-prompt", json.dumps({"video": 0})]
     command += ["--disable-uvicorn-access-log"]
     if on_cpu:
@@ -156,6 +155,16 @@ def server_command(
     corrections = model_corrections(model_path, section)
     _check_extra_args(section.extra_args, corrections, model_path, trained=weight_transfer is not None)
     return [*command, *(word for option in corrections.items() for word in option), *section.extra_args]
+
+
+def _route_options(model_path: Path, sampled_log_probs: bool) -> list[str]:
+    """What makes the routes that are asked: /classify of a scalar reward model, whose head is in `vllm_scalar`; else
+    completions and /inference/v1/generate (token ids in, token ids out)."""
+    if is_scalar_folder(model_path):
+        return ["--runner", "pooling"]
+    # Sampling parameters come from requests only; "auto" would add the checkpoint's generation_config.json.
+    logprobs = "processed_logprobs" if sampled_log_probs else "raw_logprobs"
+    return ["--generation-config", "vllm", "--enable-scale-out", "--logprobs-mode", logprobs]
 
 
 def _check_extra_args(extra: Sequence[str], corrections: Mapping[str, str], folder: Path, *, trained: bool) -> None:

@@ -113,6 +113,7 @@ class ServerGroup:
             the group. Empty: those at `section.urls`.
         admit: what a server needs before it (again) gets work.
         status_file: the state of each server (JSON) for `r1reward servers`, written at every change and health check.
+        scalar: they serve a scalar reward model.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class ServerGroup:
         served_name: str | None,
         admit: Admit = _admit_everybody,
         status_file: Path | None = None,
+        scalar: bool = False,
     ) -> None:
         token = token_from(section.token_variable)
         self._token_variable = section.token_variable
@@ -136,7 +138,7 @@ class ServerGroup:
         )
         self.router = Router(self.members, capacity=section.max_concurrency)
         self.supervisor = Supervisor(
-            self.members, section, served_name=served_name, admit=admit, changed=self._state_changed
+            self.members, section, served_name=served_name, admit=admit, changed=self._state_changed, scalar=scalar
         )
         self.loop = EventLoopThread(f"{name}-servers")
         self._status_file = status_file

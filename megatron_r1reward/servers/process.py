@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron_r1reward.config.server_sections import VllmSection
+from megatron_r1reward.model_folder.scalar_folder import is_scalar_folder
 from megatron_r1reward.network.server_api import ServerCallError, call, open_client, unhealthy
 from megatron_r1reward.network.tokens import new_token
 from megatron_r1reward.servers.command import WeightTransport, sees_gpu, server_command, server_environment
@@ -52,7 +53,14 @@ _FIXES = (
 _SIGTERM_GRACE_S = KEEPER_GRACE_S + 5.0
 _POLL_INTERVAL_S = 0.2
 _PORT_ATTEMPTS = 3
-ONE_TOKEN = {"prompt": "ready?", "max_tokens": 1, "temperature": 0}  # a server that completes this is ready
+_ONE_TOKEN = {"prompt": "ready?", "max_tokens": 1, "temperature": 0}
+_ONE_REWARD = {"input": "ready?", "use_activation": False}
+
+
+def first_request(served_name: str | None, *, scalar: bool) -> tuple[str, dict[str, object]]:
+    """Route and body of a request; a server that answers it is ready. `scalar`: of a scalar reward model."""
+    path, body = ("/classify", _ONE_REWARD) if scalar else ("/v1/completions", _ONE_TOKEN)
+    return path, dict(body) if served_name is None else {**body, "model": served_name}
 
 
 def explain(log_path: Path, start: int = 0) -> str:
@@ -305,10 +313,10 @@ class VllmServer:
         self.close()
 
     def _complete_one_request(self, timeout_s: float) -> None:
-        body = ONE_TOKEN | {"model": self.served_name}
+        path, body = first_request(self.served_name, scalar=is_scalar_folder(self._model_path))
         try:
             with open_client(timeout_s=timeout_s) as client:
-                call(client, "POST", f"{self.url}/v1/completions", token=self.token, body=body)
+                call(client, "POST", f"{self.url}{path}", token=self.token, body=body)
         except ServerCallError as error:
             raise ServerError(self._describe(f"did not complete its first request ({error})")) from error
 

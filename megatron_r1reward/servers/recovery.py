@@ -16,7 +16,7 @@ import httpx
 from megatron_r1reward.config.server_sections import VllmSection
 from megatron_r1reward.network.server_api import HEALTH, ServerCallError, call_async, open_async_client
 from megatron_r1reward.servers.member import Member, ServerError
-from megatron_r1reward.servers.process import ONE_TOKEN
+from megatron_r1reward.servers.process import first_request
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class Supervisor:
 
     Args:
         changed: called after every change of state.
+        scalar: they serve a scalar reward model.
     """
 
     def __init__(
@@ -54,10 +55,11 @@ class Supervisor:
         served_name: str | None,
         admit: Admit,
         changed: Callable[[], None],
+        scalar: bool = False,
     ) -> None:
         self._members = tuple(members)
         self._section = section
-        self._served_name = served_name
+        self._served_name, self._scalar = served_name, scalar
         self._admit = admit
         self._changed = changed
         self._recoveries: dict[Member, asyncio.Task[None]] = {}
@@ -206,8 +208,8 @@ class Supervisor:
         except AdmissionError as error:
             return str(error)
         # Only now: a server that is paused after a broken push completes nothing.
-        body = ONE_TOKEN | ({} if self._served_name is None else {"model": self._served_name})
-        problem = await self._problem(member, "POST", "/v1/completions", body, self._section.probe_timeout_s)
+        path, body = first_request(self._served_name, scalar=self._scalar)
+        problem = await self._problem(member, "POST", path, body, self._section.probe_timeout_s)
         if problem is not None:
             return problem
         try:

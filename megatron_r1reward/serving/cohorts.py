@@ -4,7 +4,8 @@ A pairwise model needs at least two responses to the same question. Samples are 
 cohort is ranked when it has `size` samples, or `deadline_s` after its first one came, with those that are there. What
 cannot be ranked (a sample that stays alone, one that the service refuses, a model that does not answer) is met by the
 failure policy, counted (`/metrics`) and logged: "neutral" gives the reward of a draw, "raise" an error to the caller.
-There is no silent constant. A refused sample keeps its place in the cohort and costs the others nothing.
+There is no silent constant. A refused sample keeps its place in the cohort and costs the others nothing. A scalar
+reward model needs no cohort: its buffer has `size` 1, and nothing waits.
 """
 
 from __future__ import annotations
@@ -44,15 +45,15 @@ class CohortBuffer:
     Args:
         rank: rewards of several responses, e.g. through the service's own ranking.
         limits: of what is taken.
-        size: G, the samples that a trainer draws per prompt.
+        size: G, the samples that a trainer draws per prompt; 1: each has a reward of its own (a scalar reward model).
         deadline_s: how long the first sample of a cohort waits for the others.
     """
 
     def __init__(
         self, rank: Rank, *, limits: wire.Limits, size: int, deadline_s: float = 30.0, on_failure: Policy = "neutral"
     ) -> None:
-        if size < 2 or deadline_s <= 0:
-            raise ValueError(f"cohorts of {size} within {deadline_s:g} s: give a size of at least 2 and a time above 0")
+        if size < 1 or deadline_s <= 0:
+            raise ValueError(f"cohorts of {size} within {deadline_s:g} s: give a size of at least 1 and a time above 0")
         if on_failure not in get_args(Policy):
             raise ValueError(f"on_failure {on_failure!r}: give one of {', '.join(get_args(Policy))}")
         self._limits = limits
@@ -135,7 +136,7 @@ class CohortBuffer:
 
     async def _finish(self, cohort: _Cohort) -> None:
         reason, error = "alone", "it is alone with its prompt, and a pairwise model needs another response"
-        if len(cohort.responses) > 1:
+        if len(cohort.responses) > 1 or (self._size == 1 and cohort.responses):
             # In the order of their texts, so that rewards do not depend on who came first.
             order = sorted(range(len(cohort.responses)), key=cohort.responses.__getitem__)
             try:

@@ -26,6 +26,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 
+from megatron_r1reward.judging.ask import Scores
 from megatron_r1reward.serving import wire
 from megatron_r1reward.serving.cohorts import CohortBuffer, NoRewardError, Policy
 from megatron_r1reward.serving.service import RewardService
@@ -111,7 +112,17 @@ class NemoGymRequest(BaseModel):
 
 
 def cohorts_of(service: RewardService, *, size: int, deadline_s: float, on_failure: Policy) -> CohortBuffer:
-    """A cohort buffer whose groups are ranked by the service; its counts are in the service's metrics."""
+    """A cohort buffer whose groups are ranked by the service; its counts are in the service's metrics.
+
+    Raises:
+        ValueError: the size or the time cannot be meant, or a scalar reward model is to give the reward of a draw.
+    """
+    if isinstance(service.backend.model, Scores):
+        if on_failure == "neutral":
+            raise ValueError('on_failure "neutral": a scalar reward model has no reward of a draw: use "raise"')
+        size = 1
+    elif size < 2:
+        raise ValueError(f"cohorts of {size}: a model that compares needs at least two responses")
 
     async def rewards(question: str, responses: Sequence[str], images: Sequence[str]) -> Sequence[float]:
         request = wire.RankRequest(question=question, responses=list(responses), images=list(images))

@@ -29,7 +29,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
 
-from megatron_r1reward.judging.ask import Asks, Item, ModelUnavailableError
+from megatron_r1reward.judging.ask import Asks, Item, ModelUnavailableError, Scores
 from megatron_r1reward.judging.compare import compare
 from megatron_r1reward.judging.rank import rank
 from megatron_r1reward.model_folder.prompt_policy import PromptPolicy
@@ -101,7 +101,7 @@ class Telemetry(Collector):
 class Backend:
     """The model and the event loop that it belongs to; whether a server can answer now, and the state of each."""
 
-    model: Asks
+    model: Asks | Scores
     loop: EventLoopThread
     ready: Callable[[], bool] = lambda: True
     servers: Callable[[], Sequence[ServerStatus]] = lambda: ()
@@ -208,7 +208,7 @@ def build_app(service: RewardService, *, token: str | None) -> FastAPI:
 
     app = FastAPI(
         title="megatron_r1reward",
-        description="A multimodal generative reward model: compare, rank, score.",
+        description="A multimodal reward model, generative or scalar: compare, rank, score.",
         lifespan=lifespan,
         docs_url=None,  # its page loads scripts from the network; /openapi.json is the description
         redoc_url=None,

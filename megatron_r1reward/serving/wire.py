@@ -81,7 +81,7 @@ class RankRequest(HowToAsk):
     """The order of several responses, with a reward for each."""
 
     question: str
-    responses: Annotated[list[str], Field(min_length=2)]
+    responses: Annotated[list[str], Field(min_length=1, description="at least two; of a scalar reward model one")]
     images: Annotated[list[str], Field(description="data URLs, or paths under the service's image roots")] = []
     schedule: Schedule = "swiss"
     rounds: Annotated[int, Field(ge=1)] | None = None

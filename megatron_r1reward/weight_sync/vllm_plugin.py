@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+_SCALAR = "megatron_r1reward.servers.vllm_scalar"
 _RECEIVERS = {"r1reward_gloo": "GroupReceiver", "r1reward_nccl": "GroupReceiver", "r1reward_ipc": "SharedReceiver"}
 
 
 def register() -> None:
-    """Make our weight transports known to `--weight-transfer-config`, and transposed experts to `--load-format`. Called
-    once or more per process."""
+    """Make our weight transports known to `--weight-transfer-config`, transposed experts to `--load-format`, and the
+    architectures of scalar reward models to the registry of models. Called once or more per process."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
 
@@ -21,6 +22,19 @@ def register() -> None:
             WeightTransferEngineFactory.register_engine(backend, "megatron_r1reward.weight_sync.vllm_worker", receiver)
     if EXPERTS_LOAD_FORMAT not in _LOAD_FORMAT_TO_MODEL_LOADER:
         _register_experts_loader(EXPERTS_LOAD_FORMAT)
+    _register_scalar_models()
+
+
+def _register_scalar_models() -> None:
+    """By name: they are imported where one is served."""
+    from vllm.model_executor.models import ModelRegistry
+
+    from megatron_r1reward.model_folder.scalar_folder import SCALAR_ARCHITECTURES
+
+    known = ModelRegistry.get_supported_archs()
+    for architecture in SCALAR_ARCHITECTURES:
+        if architecture not in known:
+            ModelRegistry.register_model(architecture, f"{_SCALAR}:{architecture}")
 
 
 def _register_experts_loader(load_format: str) -> None:

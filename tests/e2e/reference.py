@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.data.image_files import decode
+from megatron_r1reward.data.stage_data import SCALAR_TEMPLATE
+from megatron_r1reward.model_folder.config_reader import CONFIG
+from megatron_r1reward.model_folder.prompt_policy import FILE, PromptPolicy
+from megatron_r1reward.model_folder.scalar_folder import scalar_config
+from megatron_r1reward.model_folder.shape import load_shape
+from megatron_r1reward.model_folder.weight_table import score_entries
 from megatron_r1reward.network.tokens import bearer
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.types import Prompt, Rollout, TensorMeta
@@ -21,6 +29,22 @@ SERVER = ServerSection(
     dtype="float32", max_model_len=1024, max_num_seqs=64, kv_cache_bytes=1 << 27, request_timeout_s=300.0,
     health_timeout_s=60.0, probe_timeout_s=120.0,
 )  # fmt: skip
+
+
+def with_scalar_head(folder: Path, out: Path, layers: int) -> Path:
+    """A copy of a model folder with a random reward head of so many layers, as `r1reward rm` writes it."""
+    shutil.copytree(folder, out)
+    (out / CONFIG).write_text(scalar_config((out / CONFIG).read_text(), layers))
+    (out / FILE).write_text(PromptPolicy(kind="scalar", template=SCALAR_TEMPLATE, orders="any").to_json())
+    tensors = load_file(out / "model.safetensors")
+    del tensors["lm_head.weight"]
+    for entry in score_entries(load_shape(out).text.hidden, layers):
+        (shape,) = entry.shapes
+        generator = torch.Generator().manual_seed(len(tensors))
+        (name,) = entry.hf
+        tensors[name] = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
 
 
 class Reference:

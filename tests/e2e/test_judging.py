@@ -10,18 +10,24 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from reference import PATIENCE_S, requests_running
+from reference import PATIENCE_S, SERVER, requests_running, with_scalar_head
 from running_service import Running
 from typer.testing import CliRunner
 from waiting import wait_until
 
 from megatron_r1reward import RewardModel, Votes
 from megatron_r1reward.cli import app
+from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.judging.ask import AskOptions, ModelRefusedError
 from megatron_r1reward.judging.served import ServedModel
 from megatron_r1reward.network.tokens import bearer
+from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.rollout.pool import SERVED_NAME, RolloutPool
+from megatron_r1reward.servers.process import VllmServer, start_servers
 from megatron_r1reward.serving.service import Backend
+from megatron_r1reward.training import rm
+from megatron_r1reward.training.state import build_state
+from megatron_r1reward.types import Preference
 
 pytestmark = pytest.mark.e2e
 # The tiny model's weights are random: its answers have the form that a trained model gives them by itself.
@@ -170,3 +176,108 @@ def generated(pool: RolloutPool) -> float:
     wanted = [line for line in text.splitlines() if line.startswith("vllm:generation_tokens_total{")]
     assert wanted
     return sum(float(line.split()[-1]) for line in wanted)
+
+
+@pytest.fixture(scope="module")
+def scalar_folders(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Scalar reward models with a head of 1 and of 2 layers."""
+    folder = tmp_path_factory.mktemp("scalar")
+    return {layers: with_scalar_head(tiny_folder, folder / str(layers), layers) for layers in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def scalar_servers(
+    scalar_folders: dict[int, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[int, VllmServer]]:
+    """One server of each, started side by side."""
+    logs = tmp_path_factory.mktemp("scalar-logs")
+    servers = {
+        layers: VllmServer(SERVER, model_path=folder, log_path=logs / f"{layers}.log", served_name="reward-model")
+        for layers, folder in scalar_folders.items()
+    }
+    try:
+        start_servers(servers.values())
+        yield servers
+    finally:
+        for server in servers.values():
+            server.close()
+
+
+def scalar_pairs(image_paths: tuple[str, ...]) -> list[Preference]:
+    said = (("It is 1.", "It is 2."), ("yes", "no, it is <not> that."), ("The digit is 7. ", ""))
+    return [
+        Preference(id=str(n), question=f"Which digit? {n}", responses=pair, label=1, image_paths=image_paths[:n])
+        for n, pair in enumerate(said)
+    ]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_servers_rewards_are_the_trainers(
+    scalar_folders, scalar_servers, layers: int, topology: Topology, image_paths: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The same tokens, the same head in float32; with no image, one and two."""
+    tree = {
+        "run": {"output_dir": tmp_path},
+        "model": {"path": scalar_folders[layers], "precision": "fp32"},
+        "data": {"train": tmp_path, "token_budget": 300},
+    }
+    state = build_state(RunConfig.model_validate(tree), topology, optimizer_steps=1, score_layers=layers)
+    pairs = scalar_pairs(image_paths)
+    expected = rm.score_sequences(state, rm.to_sequences(state, pairs))
+    server = scalar_servers[layers]
+    with RewardModel.connect(server.url, api_key=server.token, folder=scalar_folders[layers]) as model:
+        found = [one for pair in pairs for one in model.score(pair.question, pair.responses, pair.image_paths)]
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert len({round(one, 2) for one in found}) == len(found), "rewards depend on what is read"
+
+
+def test_a_scalar_model_is_used_by_the_same_commands(
+    scalar_folders, scalar_servers, image_paths: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`score` with --best-of, `bench` and `eval`, each by the command line: one number for a response."""
+    server, folder = scalar_servers[1], scalar_folders[1]
+    monkeypatch.setenv("SCALAR_KEY", server.token)
+    access = ["--model", server.url, "--prompt-of", str(folder), "--api-key-variable", "SCALAR_KEY"]
+
+    def command(*words: str) -> str:
+        done = CliRunner().invoke(app, list(words))
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    rows = tmp_path / "in.jsonl"
+    responses = ["a", "b", "c", "It is 7."]
+    rows.write_text(json.dumps({"question": "q", "responses": responses, "images": [image_paths[0]]}) + "\n")
+    command("score", str(rows), str(tmp_path / "out.jsonl"), *access, "--best-of", str(tmp_path / "best.jsonl"))
+    scored = json.loads((tmp_path / "out.jsonl").read_text())
+    assert (scored["calls"], scored["best"]) == (4, max(range(4), key=scored["rewards"].__getitem__))
+    assert json.loads((tmp_path / "best.jsonl").read_text())["response"] == responses[scored["best"]]
+    refused = CliRunner().invoke(app, ["score", str(rows), str(tmp_path / "x"), *access, "--votes", "3"])
+    assert (refused.exit_code, "one number" in refused.output) == (2, True)
+
+    pairs = scalar_pairs(image_paths)
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("".join(
+        json.dumps({"id": one.id, "question": one.question, "image": list(one.image_paths), "category": "c",
+                    "response_1": one.responses[0], "response_2": one.responses[1] or "none", "answer": 1}) + "\n"
+        for one in pairs
+    ))  # fmt: skip
+    command("bench", "pairs", str(source), *access, "--out", str(tmp_path / "bench"), "--image-root", "/")
+    bench = json.loads((tmp_path / "bench" / "bench.json").read_text())
+    record = (tmp_path / "bench" / "judgements.jsonl").read_text().splitlines()
+    assert (bench["kind"], bench["calls"], len(record)) == ("scalar", 2 * len(pairs), len(pairs))
+    greedy = bench["overall"]["greedy"]
+    assert greedy["better_first"] == greedy["better_second"]
+    assert greedy["agreement"]["mean"] == 1.0
+    assert "voting: a response has one number" in (tmp_path / "bench" / "bench.md").read_text()
+
+    run_file = tmp_path / "eval.toml"
+    run_file.write_text(
+        f'[run]\noutput_dir = "{tmp_path}/eval"\n[model]\npath = "{folder}"\n[data]\ntrain = "{source}"\n'
+        f'image_root = "/"\n[evaluation]\ndata = "{source}"\nimage_root = "/"\n'
+        f'[rollout]\nurls = ["{server.url}"]\ntoken_variable = "SCALAR_KEY"\n'
+    )
+    command("eval", str(run_file))
+    found = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
+    assert (found["kind"], found["counts"]["pairs"], found["calls"]) == ("scalar", len(pairs), 2 * len(pairs))
+    assert found["accuracy"] == greedy["mean"]["mean"]
+    assert found["tokens"] == bench["tokens"]

@@ -86,7 +86,7 @@ def test_a_server_that_is_started_scales_images_as_training_did(
 
     monkeypatch.setattr(served, "start_servers", start)
     with pytest.raises(RuntimeError, match="far enough"):
-        served.ServedModel.start(folder, ServerSection(), count=1, log_dir=tmp_path, options=AskOptions(), report=None)
+        served.serve_folder(folder, ServerSection(), count=1, log_dir=tmp_path, options=AskOptions(), report=None)
     command = started[0]._command
     kwargs = json.loads(command[command.index("--mm-processor-kwargs") + 1])
     assert kwargs == {"min_pixels": 800, "max_pixels": 90_000}

@@ -48,7 +48,7 @@ def test_every_row_is_answered_or_accounted_for(scripted, rows, tmp_path) -> Non
     assert len(found[1]["rewards"]) == 4
     assert "verdict" not in found[1]
     assert "gone.png' cannot be read: No such file" in found[2]["error"]
-    assert "responses: List should have at least 2 items" in found[3]["error"]
+    assert "a model that compares needs at least two" in found[3]["error"]
     assert "not a row" in found[4]["error"]
     assert found[5]["rewards"] == found[0]["rewards"]
     assert [row["response"] for row in lines(best)][::2] == ["a", "a"]

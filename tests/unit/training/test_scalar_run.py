@@ -19,6 +19,7 @@ from megatron_r1reward.conversion.inspect_folder import inspect
 from megatron_r1reward.conversion.verify import verify
 from megatron_r1reward.judging.served import policy_of
 from megatron_r1reward.launch.stage_models import check_keys, check_models
+from megatron_r1reward.model_folder.examine import check_served
 from megatron_r1reward.model_folder.prompt_policy import read_policy
 from megatron_r1reward.model_folder.shape import load_shape
 from megatron_r1reward.parallel import setup
@@ -163,12 +164,17 @@ def test_a_scalar_folder_is_one_clear_line_elsewhere(trained: Path, rows: Path, 
     folder = trained / "hf"
     plain = run_config(rows, tmp_path, folder, reward_model={"steps": None, "global_batch_size": 256,
                        "heldout_every": None, "heldout_pairs": 128})  # fmt: skip
-    for stage in ("sft", "eval"):
-        with pytest.raises(ValueError, match=r"model.path .*: it is a scalar reward model, which writes no text") as e:
-            check_models(plain, stage)
-        assert "\n" not in str(e.value)
+    judged = plain.evaluation.model_copy(update={"judge_filtered_votes": True})
+    with pytest.raises(ValueError, match=r"model.path .*: it is a scalar reward model, which writes no text") as e:
+        check_models(plain, "sft")
+    assert "\n" not in str(e.value)
     with pytest.raises(ValueError, match="it is a scalar reward model, which writes no text"):
-        policy_of(folder)
+        check_served(folder)
+    assert (policy_of(folder) or pytest.fail("it says nothing")).kind == "scalar"
+    check_served(folder, scalar=True)
+    check_models(plain, "eval")
+    with pytest.raises(ValueError, match=r"evaluation.judge_filtered_votes: the scalar reward model in .* writes no"):
+        check_models(plain.model_copy(update={"evaluation": judged}), "eval")
     check_models(run_config(rows, tmp_path, folder), "rm")
     with pytest.raises(ValueError, match=r"reward_model.score_layers is 1, but the scalar head in .* has 2"):
         rm.head_layers(run_config(rows, tmp_path, folder, reward_model={"score_layers": 1}))

@@ -1,0 +1,128 @@
+"""Evaluation of a scalar reward model on preference pairs: each response scored once, the better one has the higher
+reward. What samples and texts are needed for is absent, and `ABSENT` says why."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from megatron_r1reward.evaluation.calibration import calibration
+from megatron_r1reward.evaluation.control_sets import shuffle_images as with_shuffled_images
+from megatron_r1reward.evaluation.evaluate import accuracy_by_category
+from megatron_r1reward.evaluation.judged_pair import JudgedPair
+from megatron_r1reward.evaluation.result import ORDERS, Counts, ScalarEvaluation
+from megatron_r1reward.evaluation.statistics import estimate_share
+from megatron_r1reward.judging.ask import Item, Scores
+from megatron_r1reward.judging.compare import of_rewards, rewards_of
+from megatron_r1reward.types import Preference
+
+log = logging.getLogger(__name__)
+_CONCURRENT_PAIRS = 32
+_ONE_NUMBER = "a response has one number; asked again, it would be the same"
+_NO_TEXT = "it writes no text"
+_NO_ORDER = "each response is read alone: there is no order to prefer"
+ABSENT: Final[Mapping[str, str]] = {
+    "voting": _ONE_NUMBER,
+    "any_correct": _ONE_NUMBER,
+    "greedy": _ONE_NUMBER,
+    "vote_budget": _ONE_NUMBER,
+    "unparsable_rate": _NO_TEXT,
+    "format_rate": _NO_TEXT,
+    "mean_response_tokens": _NO_TEXT,
+    "transcripts": _NO_TEXT,
+    "contradiction": "there is no reasoning that could contradict the verdict",
+    "answer_1_rate": _NO_ORDER,
+    "pair_kinds": _NO_ORDER,
+}
+
+
+def evaluate_scalar(
+    model: Scores,
+    run: Callable[[Coroutine[Any, Any, None]], None],
+    preferences: Sequence[Preference],
+    *,
+    seed: int,
+    shuffle_images: bool = False,
+    progress: Callable[[], object] = lambda: None,
+) -> ScalarEvaluation:
+    """Score both responses of every pair.
+
+    A pair of which a request failed is left out, and counted in `Counts.failed`.
+
+    Args:
+        run: waits for work on the event loop that `model` belongs to.
+        seed: of the shuffle.
+        shuffle_images: the control: each pair sees the images of another one.
+        progress: called once a pair.
+
+    Raises:
+        ValueError: no pair was answered.
+    """
+    shown = with_shuffled_images(preferences, seed) if shuffle_images else tuple(preferences)
+    right: dict[int, float] = {}  # 1, 0, a tie 1/2
+    p_right: dict[int, float] = {}
+    problems: list[str] = []
+    tokens = 0
+
+    async def one(place: int, pair: Preference, slots: asyncio.Semaphore) -> None:
+        nonlocal tokens
+        async with slots:
+            try:
+                item = Item.of(pair.question, pair.image_paths, pair.response_images)
+                first, second = await rewards_of(model, item, pair.responses)
+            except (ValueError, RuntimeError) as error:
+                problems.append(f"{pair.id}: {error}")
+            else:
+                better, other = (first, second) if pair.known_label == 1 else (second, first)
+                compared = of_rewards(better, other)
+                assert compared.probability is not None
+                right[place] = {1: 1.0, 2: 0.0, None: 0.5}[compared.verdict]
+                p_right[place] = compared.probability
+                tokens += first.tokens + second.tokens
+            progress()
+
+    async def everything() -> None:
+        slots = asyncio.Semaphore(_CONCURRENT_PAIRS)
+        async with asyncio.TaskGroup() as group:
+            for place, pair in enumerate(shown):
+                group.create_task(one(place, pair, slots))
+
+    began = time.monotonic()
+    run(everything())
+    seconds = time.monotonic() - began
+    for problem in problems[:3]:
+        log.warning("not scored: %s", problem)
+    if not right:
+        raise ValueError(f"none of {len(preferences)} pairs was scored, the first: {problems[:1]}")
+    places = sorted(right)
+    accuracy_P = np.array([right[place] for place in places])
+    pairs = [JudgedPair(preference=shown[place], samples={}, labels={}) for place in places]
+    found = estimate_share(accuracy_P, [pair.item for pair in pairs])
+    error, bins = calibration(np.array([p_right[place] for place in places]))
+    return ScalarEvaluation(
+        kind="scalar",
+        accuracy=found.mean,
+        interval=found.interval,
+        accuracy_by_order=dict.fromkeys(ORDERS, found.mean),
+        accuracy_by_order_intervals=dict.fromkeys(ORDERS, found.interval),
+        order_consistency=1.0,
+        by_category=accuracy_by_category(pairs, accuracy_P),
+        counts=Counts(
+            pairs=len(pairs),
+            samples=2 * len(pairs),
+            failed=len(problems),
+            without_partner=len(preferences) - len(shown),
+        ),
+        calibration_error=error,
+        calibration=bins,
+        calls=2 * len(pairs),
+        tokens=tokens,
+        seconds=seconds,
+        absent=ABSENT,
+        shuffled_images=shuffle_images,
+    )
