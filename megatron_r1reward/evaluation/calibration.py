@@ -113,6 +113,11 @@ def calibrate_folder(folder: Path, evaluation: Path) -> tuple[Calibration, ...]:
         ValueError: it says nothing about how it is asked, or the evaluation is of other weights or fitted none.
     """
     policy = own_policy(folder)
+    if policy.kind == "scalar":
+        raise ValueError(
+            f"{folder} is a scalar reward model, which has no votes to calibrate: its calibration error is in "
+            f"{evaluation}"
+        )
     try:
         result = EvaluationResult.model_validate_json(evaluation.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -191,6 +192,17 @@ class ScalarEvaluation(_Part):
     def to_json(self) -> str:
         """The content of `evaluation.json`."""
         return self.model_dump_json(indent=2) + "\n"
+
+
+def parse_evaluation(text: str) -> EvaluationResult | ScalarEvaluation:
+    """What an `evaluation.json` says, of either kind.
+
+    Raises:
+        ValueError: it is none.
+    """
+    tree = json.loads(text)
+    scalar = isinstance(tree, dict) and tree.get("kind") == "scalar"
+    return ScalarEvaluation.model_validate(tree) if scalar else EvaluationResult.model_validate(tree)
 
 
 def one(name: str, estimate: Estimate, interval: str | None = None) -> dict[str, Any]:

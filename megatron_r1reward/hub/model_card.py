@@ -7,10 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from megatron_r1reward.data.identity import model_identity
-from megatron_r1reward.evaluation.result import EvaluationResult, Interval, OrderAccuracy
+from megatron_r1reward.evaluation.result import (
+    EvaluationResult,
+    Interval,
+    OrderAccuracy,
+    ScalarEvaluation,
+    parse_evaluation,
+)
 from megatron_r1reward.files import write_text
 from megatron_r1reward.hub_name import hub_name
 from megatron_r1reward.model_folder.prompt_policy import FILE, PromptPolicy, own_policy
@@ -75,12 +79,36 @@ def judge(question, first, second, images):
 '''
 
 
+_GENERATIVE = (
+    "A generative reward model: it reads a question, images and two responses, reasons in `<think>` and answers "
+    "`<answer>1</answer>` or `<answer>2</answer>`. Trained with megatron_r1reward."
+)
+_SCALAR = (
+    "A scalar reward model: it reads a question, images and one response, and gives it a number, the value of a head "
+    "at the last token (`score.*` in the weights). The probability that one of two responses is better is the sigmoid "
+    "of the difference. Trained with megatron_r1reward."
+)
+_USE_SCALAR = """## Use
+
+With megatron_r1reward, which serves it with vLLM:
+
+```python
+from megatron_r1reward import RewardModel
+
+with RewardModel.from_pretrained({name!r}) as model:
+    print(model.score("Which?", ["The first.", "The second."], ["image.png"]))
+```
+
+The input is one user turn (images, then the question) and the response as the assistant's turn with the token that
+ends it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """An `evaluation.json` of the folder's own weights."""
 
     path: Path
-    result: EvaluationResult
+    result: EvaluationResult | ScalarEvaluation
 
 
 def find_evaluations(folder: Path, given: Sequence[Path]) -> list[Evaluation]:
@@ -93,8 +121,8 @@ def find_evaluations(folder: Path, given: Sequence[Path]) -> list[Evaluation]:
     found = []
     for path in given or sorted(folder.resolve().parent.parent.glob("*/evaluation.json")):
         try:
-            result = EvaluationResult.model_validate_json(path.read_text(encoding="utf-8"))
-        except (OSError, ValidationError, UnicodeDecodeError) as error:
+            result = parse_evaluation(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             if given:
                 raise ValueError(f"--evaluation {path} is no evaluation.json of `r1reward eval`: {error}") from error
             continue
@@ -130,7 +158,8 @@ def write_card(
 
 def card_text(policy: PromptPolicy, *, name: str, evaluations: Sequence[Evaluation], licence: str | None) -> str:
     """The card, Markdown with the Hub's metadata in front."""
-    meta = ["library_name: transformers", "pipeline_tag: image-text-to-text"]
+    scalar = policy.kind == "scalar"
+    meta = [] if scalar else ["library_name: transformers", "pipeline_tag: image-text-to-text"]
     meta += ["tags:", *(f"- {tag}" for tag in ("reward-model", "preference", "r1-reward", "megatron"))]
     if licence is not None:
         meta.append(f"license: {licence}")
@@ -140,12 +169,10 @@ def card_text(policy: PromptPolicy, *, name: str, evaluations: Sequence[Evaluati
     parts = [
         "\n".join(["---", *meta, "---", _MARK]),
         "# " + name.rstrip("/").rpartition("/")[2],
-        "A generative reward model: it reads a question, images and two responses, reasons in `<think>` and answers "
-        "`<answer>1</answer>` or `<answer>2</answer>`. Trained with megatron_r1reward.",
+        _SCALAR if scalar else _GENERATIVE,
         _training(policy),
         _scores(evaluations),
-        _prompt(policy),
-        _use(policy, name),
+        *([_USE_SCALAR.format(name=name)] if scalar else [_prompt(policy), _use(policy, name)]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -176,6 +203,10 @@ def _scores(evaluations: Sequence[Evaluation]) -> str:
     for evaluation in evaluations:
         result = evaluation.result
         pairs = f"{result.data or evaluation.path.parent.name}, {result.counts.pairs} pairs"
+        if isinstance(result, ScalarEvaluation):
+            share = _share(result.accuracy, result.interval)
+            lines.append(f"| {pairs} | a number per response | {share} | {share} | {share} | by construction | |")
+            continue
         lines.append(f"| {pairs} | sampled, one response | {_row(result)}")
         if result.greedy is not None:
             lines.append(f"| {pairs} | greedy | {_row(result.greedy)}")

@@ -36,11 +36,11 @@ def push(
     """
     if _REPOSITORY.fullmatch(repository) is None:
         raise ValueError(f"{repository!r} is no repository: give ORG/NAME")
-    problems = list(served_problems(folder))
+    problems = list(served_problems(folder, scalar=True))
     if problems:
         raise ValueError(f"model folder {folder} cannot be used: {'; '.join(problems)}")
     if not (folder / FILE).is_file():
-        raise ValueError(f"{folder} has no {FILE}: give the folder that `r1reward sft` or `rl` has exported")
+        raise ValueError(f"{folder} has no {FILE}: give the folder that `r1reward sft`, `rl` or `rm` has exported")
     if not (folder / CARD).is_file():
         log.info("%s has no card: writing one", folder)
         write_card(folder, name=repository, evaluations=(), licence=None, force=False)
@@ -73,7 +73,7 @@ def fetch(name: str, *, endpoint: str | None, token: str | None) -> Path:
         # Asked first: the download alone would be content with what an earlier one left in the cache.
         commit = HfApi(endpoint=endpoint, token=token).model_info(repository, revision=revision).sha
         folder = Path(snapshot_download(repository, revision=revision, endpoint=endpoint, token=token))
-    problems = list(served_problems(folder))
+    problems = list(served_problems(folder, scalar=True))
     if problems:
         raise ValueError(f"{name} was fetched, but cannot be used: {'; '.join(problems)}")
     log.info("%s is %s@%s in %s", name, repository, commit, folder)

@@ -156,6 +156,6 @@ def own_policy(folder: Path) -> PromptPolicy:
     policy = read_policy(folder)
     if policy is None:
         raise ValueError(
-            f"{folder} has no {FILE}: give the folder that `r1reward sft` or `rl` has exported (<output_dir>/hf)"
+            f"{folder} has no {FILE}: give the folder that `r1reward sft`, `rl` or `rm` has exported (<output_dir>/hf)"
         )
     return policy

@@ -19,7 +19,7 @@ from megatron_r1reward.cli import app
 from megatron_r1reward.config.load import load_config
 from megatron_r1reward.data.identity import model_identity
 from megatron_r1reward.data.prompt import TEMPLATE
-from megatron_r1reward.evaluation.result import Counts, EvaluationResult
+from megatron_r1reward.evaluation.result import Counts, EvaluationResult, ScalarEvaluation
 from megatron_r1reward.hub_name import hub_name, local_folder, model_name
 from megatron_r1reward.judging.reward_model import RewardModel
 from megatron_r1reward.launch.stage_models import check_models
@@ -89,6 +89,26 @@ def test_a_card_says_what_the_run_recorded(trained: Path) -> None:
     assert f"````text\n{TEMPLATE}\n````" in card
     assert str(trained) not in card
     assert call("card", trained)[0] == 0  # its own card is written anew
+
+
+def test_a_scalar_model_has_a_card_of_its_own(trained: Path) -> None:
+    """And `calibrate` says in one line why not."""
+    said = PromptPolicy.model_validate_json((trained / FILE).read_text())
+    (trained / FILE).write_text(said.model_copy(update={"kind": "scalar", "template": "{question}"}).to_json())
+    place = measured(trained, trained.parents[1] / "eval_rm" / "evaluation.json")
+    keys = ("accuracy", "interval", "accuracy_by_order", "accuracy_by_order_intervals", "order_consistency",
+            "by_category", "counts", "weights", "data")  # fmt: skip
+    kept = {key: json.loads(place.read_text())[key] for key in keys}
+    cost = {"calls": 840, "tokens": 9, "seconds": 1.0}
+    found = ScalarEvaluation(**kept, **cost, kind="scalar", calibration_error=0.1, calibration=(), absent={})
+    place.write_text(found.to_json())
+    assert call("card", trained, "--name", NAME)[0] == 0
+    card = (trained / "README.md").read_text()
+    assert "A scalar reward model" in card and "generative" not in card
+    assert "| heldout.jsonl, 420 pairs | a number per response | 90.0 % [85.0, 94.0] | 90.0 % [85.0, 94.0] |" in card
+    assert "model.score(" in card and "{question}" not in card
+    refused = CliRunner().invoke(app, ["calibrate", str(trained), str(place)])
+    assert (refused.exit_code, "is a scalar reward model, which has no votes" in refused.stderr) == (2, True)
 
 
 def test_numbers_of_other_weights_are_not_on_the_card(trained: Path, tmp_path: Path) -> None:
