@@ -143,13 +143,6 @@ def run_bench(benchmark: str, source: Path, out: Path, access: ModelAccess, opti
         raise ValueError(f"no pair of {source} could be judged: {list(judged.failed[:3])}")
     official, legacy = _official(rule, rows, judged, preferences, options)
     overall, categories = score_categories(rule, rows, judged, preferences, options.samples)
-    curves = None
-    if options.samples:
-        supported: JudgedSamples | str = "no consistency judge was asked: --judge names one"
-        if options.judge is not None:
-            with open_vote_judge(options.judge, out, max_model_len=access.max_model_len) as judge:
-                supported = judge_samples(judged, out / "judgements.jsonl", judge)
-        curves = vote_curves(rows, judged, overall, options.samples, options.seed, supported)
     result = BenchResult(
         benchmark=benchmark,
         kind="scalar" if scalar else "generative",
@@ -165,11 +158,27 @@ def run_bench(benchmark: str, source: Path, out: Path, access: ModelAccess, opti
         legacy=legacy,
         overall=overall,
         categories=categories,
-        vote_budget=curves,
+        vote_budget=_curves(rows, judged, overall, out, access, options) if options.samples else None,
         absent=ABSENT if scalar else {},
     )
     write_text(out / "bench.json", json.dumps(_fields(result), indent=2, default=_plain) + "\n")
     return result
+
+
+def _curves(
+    rows: Sequence[Mapping[str, Any]],
+    judged: Judged,
+    overall: CategoryScore,
+    out: Path,
+    access: ModelAccess,
+    options: BenchOptions,
+) -> VoteBudget:
+    """What the samples are worth as votes; with a judge, what it says about them is asked first."""
+    supported: JudgedSamples | str = "no consistency judge was asked: --judge names one"
+    if options.judge is not None:
+        with open_vote_judge(options.judge, out, max_model_len=access.max_model_len) as judge:
+            supported = judge_samples(judged, out / "judgements.jsonl", judge)
+    return vote_curves(rows, judged, overall, options.samples, options.seed, supported)
 
 
 def _check_scalar(options: BenchOptions) -> None:

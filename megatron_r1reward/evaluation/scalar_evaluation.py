@@ -7,6 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -17,7 +18,7 @@ from megatron_r1reward.evaluation.evaluate import accuracy_by_category
 from megatron_r1reward.evaluation.judged_pair import JudgedPair
 from megatron_r1reward.evaluation.result import ORDERS, Counts, ScalarEvaluation
 from megatron_r1reward.evaluation.statistics import estimate_share
-from megatron_r1reward.judging.ask import Item, Scores
+from megatron_r1reward.judging.ask import Item, Scores, all_of
 from megatron_r1reward.judging.compare import of_rewards, rewards_of
 from megatron_r1reward.types import Preference
 
@@ -39,6 +40,29 @@ ABSENT: Final[Mapping[str, str]] = {
     "answer_1_rate": _NO_ORDER,
     "pair_kinds": _NO_ORDER,
 }
+
+
+@dataclass
+class _Scored:
+    """What is known of the pairs so far, by their places."""
+
+    right: dict[int, float] = field(default_factory=dict)  # 1, 0, a tie 1/2
+    p_right: dict[int, float] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    tokens: int = 0
+
+    async def add(self, model: Scores, place: int, pair: Preference) -> None:
+        try:
+            item = Item.of(pair.question, pair.image_paths, pair.response_images)
+            first, second = await rewards_of(model, item, pair.responses)
+        except (ValueError, RuntimeError) as error:
+            self.problems.append(f"{pair.id}: {error}")
+            return
+        compared = of_rewards(*((first, second) if pair.known_label == 1 else (second, first)))
+        assert compared.probability is not None
+        self.right[place] = {1: 1.0, 2: 0.0, None: 0.5}[compared.verdict]
+        self.p_right[place] = compared.probability
+        self.tokens += first.tokens + second.tokens
 
 
 def evaluate_scalar(
@@ -64,46 +88,36 @@ def evaluate_scalar(
         ValueError: no pair was answered.
     """
     shown = with_shuffled_images(preferences, seed) if shuffle_images else tuple(preferences)
-    right: dict[int, float] = {}  # 1, 0, a tie 1/2
-    p_right: dict[int, float] = {}
-    problems: list[str] = []
-    tokens = 0
-
-    async def one(place: int, pair: Preference, slots: asyncio.Semaphore) -> None:
-        nonlocal tokens
-        async with slots:
-            try:
-                item = Item.of(pair.question, pair.image_paths, pair.response_images)
-                first, second = await rewards_of(model, item, pair.responses)
-            except (ValueError, RuntimeError) as error:
-                problems.append(f"{pair.id}: {error}")
-            else:
-                better, other = (first, second) if pair.known_label == 1 else (second, first)
-                compared = of_rewards(better, other)
-                assert compared.probability is not None
-                right[place] = {1: 1.0, 2: 0.0, None: 0.5}[compared.verdict]
-                p_right[place] = compared.probability
-                tokens += first.tokens + second.tokens
-            progress()
+    scored = _Scored()
 
     async def everything() -> None:
         slots = asyncio.Semaphore(_CONCURRENT_PAIRS)
-        async with asyncio.TaskGroup() as group:
-            for place, pair in enumerate(shown):
-                group.create_task(one(place, pair, slots))
+
+        async def one(place: int) -> None:
+            async with slots:
+                await scored.add(model, place, shown[place])
+            progress()
+
+        await all_of(one(place) for place in range(len(shown)))
 
     began = time.monotonic()
     run(everything())
     seconds = time.monotonic() - began
-    for problem in problems[:3]:
+    for problem in scored.problems[:3]:
         log.warning("not scored: %s", problem)
-    if not right:
-        raise ValueError(f"none of {len(preferences)} pairs was scored, the first: {problems[:1]}")
-    places = sorted(right)
-    accuracy_P = np.array([right[place] for place in places])
+    if not scored.right:
+        raise ValueError(f"none of {len(preferences)} pairs was scored, the first: {scored.problems[:1]}")
+    places = sorted(scored.right)
+    accuracy_P = np.array([scored.right[place] for place in places])
     pairs = [JudgedPair(preference=shown[place], samples={}, labels={}) for place in places]
     found = estimate_share(accuracy_P, [pair.item for pair in pairs])
-    error, bins = calibration(np.array([p_right[place] for place in places]))
+    error, bins = calibration(np.array([scored.p_right[place] for place in places]))
+    counts = Counts(
+        pairs=len(pairs),
+        samples=2 * len(pairs),
+        failed=len(scored.problems),
+        without_partner=len(preferences) - len(shown),
+    )
     return ScalarEvaluation(
         kind="scalar",
         accuracy=found.mean,
@@ -112,16 +126,11 @@ def evaluate_scalar(
         accuracy_by_order_intervals=dict.fromkeys(ORDERS, found.interval),
         order_consistency=1.0,
         by_category=accuracy_by_category(pairs, accuracy_P),
-        counts=Counts(
-            pairs=len(pairs),
-            samples=2 * len(pairs),
-            failed=len(problems),
-            without_partner=len(preferences) - len(shown),
-        ),
+        counts=counts,
         calibration_error=error,
         calibration=bins,
-        calls=2 * len(pairs),
-        tokens=tokens,
+        calls=counts.samples,
+        tokens=scored.tokens,
         seconds=seconds,
         absent=ABSENT,
         shuffled_images=shuffle_images,

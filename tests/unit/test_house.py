@@ -23,6 +23,7 @@ LONG_FUNCTIONS = {
 CRUMBS = {
     "servers.vllm_executor": "named to vLLM as a string; imported by its processes only",
     "weight_sync.vllm_plugin": "an entry point that vLLM loads in every process: nothing else may come with it",
+    "servers.vllm_scalar": "models named to vLLM's registry as strings; imported by its processes only",
     "network.breaker": "an idea of its own: the judge's client is its user today",
     "network.guard": "users name it to vLLM servers of their own (docs/run-files.md)",
     # Present crumbs: each goes into its user, and its line goes with it.
