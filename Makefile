@@ -72,7 +72,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/policy_loss.py --json $(RESULTS)/policy_loss_cpu.json
 	$(BIN)/python benchmarks/step_breakdown.py --json $(RESULTS)/step_breakdown.json
 	$(BIN)/python benchmarks/step_idle.py --json $(RESULTS)/step_idle.json
-	$(BIN)/pip install --quiet --no-deps "trl>=1.16,<2" "accelerate>=1.10" "liger-kernel==0.8.5"
+	$(BIN)/pip install --quiet --no-deps "trl>=1.16,<2" "accelerate>=1.10" "liger-kernel==0.8.5" "imagehash>=4.3" pywavelets
 	$(BIN)/python benchmarks/rl_update_vs_trl.py --json $(RESULTS)/rl_update_vs_trl.json
 	for family in qwen2_5_vl qwen3_vl qwen3_vl_moe; do $(BIN)/python benchmarks/parallel_parity.py \
 		--family $$family --json $(RESULTS)/parallel_parity_$$family.json; done
@@ -82,6 +82,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/rollout.py --json $(RESULTS)/rollout.json
 	$(BIN)/python benchmarks/conversion.py --json $(RESULTS)/conversion.json
 	$(BIN)/python benchmarks/data_pipeline.py --json $(RESULTS)/data_pipeline.json # 200,000 rows
+	$(BIN)/python benchmarks/picture_hashes.py --json $(RESULTS)/picture_hashes.json
 	$(BIN)/python benchmarks/ranking.py --json $(RESULTS)/ranking.json # on a finished `make demo`
 	$(BIN)/python benchmarks/serving_throughput.py --json $(RESULTS)/serving_throughput.json # on a finished `make demo`
 	$(BIN)/python benchmarks/stability.py --json $(RESULTS)/stability.json --pictures $(RESULTS) # an hour of one core; resumes
