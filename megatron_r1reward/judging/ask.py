@@ -40,6 +40,7 @@ MAX_PIXELS = 100_000_000  # above it a small file may be a large picture; vLLM's
 T = TypeVar("T")
 Order = Literal["12", "21"]  # the responses as given, or exchanged
 ORDERS: Final[tuple[Order, Order]] = ("12", "21")
+_NO_ROUTE = " (another kind of model? name the folder that it serves: --prompt-of, or folder=)"
 _TOP_LOG_PROBS = 5  # "1" and "2" are among the likeliest tokens of an answer, or neither matters
 
 
@@ -281,7 +282,8 @@ class Endpoint:
             raise ModelUnavailableError(f"{client.base_url}: {type(error).__name__}: {error}") from error
         except openai.APIStatusError as error:
             if error.status_code < 500 and error.status_code != 408:
-                raise ModelRefusedError(f"{client.base_url} answered {error.status_code}: {error.message}") from error
+                said = f"{client.base_url} answered {error.status_code}: {error.message}"
+                raise ModelRefusedError(said + (_NO_ROUTE if error.status_code == 404 else "")) from error
             raise ModelUnavailableError(f"{client.base_url} answered {error.status_code}: {error.message}") from error
         except (openai.OpenAIError, json.JSONDecodeError) as error:
             raise ModelUnavailableError(f"{client.base_url}: {type(error).__name__}: {error}") from error

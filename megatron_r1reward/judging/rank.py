@@ -47,6 +47,7 @@ class Ranking:
     ties: int  # comparisons without a verdict though votes exist
     unparsable: int  # judgements without a verdict
     cycles: int  # triples a over b over c over a
+    kind: Literal["generative", "scalar"] = "generative"
 
     @property
     def best(self) -> int:
@@ -231,6 +232,7 @@ async def _rank_rewards(model: Scores, item: Item, candidates: Sequence[str]) ->
         ties=sum(comparison.verdict is None for comparison in met.values()),
         unparsable=0,
         cycles=0,
+        kind="scalar",
     )
 
 

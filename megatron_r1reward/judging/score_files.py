@@ -227,6 +227,7 @@ def ranking_json(ranking: Ranking) -> dict[str, Any]:
         for (i, j), comparison in ranking.comparisons.items()
     ]
     tree: dict[str, Any] = {
+        "kind": ranking.kind,
         "rewards": list(ranking.rewards),
         "order": list(ranking.order),
         "best": ranking.best,

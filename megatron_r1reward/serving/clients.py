@@ -60,7 +60,7 @@ class TrlReward:
         self.counts: Counter[str] = Counter()  # groups, failed
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-        """One reward in (0, 1) per completion."""
+        """One reward per completion: in (0, 1), or of a scalar reward model any number."""
         pictures = columns.get(self._images) if self._images else None
         rewards: list[float] = []
         start = 0
@@ -76,8 +76,6 @@ class TrlReward:
     def _group(self, question: str, responses: list[str], images: list[str]) -> list[float]:
         self.counts["groups"] += 1
         try:
-            if len(responses) < 2:
-                raise RewardServiceError("one completion of its prompt: a pairwise model needs num_generations above 1")
             body = {"question": question, "responses": responses, "images": images, "votes": self._votes}
             return post(self._http, f"{self._url}/v1/score", body, retries=self._retries)["rewards"]
         except RewardServiceError as error:

@@ -124,8 +124,11 @@ class OneComparison(CompareAnswer):
 
 
 class RankAnswer(BaseModel):
+    kind: Literal["generative", "scalar"]
     order: list[int]
-    rewards: list[float]
+    rewards: Annotated[
+        list[float], Field(description="mean probability of winning; of a scalar reward model the value of its head")
+    ]
     strengths: list[float]
     standard_errors: list[float]
     confidence: float
@@ -159,7 +162,7 @@ def compare_answer(comparison: Comparison) -> dict[str, Any]:
 
 
 def rank_answer(ranking: Ranking) -> dict[str, Any]:
-    plain = ("confidence", "calls", "ties", "unparsable", "cycles")
+    plain = ("kind", "confidence", "calls", "ties", "unparsable", "cycles")
     lists = ("order", "rewards", "strengths", "standard_errors")
     pairs = [{"pair": pair, **compare_answer(comparison)} for pair, comparison in ranking.comparisons.items()]
     return {

@@ -253,6 +253,11 @@ def test_a_scalar_model_is_used_by_the_same_commands(
     assert json.loads((tmp_path / "best.jsonl").read_text())["response"] == responses[scored["best"]]
     refused = CliRunner().invoke(app, ["score", str(rows), str(tmp_path / "x"), *access, "--votes", "3"])
     assert (refused.exit_code, "one number" in refused.output) == (2, True)
+    with (
+        RewardModel.connect(server.url, api_key=server.token) as unknown,
+        pytest.raises(ModelRefusedError, match=r"answered 404: .*another kind of model"),
+    ):
+        unknown.compare("Which?", ("a", "b"))
 
     pairs = scalar_pairs(image_paths)
     source = tmp_path / "pairs.jsonl"

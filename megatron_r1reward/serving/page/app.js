@@ -90,22 +90,26 @@ const percent = (share) => share === null ? "unknown" : `${Math.round(100 * shar
 
 function showRanking(texts, ranking) {
   const list = make("ol", { className: "ranking" });
+  const scalar = ranking.kind === "scalar";  // any numbers; shown between the lowest and the highest
+  const lowest = scalar ? Math.min(...ranking.rewards) : 0;
+  const range = scalar ? Math.max(...ranking.rewards) - lowest || 1 : 1;
   ranking.order.forEach((index, place) => {
     const bar = make("span");
-    bar.style.width = `${100 * ranking.rewards[index]}%`;
+    const reward = ranking.rewards[index];
+    bar.style.width = `${100 * (reward - lowest) / range}%`;
     list.append(make("li", { className: place === 0 ? "best" : "" },
       make("strong", { textContent: `${place + 1}. Answer ${index + 1}` }),
-      ` — wins ${percent(ranking.rewards[index])} of its comparisons`,
+      scalar ? ` — reward ${reward.toFixed(3)}` : ` — wins ${percent(reward)} of its comparisons`,
       make("div", { className: "text", textContent: texts[index] }),
       make("div", { className: "bar", ariaHidden: "true" }, bar)));
   });
   return list;
 }
 
-function showComparison(comparison) {
+function showComparison(comparison, scalar) {
   const [first, second] = comparison.pair.map((index) => index + 1);
   const winner = comparison.verdict === null ? "no decision" : `answer ${comparison.pair[comparison.verdict - 1] + 1}`;
-  const agreement = comparison.orders_agree === false
+  const agreement = scalar ? "" : comparison.orders_agree === false
     ? make("span", { className: "disagree", textContent: "the two orders disagree" })
     : make("span", { className: "agree", textContent: comparison.orders_agree ? "both orders agree" : "" });
   const box = make("details", { open: comparison.orders_agree === false },
@@ -116,7 +120,7 @@ function showComparison(comparison) {
     const choice = judgement.choice === null ? "no readable verdict"
       : `prefers answer ${comparison.pair[judgement.choice - 1] + 1}`;
     box.append(make("div", { className: "reasoning" },
-      make("strong", { textContent: `${names[judgement.order]}: ${choice}` }),
+      make("strong", { textContent: scalar ? "rewards" : `${names[judgement.order]}: ${choice}` }),
       make("div", { className: "text", textContent: judgement.reasoning || judgement.text })));
   }
   return box;
@@ -132,14 +136,16 @@ async function submit(event) {
   say("Comparing …");
   try {
     const ranking = await ask("/v1/rank", body);
+    const scalar = ranking.kind === "scalar";
     const disagreements = ranking.comparisons.filter((comparison) => comparison.orders_agree === false).length;
     at("result").replaceChildren(
       make("h2", { textContent: `Answer ${ranking.order[0] + 1} is the best` }),
       make("p", { className: "soft", textContent: `Sure of it: ${percent(ranking.confidence)}. ${ranking.calls} `
-        + `judgements, ${ranking.comparisons.length} comparisons; the two orders disagree in ${disagreements}.` }),
+        + (scalar ? "answers scored, each by itself."
+          : `judgements, ${ranking.comparisons.length} comparisons; the two orders disagree in ${disagreements}.`) }),
       showRanking(texts, ranking),
-      make("h2", { textContent: "Every verdict with its reasoning" }),
-      ...ranking.comparisons.map(showComparison));
+      make("h2", { textContent: scalar ? "Neighbours in the order" : "Every verdict with its reasoning" }),
+      ...ranking.comparisons.map((one) => showComparison(one, scalar)));
     at("result").hidden = false;
     say("");
     at("result").focus();

@@ -19,6 +19,7 @@ from megatron_r1reward.judging.served import policy_of
 from megatron_r1reward.judging.votes import Adaptive
 from megatron_r1reward.model_folder.prompt_policy import FILE, PromptPolicy
 from megatron_r1reward.network.event_loop import EventLoopThread
+from megatron_r1reward.serving.clients import TrlReward
 from megatron_r1reward.serving.service import Backend
 from megatron_r1reward.types import Preference
 
@@ -92,7 +93,10 @@ def test_the_service_and_other_trainers_get_the_same_numbers() -> None:
     service = Running(backend=Backend(model=Head(), loop=loop), on_failure="raise")
     try:
         ranked = service.post("/v1/rank", {"question": "Which?", "responses": ["bad", "good", "fair"]}).json()
-        assert (ranked["order"], ranked["rewards"], ranked["calls"]) == ([1, 2, 0], [-1.5, 2.5, 0.5], 3)
+        assert (ranked["kind"], ranked["order"], ranked["calls"]) == ("scalar", [1, 2, 0], 3)
+        assert ranked["rewards"] == [-1.5, 2.5, 0.5]
+        trl = TrlReward(service.url, images=None)
+        assert trl(["Which?"] * 2 + ["And?"], ["good", "bad", "fair"]) == [2.5, -1.5, 0.5]
         compared = service.post("/v1/compare", {"question": "Which?", "responses": ["bad", "good"]}).json()
         assert (compared["verdict"], compared["probability"]) == (2, pytest.approx(1 / (1 + math.exp(4.0))))
         assert service.post("/v1/score", {"question": "Which?", "responses": ["fair"]}).json() == {"rewards": [0.5]}
