@@ -20,7 +20,7 @@ from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.rollout.banned import banned_token_ids
 from megatron_r1reward.servers.command import server_command, server_environment
 from megatron_r1reward.servers.member import ServerError
-from megatron_r1reward.servers.process import VllmServer, explain, start_servers
+from megatron_r1reward.servers.process import VllmServer, explain, first_request, start_servers
 
 
 def command(section: ServerSection, **options: object) -> list[str]:
@@ -46,6 +46,18 @@ def test_command_of_a_rollout_server_on_a_cpu() -> None:
     assert value(words, "--generation-config") == "vllm", "no sampling defaults from the checkpoint"
     assert {"--enforce-eager", "--enable-scale-out", "--no-enable-chunked-prefill", "--fork-engine-core"} <= set(words)
     assert words[-2:] == ["--seed", "3"], "the user has the last word"
+
+
+def test_a_scalar_reward_model_gets_the_pooling_route(tmp_path: Path) -> None:
+    """No route that generates, and readiness is a reward."""
+    (tmp_path / "config.json").write_text('{"architectures": ["Qwen2_5_VLForSequenceClassification"]}')
+    words = server_command(ServerSection(), model_path=tmp_path, port=8123, served_name="rm", on_cpu=True)
+    assert value(words, "--runner") == "pooling"
+    assert not {"--enable-scale-out", "--logprobs-mode", "--generation-config"} & set(words)
+    assert value(words, "--middleware").endswith("BearerGuard")
+    path, body = first_request("rm", scalar=True)
+    assert (path, body["model"], body["use_activation"]) == ("/classify", "rm", False)
+    assert first_request(None, scalar=False)[0] == "/v1/completions"
 
 
 def test_the_coldest_temperature_is_vllms() -> None:
