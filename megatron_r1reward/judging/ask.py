@@ -182,6 +182,7 @@ class AskOptions:
     retries: int = 4  # further attempts, on another server where there is one
     backoff_s: float = 0.5  # first pause; doubles, with full jitter
     prompt: JudgePrompt = field(default_factory=JudgePrompt)
+    end_of_turn: str = "<|im_end|>"  # of the response that a scalar reward model reads; its folder says it
     trust_parser: bool = False  # run the code that the model's folder carries for reading its verdicts
     log_probs: bool = True  # ask for those of the answer's token; some endpoints refuse that
     # Merged into every request, e.g. {"extra_body": {...}} for an endpoint with needs of its own; None removes a key.

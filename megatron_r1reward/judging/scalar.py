@@ -20,8 +20,6 @@ from megatron_r1reward.judging.compare import chance
 from megatron_r1reward.judging.votes import verdict
 from megatron_r1reward.types import Label
 
-END_OF_TURN = "<|im_end|>"  # of the chat format of our families
-
 
 class ScalarClient(Endpoint):
     """A scalar reward model behind servers of vLLM; see `Endpoint`."""
@@ -38,7 +36,7 @@ class ScalarClient(Endpoint):
         asked = self.options.prompt.messages(item.question, ("", ""), item.images)
         body = {
             "model": await self.model_name(),
-            "messages": [*asked, {"role": "assistant", "content": response + END_OF_TURN}],
+            "messages": [*asked, {"role": "assistant", "content": response + self.options.end_of_turn}],
             "continue_final_message": True,  # nothing behind the end of the turn
             "add_generation_prompt": False,
             "use_activation": False,  # the value itself, not its sigmoid

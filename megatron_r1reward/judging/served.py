@@ -32,7 +32,7 @@ from megatron_r1reward.judging.ask import (
     Reward,
 )
 from megatron_r1reward.judging.scalar import ScalarClient
-from megatron_r1reward.model_folder.beside_weights import check_files
+from megatron_r1reward.model_folder.beside_weights import check_files, end_of_turn
 from megatron_r1reward.model_folder.prompt_policy import FILE, PromptPolicy, read_policy
 from megatron_r1reward.model_folder.scalar_folder import is_scalar_folder
 from megatron_r1reward.reward.readers import policy_reader
@@ -215,12 +215,15 @@ def policy_of(folder: str | Path) -> PromptPolicy | None:
     if not (here / "config.json").is_file():
         raise ValueError(f"model {here} has no config.json: give a Hugging Face model folder, or a server's URL")
     policy = read_policy(here)
-    if is_scalar_folder(here) and policy is None:
-        return PromptPolicy(kind="scalar", template=SCALAR_TEMPLATE, orders="any")
-    if policy is not None and is_scalar_folder(here) != is_scalar(policy):
+    scalar = is_scalar_folder(here)
+    if scalar and policy is None:
+        policy = PromptPolicy(kind="scalar", template=SCALAR_TEMPLATE, orders="any")
+    if policy is not None and scalar != is_scalar(policy):
         raise ValueError(
             f'model {here}: {FILE} says kind "{policy.kind}", and config.json the other one: take both from one export'
         )
+    if policy is not None and scalar:
+        return policy.model_copy(update={"end_of_turn": end_of_turn(here)})
     return policy.of_weights(model_identity(here)) if policy is not None and policy.calibration else policy
 
 
@@ -254,6 +257,8 @@ def asked_by(policy: PromptPolicy | None, options: AskOptions) -> AskOptions:
         raise ValueError(f"the model's {FILE} has the prompt that it was trained with: leave out the other one")
     read = policy_reader(policy, trusted=options.trust_parser)
     prompt = replace(options.prompt, template=policy.template, read=read or options.prompt.read)
+    if policy.end_of_turn is not None:
+        options = replace(options, end_of_turn=policy.end_of_turn)
     # Which token holds the verdict is known of the published form only.
     return replace(options, prompt=prompt, log_probs=options.log_probs and read is None)
 

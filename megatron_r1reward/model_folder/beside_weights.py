@@ -65,6 +65,20 @@ def _read_text(path: Path) -> str:
     return text
 
 
+def end_of_turn(folder: Path) -> str:
+    """The token that ends a turn of the assistant, as the trainer puts it there: the tokenizer's `eos_token`.
+
+    Raises:
+        ValueError: tokenizer_config.json does not say it.
+    """
+    path = folder / TOKENIZER_CONFIG
+    token = read_object(path).get("eos_token") if path.is_file() else None
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise ValueError(f"{path} names no eos_token, with which a response ends: {FIX}")
+    return text
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a model folder; ValueError, which names the file alone, when it holds none."""
     text = _read_text(path)

@@ -81,6 +81,7 @@ class PromptPolicy(_Part):
     parser: CarriedParser | None = None  # None: <answer>1</answer>, as published
     stages: tuple[TrainedStage, ...] = ()
     calibration: tuple[Calibration, ...] = ()
+    end_of_turn: str | None = None  # of a scalar model, once its tokenizer has been looked at: ends the response
 
     @field_validator("template")
     @classmethod
@@ -105,7 +106,7 @@ class PromptPolicy(_Part):
         return fits[0].apply(probability) if fits else None
 
     def to_json(self) -> str:
-        return self.model_dump_json(indent=2) + "\n"
+        return self.model_dump_json(indent=2, exclude={"end_of_turn"}) + "\n"
 
     def check_orders(self, both_orders: bool, where: str) -> None:
         """Raises ValueError when one order is asked for and the model is asked in both."""

@@ -11,13 +11,15 @@ import pytest
 from running_service import Running
 
 from megatron_r1reward.evaluation.scalar_evaluation import ABSENT, evaluate_scalar
-from megatron_r1reward.judging.ask import Item, ModelUnavailableError, Reward
+from megatron_r1reward.judging.ask import AskOptions, Item, ModelUnavailableError, Reward
 from megatron_r1reward.judging.compare import Votes, compare
 from megatron_r1reward.judging.rank import rank
 from megatron_r1reward.judging.scalar import read_rewards
-from megatron_r1reward.judging.served import policy_of
+from megatron_r1reward.judging.served import asked_by, policy_of
 from megatron_r1reward.judging.votes import Adaptive
+from megatron_r1reward.model_folder.config_reader import CONFIG
 from megatron_r1reward.model_folder.prompt_policy import FILE, PromptPolicy
+from megatron_r1reward.model_folder.scalar_folder import scalar_config
 from megatron_r1reward.network.event_loop import EventLoopThread
 from megatron_r1reward.serving.clients import TrlReward
 from megatron_r1reward.serving.service import Backend
@@ -139,4 +141,17 @@ def test_a_folder_is_of_the_kind_that_both_of_its_files_say(tiny_folder: Path, t
         (folder / path.name).symlink_to(path)
     (folder / FILE).write_text(PromptPolicy(kind="scalar", template="{question}", orders="any").to_json())
     with pytest.raises(ValueError, match=r'reward_model.json says kind "scalar", and config.json the other one'):
+        policy_of(folder)
+    (folder / FILE).unlink()
+    config = (folder / CONFIG).read_text()
+    (folder / CONFIG).unlink()
+    (folder / CONFIG).write_text(scalar_config(config, 1))
+    policy = policy_of(folder)
+    assert policy is not None and (policy.kind, policy.template) == ("scalar", "{question}")
+    assert asked_by(policy, AskOptions()).end_of_turn == "<|im_end|>"
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|endoftext|>"}}')
+    assert asked_by(policy_of(folder), AskOptions()).end_of_turn == "<|endoftext|>", "the response ends as in training"
+    (folder / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="names no eos_token, with which a response ends"):
         policy_of(folder)
