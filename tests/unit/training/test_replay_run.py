@@ -13,6 +13,7 @@ import torch
 from made_up_record import elsewhere, replay_config, write_made_up_record
 from safetensors.torch import load_file
 
+from megatron_r1reward.config.methods import METHODS
 from megatron_r1reward.config.schema import ParallelSection, RunConfig
 from megatron_r1reward.models.registry import load_hf_config
 from megatron_r1reward.parallel import setup
@@ -196,20 +197,32 @@ def test_where_the_samplers_log_probs_are_not_the_trainers(
 
 
 # One of each kind: KL in the reward, KL in the loss, overlong shaping, the four losses, terms on their own.
-METHODS = ("released_code_constant_length", "reinforce_plus_plus", "grpo", "dapo", "gspo", "cispo", "sapo", "gdpo")
+KINDS = ("released_code_constant_length", "reinforce_plus_plus", "grpo", "dapo", "gspo", "cispo", "sapo", "gdpo")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_a_method_trains_by_one_key(
+@pytest.mark.parametrize("method", KINDS)
+def test_a_method_trains_by_one_key_and_goes_on_exactly_after_an_interruption(
     method: str, tiny_folder: Path, image_paths: tuple[str, ...], topology: Topology, tmp_path: Path
 ) -> None:
-    algorithm = {"method": method, "samples_per_prompt": 2, "mismatch_alarm": 100.0, "mismatch_share_alarm": 1.0}
-    once = {"steps": 1, "rollout_batch_size": 4, "train_batch_size": 2, "replay": tmp_path / "record"}
-    config = replay_config(tmp_path, tiny_folder, algorithm=algorithm, rl=once)
+    """Two optimizer steps for each of two batches; the second run is stopped between these."""
+    algorithm: dict[str, Any] = {"method": method, "mismatch_alarm": 100.0, "mismatch_share_alarm": 1.0}
+    if "algorithm.samples_per_prompt" in METHODS[method]:
+        algorithm["samples_per_prompt"] = 2
+    steps = {"steps": 2, "rollout_batch_size": 4, "train_batch_size": 2, "replay": tmp_path / "record"}
+    config = replay_config(tmp_path / "whole", tiny_folder, algorithm=algorithm, rl=steps)
     write_made_up_record(config, image_paths, image_token_id=load_hf_config(tiny_folder).image_token_id)
     rl.run(config, topology, None)
-    (row,) = rows(config)
-    assert row["grad_norm"] > 0
+    assert all(row["grad_norm"] > 0 for row in rows(config))
     original = load_file(tiny_folder / "model.safetensors")
-    assert any(not torch.equal(original[name], weight) for name, weight in weights(config).items())
+    trained = weights(config)
+    assert any(not torch.equal(original[name], weight) for name, weight in trained.items())
+    stopped = elsewhere(config, tmp_path / "stopped")
+    stop = tmp_path / "stopped" / "live" / "stop.json"
+    stop.parent.mkdir(parents=True)
+    stop.write_text("{}")
+    assert rl.run(stopped, topology, None) is None
+    stop.unlink()
+    rl.run(stopped, topology, None)
+    assert [row["loss"] for row in rows(stopped)] == [row["loss"] for row in rows(config)]
+    assert all(torch.equal(trained[name], weight) for name, weight in weights(stopped).items())
