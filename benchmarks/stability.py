@@ -1,7 +1,7 @@
 """Methods x stresses x seeds: what stays stable when a reward model is trained by RL, and what it takes.
 
     python benchmarks/stability.py runs/demo [--work runs/stability] [--stress late ...] [--method grpo ...]
-        [--seeds 0 1 2] [--steps 12] [--json FILE] [--pictures FOLDER]
+        [--seeds 0 1 2] [--steps 10] [--json FILE] [--pictures FOLDER]
 
 The data, the cold start, the judge and the trained model are those of a finished `make demo`. A cell is a run of the
 real trainer (`training.rl.run`) by the demo's run file with the overrides of its method and its stress; responses are
@@ -40,7 +40,7 @@ torch.set_num_threads(1)
 from local_policy import LocalJudge, LocalPool, LocalScorer  # noqa: E402
 from reporting import print_table, write_json  # noqa: E402
 from stability_pictures import draw_pictures, draw_voting, voting_rows  # noqa: E402
-from stability_summary import is_collapse, shown, summarise, table  # noqa: E402
+from stability_summary import for_json, in_short, is_collapse, shown, summarise, table  # noqa: E402
 
 from megatron_r1reward.config.load import load_config  # noqa: E402
 from megatron_r1reward.config.schema import RunConfig, SamplingSection  # noqa: E402
@@ -61,9 +61,15 @@ ROWS = 600  # of the demo's pool
 LATE_ROUNDS, LATE_SAMPLES = 2, 8  # attempts of the trained model at each; "late" has what it got right every time
 LAG = 4  # steps between the weights that sample and those that are trained, where that is the stress
 SAMPLES = 4  # per prompt, of methods with groups
-CURVES = ("grad_norm", "reward/result", "entropy", "ratio/max_abs_log", "advantage/filtered_fraction",
-          "advantage/negative_kept", "advantage/balance", "response/mean_tokens")  # fmt: skip
-_NAMED = re.compile(r"Response ([12])")
+CURVES = (
+    "loss", "grad_norm", "reward/result", "entropy", "ratio/max_abs_log", "advantage/filtered_fraction",
+    "advantage/negative_kept", "advantage/balance", "response/mean_tokens",
+)  # fmt: skip
+# The form of the demo's responses (`demo.digits_text.reasoning`).
+_FORM = re.compile(
+    r"<think>The answer (\w+) is in Response 1, the answer (\w+) is in Response 2\.\nI see (\w+)\.\n"
+    r"The answer (\w+) is in Response ([12])\.</think><answer>([12])</answer>"
+)
 
 _GROUP = ("algorithm.samples_per_prompt=4", f"rl.rollout_batch_size={ROLLOUTS // SAMPLES}",
           f"rl.train_batch_size={PER_UPDATE // SAMPLES}")  # fmt: skip
@@ -85,20 +91,20 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 }
 STRESSES: Mapping[str, tuple[str, ...]] = {
     "late": ("optimizer.lr=1e-4",),  # from the trained model, on rows that it is right about, at a third of the rate
+    "rate": ("optimizer.lr=3e-3", "optimizer.clip_grad=1e9"),  # ten times the demo's, gradients as they come
     "none": (),
-    "rate": ("optimizer.lr=1e-3", "optimizer.clip_grad=1e9"),  # three times the demo's
-    "epochs": ("rl.epochs_per_batch=4",),  # with half of the steps
+    "epochs": ("rl.epochs_per_batch=4",),
     "stale": (f"asynchrony.max_staleness={LAG}",),
 }
-_OFF_POLICY = ("stable_reinforce", "without_preclip", "without_filter", "reinforce_plus_plus", "grpo")
+HALF = ("rate", "epochs")  # with half of the steps
+# By default. A part of the method is left out where it acts: elsewhere the run without it is the same run.
 CELLS: Mapping[str, tuple[str, ...]] = {
-    "late": ("stable_reinforce", "without_preclip", "without_filter", "filter_clamp", "filter_released", "grpo",
-             "dynamic_sampling", "harder_rows"),
+    "late": ("stable_reinforce", "without_filter", "filter_clamp"),
+    "rate": ("stable_reinforce", "without_preclip", "reinforce_plus_plus", "grpo"),
     "none": ("stable_reinforce", "without_consistency", "reinforce_plus_plus", "grpo"),
-    "rate": _OFF_POLICY,
-    "epochs": _OFF_POLICY,
-    "stale": _OFF_POLICY,
-}  # fmt: skip
+    "epochs": ("stable_reinforce", "reinforce_plus_plus"),
+    "stale": ("stable_reinforce", "reinforce_plus_plus"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +135,7 @@ class Bench:
         late = cell.stress == "late"
         easy = late and cell.method != "harder_rows"
         data = self.demo / "data"
-        steps = self.steps // 2 if cell.stress == "epochs" else self.steps
+        steps = self.steps // 2 if cell.stress in HALF else self.steps
         return [
             f"run.seed={cell.seed}", "run.local_ranks=1", "run.num_threads=1",
             f"model.path={self.demo / ('rl' if late else 'sft') / 'hf'}",
@@ -217,7 +223,7 @@ def evaluate(pool: LocalPool, judge: LocalJudge, config: RunConfig) -> dict[str,
             scored[kind] = scorer.score(pool.submit(prompts, sampling, seed=0).result().rollouts)[0]
     greedy, sampled = scored["greedy"], scored["sampled"]
     right = [item for item in sampled if item.result_reward]
-    said = [(item, _NAMED.findall(item.rollout.text)) for item in sampled if item.predicted is not None]
+    form = [found for item in sampled if (found := _FORM.fullmatch(item.rollout.text.strip())) is not None]
     return {
         "greedy": share(item.result_reward == 1 for item in greedy),
         "sampled": share(item.result_reward == 1 for item in sampled),
@@ -225,16 +231,22 @@ def evaluate(pool: LocalPool, judge: LocalJudge, config: RunConfig) -> dict[str,
         "no_answer": share(item.predicted is None for item in sampled),
         "answer_1": share(item.predicted == 1 for item in sampled),
         "tokens": statistics.fmean(len(item.rollout.token_ids) for item in sampled),
-        # Two measures of a verdict that its reasoning does not support: the judge's, of right answers; and by rule,
-        # of all answers: the response that the reasoning names last is another one.
+        # Verdicts that their reasoning does not support: by the judge, of right answers; and by rule, of all answers
+        # of the demo's form, right or wrong.
         "judged_inconsistent": share(item.verdict == "inconsistent" for item in right),
-        "contradicts": share(bool(named) and int(named[-1]) != item.predicted for item, named in said),
+        "contradicts": share(not supported(*found.groups()) for found in form),
+        "other_form": 1 - len(form) / len(sampled),
     }  # fmt: skip
 
 
 def agree(first: ScoredRollout, second: ScoredRollout) -> bool:
     """Two answers, in the two orders of a pair, that name the same response."""
     return {first.predicted, second.predicted} == {1, 2}
+
+
+def supported(first: str, second: str, seen: str, named: str, response: str, answer: str) -> bool:
+    """What is seen is what the reasoning ends with, the response named for it says so, and it is the answer."""
+    return seen == named == (first if response == "1" else second) and response == answer
 
 
 def share(flags: Iterator[bool]) -> float:
@@ -291,7 +303,7 @@ def main() -> int:
     parser.add_argument("--stress", nargs="+", choices=STRESSES, default=list(STRESSES))
     parser.add_argument("--method", nargs="+", choices=METHODS, default=[], help="default: CELLS")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--pictures", type=Path, help="folder")
@@ -306,17 +318,18 @@ def main() -> int:
     rows = table(results)
     printed = list(map(shown, rows))
     print_table(list(printed[0]), printed)
-    slim = [{k: v for k, v in cell.items() if k not in ("overrides", "curves")} for cell in results]
-    minutes, votes = sum(cell["seconds"] for cell in results) / 60, voting_rows(bench.demo)
+    votes = voting_rows(bench.demo)
     write_json(
-        options.json, "stability", rows, cells=slim, voting=votes, processor_minutes=minutes, steps=options.steps,
-        rollouts=ROLLOUTS, pairs=options.pairs, methods=METHODS, stresses=STRESSES,
+        options.json, "stability", for_json(rows), cells=for_json(list(map(in_short, results))), voting=votes,
+        steps=options.steps, rollouts=ROLLOUTS, rollouts_per_update=PER_UPDATE, pairs=options.pairs, methods=METHODS,
+        stresses=STRESSES, start={cell["stress"]: cell["start"] for cell in results},
         decoding="transformers' generate on the trainer's weights; greedy, and one sample at temperature 1",
     )  # fmt: skip
     if options.pictures is not None:
         draw_pictures(options.pictures, results, rows)
         draw_voting(options.pictures / "stability_voting.svg", votes)
     collapsed = sum(map(is_collapse, results))
+    minutes = sum(cell["seconds"] for cell in results) / 60
     print(f"{len(results)} cells in {minutes:.0f} minutes of processor time, {collapsed} collapsed")
     return 0
 

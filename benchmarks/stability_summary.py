@@ -24,12 +24,16 @@ def summarise(rows: Sequence[Mapping[str, float | None]], config: RunConfig) -> 
     def column(name: str) -> list[float]:
         return [step[name] for step in steps]
 
+    def largest(name: str) -> float:
+        return max((abs(value) for value in column(name) if math.isfinite(value)), default=math.nan)
+
     def last(name: str) -> float:
         return statistics.fmean(column(name)[-5:])
 
     return {
         "steps": len(steps),
-        "grad_norm_max": max(column("grad_norm")),
+        "loss_max": largest("loss"),
+        "grad_norm_max": largest("grad_norm"),
         "grad_norm_last": last("grad_norm"),
         "filtered": statistics.fmean(column("advantage/filtered_fraction")),
         "negative_evidence_removed": sum(
@@ -37,13 +41,13 @@ def summarise(rows: Sequence[Mapping[str, float | None]], config: RunConfig) -> 
         ),
         "preclipped": statistics.fmean(column("ratio/preclipped_fraction")),
         "clipped": statistics.fmean(column("ratio/clipped_fraction")),
-        "log_ratio_max": max(column("ratio/max_abs_log")),
+        "log_ratio_max": largest("ratio/max_abs_log"),
         "skipped_updates": int(sum(column("update/skipped"))),
         "not_finite": sum(not all(map(math.isfinite, (step["loss"], step["grad_norm"]))) for step in steps),
         "training_right_last": last("reward/result"),
         "entropy_last": last("entropy"),
         "staleness": statistics.fmean(column("staleness/mean")),
-        "mismatch_max": max(column("mismatch/max_abs")),
+        "mismatch_max": largest("mismatch/max_abs"),
         "alarms": dict(alarms),
     }
 
@@ -78,7 +82,7 @@ def table(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for name in ("greedy", "sampled", "orders_agree", "contradicts", "judged_inconsistent", "tokens", "no_answer"):
             row[name], *interval = mean_interval([cell["end"][name] for cell in alive]) if alive else [math.nan] * 3
             row[f"{name}_interval"] = interval
-        for name in ("grad_norm_max", "log_ratio_max", "mismatch_max"):
+        for name in ("loss_max", "grad_norm_max", "log_ratio_max", "mismatch_max"):
             row[name] = max(cell[name] for cell in members)
         means = ("grad_norm_last", "filtered", "preclipped", "clipped", "training_right_last", "entropy_last",
                  "negative_evidence_removed", "staleness")  # fmt: skip
@@ -97,8 +101,29 @@ def shown(row: Mapping[str, Any]) -> dict[str, Any]:
         "stress": row["stress"], "method": row["method"],
         "greedy %": f"{100 * row['greedy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]", "sampled %": 100 * row["sampled"],
         "agree %": 100 * row["orders_agree"], "contradicts %": 100 * row["contradicts"],
+        "loss max": row["loss_max"],
         "gradient max": row["grad_norm_max"], "last": row["grad_norm_last"], "filtered %": 100 * row["filtered"],
         "pre-clipped %": 100 * row["preclipped"], "clipped %": 100 * row["clipped"],
         "log ratio": row["log_ratio_max"], "alarms": " ".join(f"{k}:{v}" for k, v in row["alarms"].items()),
         "collapses": f"{row['collapses']} of {len(row['seeds'])}",
     }  # fmt: skip
+
+
+def in_short(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """One run, beside the means over seeds."""
+    end = cell["end"] or {}
+    return {
+        **{name: cell[name] for name in ("stress", "method", "seed", "steps", "ended", "loss_max", "grad_norm_max")},
+        **{name: end.get(name) for name in ("greedy", "sampled", "orders_agree", "contradicts", "tokens")},
+        "training_right": statistics.fmean(cell["curves"]["reward/result"]),
+        "collapse": is_collapse(cell),
+    }
+
+
+def for_json(value: Any) -> Any:
+    """The same with None where JSON has no number."""
+    if isinstance(value, Mapping):
+        return {key: for_json(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [for_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

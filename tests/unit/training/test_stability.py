@@ -68,6 +68,23 @@ def test_a_cell_trains_is_judged_and_is_not_run_twice(
         stability.run_matrix(other, cells, topology)
 
 
+def test_which_reasonings_support_their_verdict() -> None:
+    def said(seen: str, named: str, response: str, answer: str) -> bool:
+        text = (
+            f"<think>The answer 7 is in Response 1, the answer 3 is in Response 2.\nI see {seen}.\n"
+            f"The answer {named} is in Response {response}.</think><answer>{answer}</answer>"
+        )
+        found = stability._FORM.fullmatch(text)
+        assert found is not None
+        return stability.supported(*found.groups())
+
+    assert said("7", "7", "1", "1") and said("3", "3", "2", "2")
+    assert not said("7", "7", "1", "2"), "another verdict"
+    assert not said("7", "7", "2", "2"), "another response says so"
+    assert not said("7", "3", "2", "2"), "another digit was seen"
+    assert not said("5", "5", "1", "1"), "nobody says so"
+
+
 def test_the_matrix_is_balanced_over_methods_when_it_is_interrupted() -> None:
     cells = stability.matrix(["late", "rate"], ["grpo", "sapo"], [0, 1])
     assert [(cell.stress, cell.seed, cell.method) for cell in cells[:3]] == [
@@ -120,3 +137,4 @@ def test_means_intervals_and_collapses_over_seeds() -> None:
     assert summary.is_collapse(cell(0, 0.9, end=None))
     (alone,) = summary.table(cells[:1])
     assert math.isnan(alone["greedy_interval"][0]), "one seed says nothing about others"
+    assert summary.for_json(alone)["greedy_interval"] == [None, None]
