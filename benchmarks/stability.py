@@ -9,7 +9,7 @@ drawn by `local_policy` in this process. A cell that is in `--work` with the sam
 interrupted matrix goes on where it was; stress by stress, seed by seed, so that all methods have come equally far.
 
 Held-out accuracy is real decoding, greedy and one sample, of `PAIRS` pairs in both orders. Intervals are Student's over
-seeds (95 %). A collapse: greedy accuracy ends more than 5 points below where it began, or half of the responses hold no
+seeds (95 %). A collapse: greedy accuracy ends where a coin's could be (`COIN`), or half of the responses hold no
 answer, or the run could not go on. Alarms are those of `training.alarms`.
 """
 

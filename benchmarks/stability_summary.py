@@ -13,7 +13,7 @@ from scipy import stats
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.training.alarms import causes
 
-LOST = 0.05  # of greedy accuracy: a collapse
+COIN = 0.58  # greedy accuracy that a coin stays below in 99 of 100 evaluations of 200 judgements
 
 
 def summarise(rows: Sequence[Mapping[str, float | None]], config: RunConfig) -> dict[str, Any]:
@@ -55,14 +55,13 @@ def summarise(rows: Sequence[Mapping[str, float | None]], config: RunConfig) -> 
 def is_collapse(cell: Mapping[str, Any]) -> bool:
     """See the head of this file."""
     end = cell["end"]
-    return bool(
-        cell["ended"] or end is None or end["greedy"] < cell["start"]["greedy"] - LOST or end["no_answer"] > 0.5
-    )
+    return bool(cell["ended"] or end is None or end["greedy"] < COIN or end["no_answer"] > 0.5)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and Student's 95 % interval; of one value without width unknown: NaN."""
-    mean = statistics.fmean(values)
+    """Mean and Student's 95 % interval of those that are numbers; of fewer than two the width is unknown: NaN."""
+    values = [value for value in values if math.isfinite(value)]  # a share of nothing is none
+    mean = statistics.fmean(values) if values else math.nan
     if len(values) < 2:
         return mean, math.nan, math.nan
     half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
