@@ -31,6 +31,8 @@ def draw_pictures(folder: Path, cells: Cells, rows: Cells) -> None:
     """`stability_accuracy.svg` and `stability_gradients.svg`."""
     folder.mkdir(parents=True, exist_ok=True)
     stresses = list(dict.fromkeys(row["stress"] for row in rows))
+    methods = dict.fromkeys(row["method"] for row in rows)
+    colours = dict(zip(methods, matplotlib.colormaps["tab10"].colors * 2, strict=False))
     with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(2.6 * len(stresses) + 1.2, 3.4))
         for axes, stress in zip(_row_of(figure, len(stresses)), stresses, strict=True):
@@ -38,8 +40,9 @@ def draw_pictures(folder: Path, cells: Cells, rows: Cells) -> None:
         _save(figure, folder / "stability_accuracy.svg")
         figure = Figure(figsize=(2.6 * len(stresses) + 1.2, 2.6))
         for axes, stress in zip(_row_of(figure, len(stresses)), stresses, strict=True):
-            _gradients(axes, stress, [cell for cell in cells if cell["stress"] == stress])
-        figure.axes[-1].legend(fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+            _gradients(axes, stress, [cell for cell in cells if cell["stress"] == stress], colours)
+        lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+        figure.legend(lines.values(), lines.keys(), fontsize=7, frameon=False, loc="outside right center")
         _save(figure, folder / "stability_gradients.svg")
 
 
@@ -66,16 +69,15 @@ def _accuracy(axes: Axes, stress: str, rows: Cells) -> None:
     axes.set_xlabel("greedy accuracy, %")
 
 
-def _gradients(axes: Axes, stress: str, cells: Cells) -> None:
+def _gradients(axes: Axes, stress: str, cells: Cells, colours: Mapping[str, Any]) -> None:
     """Gradient norm (before clipping) by step, mean over seeds."""
-    colours = matplotlib.colormaps["tab20"]
-    for number, method in enumerate(dict.fromkeys(cell["method"] for cell in cells)):
+    for method in dict.fromkeys(cell["method"] for cell in cells):
         curves = [cell["curves"]["grad_norm"] for cell in cells if cell["method"] == method]
         means = [
             statistics.fmean(math.nan if value is None else value for value in step)
             for step in zip(*curves, strict=False)
         ]
-        axes.plot(range(1, len(means) + 1), means, color=colours(number % 20), linewidth=1.0, label=method)
+        axes.plot(range(1, len(means) + 1), means, color=colours[method], linewidth=1.0, label=method)
     axes.set_yscale("log", nonpositive="mask")
     axes.set_title(_TITLES.get(stress, stress), fontsize=8)
     axes.set_xlabel("step")
