@@ -26,7 +26,7 @@ from megatron_r1reward.reward.verdict_cache import VerdictCache
 from megatron_r1reward.rollout.open_pool import open_rollout_pool
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.servers.build import SERVED_NAME as POLICY
-from megatron_r1reward.servers.build import judge_server, rollout_server
+from megatron_r1reward.servers.build import judge_server, rollout_server, rollout_servers
 from megatron_r1reward.servers.component import ComponentServer
 from megatron_r1reward.servers.group import ServerGroup
 from megatron_r1reward.servers.process import VllmServer, start_servers
@@ -110,19 +110,14 @@ def open_evaluation_scalar(config: RunConfig, *, supervised: bool = False) -> It
     name = None if section.urls else POLICY  # there the first that they list
     servers: list[VllmServer] = []
     if not supervised and not section.urls:
-        gpus = place_beside_ranks(config, "eval")
-        servers = [
-            rollout_server(
-                section,
-                index,
-                model_path=config.model.path,
-                log_path=_log_dir(config) / f"rollout-{index}.log",
-                takes_weights=False,
-                gpu_ids=gpus.get(("rollout", index)),
-                pixels=(config.data.min_pixels, config.data.max_pixels),
-            )
-            for index in range(section.count)
-        ]
+        servers = rollout_servers(
+            section,
+            model_path=config.model.path,
+            log_dir=_log_dir(config),
+            takes_weights=False,
+            gpu_ids=_rollout_gpus(config, "eval"),
+            pixels=(config.data.min_pixels, config.data.max_pixels),
+        )
     with ExitStack() as stack:
         for server in servers:
             stack.callback(server.close)
@@ -212,7 +207,6 @@ def _components(config: RunConfig, stage: Stage, kind: ServerKind) -> list[Compo
 
 def _open_pool(config: RunConfig, stage: Stage, supervised: bool) -> RolloutPool:
     takes_weights = stage == "rl"
-    gpus = {} if supervised else place_beside_ranks(config, stage)
     return open_rollout_pool(
         config.rollout,
         model_path=config.model.path,
@@ -227,8 +221,13 @@ def _open_pool(config: RunConfig, stage: Stage, supervised: bool) -> RolloutPool
         status_file=_live_dir(config) / "rollout-servers.json",
         progress=log.info,
         components=_components(config, stage, "rollout") if supervised else (),
-        gpu_ids={index: ids for (kind, index), ids in gpus.items() if kind == "rollout"},
+        gpu_ids={} if supervised else _rollout_gpus(config, stage),
     )
+
+
+def _rollout_gpus(config: RunConfig, stage: Stage) -> dict[int, tuple[int, ...]]:
+    """Of rollout servers that this process starts itself, by their number."""
+    return {index: ids for (kind, index), ids in place_beside_ranks(config, stage).items() if kind == "rollout"}
 
 
 def _log_dir(config: RunConfig) -> Path:

@@ -10,7 +10,7 @@ from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.rollout.banned import banned_token_ids
 from megatron_r1reward.rollout.client import PolicyTokenizer
 from megatron_r1reward.rollout.pool import RolloutPool
-from megatron_r1reward.servers.build import common_folder, rollout_server
+from megatron_r1reward.servers.build import common_folder, rollout_servers
 from megatron_r1reward.servers.command import weight_transport
 from megatron_r1reward.servers.component import ComponentServer
 from megatron_r1reward.servers.member import Report
@@ -81,22 +81,18 @@ def open_rollout_pool(
     colocated = sleep_level is not None
     started: list[VllmServer] = []
     if not section.urls and not components:
-        started = [
-            rollout_server(
-                section,
-                index,
-                model_path=policy_path,
-                log_path=log_dir / f"rollout-{index}.log",
-                takes_weights=takes_weights,
-                colocated=colocated,
-                in_flight=in_flight,
-                sampled_log_probs=sampled_log_probs,
-                media_root=common_folder(media_roots),
-                pixels=pixels,
-                gpu_ids=None if gpu_ids is None else gpu_ids.get(index),
-            )
-            for index in range(section.count)
-        ]
+        started = rollout_servers(
+            section,
+            model_path=policy_path,
+            log_dir=log_dir,
+            takes_weights=takes_weights,
+            colocated=colocated,
+            in_flight=in_flight,
+            sampled_log_probs=sampled_log_probs,
+            media_root=common_folder(media_roots),
+            pixels=pixels,
+            gpu_ids=gpu_ids,
+        )
     transport = build_transport(section, colocated=colocated) if takes_weights else None
     try:
         start_servers(started, progress)

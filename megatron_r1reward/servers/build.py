@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,29 @@ def rollout_server(
         sleep_mode=colocated,
         **options,
     )
+
+
+def rollout_servers(
+    section: ServerSection, *, log_dir: Path, gpu_ids: Mapping[int, Sequence[int]] | None = None, **options: Any
+) -> list[VllmServer]:
+    """All `section.count` of them, not started; number i writes to rollout-<i>.log in `log_dir`.
+
+    Args:
+        gpu_ids: by their number; for the others, and `options`, see `rollout_server`.
+
+    Raises:
+        ValueError: as `rollout_server`.
+    """
+    return [
+        rollout_server(
+            section,
+            index,
+            log_path=log_dir / f"rollout-{index}.log",
+            gpu_ids=None if gpu_ids is None else gpu_ids.get(index),
+            **options,
+        )
+        for index in range(section.count)
+    ]
 
 
 def judge_server(
