@@ -286,8 +286,6 @@ class RewardModel:
         chosen = votes if isinstance(votes, Votes) else Votes(samples=votes)
         if self.policy is not None:
             self.policy.check_orders(chosen.both_orders, "one order")
-            if is_scalar(self.policy):
-                chosen.check_scalar()
         return chosen
 
     @property

@@ -10,11 +10,6 @@ from typing import Any
 from megatron_r1reward.model_folder.config_reader import CONFIG, parse_config
 from megatron_r1reward.model_folder.shape import SCALAR, is_scalar
 
-SCALAR_ARCHITECTURES = (  # of our families
-    "Qwen2_5_VLForSequenceClassification",
-    "Qwen3VLForSequenceClassification",
-    "Qwen3VLMoeForSequenceClassification",
-)
 LABELS = {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
 
 

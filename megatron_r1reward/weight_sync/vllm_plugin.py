@@ -6,6 +6,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 _SCALAR = "megatron_r1reward.servers.vllm_scalar"
+_SCALAR_MODELS = (  # classes there
+    "Qwen2_5_VLForSequenceClassification",
+    "Qwen3VLForSequenceClassification",
+    "Qwen3VLMoeForSequenceClassification",
+)
 _RECEIVERS = {"r1reward_gloo": "GroupReceiver", "r1reward_nccl": "GroupReceiver", "r1reward_ipc": "SharedReceiver"}
 
 
@@ -29,10 +34,8 @@ def _register_scalar_models() -> None:
     """By name: they are imported where one is served."""
     from vllm.model_executor.models import ModelRegistry
 
-    from megatron_r1reward.model_folder.scalar_folder import SCALAR_ARCHITECTURES
-
     known = ModelRegistry.get_supported_archs()
-    for architecture in SCALAR_ARCHITECTURES:
+    for architecture in _SCALAR_MODELS:
         if architecture not in known:
             ModelRegistry.register_model(architecture, f"{_SCALAR}:{architecture}")
 
