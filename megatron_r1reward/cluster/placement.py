@@ -137,6 +137,22 @@ def place(config: RunConfig, stage: Stage, site: Site) -> tuple[Placement, ...]:
         ValueError: the stage does not fit on these nodes.
     """
     wanted = servers_of(config, stage)
+    # Large servers first: a small one must not break up what only a large one needs. The other order is for sizes that
+    # do not divide each other (4 and 3 on nodes of 6).
+    large_first = sorted(SERVER_KINDS, key=lambda kind: -_section(config, kind).tensor_parallel_size)
+    refusals = []
+    for order in (large_first, large_first[::-1]):
+        try:
+            return _place_in_order(config, stage, site, wanted, order)
+        except ValueError as error:
+            refusals.append(error)
+    raise refusals[0]
+
+
+def _place_in_order(
+    config: RunConfig, stage: Stage, site: Site, wanted: Mapping[ServerKind, int], order: Sequence[ServerKind]
+) -> tuple[Placement, ...]:
+    """`place`: the driver, then servers kind by kind."""
     section = config.cluster
     home = section.trainer_het_group
     groups: dict[ServerKind, int] = {"rollout": section.rollout_het_group, "judge": section.judge_het_group}
@@ -154,8 +170,7 @@ def place(config: RunConfig, stage: Stage, site: Site) -> tuple[Placement, ...]:
         placements.append(trainer)
     elif driver is not None:
         placements.append(_place_helper(driver, rooms[home][0]))
-    # Large servers first: a small one must not break up what only a large one needs.
-    for kind in sorted(SERVER_KINDS, key=lambda kind: -_section(config, kind).tensor_parallel_size):
+    for kind in order:
         placements += _place_servers(config, kind, wanted[kind], rooms[groups[kind]], trainer_rooms, placements)
     for room in (room for group in rooms for room in group):
         if room.cpus < 0:
@@ -163,8 +178,7 @@ def place(config: RunConfig, stage: Stage, site: Site) -> tuple[Placement, ...]:
                 f"node {room.node.name} has {room.node.cpus} cores in this job, {-room.cpus} fewer than its components "
                 "take: ask for more (--cpus-per-task), or lower cluster.cpus_per_rank or cluster.cpus_per_server"
             )
-    order = (*SERVER_KINDS, "driver")
-    return tuple(sorted(placements, key=lambda placement: (order.index(placement.kind), placement.index)))
+    return tuple(sorted(placements, key=lambda item: ((*SERVER_KINDS, "driver").index(item.kind), item.index)))
 
 
 def place_beside_ranks(config: RunConfig, stage: Stage) -> Mapping[tuple[ServerKind, int], tuple[int, ...]]:
@@ -216,6 +230,8 @@ def _place_trainer(
         if not (colocated and kind == "rollout") and not _section(config, kind).gpu_ids
     ]
     nodes = section.trainer_nodes or _nodes_left_for_trainer(rooms, demands)
+    if colocated and not section.trainer_nodes:
+        nodes = _nodes_that_hold(config, rooms, nodes, beside.get("rollout", 0), demands)
     if nodes > len(rooms):
         raise ValueError(f"cluster.trainer_nodes is {nodes}, but there are {len(rooms)} nodes: ask for more (--nodes)")
     mine = list(rooms[:nodes])
@@ -268,19 +284,31 @@ def _nodes_left_for_trainer(rooms: Sequence[_Room], demands: Sequence[int]) -> i
     return next((n for n in range(count - 1, 0, -1) if _fits([r.node.gpus for r in rooms[n:]], demands)), 1)
 
 
+def _nodes_that_hold(config: RunConfig, rooms: Sequence[_Room], nodes: int, count: int, demands: Sequence[int]) -> int:
+    """`nodes`, or as many as `ranks_per_node` needs to hold `count` colocated servers, if the others fit beside it."""
+    ranks = config.cluster.ranks_per_node or 0
+    slices = ranks // config.rollout.tensor_parallel_size
+    needed = -(-count // slices) if slices else nodes
+    left = [room.node.gpus - ranks * (place < needed) for place, room in enumerate(rooms)]
+    return needed if nodes < needed <= len(rooms) and _fits(left, demands) else nodes
+
+
 def _ranks_beside(gpus: int, others: list[int], demands: Sequence[int]) -> int:
     """Most ranks on the trainer's only node such that the servers fit there and on the others; below 1: they do not."""
     return next((r for r in range(gpus - 1, 0, -1) if _fits([*others, gpus - r], demands)), gpus - sum(demands))
 
 
 def _fits(free: list[int], demands: Sequence[int]) -> bool:
-    left = list(free)
-    for demand in sorted(demands, reverse=True):
-        index = next((i for i, gpus in enumerate(left) if gpus >= demand), None)
-        if index is None:
-            return False
-        left[index] -= demand
-    return True
+    for large_first in (True, False):
+        left = list(free)
+        for demand in sorted(demands, reverse=large_first):
+            index = next((i for i, gpus in enumerate(left) if gpus >= demand), None)
+            if index is None:
+                break
+            left[index] -= demand
+        else:
+            return True
+    return False
 
 
 def _place_servers(
@@ -370,15 +398,3 @@ def _place_helper(name: str, room: _Room) -> Placement:
     room.share_out()
     component = Component(name=name, nodes=(room.node.name,), tasks=1, gpus_per_node=0)
     return Placement(component=component, kind="driver", group=room.group)
-
-
-def describe(placements: Sequence[Placement]) -> str:
-    """One line per component."""
-    lines = []
-    for item in placements:
-        part = item.component
-        gpus = f", {part.gpus_per_node} GPUs per node" if part.gpus_per_node else ""
-        lines.append(
-            f"{part.name}: {part.tasks} task(s) on {','.join(part.nodes)}{gpus}, {item.cpus_per_task} core(s) per task"
-        )
-    return "\n".join(lines)

@@ -16,7 +16,6 @@ from megatron_r1reward.cluster.placement import (
     Placement,
     Stage,
     asks_judge,
-    describe,
     place,
     servers_of,
     this_machine,
@@ -29,7 +28,7 @@ from megatron_r1reward.launch.addresses import components
 from megatron_r1reward.launch.local_steps import LocalLauncher
 from megatron_r1reward.launch.slurm_steps import SlurmLauncher
 from megatron_r1reward.launch.stage_models import check_models, check_settings
-from megatron_r1reward.launch.steps import StepLauncher
+from megatron_r1reward.launch.steps import StepLauncher, describe
 from megatron_r1reward.launch.supervisor import Closeable, Plan, Supervisor
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE, new_token, token_from
 from megatron_r1reward.run_dir import EXIT_REQUEUE, ExitReport, RunDir, RunInfo

@@ -68,3 +68,15 @@ def name_of(code: int) -> str:
         except ValueError:
             pass
     return f"exited with code {code}"
+
+
+def describe(placements: Sequence[Placement]) -> str:
+    """One line per component."""
+    lines = []
+    for item in placements:
+        part = item.component
+        gpus = f", {part.gpus_per_node} GPUs per node" if part.gpus_per_node else ""
+        lines.append(
+            f"{part.name}: {part.tasks} task(s) on {','.join(part.nodes)}{gpus}, {item.cpus_per_task} core(s) per task"
+        )
+    return "\n".join(lines)

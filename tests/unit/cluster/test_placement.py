@@ -98,6 +98,24 @@ def test_colocated_judge_is_elsewhere() -> None:
     assert not found["judge-0"].overlap
 
 
+def test_sizes_that_do_not_divide_each_other_are_tried_in_both_orders() -> None:
+    wanted = config(
+        rollout={"count": 6, "tensor_parallel_size": 3},
+        judge={"count": 3, "tensor_parallel_size": 4},
+        cluster={"ranks_per_node": 1},
+    )
+    found = by_name(place(wanted, "rl", site(6, gpus=6)))
+    assert [found[f"rollout-{i}"].component.nodes[0] for i in range(6)] == ["n2", "n2", "n3", "n3", "n4", "n4"]
+    assert [found[f"judge-{i}"].component.nodes[0] for i in range(3)] == ["n6", "n5", "n1"]
+
+
+def test_the_trainer_has_nodes_enough_for_its_colocated_servers() -> None:
+    wanted = config(cluster={"layout": "colocated", "ranks_per_node": 2}, rollout={"count": 3})
+    found = by_name(place(wanted, "rl", site(2, gpus=4)))
+    assert found["trainer"].component.nodes == ("n1", "n2")
+    assert (found["judge-0"].component.nodes, found["judge-0"].gpu_ids) == (("n1",), (2,))
+
+
 def test_one_gpu_may_be_shared_by_name() -> None:
     named = {"rollout": {"gpu_ids": [0]}, "judge": {"model_path": "judge", "gpu_ids": [0]}}
     found = by_name(place(config(**named), "rl", site(1, gpus=1)))

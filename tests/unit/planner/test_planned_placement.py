@@ -15,9 +15,10 @@ from megatron_r1reward.planner.planned_layout import planned_devices
 MakeConfig = Callable[..., RunConfig]
 KEYS = ("plan.nodes", "plan.gpus_per_node", "rollout.count", "rollout.tensor_parallel_size", "judge.count",
         "judge.tensor_parallel_size", "cluster.layout", "cluster.trainer_nodes", "cluster.ranks_per_node")  # fmt: skip
-LAYOUTS = tuple(
-    product((1, 2, 3), (2, 4), (1, 3), (1, 2, 4), (1, 2), (1, 2, 4), ("split", "colocated"),
-            (None, 1, 2), (None, 1, 2, 4))
+LAYOUTS = (
+    *product((1, 2, 3), (2, 4), (1, 3), (1, 2, 4), (1, 2), (1, 2, 4), ("split", "colocated"),
+             (None, 1, 2), (None, 1, 2, 4)),
+    *product((2, 6), (6,), (2, 6), (1, 2, 3), (1, 3), (2, 4), ("split", "colocated"), (None, 1, 5), (None, 1, 3)),
 )  # fmt: skip
 
 
@@ -83,8 +84,7 @@ def test_plan_and_launch_agree_and_nothing_that_fits_is_refused(make_config: Mak
         assert isinstance(placements, str) == isinstance(devices, str), (layout, placements, devices)
         if isinstance(placements, str):
             assert devices.startswith(placements), "the same words"
-            if not (layout[6] == "colocated" and layout[7] is None):  # a trainer on fewer nodes is not searched for
-                assert not possible(*layout), (layout, placements)
+            assert not possible(*layout), (layout, placements)
             continue
         accepted += 1
         assert possible(*layout), layout
