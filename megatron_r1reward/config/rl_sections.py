@@ -228,6 +228,7 @@ class HealthSection(Section):
     one_sided_share: Annotated[float, Field(gt=0.5, le=1)] = 0.95  # of all |advantage|, on one side of 0
     min_reward_std: NotNegative = 1e-3  # of the returns
     min_entropy: NotNegative = 1e-4  # nats
+    max_fall: Annotated[float, Field(gt=0, le=1)] = 0.1  # of the share of right samples, below its best
 
 
 class AlgorithmSection(Section):

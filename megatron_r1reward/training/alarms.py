@@ -1,12 +1,14 @@
 """Signs that a run is going wrong, said in the log while something can still be done.
 
 `check` looks at one step: sampler and trainer drift apart, updates are skipped. `Health` follows the learning signal
-over steps: a run whose rewards, advantages or samples hold nothing to learn from goes on as if nothing were wrong.
+over steps: a run whose rewards, advantages or samples hold nothing to learn from goes on as if nothing were wrong, and
+so does one whose policy is right less and less often.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
@@ -26,17 +28,22 @@ class Health:
         began: the first step of the cause that `check` gave as a reason.
 
     Args:
+        rollouts: of a step, which say how much its share of right samples is worth; 0: that share is not followed.
         speaks: whether this rank writes warnings: when a cause begins, and at every `patience`-th step that it lasts.
     """
 
-    def __init__(self, section: HealthSection, algorithm: AlgorithmSection, *, speaks: bool = True) -> None:
+    def __init__(
+        self, section: HealthSection, algorithm: AlgorithmSection, *, rollouts: int = 0, speaks: bool = True
+    ) -> None:
         self._section, self._algorithm, self._speaks = section, algorithm, speaks
         self._lasting: Counter[str] = Counter()  # cause -> steps in a row
+        self._right: list[float] = []  # of the last `patience` steps
+        self._best, self._rollouts = 0.0, rollouts
         self.began = 0
 
     def check(self, metrics: Mapping[str, float], step: int) -> str | None:
         """Why the run should stop after step `step`; None: it may go on."""
-        found = dict(causes(metrics, self._section, self._algorithm))
+        found = dict(causes(metrics, self._section, self._algorithm)) | self._fallen(metrics["reward/result"])
         self._lasting = Counter({cause: self._lasting[cause] + 1 for cause in found})
         patience = self._section.patience
         for cause, text in found.items():
@@ -47,10 +54,28 @@ class Health:
         if self._section.policy == "warn" or not gone:
             return None
         self.began = step - max(self._lasting[cause] for cause in gone) + 1
-        reason = f"there has been nothing to learn from for {self._lasting[gone[0]]} steps: {found[gone[0]]}"
+        what = "the policy has got worse" if gone[0] == "fallen" else "there has been nothing to learn from"
+        reason = f"{what} for {self._lasting[gone[0]]} steps: {found[gone[0]]}"
         if self._section.policy == "rollback":
             return reason
         return f"{reason}; start again with other settings, or set health.policy='warn' to go on"
+
+    def _fallen(self, right: float) -> dict[str, str]:
+        """Whether fewer samples are right than there were, by more than `max_fall` and three standard errors of the
+        difference between this step and the best `patience` steps in a row."""
+        patience, best, found = self._section.patience, self._best, {}
+        if self._rollouts:
+            error = math.sqrt(best * (1 - best) * (1 + 1 / patience) / self._rollouts)
+            if best - right > max(self._section.max_fall, 3 * error):
+                found["fallen"] = (
+                    f"{_percent(right)} of the samples are right, {_percent(best)} were (health.max_fall "
+                    f"{self._section.max_fall:g}): lower optimizer.lr or rl.epochs_per_batch, use fresher samples, go "
+                    "back to an earlier checkpoint"
+                )
+        self._right = [*self._right, right][-patience:]
+        if len(self._right) == patience:
+            self._best = max(best, sum(self._right) / patience)
+        return found
 
 
 def steps_ahead(config: RunConfig) -> int:

@@ -225,7 +225,8 @@ def _stage(state: TrainState, main: MainRank | None) -> Stage:
     """This stage to the loop that it shares with SFT."""
     config = state.config
 
-    health = alarms.Health(config.health, config.algorithm, speaks=state.topology.is_main)
+    rollouts = 0 if config.data.curriculum else config.rl.rollout_batch_size * config.algorithm.samples_per_prompt
+    health = alarms.Health(config.health, config.algorithm, rollouts=rollouts, speaks=state.topology.is_main)
 
     def step(timer: PhaseTimer) -> dict[str, float]:
         metrics = train_step(state, main, timer)

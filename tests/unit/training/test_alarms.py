@@ -158,3 +158,37 @@ def test_evidence_is_one_sided_where_the_filter_starves_it_and_not_by_accuracy_a
     assert "% of the evidence is positive at 96.1 % right" in found["paper"]
     assert found["none"] is None, "where nothing is filtered both signs weigh the same"
     assert balance(0.0, 0.0) == 0.0
+
+
+def following(rollouts: int, **section: object) -> alarms.Health:
+    health = HealthSection.model_validate({"policy": "stop", "patience": 3} | section)
+    return alarms.Health(health, AlgorithmSection(), rollouts=rollouts, speaks=False)
+
+
+def test_a_policy_that_gets_worse_is_stopped() -> None:
+    """A collapse in which every response still parses and samples still differ: only fewer of them are right."""
+    health = following(128)
+    right = [0.66, 0.70, 0.68, 0.58, 0.50, 0.51, 0.49]
+    reasons = [health.check(LEARNING | {"reward/result": share}, step) for step, share in enumerate(right, start=1)]
+    assert reasons[:6] == [None] * 6
+    assert reasons[6] is not None
+    assert reasons[6].startswith("the policy has got worse for 3 steps: 49.0 % of the samples are right, 68.0 % were")
+    assert health.began == 5
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "section", "low"),
+    [(128, {}, 0.55), (16, {}, 0.40), (128, {"max_fall": 0.3}, 0.42), (0, {}, 0.1)],
+    ids=["noise", "noise of few", "allowed", "a curriculum, whose rows get harder"],
+)
+def test_noise_is_no_fall(rollouts: int, section: dict[str, object], low: float) -> None:
+    health = following(rollouts, **section)
+    right = [0.66, 0.70, 0.68, *[low] * 6]
+    assert not any(health.check(LEARNING | {"reward/result": share}, step) for step, share in enumerate(right))
+
+
+def test_before_anything_was_reached_nothing_falls() -> None:
+    health = following(128)
+    right = [0.9, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]  # the best is that of `patience` steps, not of a lucky one
+    reasons = [health.check(LEARNING | {"reward/result": share}, step) for step, share in enumerate(right)]
+    assert reasons == [None] * 7
