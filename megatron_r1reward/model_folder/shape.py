@@ -21,6 +21,7 @@ _VISION_DEFAULTS: dict[bool, dict[str, int]] = {
     False: dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16, patch_size=16, out_hidden_size=3584),
 }
 _ROPE_THETA = {"qwen2_5_vl": 1_000_000.0, "qwen3_vl": 500_000.0, "qwen3_vl_moe": 500_000.0}
+_KEY_VALUE_HEADS = {"qwen2_5_vl": 8, "qwen3_vl": 32, "qwen3_vl_moe": 16}  # null, in contrast, is one per head
 _ROPE_KEYS = ("rope_scaling", "rope_parameters")  # of transformers up to 4.x, and later
 _RMS_NORM_EPS = {"qwen2_5_vl": 1e-5, "qwen3_vl": 1e-6, "qwen3_vl_moe": 1e-6}
 
@@ -232,7 +233,7 @@ def _quantization(top: ConfigReader) -> str | None:
 
 def _text(family: Family, text: ConfigReader, *, tied: bool) -> TextShape:
     heads, hidden, layers = text.size("num_attention_heads"), text.size("hidden_size"), text.size("num_hidden_layers")
-    groups = text.size("num_key_value_heads", heads)
+    groups = text.size("num_key_value_heads", heads if "num_key_value_heads" in text.tree else _KEY_VALUE_HEADS[family])
     if heads % groups:
         text.problem("num_key_value_heads", f"has to divide num_attention_heads {heads}")
     head_dim = hidden // heads

@@ -116,3 +116,39 @@ def test_sizes_and_ties_are_those_of_transformers(name: str, tmp_path: Path) -> 
         )
         assert (shape.text.norm_eps, shape.text.rope.theta) == (text.rms_norm_eps, text.rope_parameters["rope_theta"])
         assert (shape.vision.blocks, shape.vision.ffn) == (hf.vision_config.depth, hf.vision_config.intermediate_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Qwen2.5-VL-32B-Instruct", "Qwen3-VL-8B-Instruct", "Qwen3-VL-30B-A3B-Instruct"])
+def test_a_key_that_is_left_out_is_what_transformers_assumes_or_named(name: str, tmp_path: Path) -> None:
+    tree = bundled_config(name)
+    accepted = 0
+    for part in {"", "text_config", "vision_config"} & {"", *tree}:
+        for key in tree[part] if part else tree:  # type: ignore[attr-defined]
+            if key in ("model_type", "text_config", "vision_config"):
+                continue
+            variant: Any = copy.deepcopy(tree)
+            del (variant[part] if part else variant)[key]
+            try:
+                shape = read_shape(variant)
+            except ValueError:
+                continue
+            accepted += 1
+            (tmp_path / "config.json").write_text(json.dumps(variant))
+            hf = AutoConfig.from_pretrained(tmp_path)
+            text, vision, experts = hf.text_config, hf.vision_config, shape.text.experts
+            read = (shape.text.layers, shape.text.hidden, shape.text.ffn, shape.text.heads, shape.text.groups)
+            assert read == (
+                text.num_hidden_layers, text.hidden_size, text.intermediate_size, text.num_attention_heads,
+                text.num_key_value_heads,
+            ), (part, key)  # fmt: skip
+            assert shape.text.head_dim == getattr(text, "head_dim", text.hidden_size // text.num_attention_heads), key
+            assert (shape.text.vocab, shape.text.tied) == (text.vocab_size, hf.tie_word_embeddings), (part, key)
+            if experts is not None:
+                chosen = (text.num_experts, text.num_experts_per_tok, text.moe_intermediate_size)
+                assert (experts.count, experts.top_k, experts.ffn) == chosen, (part, key)
+            read = (shape.vision.blocks, shape.vision.hidden, shape.vision.ffn, shape.vision.heads, shape.vision.patch)
+            assert read == (
+                vision.depth, vision.hidden_size, vision.intermediate_size, vision.num_heads, vision.patch_size
+            ), (part, key)  # fmt: skip
+    assert accepted > 15
