@@ -2,7 +2,7 @@
 
 Most of the time of servers, ranks and Slurm jobs is waiting, so the suites share the machine, each in a pytest of its
 own. Their progress is shown line by line, then their reports one after the other; the last lines are the slowest tests,
-the failures, the memory that was needed, what was left behind, and the total. The exit code is 0 when all suites passed
+the failures, what the machine gave, what was left behind, and the total. The exit code is 0 when all suites passed
 and nothing is left. Arguments that are not its own go to every pytest, e.g. `-k NAME`.
 """
 
@@ -56,19 +56,20 @@ UNITS = (
     Suite(name="unit-torch", arguments=_HEAVY, memory_gib=3),
     Suite(name="unit", arguments=("tests/unit", *(f"--ignore={folder}" for folder in _HEAVY)), memory_gib=2),
 )
-# Whole runs of the pipeline, and servers that die in them: as long as all other tests with servers.
-_RUNS = ("tests/e2e/test_pipeline.py", "tests/e2e/test_faults.py")
+# Whole runs of the pipeline, and servers that die: each as long as half of all other tests with servers.
+_RUNS, _FAULTS = "tests/e2e/test_pipeline.py", "tests/e2e/test_faults.py"
 # The longest first: a suite begins when there is a place and memory for it.
 ALL = (
     Suite(name="slurm", arguments=("tests/slurm",), memory_gib=7),
-    Suite(name="runs", arguments=_RUNS, memory_gib=4),
+    Suite(name="runs", arguments=(_RUNS,), memory_gib=4),
+    Suite(name="servers", arguments=("tests/e2e", f"--ignore={_RUNS}", f"--ignore={_FAULTS}"), memory_gib=4),
     Suite(name="ranks", arguments=("tests/parallel",), memory_gib=4),
-    Suite(name="servers", arguments=("tests/e2e", *(f"--ignore={file}" for file in _RUNS)), memory_gib=4),
+    Suite(name="faults", arguments=(_FAULTS,), memory_gib=4),
     *UNITS,
     Suite(name="browser", arguments=("tests/browser",), memory_gib=2),
     Suite(name="gpu", arguments=("tests/gpu",), memory_gib=2),  # the only ones that see GPUs
 )
-AT_ONCE = 3
+AT_ONCE = 4  # a suite waits half of its time: fewer leave two cores idle
 
 
 @dataclass
@@ -108,12 +109,13 @@ class Outcome:
         return found
 
 
-class Memory:
-    """The most memory that was taken since the beginning, by looking at the whole machine: Slurm's daemons, servers
-    and what lies in shared memory included."""
+class Machine:
+    """The most memory that was taken since the beginning, and how busy the cores were, by looking at the whole machine:
+    Slurm's daemons, servers and what lies in shared memory included."""
 
     def __init__(self) -> None:
         self._start = self._least = available()
+        self._times = psutil.cpu_times()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
@@ -121,8 +123,16 @@ class Memory:
             self._least = min(self._least, available())
             time.sleep(1.0)
 
-    def most(self) -> float:
+    def most_memory(self) -> float:
+        """Bytes."""
         return self._start - self._least
+
+    def cores(self) -> str:
+        """How long they worked: a wall time says little without it."""
+        now, then = psutil.cpu_times(), self._times
+        idle = now.idle + now.iowait - then.idle - then.iowait
+        busy = sum(now[:8]) - sum(then[:8]) - idle  # user to steal; guests are in user
+        return f"{psutil.cpu_count()} cores worked {busy:.0f} s and idled {idle:.0f} s"
 
 
 def available() -> float:
@@ -216,7 +226,7 @@ def show_reports(outcomes: list[Outcome]) -> None:
         print("".join(outcome.lines[starts[0] if starts and complete else 0 :]), end="")
 
 
-def show_end(outcomes: list[Outcome], seconds: float, memory: Memory, left: list[str]) -> int:
+def show_end(outcomes: list[Outcome], seconds: float, machine: Machine, left: list[str]) -> int:
     """The common closing lines; returns the exit code."""
     cases = [case for outcome in outcomes for case in outcome.cases()]
     counts = Counter(kind for _, _, kind in cases)
@@ -234,7 +244,7 @@ def show_end(outcomes: list[Outcome], seconds: float, memory: Memory, left: list
         print(f"FAILED suite {outcome.suite.name}: pytest ended with exit code {outcome.process.returncode}")
     for line in left:
         print(f"FAILED left behind: {line}")
-    print(f"memory: at most {memory.most() / GIB:.1f} GiB were needed at once")
+    print(f"memory: at most {machine.most_memory() / GIB:.1f} GiB were needed at once; {machine.cores()}")
     if not left:
         print("left behind: no process, no shared memory, no port")
     failures = counts["failure"] + counts["error"] + len(broken) + len(left)
@@ -254,10 +264,10 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     at_once, text = plan_memory(suites, available(), at_once)
     print(f"{text}; logs in {folder.relative_to(ROOT)}", flush=True)
-    mark, shared, memory, began = uuid.uuid4().hex, leftovers.shared_memory(), Memory(), time.monotonic()
+    mark, shared, machine, began = uuid.uuid4().hex, leftovers.shared_memory(), Machine(), time.monotonic()
     outcomes = run_all(suites, at_once, folder, mark, extra)
     show_reports(outcomes)
-    return show_end(outcomes, time.monotonic() - began, memory, leftovers.left_behind(mark, shared))
+    return show_end(outcomes, time.monotonic() - began, machine, leftovers.left_behind(mark, shared))
 
 
 if __name__ == "__main__":
