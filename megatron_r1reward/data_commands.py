@@ -25,6 +25,7 @@ def data_digits(
     categories: Annotated[str | None, typer.Option(help="kinds of question, comma-separated; default: all")] = None,
     annotator_error_rate: Annotated[float, typer.Option(help="share of reasonings for the wrong response")] = 0.0,
     unlabelled_pairs: Annotated[int, typer.Option(help="of two wrong, and as many of two near-equal responses")] = 0,
+    pointwise: Annotated[bool, typer.Option("--pointwise", help="also a cold start of ratings")] = False,
 ) -> None:
     """Preferences over real handwritten digits (ships with scikit-learn)."""
     with user_errors():
@@ -41,6 +42,7 @@ def data_digits(
             categories=categories.split(",") if categories else CATEGORIES,
             annotator_error_rate=annotator_error_rate,
             unlabelled_pairs=unlabelled_pairs,
+            pointwise=pointwise,
         )
         typer.echo(f"{out}: {summary.rows}, {summary.images} images; see {out / 'README.md'}")
 

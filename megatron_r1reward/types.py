@@ -72,7 +72,7 @@ class Prompt:
     `token_ids` are unexpanded: every image is ONE `<|image_pad|>` (vLLM expands it itself; the trainer expands it
     from the image grid). `label` is the right answer in the order shown, i.e. already swapped when `swapped`; None
     where the preference has none. Prompts of one `group` are the two orders of one pair: their samples are compared
-    with each other.
+    with each other. A pointwise prompt shows the first response of its order alone; `label` 1: it is the better one.
     """
 
     id: str  # unique within a run: preference id, order and occurrence
@@ -125,14 +125,15 @@ class ScoredRollout:
 
     rollout: Rollout
     format_reward: float  # F in {0, 1}
-    result_reward: float  # A in {0, 1}
+    result_reward: float  # A in {0, 1}; of a rating in [0, 1]
     consistency_reward: float  # C in {0, 1} (paper) or {-1, 0, 1} (released code)
     reward: float
-    predicted: Label | None  # strict parse of <answer>; None when it is not exactly 1 or 2
+    predicted: Label | None  # strict parse of <answer>; None when it is not exactly 1 or 2, and of a pointwise prompt
     verdict: JudgeVerdict
     # Values of the reward's other terms, before their weights: agreement with oneself, functions of the user's
     terms: Mapping[str, float] = field(default_factory=dict)
     masked: bool = False  # trains nothing and is no part of any statistic of the rewards
+    rating: int | None = None  # strict parse of <answer> where the prompt is pointwise
 
 
 @dataclass(frozen=True, kw_only=True)

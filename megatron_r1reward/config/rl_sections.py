@@ -37,8 +37,9 @@ class RlSection(Section):
     rollout_batch_size: PositiveInt = 256  # prompts per step
     train_batch_size: PositiveInt = 128  # prompts (times samples_per_prompt rollouts) per optimizer step
     epochs_per_batch: PositiveInt = 1  # passes of the optimizer over a rollout batch
-    # both_orders: a step has rollout_batch_size / 2 pairs, each shown in both orders, which are one group
-    pairing: Literal["one_order", "both_orders"] = "one_order"
+    # both_orders: a step has rollout_batch_size / 2 pairs, each shown in both orders, which are one group;
+    # pointwise: likewise, but a prompt shows one response, which is rated
+    pairing: Literal["one_order", "both_orders", "pointwise"] = "one_order"
     # Further rounds of generation per step, each with other prompts in place of those whose samples were all right or
     # all wrong; when they are used up the step goes on with what there is. 0: off
     dynamic_sampling_rounds: Annotated[int, Field(ge=0)] = 0
@@ -54,9 +55,9 @@ class RlSection(Section):
                 f"rl.rollout_batch_size {self.rollout_batch_size} is not a multiple of "
                 f"rl.train_batch_size {self.train_batch_size}: choose a divisor"
             )
-        if self.pairing == "both_orders" and self.rollout_batch_size % 2:
+        if self.orders == 2 and self.rollout_batch_size % 2:
             raise ValueError(
-                f"rl.pairing 'both_orders' asks two prompts about a pair, and rl.rollout_batch_size "
+                f"rl.pairing {self.pairing!r} asks two prompts about a pair, and rl.rollout_batch_size "
                 f"{self.rollout_batch_size} is odd: make it even"
             )
         if self.record is not None and self.replay is not None:
@@ -66,7 +67,7 @@ class RlSection(Section):
     @property
     def orders(self) -> int:
         """Prompts about each pair of a step."""
-        return 2 if self.pairing == "both_orders" else 1
+        return 1 if self.pairing == "one_order" else 2
 
     @property
     def mini_batches(self) -> int:
@@ -101,7 +102,10 @@ class AsynchronySection(Section):
 class PromptSection(Section):
     """How the model is asked and how its verdict is read, where that is not as published; docs/parts.md."""
 
-    template: Path | None = None  # file with {question}, {answer1}, {answer2}; None: what model.path says, or published
+    # pointwise: it rates one response at a time; None: as rl.pairing, else model.path says, else generative (a pair)
+    kind: Literal["generative", "pointwise"] | None = None
+    # file with {question}, {answer1}, {answer2}, or {question}, {answer}; None: what model.path says, or published
+    template: Path | None = None
     # A reader's name, a regular expression, or "path/to/file.py:function"; None: what model.path says, or "answer"
     parser: str | None = None
     trust_parser: bool = False  # run the parser's code that model.path carries

@@ -299,7 +299,7 @@ class RunConfig(Section):
     @property
     def response_order(self) -> str:
         """In which `rl` shows the two responses, for checkpoints and model cards."""
-        return "both" if self.rl.orders == 2 else self.data.swap
+        return {"both_orders": "both", "pointwise": "one at a time"}.get(self.rl.pairing, self.data.swap)
 
     @model_validator(mode="after")
     def _samples_can_be_trained_on(self) -> RunConfig:
@@ -318,10 +318,11 @@ class RunConfig(Section):
             raise ValueError(
                 "the reward's term 'agreement' compares the two orders of a pair: set rl.pairing to 'both_orders'"
             )
-        if self.rl.pairing == "both_orders" and self.data.swap != "random":
-            raise ValueError(
-                f"data.swap {self.data.swap!r} shows one order, and rl.pairing 'both_orders' shows both: remove one"
-            )
+        if self.rl.orders == 2 and self.data.swap != "random":
+            both = f"rl.pairing {self.rl.pairing!r} shows both"
+            raise ValueError(f"data.swap {self.data.swap!r} shows one order, and {both}: remove one")
+        if self.rl.pairing == "pointwise":
+            self._check_pointwise()
         if mode != "synchronous" and self.algorithm.truncated_importance_sampling is None:
             raise ValueError(
                 f"asynchrony.mode {mode!r} trains on samples of older weights, which must be corrected for: set "
@@ -335,6 +336,22 @@ class RunConfig(Section):
         if self.algorithm.old_log_probs == "sampler":
             self._check_sampler_log_probs()
         return self
+
+    def _check_pointwise(self) -> None:
+        """ValueError where something is set that ratings of single responses cannot give."""
+        if self.prompt.kind == "generative":
+            raise ValueError("rl.pairing 'pointwise' rates responses, prompt.kind 'generative' compares: remove one")
+        if self.reward.use_judge:
+            raise ValueError(
+                "reward.use_judge asks whether a reasoning supports a verdict about a pair, and rl.pairing 'pointwise' "
+                "samples ratings: set it to false"
+            )
+        compares = self.algorithm.baseline != "none" or self.rl.dynamic_sampling_rounds
+        if self.algorithm.samples_per_prompt == 1 and compares:
+            raise ValueError(
+                "rl.pairing 'pointwise' with algorithm.samples_per_prompt 1: a pair's two ratings are both right or "
+                "both wrong, which tells a baseline and dynamic sampling nothing: set it above 1"
+            )
 
     def _check_sampler_log_probs(self) -> None:
         """ValueError unless the rollout servers' log-probs are those that the trainer would compute again."""

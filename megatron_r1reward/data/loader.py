@@ -131,8 +131,8 @@ class PromptLoader:
 
     Args:
         stages: a curriculum; none: all rows at every step.
-        both_orders: every preference gives two prompts, its two orders, which stand next to each other and are one
-            group; else one prompt, in an order that is drawn.
+        both_orders: every preference gives two prompts, its two orders (of a pointwise template: its two responses),
+            which stand next to each other and are one group; else one prompt, in an order that is drawn.
     """
 
     def __init__(

@@ -110,11 +110,17 @@ def read_sft_examples(
     verify_images: bool = True,
     fits: Callable[[SftExample], str] | None = None,
     max_frames: int = MAX_FRAMES,
+    rated: str | None = None,
 ) -> SftReadResult:
-    """Read rows with `message` (any chat, with or without images) and `response`; else as `read_preferences`."""
+    """Read rows with `message` (any chat, with or without images) and `response`; else as `read_preferences`.
+
+    Args:
+        rated: the template of the pointwise model that is trained, whose rows may have a rating (`parse_sft_example`).
+    """
     media = MediaResolver((image_root or fixed_folder(path), *image_roots), media_dir, max_frames=max_frames)
     source = RowSource(path=path, rows=iterate_rows(path))
-    examples, accounting = _read(source, parse_sft_example, media, quarantine, verify_images, fits)
+    parse = partial(parse_sft_example, rated=rated)
+    examples, accounting = _read(source, parse, media, quarantine, verify_images, fits)
     return SftReadResult(examples=examples, **accounting)
 
 

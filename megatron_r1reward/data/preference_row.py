@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_r1reward.data.chat import IMAGE_PLACEHOLDER, Chat, parse_chat, show_placeholders
 from megatron_r1reward.data.image_files import MediaResolver
-from megatron_r1reward.data.prompt import split_message_text
+from megatron_r1reward.data.prompt import RATINGS, preference_messages, rating_text, split_message_text
 from megatron_r1reward.data.rows import RawRow, RowError, label_of, label_or_none
 from megatron_r1reward.data.video_frames import frames_of
 from megatron_r1reward.types import Label, Preference
@@ -71,7 +71,20 @@ def parse_preference(
     )
 
 
-def parse_sft_example(identifier: str, fields: Mapping[str, Any], media: MediaResolver) -> SftExample:
+def parse_sft_example(
+    identifier: str, fields: Mapping[str, Any], media: MediaResolver, rated: str | None = None
+) -> SftExample:
+    """A row in our columns as a supervised example: `message` and `response`, or of a pointwise model `question`,
+    `candidate`, `rating` and `reasoning`. Raises RowError where it is none.
+
+    Args:
+        rated: the template of the pointwise model that is trained; None: it is none.
+    """
+    rates = fields.get("rating") is not None and fields.get("candidate") is not None
+    if rates and rated is None:
+        raise RowError("it has a rating, which a pointwise model learns: set prompt.kind = 'pointwise'")
+    if rates and rated is not None and fields.get("message") is None:
+        return _rated_example(identifier, fields, media, rated)
     chat = parse_chat(fields.get("message"))
     if chat.messages[-1]["role"] != "user":
         raise RowError(f"message ends with a turn of the {chat.messages[-1]['role']}, not of the user")
@@ -88,6 +101,26 @@ def parse_sft_example(identifier: str, fields: Mapping[str, Any], media: MediaRe
         metadata=_metadata(fields),
         label=_label_if_any(fields.get("answer")),
         difficulty=_difficulty(fields.get("difficulty")),
+    )
+
+
+def _rated_example(identifier: str, fields: Mapping[str, Any], media: MediaResolver, template: str) -> SftExample:
+    """The prompt about `candidate`, and the reasoning and the rating that answer it."""
+    rating = fields["rating"]
+    if isinstance(rating, float) and rating.is_integer():  # what a Parquet writer makes of a column with gaps
+        rating = int(rating)
+    if not isinstance(rating, int) or isinstance(rating, bool) or rating not in RATINGS:
+        raise RowError(f"rating is {str(rating)[:40]}, not a whole number from {RATINGS[0]} to {RATINGS[-1]}")
+    image_paths = _image_paths(fields, None, media)
+    candidate = _required_text("candidate", fields["candidate"])
+    question = _without_placeholders(_required_text("question", fields.get("question")), len(image_paths))
+    reasoning = _required_text("reasoning", fields.get("reasoning")).strip()
+    return SftExample(
+        id=identifier,
+        messages=tuple(preference_messages(question, (candidate, ""), len(image_paths), template=template)),
+        image_paths=image_paths,
+        response=rating_text(reasoning, rating),
+        metadata=_metadata(fields),
     )
 
 

@@ -17,9 +17,16 @@ from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.image_files import folders_behind_links, upright_size
 from megatron_r1reward.data.preference import ReadResult, SftReadResult, read_preferences, read_sft_examples
 from megatron_r1reward.data.preference_row import SftExample
-from megatron_r1reward.data.prompt import TEMPLATE, messages_of, preference_messages, render_chat
+from megatron_r1reward.data.prompt import (
+    POINTWISE_TEMPLATE,
+    TEMPLATE,
+    images_shown,
+    messages_of,
+    preference_messages,
+    render_chat,
+)
 from megatron_r1reward.data.rows import fixed_folder
-from megatron_r1reward.model_folder.prompt_policy import check_template, read_policy
+from megatron_r1reward.model_folder.prompt_policy import FIELDS, check_template, read_policy
 from megatron_r1reward.model_folder.scalar_folder import is_scalar_folder
 from megatron_r1reward.types import Preference
 from megatron_r1reward.user_parts import read_part
@@ -32,18 +39,34 @@ SCALAR_TEMPLATE = "{question}"  # of the user's turn where a scalar head scores 
 _TOKEN_PIXELS = 28 * 28  # of one image token in the finest grid of the models (patches of 14 x 14, merged 2 x 2)
 
 
+def kind_of(config: RunConfig) -> Literal["generative", "pointwise"]:
+    """Whether a stage's model compares two responses or rates one: as the run file says, else the model's folder.
+
+    Raises:
+        ValueError: what the folder says cannot be read.
+    """
+    if config.prompt.kind is not None:
+        return config.prompt.kind
+    policy = None if config.rl.pairing == "pointwise" else read_policy(config.model.path)
+    rates = config.rl.pairing == "pointwise" or (policy is not None and policy.kind == "pointwise")
+    return "pointwise" if rates else "generative"
+
+
 def template_of(config: RunConfig) -> str:
-    """The prompt that a stage asks with: `prompt.template`, else what the model's folder says, else the published one.
+    """The prompt that a stage asks with: `prompt.template`, else what the model's folder says if that is of the same
+    kind, else the published one, or ours for a pointwise model.
 
     Raises:
         ValueError: the file or what the folder says cannot be read.
     """
+    kind = kind_of(config)
     if config.prompt.template is None:
         policy = read_policy(config.model.path)
-        return TEMPLATE if policy is None else policy.template
+        own = POINTWISE_TEMPLATE if kind == "pointwise" else TEMPLATE
+        return policy.template if policy is not None and policy.kind == kind else own
     part = read_part("prompt.template", config.prompt.template)
     try:
-        check_template(part.source)
+        check_template(part.source, FIELDS[kind])
     except ValueError as error:
         raise ValueError(f"prompt.template {part.name!r}: {error}; write other braces twice") from error
     return part.source
@@ -115,6 +138,7 @@ def read_training_examples(config: RunConfig, *, output: Path | None = None) -> 
         media_dir=output / "media",
         quarantine=output / "quarantine.jsonl",
         fits=RowLimits.of(config, "sft").example if _has_tokenizer(config) else None,
+        rated=template_of(config) if kind_of(config) == "pointwise" else None,
     )
 
 
@@ -201,9 +225,9 @@ class RowLimits:
         texts = (preference.question, *preference.responses)
         if self._surely_fits(texts, len(preference.image_paths), self.response_tokens):
             return ""
-        return self._problem(
-            self.prompt_length(preference), preference.image_paths, self.response_tokens, "room for the response"
-        )
+        images = {images_shown(order, self.template) for order in (preference, preference.exchanged())}
+        most = max(images, key=lambda paths: sum(map(self.image_tokens, paths))) if len(images) > 1 else images.pop()
+        return self._problem(self.prompt_length(preference), most, self.response_tokens, "room for the response")
 
     def prompt_length(self, preference: Preference) -> int:
         """Tokens of the prompt in the longer of its two orders, each image counted as one."""

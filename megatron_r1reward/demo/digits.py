@@ -20,7 +20,7 @@ from tqdm import tqdm
 from megatron_r1reward.data.prompt import preference_messages
 from megatron_r1reward.data.rows import TIE, label_of
 from megatron_r1reward.demo.digits_pictures import DigitSources, PictureStore, choose_pictures, split_sources
-from megatron_r1reward.demo.digits_text import CATEGORIES, DigitQuestion, draw_question, target
+from megatron_r1reward.demo.digits_text import CATEGORIES, DigitQuestion, draw_question, rated_reasoning, target
 from megatron_r1reward.demo.digits_text import judge_rows as make_judge_rows
 from megatron_r1reward.evaluation.control_sets import NEAR, WRONG, make_pair_kinds
 from megatron_r1reward.files import write_jsonl, write_text
@@ -38,6 +38,9 @@ responses of a row are equally likely given their text: only the image says whic
 |---|---|---|
 | `sft.jsonl` | {{ rows.sft }} | preferences with a target `response`: reasoning and answer |
 | `pool.jsonl` | {{ rows.pool }} | preferences for difficulty annotation and RL |
+{% if rows.sft_pointwise is defined %}\
+| `sft_pointwise.jsonl` | {{ rows.sft_pointwise }} | each response of `sft.jsonl` alone, with a rating |
+{% endif %}\
 {% if rows.pool_unlabelled is defined %}\
 | `pool_unlabelled.jsonl` | {{ rows.pool_unlabelled }} | two wrong or near-equal responses each, without a label |
 {% endif %}\
@@ -101,6 +104,7 @@ def build_digits(
     categories: Sequence[str] = CATEGORIES,
     annotator_error_rate: float = 0.0,
     unlabelled_pairs: int = 0,
+    pointwise: bool = False,
     show_progress: bool = True,
 ) -> DigitsSummary:
     """Write the data set to `out`; the same arguments give the same bytes. `show_progress` draws a bar on stderr.
@@ -116,6 +120,8 @@ def build_digits(
         unlabelled_pairs: so many pairs of two wrong responses, and as many of two that hardly differ, to items of the
             pool, with the answer "tie": `pool_unlabelled.jsonl`, for RL that rewards agreement. The other files do not
             depend on it.
+        pointwise: also `sft_pointwise.jsonl`, the cold start of a pointwise model: each response of `sft.jsonl` with a
+            sound reasoning and a rating. The other files do not depend on it.
 
     Raises:
         ValueError: a count is not a positive even number or exceeds the number of different rows there are, or a
@@ -139,6 +145,8 @@ def build_digits(
     with tqdm(total=total, desc="digits", unit="row", disable=not show_progress, dynamic_ncols=True) as progress:
         files = _preference_files(seed, counts, categories, splits, store, progress, annotator_error_rate)
     files |= _judge_files(judge_rows, categories, seed)
+    if not pointwise:
+        del files["sft_pointwise"]
     if unlabelled_pairs:
         files["pool_unlabelled"] = _unlabelled(files["pool"], unlabelled_pairs, seed)
 
@@ -179,6 +187,7 @@ def _preference_files(
             files[name].append(_row(f"{name}-{number:05d}", example, store))
             progress.update()
         if name == "sft":
+            files["sft_pointwise"] = _rated(files[name], examples, random.Random(f"ratings/{seed}"))
             _add_targets(files[name], examples, annotator_error_rate, random.Random(f"annotator/{seed}"))
     return files
 
@@ -255,6 +264,25 @@ def _add_targets(
 ) -> None:
     for row, example in zip(rows, examples, strict=True):
         row["response"] = target(example.question, example.label, mistaken=rng.random() < error_rate)
+
+
+def _rated(rows: Sequence[Mapping[str, Any]], examples: Sequence[_Example], rng: random.Random) -> list[dict[str, Any]]:
+    """Both responses of each row, one at a time."""
+    found = []
+    for row, example in zip(rows, examples, strict=True):
+        for number in (1, 2):
+            lines, rating = rated_reasoning(example.question, right=number == example.label, rng=rng)
+            found.append(
+                {
+                    "id": f"{row['id']}-{number}",
+                    "question": row["question"],
+                    "candidate": row[f"response_{number}"],
+                    "reasoning": "\n".join(lines),
+                    "rating": rating,
+                    **{key: row[key] for key in ("image", "category", "source")},
+                }
+            )
+    return found
 
 
 def _row(identifier: str, example: _Example, store: PictureStore) -> dict[str, Any]:

@@ -66,6 +66,18 @@ def target(question: DigitQuestion, label: int, *, mistaken: bool = False) -> st
     return "<think>" + "\n".join(lines) + f"</think><answer>{verdict}</answer>"
 
 
+def rated_reasoning(question: DigitQuestion, *, right: bool, rng: random.Random) -> tuple[list[str], int]:
+    """What leads to the rating of the right or the wrong response alone, and the rating: 8 to 10 or 1 to 3, drawn as if
+    by annotators who agree on what is right, not on a number."""
+    claim, finding = question.claims[0 if right else 1], question.claims[0]
+    lines = [
+        f"The response says {claim}.",
+        reasoning(question.claims, question.digits, finding, 1)[1],
+        f"The answer is {finding}, so the response is {'right' if right else 'wrong'}.",
+    ]
+    return lines, rng.choice((8, 9, 10) if right else (1, 2, 3))
+
+
 def draw_question(category: str, rng: random.Random) -> DigitQuestion:
     """A random question of one of `CATEGORIES`."""
     return _DRAWERS[category](rng)

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from megatron_r1reward.data.chat import parse_chat
-from megatron_r1reward.data.prompt import JUDGE_TEMPLATE, TEMPLATE
+from megatron_r1reward.data.prompt import JUDGE_TEMPLATE, POINTWISE_TEMPLATE, TEMPLATE, rating_text
 from megatron_r1reward.data.rows import RowError
 from megatron_r1reward.demo.digits import build_digits, write_candidates
 from megatron_r1reward.evaluation.statistics import estimate_share
@@ -86,7 +86,8 @@ def _rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
 def _fixed_phrases(rows: Iterable[dict[str, Any]]) -> list[str]:
     """What stands between the claims in the texts of the data: a model that reads each such part as one token finds
     every claim next to what it means."""
-    texts = (row.get(column, "") for row in rows for column in ("question", "response_1", "response_2", "response"))
+    columns = ("question", "response_1", "response_2", "response", "candidate", "reasoning")
+    texts = (row.get(column, "") for row in rows for column in columns)
     parts = {part.rstrip(" ") for text in texts for part in CLAIM.split(text)}
     return sorted(part for part in parts if len(part) > 1)
 
@@ -96,10 +97,16 @@ def write_demo_model(out: Path, corpus: Sequence[Path], *, seed: int) -> None:
     from megatron_r1reward.demo.tiny_models import write_tiny_checkpoint
 
     rows = list(_rows(corpus))
-    phrases = [part for template in (TEMPLATE, JUDGE_TEMPLATE) for part in re.split(r"\{\w+\}", template) if part]
+    rated = [row for row in rows if "rating" in row]  # of `data digits --pointwise`
+    templates = (TEMPLATE, JUDGE_TEMPLATE, *((POINTWISE_TEMPLATE,) if rated else ()))
+    phrases = [part for template in templates for part in re.split(r"\{\w+\}", template) if part]
     phrases += FIXED_TEXTS + _fixed_phrases(rows)
+    others = [row for row in rows if "rating" not in row]
     try:
-        texts = [parse_chat(row["message"]).user_text for row in rows] + [row["response"] for row in rows]
+        texts = [parse_chat(row["message"]).user_text for row in others] + [row["response"] for row in others]
+        for row in rated:
+            texts.append(POINTWISE_TEMPLATE.format(question=row["question"], answer=row["candidate"]))
+            texts.append(rating_text(row["reasoning"], row["rating"]))
     except (KeyError, RowError) as error:
         wanted = "give JSONL files of `r1reward data digits`, whose rows have message and response"
         raise ValueError(f"--corpus {', '.join(map(str, corpus))}: a row lacks {error}; {wanted}") from error

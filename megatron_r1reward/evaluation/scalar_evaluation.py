@@ -12,14 +12,16 @@ from typing import Any, Final
 
 import numpy as np
 
+from megatron_r1reward.config.schema import SamplingSection
 from megatron_r1reward.evaluation.calibration import calibration
 from megatron_r1reward.evaluation.control_sets import shuffle_images as with_shuffled_images
-from megatron_r1reward.evaluation.evaluate import accuracy_by_category
+from megatron_r1reward.evaluation.evaluate import Generator, PromptSource, accuracy_by_category
 from megatron_r1reward.evaluation.judged_pair import JudgedPair
 from megatron_r1reward.evaluation.result import ORDERS, Counts, ScalarEvaluation
 from megatron_r1reward.evaluation.statistics import estimate_share
 from megatron_r1reward.judging.ask import Item, Scores, all_of
 from megatron_r1reward.judging.compare import of_rewards, rewards_of
+from megatron_r1reward.reward.rules import parse_rollout
 from megatron_r1reward.types import Preference
 
 log = logging.getLogger(__name__)
@@ -63,6 +65,32 @@ class _Scored:
         self.right[place] = {1: 1.0, 2: 0.0, None: 0.5}[compared.verdict]
         self.p_right[place] = compared.probability
         self.tokens += first.tokens + second.tokens
+
+
+def sampled_rating_accuracy(
+    preferences: Sequence[Preference], pool: Generator, builder: PromptSource, sampling: SamplingSection, *, seed: int
+) -> float:
+    """Share of the pairs whose better response has the higher of two ratings, one sample of each response; a tie counts
+    1/2, and a pair with a response without a rating is not right.
+
+    Args:
+        builder: of a pointwise template.
+
+    Raises:
+        ValueError: no pair was answered.
+    """
+    prompts = [builder.build(pair, swapped=swapped) for pair in preferences for swapped in (False, True)]
+    said = {
+        one.prompt.id: parse_rollout(one).rating for one in pool.generate(prompts, sampling, n=1, seed=seed).rollouts
+    }
+    right = []
+    for first, second in zip(prompts[::2], prompts[1::2], strict=True):
+        if first.id in said and second.id in said:
+            better, other = (said[one.id] for one in ((first, second) if first.label == 1 else (second, first)))
+            right.append(0.0 if better is None or other is None else 0.5 * ((better > other) + (better >= other)))
+    if not right:
+        raise ValueError(f"none of {len(preferences)} pairs was answered: see the rollout servers' logs")
+    return sum(right) / len(right)
 
 
 def evaluate_scalar(

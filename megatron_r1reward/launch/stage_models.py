@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_r1reward.cluster.placement import Stage, asks_judge
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.rows import check_source
-from megatron_r1reward.data.stage_data import template_of
+from megatron_r1reward.data.stage_data import kind_of, template_of
 from megatron_r1reward.model_folder.examine import folder_problems, served_problems
 from megatron_r1reward.model_folder.prompt_policy import FILE, read_policy
 from megatron_r1reward.model_folder.scalar_folder import is_scalar_folder
@@ -52,6 +52,11 @@ def check_settings(config: RunConfig, stage: Stage) -> None:
         config.data.check_attempts()
     if stage == "rl":
         config.sampling.check_for_rl()
+        if config.rl.pairing != "pointwise" and kind_of(config) == "pointwise":
+            raise ValueError(
+                f"rl.pairing {config.rl.pairing!r} compares two responses, and the model in {config.model.path} (or "
+                "prompt.kind) rates one: set it to 'pointwise', or prompt.kind to 'generative'"
+            )
         key, samples = "algorithm.samples_per_prompt", config.algorithm.samples_per_prompt
         if config.rl.replay is not None:
             return

@@ -20,7 +20,7 @@ from megatron_r1reward.data.identity import model_identity
 from megatron_r1reward.data.loader import seeded_sample
 from megatron_r1reward.data.prompt import TEMPLATE, PromptBuilder
 from megatron_r1reward.data.selection import in_categories, selection
-from megatron_r1reward.data.stage_data import read_heldout, read_training_preferences, template_of
+from megatron_r1reward.data.stage_data import kind_of, read_heldout, read_training_preferences, template_of
 from megatron_r1reward.evaluation.cold_start_set import (
     WITHOUT_VERDICT,
     ColdStartSet,
@@ -32,7 +32,7 @@ from megatron_r1reward.evaluation.control_sets import make_pair_kinds
 from megatron_r1reward.evaluation.evaluate import evaluate as evaluate_pairs
 from megatron_r1reward.evaluation.judged_votes import VoteJudge
 from megatron_r1reward.evaluation.result import EvaluationResult, ScalarEvaluation
-from megatron_r1reward.evaluation.scalar_evaluation import evaluate_scalar
+from megatron_r1reward.evaluation.scalar_evaluation import evaluate_scalar, sampled_rating_accuracy
 from megatron_r1reward.evaluation.vote_budget import NO_JUDGE
 from megatron_r1reward.files import write_jsonl, write_text
 from megatron_r1reward.launch.addresses import connected
@@ -74,7 +74,9 @@ def rl(config: RunConfig, *, rendezvous: Path | None = None, supervised: bool = 
             opened = stack.enter_context(open_rl_services(ours, supervised=supervised))
             services = rl_stage.Services(
                 pool=opened.pool,
-                scorer=RewardScorer(config.reward, opened.judge, read=reader_of(config)),
+                scorer=RewardScorer(
+                    config.reward, opened.judge, read=reader_of(config), pointwise=config.rl.pairing == "pointwise"
+                ),
                 probe=_heldout_probe(config, opened.pool),
             )
         topology.from_main(None)  # colocated: no rank takes memory before the servers sleep
@@ -92,7 +94,12 @@ def _heldout_probe(config: RunConfig, pool: RolloutPool) -> Callable[[], float] 
     def probe() -> float:
         return _evaluate(config, pool, pairs, samples=1, voting=(1,), transcripts=0).accuracy
 
-    return probe
+    def probe_ratings() -> float:
+        limit, template = config.data.max_prompt_tokens, template_of(config)
+        builder = PromptBuilder(load_tokenizer(config.model.path), limit, template=template)
+        return sampled_rating_accuracy(pairs, pool, builder, config.sampling, seed=config.run.seed)
+
+    return probe if kind_of(config) == "generative" else probe_ratings
 
 
 def annotate(config: RunConfig, *, supervised: bool = False) -> None:

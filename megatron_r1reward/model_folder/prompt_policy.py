@@ -19,8 +19,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 FILE = "reward_model.json"
-FIELDS = ("question", "answer1", "answer2")
-SCALAR_FIELDS = ("question",)  # of a scalar reward model, which reads one response, as the assistant's turn
+Kind = Literal["generative", "pointwise", "scalar"]
+# Of the template, by kind: a generative model compares two responses; a pointwise one, generative as well, rates one;
+# a scalar head reads one as the assistant's turn.
+FIELDS: Mapping[Kind, tuple[str, ...]] = {
+    "generative": ("question", "answer1", "answer2"),
+    "pointwise": ("question", "answer"),
+    "scalar": ("question",),
+}
 
 
 class _Part(BaseModel):
@@ -72,8 +78,8 @@ class PromptPolicy(_Part):
     """How the model is asked, and how it answers."""
 
     format: Literal[1] = 1
-    kind: Literal["generative", "scalar"] = "generative"  # scalar: a head scores one response
-    template: str  # with {question}, {answer1} and {answer2}; of a scalar model with {question}
+    kind: Kind = "generative"
+    template: str  # with the fields of its kind
     images: Literal["first"] = "first"  # of the user's turn, then the text
     orders: Literal["both", "any"] = "both"  # both: a verdict in one order alone is refused
     min_pixels: int | None = None  # of the image processor; None: the folder's own
@@ -86,8 +92,13 @@ class PromptPolicy(_Part):
     @field_validator("template")
     @classmethod
     def _fields(cls, template: str, info: ValidationInfo) -> str:
-        check_template(template, SCALAR_FIELDS if info.data.get("kind") == "scalar" else FIELDS)
+        check_template(template, FIELDS[info.data.get("kind", "generative")])
         return template
+
+    @property
+    def reads_one_response(self) -> bool:
+        """Whether it gives each response a number of its own: there are no orders, and N responses cost N calls."""
+        return self.kind != "generative"
 
     @property
     def pixels(self) -> tuple[int, int] | None:
@@ -116,7 +127,7 @@ class PromptPolicy(_Part):
             )
 
 
-def check_template(template: str, fields: Sequence[str] = FIELDS) -> None:
+def check_template(template: str, fields: Sequence[str] = FIELDS["generative"]) -> None:
     """Raises ValueError unless each of the fields, of a pair by default, stands in it once, and nothing else does."""
     try:
         parts = [(name, spec, how) for _, name, spec, how in string.Formatter().parse(template) if name is not None]

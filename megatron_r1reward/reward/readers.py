@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 
 from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.data.stage_data import kind_of
 from megatron_r1reward.model_folder.prompt_policy import FILE, CarriedParser, PromptPolicy, read_policy
 from megatron_r1reward.reward.rules import parse_response
 from megatron_r1reward.types import Label
@@ -119,6 +120,13 @@ def parser_of(config: RunConfig) -> CarriedParser | None:
         ValueError: the file cannot be read.
     """
     name = config.prompt.parser
+    if kind_of(config) == "pointwise":
+        if name is not None:
+            raise ValueError(
+                f"prompt.parser {name!r}: it reads verdicts about pairs, and a pointwise model's ratings are read "
+                "strictly: remove it"
+            )
+        return None
     if name is None:
         policy = read_policy(config.model.path)
         return None if policy is None else policy.parser

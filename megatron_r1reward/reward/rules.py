@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from megatron_r1reward.config.rl_sections import Truncated
+from megatron_r1reward.data.prompt import RATINGS
 from megatron_r1reward.types import JudgeVerdict, Label, Rollout
 
 ConsistencyLevels = Literal["paper", "released_code"]
@@ -17,6 +18,7 @@ _WELL_FORMED = re.compile(r"<think>.*?</think><answer>.*?</answer>", re.DOTALL)
 _THINK_TAG = re.compile(r"</?think>")
 _CONTROL_TOKEN = re.compile(r"<\|[A-Za-z0-9_]+\|>")
 _LABELS: Final[Mapping[str, Label]] = {"1": 1, "2": 2}
+_RATINGS: Final[Mapping[str, int]] = {str(number): number for number in RATINGS}
 
 # The paper calls consistency a bonus and gives no numbers; the released code also penalises an inconsistency.
 _VALUES: Final[Mapping[ConsistencyLevels, Mapping[JudgeVerdict, float]]] = {
@@ -32,6 +34,7 @@ class ParsedResponse:
     answer: Label | None  # by the strict rule None unless the first <answer> holds exactly "1" or "2"
     well_formed: bool
     reasoning: str  # the text before <answer>, without think tags; all of it when there is no <answer>
+    rating: int | None = None  # None unless the first <answer> holds exactly one of the whole numbers of `RATINGS`
 
 
 def parse_response(text: str, read: Callable[[str], Label | None] | None = None) -> ParsedResponse:
@@ -50,6 +53,7 @@ def parse_response(text: str, read: Callable[[str], Label | None] | None = None)
     single_tags = text.count("<think>") == 1 and text.count("<answer>") == 1
     return ParsedResponse(
         answer=read(whole) if read is not None else _LABELS.get(content.strip()) if closing_tag else None,
+        rating=_RATINGS.get(content.strip()) if closing_tag else None,
         well_formed=single_tags and _WELL_FORMED.fullmatch(text) is not None and not _CONTROL_TOKEN.search(text),
         reasoning=_THINK_TAG.sub("", before).strip(),
     )
@@ -66,8 +70,13 @@ def parse_rollout(
     parsed = parse_response(rollout.text, read)
     cut = rollout.finish_reason == "length"
     if cut and truncated != "as_is":
-        return replace(parsed, answer=None, well_formed=False)
+        return replace(parsed, answer=None, rating=None, well_formed=False)
     return replace(parsed, well_formed=parsed.well_formed and not (cut or rollout.special_tokens))
+
+
+def as_rating(parsed: ParsedResponse) -> ParsedResponse:
+    """What a response says to a pointwise prompt: no verdict, and without a rating it is not well formed."""
+    return replace(parsed, answer=None, well_formed=parsed.well_formed and parsed.rating is not None)
 
 
 def format_reward(parsed: ParsedResponse) -> float:

@@ -17,13 +17,14 @@ from megatron_r1reward.reward.consistency import ConsistencyJudge, JudgeBatch
 from megatron_r1reward.reward.readers import Reader
 from megatron_r1reward.reward.rules import (
     ParsedResponse,
+    as_rating,
     consistency_value,
     format_reward,
     is_right,
     parse_rollout,
     result_reward,
 )
-from megatron_r1reward.reward.terms import TermFunctions, agreements, own_terms, reward_of, term_input
+from megatron_r1reward.reward.terms import TermFunctions, agreements, orderings, own_terms, reward_of, term_input
 from megatron_r1reward.types import JudgeVerdict, Label, Preference, Rollout, ScoredRollout
 
 log = logging.getLogger(__name__)
@@ -38,15 +39,27 @@ class Rules:
     Attributes:
         read: how answers are read; None: by the strict rule.
         rows: the rows that prompts are made of, by id, for functions of the user's.
+        pointwise: prompts ask for the rating of one response.
     """
 
     section: RewardSection
     read: Reader | None = None
+    pointwise: bool = False
     functions: TermFunctions = field(default_factory=TermFunctions)
     rows: Mapping[str, Preference] = field(default_factory=dict)
 
     def parse(self, rollout: Rollout) -> ParsedResponse:
-        return parse_rollout(rollout, self.section.truncated, self.read)
+        parsed = parse_rollout(rollout, self.section.truncated, self.read)
+        return as_rating(parsed) if self.pointwise else replace(parsed, rating=None)
+
+    def results(
+        self, rollouts: Sequence[Rollout], parsed: Sequence[ParsedResponse], left_out: Sequence[bool]
+    ) -> list[float | None]:
+        """A of each; of ratings see `orderings`. None: the prompt of the other response has no samples."""
+        prompts = [rollout.prompt for rollout in rollouts]
+        if self.pointwise:
+            return orderings(prompts, [one.rating for one in parsed], left_out)
+        return [result_reward(one, prompt.label) for one, prompt in zip(parsed, prompts, strict=True)]
 
     def question_of(self, rollout: Rollout) -> _Case | None:
         """What the judge is asked about a right answer."""
@@ -62,15 +75,23 @@ class RewardScorer:
 
     Args:
         read: how answers are read; None: by the strict rule.
+        pointwise: prompts ask for the rating of one response; A is then of `orderings`.
 
     Raises:
         ValueError: `use_judge` is set and `judge` is None, or a function of `section.terms` cannot be loaded.
     """
 
-    def __init__(self, section: RewardSection, judge: ConsistencyJudge | None, *, read: Reader | None = None) -> None:
+    def __init__(
+        self,
+        section: RewardSection,
+        judge: ConsistencyJudge | None,
+        *,
+        read: Reader | None = None,
+        pointwise: bool = False,
+    ) -> None:
         if section.use_judge and judge is None:
             raise ValueError("reward.use_judge is true, but there is no judge: configure [judge], or set it to false")
-        self.rules = Rules(section=section, read=read, functions=TermFunctions.load(section))
+        self.rules = Rules(section=section, read=read, functions=TermFunctions.load(section), pointwise=pointwise)
         self._judge = judge if section.use_judge else None
         self._loop: EventLoopThread | None = (
             None  # of all batches under way: they share connections' limits and breaker
@@ -148,10 +169,10 @@ class ScoringBatch:
         """Scored rollouts in the given order, which is that of the slots, and counts over them. Waits for the judge.
 
         Counts: `judge_asked`, `judge_consistent`, `judge_inconsistent`, `judge_unknown`, `unparsable` (no answer that
-        is exactly 1 or 2), `truncated` (cut off by the token limit), `masked`, `special_tokens`, `answer_1` (a drift
-        away from half of the rollouts means position bias) and `unlabelled` (of pairs without a label); of the judge
-        also `judge_cached` (questions it need not be asked), `judge_over_budget` and `judge_not_tried` (unknown for
-        these reasons), and `judge_steps_without` (batches in a row without any verdict).
+        is exactly 1 or 2, or no rating), `truncated` (cut off by the token limit), `masked`, `special_tokens`,
+        `answer_1` (a drift away from half of the rollouts means position bias) and `unlabelled` (of pairs without a
+        label); of the judge also `judge_cached` (questions it need not be asked), `judge_over_budget` and
+        `judge_not_tried` (unknown for these reasons), and `judge_steps_without` (batches in a row without any verdict).
 
         Raises:
             JudgeDownError: the judge has been silent for too long.
@@ -173,10 +194,14 @@ def _scored(rules: Rules, rollouts: Sequence[Rollout], verdicts: Sequence[JudgeV
     section = rules.section
     parsed = [rules.parse(rollout) for rollout in rollouts]
     masked = [section.truncated == "mask" and rollout.finish_reason == "length" for rollout in rollouts]
+    results = rules.results(rollouts, parsed, masked)
     others, alone = _further_terms(rules, rollouts, parsed, verdicts, masked)
+    alone = [apart or result is None for apart, result in zip(alone, results, strict=True)]
+    if any(alone):
+        log.warning("%d responses have none of the pair's other prompt to compare with: they train nothing", sum(alone))
     found = []
     for place, (rollout, one, verdict) in enumerate(zip(rollouts, parsed, verdicts, strict=True)):
-        form, result = format_reward(one), result_reward(one, rollout.prompt.label)
+        form, result = format_reward(one), results[place] or 0.0
         consistency = consistency_value(verdict, section.consistency_levels)
         terms = {name: values[place] for name, values in others.items()}
         item = ScoredRollout(
@@ -189,6 +214,7 @@ def _scored(rules: Rules, rollouts: Sequence[Rollout], verdicts: Sequence[JudgeV
             verdict=verdict,
             terms=terms,
             masked=masked[place] or alone[place],
+            rating=one.rating,
         )
         found.append(item)
     return found
@@ -210,8 +236,6 @@ def _further_terms(
         agreed = agreements([one.prompt for one in rollouts], [one.answer for one in parsed], masked)
         alone = [share is None for share in agreed]
         terms[AGREEMENT] = [share or 0.0 for share in agreed]
-        if any(alone):
-            log.warning("%d responses have none to agree with in the other order: they train nothing", sum(alone))
     if rules.functions.functions:
         rows = [
             term_input(one, said, verdict=verdict, agreement=share, preference=rules.rows.get(one.prompt.preference_id))
@@ -233,7 +257,7 @@ def count(scored: Sequence[ScoredRollout]) -> dict[str, int]:
         "judge_consistent": verdicts["consistent"],
         "judge_inconsistent": verdicts["inconsistent"],
         "judge_unknown": verdicts["unknown"],
-        "unparsable": sum(s.predicted is None for s in scored),
+        "unparsable": sum(s.predicted is None and s.rating is None for s in scored),
         "truncated": sum(s.rollout.finish_reason == "length" for s in scored),
         "special_tokens": sum(s.rollout.special_tokens for s in scored),
         "masked": sum(s.masked for s in scored),

@@ -15,12 +15,14 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_r1reward.config.schema import RewardSection
 from megatron_r1reward.reward.rules import ParsedResponse
 from megatron_r1reward.types import JudgeVerdict, Label, Preference, Prompt, Rollout, ScoredRollout
 from megatron_r1reward.user_parts import Part, PartError, failure, load_function, read_part
+
+SaidT = TypeVar("SaidT", int, Label)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +31,8 @@ class TermInput:
 
     text: str  # without special tokens
     reasoning: str  # before <answer>, without think tags
-    answer: Label | None  # as the parser read it
-    label: Label | None  # in the order shown; None: the pair has none
+    answer: Label | None  # as the parser read it; None of a pointwise prompt
+    label: Label | None  # in the order shown (of a pointwise prompt 1: it is the better one); None: the pair has none
     well_formed: bool
     finish_reason: str  # "stop" | "length"
     tokens: int
@@ -44,6 +46,7 @@ class TermInput:
     row_id: str  # `id` of the row
     prompt_id: str  # samples of one prompt have the same
     sample: int
+    rating: int | None = None  # of a pointwise prompt, which shows the first of `responses` alone
 
     @property
     def name(self) -> str:
@@ -150,6 +153,7 @@ def term_input(
         row_id=prompt.preference_id,
         prompt_id=prompt.id,
         sample=rollout.sample_index,
+        rating=parsed.rating,
     )
 
 
@@ -161,16 +165,42 @@ def agreements(
     A response without an answer agrees with nothing, and nothing agrees with it. `left_out` are part of no share. None:
     the other order has no response, because its prompt failed.
     """
-    named: dict[tuple[str, bool], list[Label | None]] = defaultdict(list)
-    for prompt, answer, out in zip(prompts, answers, left_out, strict=True):
+    named = [as_stored(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    return _shares(prompts, named, left_out, lambda prompt, mine, other: mine == other)
+
+
+def orderings(prompts: Sequence[Prompt], ratings: Sequence[int | None], left_out: Sequence[bool]) -> list[float | None]:
+    """A of pointwise prompts: of each response, the share of the ratings of the other response of its pair that its own
+    is ordered rightly against: above them where it rates the better response, below where the other.
+
+    An equal rating is not ordered rightly, so that a constant earns nothing, less than a guess. Where one of the two
+    has no rating nothing is ordered; else as `agreements`. The mean over either prompt's samples is the share of right
+    pairs of samples, so a group's mean is the accuracy of its ratings.
+    """
+    return _shares(
+        prompts,
+        ratings,
+        left_out,
+        lambda prompt, mine, other: mine > other if prompt.label == 1 else prompt.label == 2 and mine < other,
+    )
+
+
+def _shares(
+    prompts: Sequence[Prompt],
+    said: Sequence[SaidT | None],
+    left_out: Sequence[bool],
+    fits: Callable[[Prompt, SaidT, SaidT], bool],
+) -> list[float | None]:
+    """Of each response, the share of what the other prompt's responses of its group said that its own `fits`."""
+    told: dict[tuple[str, bool], list[SaidT | None]] = defaultdict(list)
+    for prompt, one, out in zip(prompts, said, left_out, strict=True):
         if not out:
-            named[prompt.group_id, prompt.swapped].append(as_stored(prompt, answer))
+            told[prompt.group_id, prompt.swapped].append(one)
     found: list[float | None] = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        others = named.get((prompt.group_id, not prompt.swapped))
-        mine = as_stored(prompt, answer)
-        share = None if not others else others.count(mine) / len(others) if mine is not None else 0.0
-        found.append(share)
+    for prompt, mine in zip(prompts, said, strict=True):
+        others = told.get((prompt.group_id, not prompt.swapped), [])
+        fitting = [mine is not None and other is not None and fits(prompt, mine, other) for other in others]
+        found.append(sum(fitting) / len(fitting) if fitting else None)
     return found
 
 

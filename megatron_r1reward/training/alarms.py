@@ -135,7 +135,7 @@ def causes(
 def _samples(metrics: Mapping[str, float], section: HealthSection) -> Iterator[tuple[str, str]]:
     """What is wrong with the responses themselves."""
     unparsable, cut = metrics["rollout/unparsable_fraction"], metrics["response/truncated_fraction"]
-    ones = metrics["rollout/answer_1_fraction"]
+    ones, same = metrics.get("rollout/answer_1_fraction"), metrics.get("rating/commonest_fraction", 0.0)
     entropy = metrics.get("entropy")  # not measured where old log-probs are the sampler's
     if unparsable >= section.share:
         text = (
@@ -143,7 +143,13 @@ def _samples(metrics: Mapping[str, float], section: HealthSection) -> Iterator[t
             "sampling.max_tokens if they are cut off, lower optimizer.lr if they were fine before"
         )
         yield "unparsable", text
-    elif not 1.0 - section.share < ones < section.share:
+    elif same >= section.share:
+        text = (
+            f"{_percent(same)} of the ratings are the same number, which orders no pair: more "
+            "algorithm.samples_per_prompt or sampling.temperature, a lower optimizer.lr, or an earlier checkpoint"
+        )
+        yield "same_answer", text
+    elif ones is not None and not 1.0 - section.share < ones < section.share:
         text = (
             f"{_percent(ones)} of the answers are 1, nearly all are the same: keep data.swap='random', balance the "
             "labels, lower optimizer.lr or go back to an earlier checkpoint"

@@ -343,7 +343,7 @@ def _producer(state: TrainState, services: Services, selected: Selected, timelin
         config.data,
         seed=config.run.seed,
         stages=selected.stages,
-        both_orders=config.rl.pairing == "both_orders",
+        both_orders=config.rl.orders == 2,
     )
     services.scorer.show(selected.rows)
     learned = json.loads(state.producer["accuracies"]) if state.producer else {}

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from megatron_r1reward.algorithm.policy_loss import mismatch_metrics, truncated_importance_weights
 from megatron_r1reward.config.schema import RewardSection
+from megatron_r1reward.data.prompt import RATINGS
 from megatron_r1reward.reward.terms import term_values
 from megatron_r1reward.rollout.accounting import Accounting
 from megatron_r1reward.rollout.pool import RolloutPool
@@ -41,7 +42,7 @@ def rollout_metrics(
         "response/truncated_fraction": counts["truncated"] / total,
         "response/masked_fraction": counts["masked"] / total,
         "response/special_tokens_fraction": counts["special_tokens"] / total,
-        "rollout/answer_1_fraction": counts["answer_1"] / max(total - counts["unparsable"], 1),
+        **_answers(scored, counts),
         "rollout/unparsable_fraction": counts["unparsable"] / total,
         "rollout/unlabelled_fraction": unlabelled / total,
         "judge/asked": counts["judge_asked"],
@@ -53,6 +54,18 @@ def rollout_metrics(
         "judge/not_tried": counts["judge_not_tried"],
         "judge/steps_without": counts["judge_steps_without"],
     } | term_metrics(scored, section)
+
+
+def _answers(scored: Sequence[ScoredRollout], counts: Mapping[str, int]) -> dict[str, float]:
+    """What is said: how often the first place wins, or of a pointwise model its ratings."""
+    ratings = [item.rating for item in scored if item.rating is not None]
+    if not ratings:
+        return {"rollout/answer_1_fraction": counts["answer_1"] / max(len(scored) - counts["unparsable"], 1)}
+    return {
+        "rating/mean": statistics.fmean(ratings),
+        "rating/std": statistics.pstdev(ratings),
+        "rating/commonest_fraction": max(map(ratings.count, RATINGS)) / len(ratings),
+    }
 
 
 def term_metrics(scored: Sequence[ScoredRollout], section: RewardSection) -> dict[str, float]:

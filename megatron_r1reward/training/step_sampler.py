@@ -19,7 +19,7 @@ from megatron_r1reward.reward.score import RewardScorer, ScoringBatch, count
 from megatron_r1reward.reward.terms import as_stored
 from megatron_r1reward.rollout.accounting import Accounting
 from megatron_r1reward.rollout.pool import Arrived, GenerateResult, RolloutPool
-from megatron_r1reward.types import Label, Prompt, Rollout, ScoredRollout
+from megatron_r1reward.types import Prompt, Rollout, ScoredRollout
 from megatron_r1reward.user_parts import PartError
 
 log = logging.getLogger(__name__)
@@ -247,20 +247,22 @@ class StepSampler:
         """Share of right answers among the samples of a preference's prompts that train; None where a prompt has none.
         Where nobody knows what is right, the share that names its first response."""
         rules = self._scorer.rules
-        told = []
+        trained: list[Rollout] = []
         for group in unit:
-            trained = [one for one in group if rules.section.truncated != "mask" or one.finish_reason != "length"]
-            if not trained:
+            left = [one for one in group if rules.section.truncated != "mask" or one.finish_reason != "length"]
+            if not left:
                 return None
-            told += [_names(one.prompt, rules.parse(one).answer) for one in trained]
-        return sum(told) / len(told)
+            trained += left
+        parsed = [rules.parse(one) for one in trained]
+        told = rules.results(trained, parsed, [False] * len(trained))
+        told = [
+            share if one.prompt.label is not None else float(as_stored(one.prompt, said.answer) == 1)
+            for one, said, share in zip(trained, parsed, told, strict=True)
+        ]
+        return sum(share or 0.0 for share in told) / len(told)
 
     def _uninformative(self, groups: Sequence[Sequence[Rollout]]) -> list[int]:
         """The preferences of which a prompt has no samples that train, or whose samples have equal results."""
         orders = self._loader.orders
         accuracies = [self._accuracy(groups[i : i + orders]) for i in range(0, len(groups), orders)]
         return [i for i, accuracy in enumerate(accuracies) if accuracy is None or not is_informative(accuracy)]
-
-
-def _names(prompt: Prompt, answer: Label | None) -> bool:
-    return as_stored(prompt, answer) == 1 if prompt.label is None else answer == prompt.label

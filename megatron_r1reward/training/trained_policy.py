@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_r1reward import __version__
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.preference_row import SftExample
 from megatron_r1reward.data.prompt import is_filled
-from megatron_r1reward.data.stage_data import SCALAR_TEMPLATE, template_of
+from megatron_r1reward.data.stage_data import SCALAR_TEMPLATE, kind_of, template_of
 from megatron_r1reward.hub_name import model_name
-from megatron_r1reward.model_folder.prompt_policy import PromptPolicy, TrainedStage, read_policy
+from megatron_r1reward.model_folder.prompt_policy import Kind, PromptPolicy, TrainedStage, read_policy
 from megatron_r1reward.reward.readers import parser_of
 
 
 def sft_policy(config: RunConfig, examples: Sequence[SftExample], *, steps: int) -> PromptPolicy | None:
-    """None unless the model learned to judge pairs: most rows are a filled template. A consistency judge is none."""
+    """None unless the model learned to judge: most rows are a filled template. A consistency judge is none."""
     template = template_of(config)
     filled = sum(is_filled(_user_text(example), template) for example in examples)
     if 2 * filled <= len(examples):
@@ -59,8 +59,7 @@ def rm_policy(config: RunConfig, *, rows: int, steps: int) -> PromptPolicy:
         "learning_rate": config.optimizer.lr,
         "precision": config.model.precision,
     }
-    policy = _policy(config, SCALAR_TEMPLATE, "rm", rows=rows, steps=steps, settings=settings, kind="scalar")
-    return policy.model_copy(update={"orders": "any"})  # it reads one response at a time
+    return _policy(config, SCALAR_TEMPLATE, "rm", rows=rows, steps=steps, settings=settings, kind="scalar")
 
 
 def _policy(
@@ -71,9 +70,10 @@ def _policy(
     rows: int | None,
     steps: int,
     settings: dict[str, Any],
-    kind: Literal["generative", "scalar"] = "generative",
+    kind: Kind | None = None,
 ) -> PromptPolicy:
-    before = read_policy(config.model.path)
+    before, kind = read_policy(config.model.path), kind or kind_of(config)
+    asked = before.orders if before is not None and not before.reads_one_response else "both"
     trained = TrainedStage(
         stage=stage,
         version=__version__,
@@ -86,7 +86,7 @@ def _policy(
     return PromptPolicy(
         kind=kind,
         template=template,
-        orders=before.orders if before is not None else "both",
+        orders=asked if kind == "generative" else "any",  # the others read one response at a time
         min_pixels=config.data.min_pixels,
         max_pixels=config.data.max_pixels,
         parser=parser_of(config),

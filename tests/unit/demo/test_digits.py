@@ -13,10 +13,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from megatron_r1reward.data.preference import read_preferences, read_sft_examples
-from megatron_r1reward.data.prompt import split_message_text
+from megatron_r1reward.data.prompt import POINTWISE_TEMPLATE, split_message_text
 from megatron_r1reward.demo.digits import build_digits
 from megatron_r1reward.demo.digits_pictures import PictureStore
 from megatron_r1reward.demo.digits_text import CATEGORIES, draw_question
+from megatron_r1reward.reward.rules import parse_response
 
 SIZES = {"sft_rows": 320, "pool_rows": 160, "heldout_pairs": 160, "judge_rows": 300}
 PREFERENCE_FILES = ("sft", "pool", "heldout")
@@ -278,3 +279,24 @@ def test_pairs_without_a_better_response_for_training(built, tmp_path):
         assert claims == [right, right] if row["category"] == "near-equal" else right not in claims, row
     with pytest.raises(ValueError, match="the pool gives fewer than 1000 pairs"):
         build_digits(tmp_path / "more", seed=3, unlabelled_pairs=1000, show_progress=False, **SIZES)
+
+
+def test_ratings_of_each_response_alone(built, tmp_path):
+    """Of the same pairs, with the same bytes in all other files; a reasoning says what it sees and what follows."""
+    plain, _ = built
+    summary = build_digits(tmp_path, seed=3, pointwise=True, **SIZES)
+    for path in plain.glob("*.jsonl"):
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+    rows, pairs = rows_of(tmp_path, "sft_pointwise"), {row["id"]: row for row in rows_of(tmp_path, "sft")}
+    assert summary.rows["sft_pointwise"] == len(rows) == 2 * SIZES["sft_rows"]
+    for row in rows:
+        pair = pairs[row["id"][:-2]]
+        number = int(row["id"][-1])
+        right = label_of(pair) == number
+        assert (row["candidate"], row["image"]) == (pair[f"response_{number}"], pair["image"])
+        assert row["rating"] in ((8, 9, 10) if right else (1, 2, 3))
+        assert row["reasoning"].endswith(f"so the response is {'right' if right else 'wrong'}.")
+    examples = read_sft_examples(tmp_path / "sft_pointwise.jsonl", rated=POINTWISE_TEMPLATE).examples
+    assert len(examples) == len(rows)
+    assert parse_response(examples[0].response).rating == rows[0]["rating"]
+    assert "sft_pointwise.jsonl" in (tmp_path / "README.md").read_text()
