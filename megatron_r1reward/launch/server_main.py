@@ -102,7 +102,8 @@ def _server(config: RunConfig, stage: Stage, kind: ServerKind, index: int, log_p
         served_name=config.annotate.model if stage == "annotate" else SERVED_NAME,
         in_flight=stage == "rl" and config.asynchrony.mode == "in_flight",
         sampled_log_probs=stage == "rl" and config.sampling.tempered,
-        media_root=common_folder(image_folders(config)),
+        # Only rollouts name images as files; annotations and the service send them along.
+        media_root=common_folder(image_folders(config)) if stage in ("rl", "eval") else None,
         pixels=_pixels(config, stage),
         host=host,
         token=token,

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from megatron_r1reward.cluster import placement
-from megatron_r1reward.cluster.placement import place_beside_ranks
+from megatron_r1reward.cluster.placement import ServerKind, Stage, place_beside_ranks
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.launch import stage_servers
+from megatron_r1reward.launch import server_main, stage_servers
+from megatron_r1reward.network.tokens import TOKEN_VARIABLE
 from megatron_r1reward.rollout import open_pool
 from megatron_r1reward.servers.process import VllmServer
 
@@ -114,3 +115,58 @@ def test_named_gpus_and_colocated_servers_stay_where_they_are(monkeypatch: pytes
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert place_beside_ranks(shared, "rl") == {}
     assert placement.this_machine().groups[0][0].name == socket.gethostname()
+
+
+def calls(servers: Sequence[VllmServer]) -> list[tuple[list[str], dict[str, str]]]:
+    """Command lines without the port, environments without the token."""
+    found = []
+    for server in servers:
+        server.close()
+        command = list(server._command)
+        command[command.index("--port") + 1] = "0"
+        found.append((command, server._environment | {TOKEN_VARIABLE: ""}))
+    return found
+
+
+@pytest.mark.parametrize("stage", ["rl", "eval", "annotate"])
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"rollout": {"count": 2, "num_threads": 2}, "judge": {"count": 2, "model": "large"}},
+        {
+            "cluster": {"layout": "colocated"},
+            "sampling": {"temperature": 0.7},
+            "evaluation": {"data": "held/out.jsonl"},
+        },
+        {
+            "asynchrony": {"mode": "in_flight"},
+            "algorithm": {"truncated_importance_sampling": 2.0},
+            "rollout": {"tensor_parallel_size": 2, "weight_transport": "gloo"},
+            "data": {"train": "x", "image_root": "images", "max_pixels": 4704},
+            "annotate": {"model": "teacher"},
+        },
+    ],
+)
+def test_a_server_is_called_alike_by_a_job_step_and_by_the_stage_itself(
+    stage: Stage,
+    sections: dict[str, dict[str, object]],
+    started: list[VllmServer],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    base = {"judge": {"model_path": str(tmp_path)}}
+    settings = config(tmp_path, **sections | {"judge": base["judge"] | sections.get("judge", {})})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(server_main, "node_address", lambda: "127.0.0.1")
+    opened = {"rl": stage_servers.open_rl_services, "eval": stage_servers.open_evaluation_pool}
+    with pytest.raises(_AllAreKnownError), opened.get(stage, stage_servers.open_annotator)(settings):
+        pass
+    kinds: list[ServerKind] = ["judge"] * (settings.judge.count if stage == "rl" else 0)
+    kinds += ["rollout"] * (1 if stage == "annotate" else settings.rollout.count)
+    index = {"judge": 0, "rollout": 0}
+    steps = []
+    for kind in kinds:
+        steps.append(server_main._server(settings, stage, kind, index[kind], tmp_path / "log", 0))
+        index[kind] += 1
+    assert calls(started) == calls(steps)
