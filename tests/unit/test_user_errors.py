@@ -108,6 +108,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_a_mistake_is_answered_before_anything_heavy_is_imported(folder: Path) -> None:
     """`plan` took five seconds of processor time to say that a key is unknown. All in one process: what none of them
     imports, no one does."""

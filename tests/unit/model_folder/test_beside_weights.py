@@ -136,6 +136,7 @@ def test_words_without_numbers_are_no_vocabulary(whole: Path, tmp_path: Path) ->
         assert [line for line in folder_problems(folder) if "holds no vocabulary" in line], change
 
 
+@pytest.mark.slow
 def test_what_is_no_model_folder_is_named_with_what_to_give(whole: Path, imported: Path, tmp_path: Path) -> None:
     def make(path: str, text: str = "x") -> Path:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)

@@ -113,6 +113,7 @@ def test_several_passes_over_a_batch(first: RunConfig, topology: Topology, tmp_p
             assert without[name] == pytest.approx(with_idle[name], rel=1e-3, abs=1e-5), name
 
 
+@pytest.mark.slow
 def test_a_step_that_is_missing_is_noticed_at_the_start(first: RunConfig, topology: Topology, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lacks 2 of the steps 1 to 5, the first is 4: set rl.steps to at most 3"):
         rl.run(elsewhere(first, tmp_path, rl={"steps": 5}), topology, None)
