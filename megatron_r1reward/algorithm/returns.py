@@ -82,8 +82,8 @@ def task_returns(
 ) -> Tensor:
     """Return of every response token: G_t = r_t + gamma * G_{t+1}, r_t = -beta * k1_t + [t is the last token] * R.
 
-    This is Reinforce++ without a critic, as in the paper and the released code. With beta = 0 and gamma = 1 every token
-    of a response carries exactly its reward.
+    This is Reinforce++, as in the paper and the released code; `generalized_advantages` is with a critic. With beta = 0
+    and gamma = 1 every token of a response carries exactly its reward.
 
     Args:
         rewards_N: float [N], R of each response (after `group_rewards` where a baseline is used).
@@ -98,6 +98,47 @@ def task_returns(
     Raises:
         ValueError: beta > 0 without `kl_tokens_R`; malformed `cu_response`.
     """
+    token_rewards_R = _token_rewards(rewards_N, cu_response, kl_tokens_R, kl_coefficient)
+    return _discounted_suffix_sum(token_rewards_R, cu_response, gamma).float()
+
+
+def generalized_advantages(
+    rewards_N: Tensor,
+    cu_response: Tensor,
+    values_R: Tensor,
+    *,
+    gae_lambda: float,
+    kl_tokens_R: Tensor | None = None,
+    kl_coefficient: float = 0.0,
+    gamma: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Advantage of every response token (GAE, arXiv 1506.02438 eq. 16) and what the critic learns there, float32 [R]
+    each, accumulated in float64:
+
+        delta_t = r_t + gamma V_{t+1} - V_t          V after the last token of a response is 0
+        A_t     = sum_l (gamma lambda)^l delta_{t+l}
+        G_t     = A_t + V_t
+
+    r_t and the arguments are those of `task_returns`. With lambda = 1, G is the return that it gives.
+
+    Args:
+        values_R: float [R], V_t, what is expected from token t on, before it is known.
+        gae_lambda: lambda.
+
+    Raises:
+        ValueError: as `task_returns`.
+    """
+    values_R = values_R.double()
+    next_values_R = torch.cat([values_R[1:], values_R.new_zeros(1)])
+    next_values_R[cu_response[1:] - 1] = 0.0
+    token_rewards_R = _token_rewards(rewards_N, cu_response, kl_tokens_R, kl_coefficient)
+    deltas_R = token_rewards_R + gamma * next_values_R - values_R
+    advantages_R = _discounted_suffix_sum(deltas_R, cu_response, gamma * gae_lambda)
+    return advantages_R.float(), (advantages_R + values_R).float()
+
+
+def _token_rewards(rewards_N: Tensor, cu_response: Tensor, kl_tokens_R: Tensor | None, kl_coefficient: float) -> Tensor:
+    """r_t = -beta k1_t + [t is the last token] R, float64 [R]; the errors of `task_returns`."""
     lengths_N = response_lengths(cu_response)
     assert rewards_N.shape == lengths_N.shape, f"{len(rewards_N)} rewards for {len(lengths_N)} responses"
     token_rewards_R = torch.zeros(int(cu_response[-1]), dtype=torch.float64, device=rewards_N.device)
@@ -106,7 +147,7 @@ def task_returns(
             raise ValueError(f"algorithm.kl_coefficient is {kl_coefficient}: pass kl_tokens_R, or set it to 0")
         token_rewards_R -= kl_coefficient * kl_tokens_R.double()
     token_rewards_R[cu_response[1:] - 1] += rewards_N.double()
-    return _discounted_suffix_sum(token_rewards_R, cu_response, gamma).float()
+    return token_rewards_R
 
 
 def response_lengths(cu_response: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -30,7 +31,8 @@ from megatron_r1reward.files import read_json, write_text
 STATE = "state.json"
 LATEST = "latest"
 RUN_ID = "run_id"
-_OPTIONAL = ("optimizer", "random_state")  # not asked for where only weights are loaded, or under another layout
+CRITIC = "critic."  # prefix of a critic's tensors
+_OPTIONAL = ("optimizer", "random_state", CRITIC)  # not asked for where only weights are loaded, or by another layout
 log = logging.getLogger(__name__)
 
 
@@ -40,11 +42,13 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a checkpoint holds of one rank: the model (or its chunks), the optimizer and the schedule."""
+    """What a checkpoint holds of one rank: the model (or its chunks), the optimizer and the schedule; and those of a
+    critic, where one is trained beside it."""
 
     model: Any
     optimizer: Any
     scheduler: Any
+    critic: Trained | None = None
 
 
 def sharding_metadata() -> dict[str, Any]:
@@ -62,10 +66,16 @@ def sharded_state(trained: Trained, *, loading: bool) -> dict[str, Any]:
     weights = trained.model.sharded_state_dict(metadata=metadata)
     if not loading:
         _ensure_moments(trained.optimizer)
-    return {
+    sharded: dict[str, Any] = {
         "model": weights,
         "optimizer": trained.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata),
     }
+    if not loading:
+        sharded["scheduler"] = trained.scheduler.state_dict()
+    if trained.critic is not None:
+        sharded["critic"] = sharded_state(trained.critic, loading=loading)
+        add_prefix_for_sharding(sharded["critic"], CRITIC)
+    return sharded
 
 
 def _ensure_moments(optimizer: Any) -> None:
@@ -216,29 +226,42 @@ def find_checkpoint_together(root: Path) -> Path | None:
 def load_checkpoint(folder: Path, trained: Trained) -> dict[str, Any]:
     """Restore weights, moments, schedule and random states from a folder that `find_checkpoint` returned; collective.
 
-    Any layout reads what any other wrote. Returns the checkpoint's `state`.
+    Any layout reads what any other wrote. Returns the checkpoint's `state`. A critic that nobody asks for is left out.
 
     Raises:
-        ValueError: the folder is incomplete or has another model's tensors.
+        ValueError: the folder is incomplete or has another model's tensors, or no critic where there is one to restore.
     """
     problem = describe_problem(folder, hashes=False)
     if problem is not None:
         raise ValueError(f"checkpoint {folder}: {problem}")
     state: dict[str, Any] = read_json(folder / STATE)
+    if trained.critic is not None and not state.get("critic"):
+        raise ValueError(
+            f"checkpoint {folder} was saved by a run without a critic: start another run.output_dir from its weights "
+            "(model.path: what `r1reward convert export` makes of them)"
+        )
+    if trained.critic is None and state.get("critic"):
+        log.warning("%s holds a critic, and this run has none: its critic is left behind", folder)
     sharded = sharded_state(trained, loading=True)
     if state["layout"] == layout():
         sharded["random_state"] = random_state()
     else:
         log.info("layout %s instead of %s: random states are not restored", layout(), state["layout"])
     loaded = _load(sharded, folder)
+    _restore(trained, loaded)
+    if trained.critic is not None:
+        _restore(trained.critic, loaded["critic"])
+    if "random_state" in sharded:
+        _restore_random_state(loaded["random_state"])
+    return state
+
+
+def _restore(trained: Trained, loaded: Mapping[str, Any]) -> None:
     # Not strict: *_extra_state of another layer implementation may be absent.
     trained.model.load_state_dict(loaded["model"], strict=False)
     with torch.no_grad():  # megatron-core copies into fp32 main parameters, which are leaf views
         trained.optimizer.load_state_dict(loaded["optimizer"])
     trained.scheduler.load_state_dict(loaded["scheduler"])
-    if "random_state" in sharded:
-        _restore_random_state(loaded["random_state"])
-    return state
 
 
 def load_weights(folder: Path, model: Any) -> None:

@@ -168,7 +168,6 @@ class CheckpointSaver:
         if error is not None:
             self._failed(step, staging, error)
             return
-        sharded["scheduler"] = trained.scheduler.state_dict()
         sharded["random_state"] = random_state(collect_random_state())
         if self._main:
             content = {"step": step, "layout": layout(), **state}

@@ -16,7 +16,7 @@ from megatron_r1reward.config.schema import RunConfig, Section
 from megatron_r1reward.files import write_text
 from megatron_r1reward.hub_name import hub_name, local_folder
 
-MODEL_KEYS = (("model", "path"), ("judge", "model_path"), ("rollout", "model_path"))
+MODEL_KEYS = (("model", "path"), ("judge", "model_path"), ("rollout", "model_path"), ("critic", "path"))
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

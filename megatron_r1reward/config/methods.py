@@ -27,6 +27,7 @@ Method = Literal[
     "cispo",
     "sapo",
     "gdpo",
+    "ppo",
 ]
 _PLAIN = {"algorithm.preclip": False, "algorithm.filter": "none"}
 _RELEASED = {
@@ -81,6 +82,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "algorithm.normalize_terms": True,
             "algorithm.normalize": "global",
         },
+        "ppo": _PLAIN | {"algorithm.advantage_estimator": "gae", "algorithm.aggregation": "token_mean"},
     }
 )
 assert set(METHODS) == set(get_args(Method))

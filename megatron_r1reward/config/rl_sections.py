@@ -244,6 +244,8 @@ class AlgorithmSection(Section):
     method: Method = "stable_reinforce"
     loss: Literal["ppo", "gspo", "cispo", "sapo"] = "ppo"  # how the ratio enters, `algorithm.policy_loss`
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    advantage_estimator: Literal["returns", "gae"] = "returns"  # gae: a critic is trained beside the policy, [critic]
+    gae_lambda: Fraction = 1.0  # of gae: 1 trusts what was earned, 0 what the critic expects after one token
     kl_coefficient: NotNegative = 0.0  # KL to the reference inside the reward
     kl_loss_coefficient: NotNegative = 0.0  # KL to the reference as a term of the loss
     kl_loss_estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -284,6 +286,11 @@ class AlgorithmSection(Section):
         return self.kl_coefficient > 0 or self.kl_loss_coefficient > 0
 
     @property
+    def needs_critic(self) -> bool:
+        """Whether a second model, which values every response token, is trained beside the policy."""
+        return self.advantage_estimator == "gae"
+
+    @property
     def fuses_loss(self) -> bool:
         """Whether the LM head forms the loss: its kernels know "ppo"."""
         return self.fused_loss and self.loss == "ppo"
@@ -304,4 +311,38 @@ class AlgorithmSection(Section):
             )
         if self.group_normalize and self.baseline == "none":
             raise ValueError("group_normalize divides by a group's deviation: set baseline to 'group_mean' with it")
+        if self.needs_critic and self.baseline != "none":
+            raise ValueError(
+                f"baseline {self.baseline!r} compares samples with each other, and advantage_estimator 'gae' with what "
+                "a critic expects: set baseline to 'none', or advantage_estimator to 'returns'"
+            )
+        if not self.needs_critic and self.gae_lambda != 1.0:
+            raise ValueError(
+                f"gae_lambda {self.gae_lambda} means nothing to advantage_estimator 'returns': remove it, or set the "
+                "estimator to 'gae'"
+            )
         return self
+
+
+class CriticSection(Section):
+    """The second model of `algorithm.advantage_estimator = "gae"`: it values every token of a response."""
+
+    path: Path | None = None  # folder that it begins with; None: model.path's weights with a new scalar head
+    score_layers: Literal[1, 2] | None = None  # of a new scalar head: 1 linear, 2 with a hidden layer and ReLU
+    lr: Annotated[float, Field(gt=0, le=1)] | None = None  # None: optimizer.lr; the rest is that of [optimizer]
+    value_clip: NotNegative = 0.2  # by which a value may leave that before the update, in the loss; 0: no clip
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # first steps, in which the critic alone is trained
+
+    def check(self, algorithm: AlgorithmSection, rl: RlSection) -> None:
+        """ValueError where a key is set and there is no critic, or where the policy would never be trained."""
+        changed = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
+        if changed and not algorithm.needs_critic:
+            raise ValueError(
+                f"critic.{changed[0]} {getattr(self, changed[0])} means nothing without a critic: remove it, or set "
+                "algorithm.method to 'ppo' (algorithm.advantage_estimator to 'gae')"
+            )
+        if self.warmup_steps >= rl.steps:
+            raise ValueError(
+                f"critic.warmup_steps {self.warmup_steps} leaves none of the {rl.steps} steps (rl.steps) to the "
+                "policy: lower it"
+            )

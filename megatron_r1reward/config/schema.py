@@ -15,6 +15,7 @@ from megatron_r1reward.config.methods import SECTIONS, with_defaults
 from megatron_r1reward.config.rl_sections import (
     AlgorithmSection,
     AsynchronySection,
+    CriticSection,
     HealthSection,
     PromptSection,
     RewardModelSection,
@@ -268,6 +269,7 @@ class RunConfig(Section):
     rl: RlSection = RlSection()
     asynchrony: AsynchronySection = AsynchronySection()
     algorithm: AlgorithmSection = AlgorithmSection()
+    critic: CriticSection = CriticSection()
     health: HealthSection = HealthSection()
     reward: RewardSection = RewardSection()
     sampling: SamplingSection = SamplingSection()
@@ -335,6 +337,7 @@ class RunConfig(Section):
             )
         if self.algorithm.old_log_probs == "sampler":
             self._check_sampler_log_probs()
+        self.critic.check(self.algorithm, self.rl)
         return self
 
     def _check_pointwise(self) -> None:
@@ -368,6 +371,11 @@ class RunConfig(Section):
                 f"rl.epochs_per_batch {rl.epochs_per_batch} trains a policy that has changed: set it to 1",
             ),
             (mode != "synchronous", f"asynchrony.mode {mode!r} samples by older weights: set it to 'synchronous'"),
+            (
+                self.critic.warmup_steps > 0,
+                f"critic.warmup_steps {self.critic.warmup_steps} leaves out updates, which measure the gap to the "
+                "servers then: set it to 0",
+            ),
             (
                 dtype != engine,
                 f"rollout.dtype {dtype!r} is not model.precision {self.model.precision!r}: set it to {engine!r}",

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megatron_r1reward.checkpoint.dist import CRITIC
 from megatron_r1reward.checkpoint.streaming import Sources
 from megatron_r1reward.files import write_text
 from megatron_r1reward.model_folder.other_folder import FORMAT_FILE
@@ -41,7 +42,7 @@ _FORMAT = (
     '"common_backend": "torch", "common_backend_version": 1}'
 )
 _ALIGNMENT = 64
-_NOT_WEIGHTS = ("optimizer.", "random_state", "chained_")  # what training saves beside them
+_NOT_WEIGHTS = ("optimizer.", "random_state", "chained_", CRITIC)  # what training saves beside them
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from megatron_r1reward.data.stage_data import read_stage
 from megatron_r1reward.doctor.finding import Finding, error, note, ok, warning
 from megatron_r1reward.launch.stage_models import check_settings, model_problems
 from megatron_r1reward.model_folder.shape import load_shape
+from megatron_r1reward.planner.catalog import find_critic
 from megatron_r1reward.planner.parameters import all_tensors, by_component
 
 _GB = 1e9
@@ -52,7 +53,7 @@ def check_run_file(config: RunConfig, stage: Stage) -> list[Finding]:
     if stage not in ("judge", "serve"):
         findings += list(_data(config, stage))
     if stage in ("sft", "rm", "rl"):
-        findings += list(_disk(config))
+        findings += list(_disk(config, stage))
     return findings
 
 
@@ -98,7 +99,7 @@ def _rows(config: RunConfig, key: str, result: ReadResult | SftReadResult) -> It
     yield warning("run.data", f"{message}: {some}", "mend these rows, or go on without them: the stage does")
 
 
-def _disk(config: RunConfig) -> Iterator[Finding]:
+def _disk(config: RunConfig, stage: Stage) -> Iterator[Finding]:
     """Room for the checkpoints that are kept, one that is being written, and the exported folder."""
     try:
         shape = load_shape(config.model.path)
@@ -111,6 +112,8 @@ def _disk(config: RunConfig) -> Iterator[Finding]:
         yield error("run.disk", f"{place} cannot be written", "set run.output_dir to a folder of yours")
         return
     values = sum(by_component(all_tensors(shape)).values())
+    if stage == "rl" and (critic := find_critic(config)) is not None:
+        values += sum(by_component(all_tensors(critic)).values())
     width = 4 if config.model.precision == "fp32" else 2
     # Weights, float32 copies of bfloat16 ones, and two float32 moments.
     checkpoint = values * (width + (4 if width == 2 else 0) + 8)

@@ -21,10 +21,27 @@ from megatron_r1reward.user_parts import load_function, read_part
 # A scalar reward model is trained by the others' run file, but for these: it samples nothing, sees one response at a
 # time, and has no LM head.
 _NOT_FOR_RM = (
-    *("sft", "rl", "asynchrony", "algorithm", "health", "reward", "sampling", "rollout", "judge", "annotate", "prompt"),
+    *(
+        "sft",
+        "rl",
+        "asynchrony",
+        "algorithm",
+        "critic",
+        "health",
+        "reward",
+        "sampling",
+        "rollout",
+        "judge",
+        "annotate",
+        "prompt",
+    ),
     *("data.swap", "precision.kernels", "precision.logits"),
 )
-_MEANINGLESS: dict[Stage, tuple[str, ...]] = {"rm": _NOT_FOR_RM, "sft": ("reward_model",), "rl": ("reward_model",)}
+_MEANINGLESS: dict[Stage, tuple[str, ...]] = {
+    "rm": _NOT_FOR_RM,
+    "sft": ("reward_model", "critic"),
+    "rl": ("reward_model",),
+}
 
 
 def check_keys(config: RunConfig, stage: Stage) -> None:
@@ -98,6 +115,8 @@ def model_problems(config: RunConfig, stage: Stage) -> Iterator[tuple[str, Path,
             yield from (("checkpoint.init_from", first, text) for text in _checkpoint_problems(first))
         if serves:
             yield from (("model.path", path, text) for text in _serving_problems(path, config))
+        if stage == "rl" and (critic := config.critic.path) is not None:
+            yield from (("critic.path", critic, text) for text in folder_problems(critic, scalar=True))
     elif stage == "eval":
         weights = not config.rollout.urls
         found = folder_problems(path, weights=weights, trainable=False, scalar=True)

@@ -123,8 +123,8 @@ class _Float32Linear(torch.nn.Linear):
 class ScalarHead(MegatronModule):
     """Hidden states to values. Every tensor-parallel rank holds it whole and computes the same.
 
-    A reward model reads it at the last token of a sequence; a critic would at every token of a response. Where it is
-    read is the batch's matter (`Packer.last_token_only`).
+    A reward model reads it at the last token of a sequence, a critic at every token of a response. Where it is read is
+    the batch's matter (`Packer.last_token_only`).
 
     Its linears are called, not only read: overlapped parameter gathers complete in a hook before a module's forward.
     """

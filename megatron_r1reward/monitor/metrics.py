@@ -93,6 +93,16 @@ _TABLE = (
     _metric("advantage/balance", "1", "neither", "(positive - negative) / all of the summed |advantage|; 0: balanced"),
     _metric("advantage/filtered_negative", "1", "neither", "share of action tokens zeroed with a negative advantage"),
     _metric("health/rollbacks", "rollbacks", "lower", "rollbacks of the run so far (health.policy = 'rollback')"),
+    # Critic
+    _metric("critic/loss", "1", "lower", "value loss of the step, after aggregation over the global batch"),
+    _metric(
+        "critic/explained_variance", "1", "higher", "1 - Var(G - V) / Var(G) over response tokens, before the update"
+    ),
+    _metric("critic/value_mean", "1", "neither", "mean value of the response tokens, before the update"),
+    _metric("critic/clipped_fraction", "1", "lower", "share of tokens where the value clip is active"),
+    _metric("critic/grad_norm", "1", "lower", "global norm of the critic's gradient before clipping"),
+    _metric("critic/lr", "1", "neither", "learning rate of the critic"),
+    _metric("critic/skipped", "steps", "lower", "the critic's optimizer steps skipped: the norm was not finite"),
     # Policy ratio and sampler mismatch
     _metric("ratio/mean", "1", "neither", "mean probability ratio new / old over action tokens"),
     _metric("ratio/max_abs_log", "nats", "lower", "largest |log ratio| new / old"),
@@ -108,7 +118,7 @@ _TABLE = (
     _metric("time/wait", "s", "lower", "the trainer waiting for rollouts: 0 when it never does"),
     _metric("time/generate", "s", "lower", "sampling the rollouts"),
     _metric("time/score", "s", "lower", "scores that were still missing when the last sample had come"),
-    _metric("time/log_probs", "s", "lower", "old (and reference) log-probabilities"),
+    _metric("time/log_probs", "s", "lower", "old (and reference) log-probabilities, and values"),
     _metric("time/update", "s", "lower", "forward, backward and optimizer"),
     _metric("time/push", "s", "lower", "weight push to the rollout servers"),
     _metric("time/save", "s", "lower", "checkpointing, as far as it blocks the step"),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
+from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.model_folder.beside_weights import check_files
 from megatron_r1reward.model_folder.examine import folder_problems
 from megatron_r1reward.model_folder.shape import ModelShape, load_shape, read_shape
@@ -64,3 +65,17 @@ def find_model(path: Path, stand_in: str | None = None) -> Model:
         f"{path} holds no config.json and {name!r} is no shipped configuration: download the model, or set plan.model "
         f"to one of {', '.join(bundled_names())}"
     )
+
+
+def find_critic(config: RunConfig) -> ModelShape | None:
+    """The critic that RL trains beside the policy, where it trains one.
+
+    Raises:
+        ValueError: as `find_model`.
+    """
+    if not config.algorithm.needs_critic:
+        return None
+    path = config.critic.path
+    shape = find_model(path or config.model.path, config.plan.model if path is None else None).shape
+    layers = shape.score_layers or config.critic.score_layers or 1
+    return replace(shape, text=replace(shape.text, tied=False), score_layers=layers)

@@ -176,7 +176,8 @@ def stage_activations(
         language += tokens * numerics.rms_norm(text.hidden) / layout.stream_cut
         language += batch.responses * text.hidden * numerics.width
     # The head is differentiated before the layers: only the larger of the two is alive at the peak.
-    head = head_workspace(text, layout, numerics, batch.responses, fused_loss=fused_loss) if last else 0.0
+    has_logits = last and not shape.score_layers
+    head = head_workspace(text, layout, numerics, batch.responses, fused_loss=fused_loss) if has_logits else 0.0
     return Activations(
         language=language,
         vision=tower,
@@ -234,6 +235,7 @@ class StageMemory:
     gradients: float
     optimizer: float
     reference: float
+    critic: float  # its parameters, gradients and optimizer state
     language_activations: float
     vision_activations: float
     working: float
@@ -243,7 +245,7 @@ class StageMemory:
     @property
     def static(self) -> float:
         """What stays between steps."""
-        return self.parameters + self.gradients + self.optimizer + self.reference
+        return self.parameters + self.gradients + self.optimizer + self.reference + self.critic
 
     @property
     def total(self) -> float:
@@ -258,6 +260,10 @@ class StateBytes:
     parameters: int
     gradients: int
     optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer
 
 
 def buffer_elements(sizes: Iterable[tuple[int, int]], shards: int, *, distributed: bool) -> int:
@@ -303,15 +309,21 @@ def trainer_memory(
     frozen: frozenset[str] = NONE,
     with_reference: bool = False,
     fused_loss: bool = False,
+    critic: ModelShape | None = None,
 ) -> list[StageMemory]:
-    """Peak bytes of one rank of every pipeline stage; `fused_loss` as for `stage_activations`."""
+    """Peak bytes of one rank of every pipeline stage; `fused_loss` as for `stage_activations`. `critic` is trained
+    beside it, before the policy: only one of them has activations at a time."""
     stages = []
     for stage in range(layout.pp):
-        state = state_bytes(stage_tensors(shape, layout, stage), layout, numerics.width, frozen)
+        own, *others = [
+            state_bytes(stage_tensors(model, layout, stage), layout, numerics.width, frozen)
+            for model in (shape, critic)
+            if model is not None
+        ]
         peak = max(
             (
                 stage_activations(
-                    shape,
+                    model,
                     layout,
                     numerics,
                     batch,
@@ -320,16 +332,19 @@ def trainer_memory(
                     frozen=frozen,
                     fused_loss=fused_loss,
                 )
+                for model in (shape, critic)
+                if model is not None
                 for batch in workload.largest
             ),
             key=lambda activations: activations.total,
         )
         stages.append(
             StageMemory(
-                parameters=state.parameters,
-                gradients=state.gradients,
-                optimizer=state.optimizer,
-                reference=state.parameters if with_reference else 0,
+                parameters=own.parameters,
+                gradients=own.gradients,
+                optimizer=own.optimizer,
+                reference=own.parameters if with_reference else 0,
+                critic=sum(other.total for other in others),
                 language_activations=peak.language,
                 vision_activations=peak.vision,
                 working=peak.working,

@@ -92,7 +92,17 @@ def all_tensors(shape: ModelShape) -> Iterator[Tensor]:
         yield from language_layer(shape.text, layer)
     yield Tensor(component="norms", numel=shape.text.hidden)
     if not shape.text.tied:
-        yield _embedding(shape.text, "head")
+        yield from _head(shape)
+
+
+def _head(shape: ModelShape) -> list[Tensor]:
+    """The LM head; or a scalar head, which every rank holds whole."""
+    hidden = shape.text.hidden
+    if shape.score_layers == 0:
+        return [_embedding(shape.text, "head")]
+    if shape.score_layers == 1:
+        return [Tensor(component="head", numel=hidden)]
+    return _linear("head", hidden, hidden, cut="whole") + _linear("head", hidden, 1, cut="whole")
 
 
 def _embedding(text: TextShape, component: str) -> Tensor:
@@ -113,7 +123,7 @@ def stage_tensors(shape: ModelShape, layout: Layout, stage: int) -> tuple[Tensor
     if stage == layout.pp - 1:
         tensors.append(Tensor(component="norms", numel=text.hidden))
         if not text.tied or layout.pp > 1:
-            tensors.append(_embedding(text, "head"))
+            tensors += _head(shape)
     return tuple(tensors)
 
 

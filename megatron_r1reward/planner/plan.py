@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from megatron_r1reward.cluster.placement import servers_of
 from megatron_r1reward.config.schema import RunConfig
+from megatron_r1reward.model_folder.shape import ModelShape
 from megatron_r1reward.planner import planned_layout as layouts
 from megatron_r1reward.planner import step_time
-from megatron_r1reward.planner.catalog import Model, find_model
+from megatron_r1reward.planner.catalog import Model, find_critic, find_model
 from megatron_r1reward.planner.devices import Device, find_device
 from megatron_r1reward.planner.memory import GIB, Numerics, StageMemory, trainer_memory
 from megatron_r1reward.planner.parameters import all_tensors, by_component
@@ -105,9 +106,11 @@ def make_plan(config: RunConfig, stage: Stage) -> Plan:
     model = find_model(config.model.path, config.plan.model)
     device = find_device(config.plan)
     devices = planned_devices(config, stage)
-    problem = layouts.check(model.shape, config.parallel, devices.trainer)
-    if problem is not None:
-        raise ValueError(problem)
+    critic = find_critic(config) if stage == "rl" else None
+    for shape in (model.shape, critic):
+        problem = layouts.check(shape, config.parallel, devices.trainer) if shape is not None else None
+        if problem is not None:
+            raise ValueError(problem)
     layout = layouts.trainer_layout(model.shape, config.parallel, devices.trainer)
     workload = describe(config, model.shape, layout, stage)
     if workload.sequences < layout.dp:
@@ -117,7 +120,6 @@ def make_plan(config: RunConfig, stage: Stage) -> Plan:
             f"ranks without any: raise it to {layout.dp} or use fewer devices"
         )
     numerics = _numerics(config)
-    with_reference = stage == "rl" and config.algorithm.needs_reference
     parameters = by_component(all_tensors(model.shape))
     memory = trainer_memory(
         model.shape,
@@ -126,8 +128,9 @@ def make_plan(config: RunConfig, stage: Stage) -> Plan:
         workload,
         device,
         frozen=frozen_components(config, set(parameters)),
-        with_reference=with_reference,
+        with_reference=stage == "rl" and config.algorithm.needs_reference,
         fused_loss=has_fused_loss(config, stage),
+        critic=critic,
     )
     servers, notes = _servers(config, stage, model, device)
     return Plan(
@@ -144,7 +147,7 @@ def make_plan(config: RunConfig, stage: Stage) -> Plan:
             volumes(model.shape, layout, workload.mean, numerics.width, stage=s) for s in range(layout.pp)
         ),
         push_bytes=float(sum(parameters.values()) * numerics.width) if stage == "rl" else 0.0,
-        time=_time(config, stage, model, layout, workload, device, numerics, servers),
+        time=_time(config, stage, model, critic, layout, workload, device, numerics, servers),
         problems=tuple(_problems(config, memory, device, devices, servers)),
         notes=tuple(_notes(config, model, notes)),
     )
@@ -178,6 +181,7 @@ def _time(
     config: RunConfig,
     stage: Stage,
     model: Model,
+    critic: ModelShape | None,
     layout: Layout,
     workload: Workload,
     device: Device,
@@ -212,6 +216,10 @@ def _time(
             model.shape, layout, workload, device, width=numerics.width, node=node
         )
     phases["optimizer steps"] = workload.optimizer_steps * update.seconds
+    if critic is not None:
+        of_one = step_time.update_time(critic, layout, workload, device, width=numerics.width, node=node)
+        values = step_time.log_prob_seconds(critic, layout, workload, device, width=numerics.width, node=node)
+        phases["critic"] = values + workload.optimizer_steps * of_one.seconds
     if rollout is not None:
         size = sum(by_component(all_tensors(model.shape)).values()) * numerics.width
         phases["weight push"] = step_time.push_seconds(size, device, one_node=config.plan.nodes == 1)

@@ -124,7 +124,7 @@ def causes(
             "algorithm.filter='none', without one algorithm.normalize='global' or a baseline"
         )
         yield "one_sided", text
-    elif metrics["grad_norm"] == 0.0:
+    elif metrics.get("grad_norm") == 0.0:  # not measured while the critic alone is trained
         text = (
             f"the gradient is exactly 0 {right}: filter, baseline and clip leave no token an advantage; look at "
             "advantage/* and ratio/*, change algorithm.filter or the clips"
@@ -187,8 +187,12 @@ def check(metrics: Mapping[str, float], algorithm: AlgorithmSection, step: int) 
             metrics["mismatch/kl"],
             _remedy(metrics["staleness/max"]),
         )
-    if metrics["update/skipped"]:
+    if metrics.get("update/skipped"):
         log.warning("step %d: %d updates skipped, their gradient was not finite", step, metrics["update/skipped"])
+    if metrics.get("critic/skipped"):
+        log.warning(
+            "step %d: %d updates of the critic skipped, their gradient was not finite", step, metrics["critic/skipped"]
+        )
     if metrics["judge/asked"] and metrics["judge/unknown"] == metrics["judge/asked"]:
         log.warning("step %d: no judge call gave a verdict; C is 0 for all: see the judge's log", step)
     if metrics["rollout/failed"]:

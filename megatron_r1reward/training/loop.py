@@ -134,7 +134,11 @@ def finish(state: TrainState, control: RunControl, *, finished: bool) -> Path | 
     control.exporting()
     folder = state.config.run.output_dir / "hf"
     resume.export(state, folder)
-    resume.mark_done(state, hf=folder)
+    result = {"hf": folder}
+    if state.critic is not None:
+        result["critic"] = state.config.run.output_dir / "critic"
+        resume.export(state.critic, result["critic"])
+    resume.mark_done(state, **result)
     control.done()
     return folder
 

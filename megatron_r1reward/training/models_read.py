@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 _MEANING = {
     "files": "configuration, tokenizer, processor or chat template of model.path",
     "reference": "the reference policy (weights of model.path, or checkpoint.init_from)",
+    "critic files": "configuration, tokenizer or processor of critic.path",
     "rollout files": "configuration or tokenizer of rollout.model_path",
     "judge": "the judge",
     "template": "prompt.template",
@@ -70,6 +71,8 @@ def _read(config: RunConfig, rl: bool) -> dict[str, str]:
     found |= {kind: part.identity for kind, part in parts_read(config).items()}
     if rl and config.algorithm.needs_reference:
         found["reference"] = first_weights(config)
+    if rl and config.critic.path is not None:
+        found["critic files"] = model_identity(config.critic.path, weights=False)
     if not rl or config.rl.replay is not None:
         return found
     if config.rollout.model_path is not None:

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from statistics import fmean
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,14 @@ from megatron_r1reward.kernels.linear_policy_loss import PolicyLossOutput
 from megatron_r1reward.kernels.policy_loss.row_kernels import PolicyLossOptions, TokenInputs, count_flags
 from megatron_r1reward.models.head import LossRequest
 from megatron_r1reward.training.rollout_batch import RolloutBatch, every_sequence_counts
-from megatron_r1reward.training.schedule import Loss, LossOutput, LossRequestFn, reduce_statistics, train_micro_batches
+from megatron_r1reward.training.schedule import (
+    Loss,
+    LossOutput,
+    LossRequestFn,
+    StepOutcome,
+    reduce_statistics,
+    train_micro_batches,
+)
 from megatron_r1reward.training.state import TrainState
 from megatron_r1reward.types import PackedBatch
 
@@ -26,21 +34,15 @@ def update_policy(state: TrainState, rollouts: RolloutBatch) -> dict[str, float]
     started = time.monotonic()
     passes = state.config.rl.epochs_per_batch
     rollouts, left_out = without_idle_sequences(state, rollouts)
-    totals = [{name: passes * value for name, value in left_out.items()}]
-    norms, skipped = [], 0
     loss, request = _loss(state, rollouts)
-    for indices in rollouts.mini_batches * passes:
-        micro_batches = state.packer.plan(rollouts.sequences, indices)
-        statistics, outcome = train_micro_batches(state, rollouts.sequences, micro_batches, loss, request=request)
-        totals += statistics
-        norms.append(outcome.grad_norm)
-        skipped += outcome.skipped
+    totals, outcomes = optimizer_steps(state, rollouts, loss, request)
+    totals.append({name: passes * value for name, value in left_out.items()})
     total = Counter(reduce_statistics(state, totals))
     return {
         "loss": total["loss"] / total["count"],
-        "grad_norm": sum(norms) / len(norms),
-        "lr": outcome.lr,
-        "update/skipped": skipped,
+        "grad_norm": fmean(outcome.grad_norm for outcome in outcomes),
+        "lr": outcomes[-1].lr,
+        "update/skipped": sum(outcome.skipped for outcome in outcomes),
         "update/idle_sequences": total["idle_sequences"] / passes,
         "ratio/mean": total["ratio"] / total["tokens"],
         "ratio/max_abs_log": total["max_abs_log_ratio"],
@@ -48,6 +50,19 @@ def update_policy(state: TrainState, rollouts: RolloutBatch) -> dict[str, float]
         "ratio/clipped_fraction": total["clipped"] / total["tokens"],
         "tokens_per_second": total["all_tokens"] / (time.monotonic() - started),
     } | _mismatch(total)
+
+
+def optimizer_steps(
+    state: TrainState, rollouts: RolloutBatch, loss: Loss, request: LossRequestFn | None = None
+) -> tuple[list[dict[str, float]], list[StepOutcome]]:
+    """`rl.epochs_per_batch` passes over the mini-batches; statistics per micro-batch, outcomes per optimizer step."""
+    totals, outcomes = [], []
+    for indices in rollouts.mini_batches * state.config.rl.epochs_per_batch:
+        micro_batches = state.packer.plan(rollouts.sequences, indices)
+        statistics, outcome = train_micro_batches(state, rollouts.sequences, micro_batches, loss, request=request)
+        totals += statistics
+        outcomes.append(outcome)
+    return totals, outcomes
 
 
 def _gaps(state: TrainState, log_probs_R: torch.Tensor, old_log_probs_R: torch.Tensor) -> dict[str, float]:
@@ -72,11 +87,11 @@ def _mismatch(total: Mapping[str, float]) -> dict[str, float]:
 
 def _loss(state: TrainState, rollouts: RolloutBatch) -> tuple[Loss, LossRequestFn | None]:
     if not state.topology.is_last_stage:
-        return _no_loss, None
+        return no_loss, None
     return _fused_loss(state, rollouts) if state.config.algorithm.fuses_loss else (_plain_loss(state, rollouts), None)
 
 
-def _no_loss(output: object, batch: PackedBatch) -> LossOutput:
+def no_loss(output: object, batch: PackedBatch) -> LossOutput:
     raise AssertionError("only the last pipeline stage computes a loss")
 
 
@@ -112,7 +127,7 @@ def _fused_loss(state: TrainState, rollouts: RolloutBatch) -> tuple[Loss, LossRe
             "preclipped": flags["preclipped_low"] + flags["preclipped_high"],
             "clipped": flags["clipped_low"] + flags["clipped_high"],
         } | _gaps(state, result.log_probs[has_ratio_R], given.old_log_probs[has_ratio_R])
-        return result.total, *_counted(rollouts, batch, statistics)
+        return result.total, *counted(rollouts, batch, statistics)
 
     return loss, lambda batch: LossRequest(inputs=inputs(batch), options=options)
 
@@ -151,12 +166,12 @@ def _plain_loss(state: TrainState, rollouts: RolloutBatch) -> Loss:
             "preclipped": float((result.preclipped_low | result.preclipped_high).sum()),
             "clipped": float((result.clipped_low | result.clipped_high).sum()),
         } | _gaps(state, output_2R[0], old_log_probs_R[rows].to(device))
-        return total, *_counted(rollouts, batch, statistics)
+        return total, *counted(rollouts, batch, statistics)
 
     return loss
 
 
-def _counted(
+def counted(
     rollouts: RolloutBatch, batch: PackedBatch, statistics: dict[str, float]
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """What the micro-batch adds to the denominator, and its statistics with the counts that divide them."""

@@ -39,9 +39,9 @@ _DECIDES = (
     ("reward", None),
 )
 # What updates follow from besides: a replay may change it, and says so.
-_SHAPES = ("model", "parallel", "moe", "precision", "data", "optimizer", "rl", "algorithm")
+_SHAPES = ("model", "parallel", "moe", "precision", "data", "optimizer", "rl", "algorithm", "critic")
 _FREE = {
-    "model.path", "data.train", "data.image_root", "rl.record", "rl.replay", "rl.heldout_every",
+    "model.path", "critic.path", "data.train", "data.image_root", "rl.record", "rl.replay", "rl.heldout_every",
     # Which rows a step trains on is compared by what it comes to, see `check_data`.
     "data.select", "data.categories", "data.difficulty", "data.accuracy", "data.curriculum", "data.attempts",
     "data.judgements",
@@ -268,7 +268,7 @@ def _changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
         for section in _SHAPES
         for name in here[section]
         if f"{section}.{name}" not in _FREE
-        for text in _different(there[section], here[section], names=[name], prefix=f"{section}.")
+        for text in _different(there.get(section, {}), here[section], names=[name], prefix=f"{section}.")
     ]
 
 

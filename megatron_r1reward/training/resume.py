@@ -95,12 +95,15 @@ def go_on(state: TrainState) -> bool:
         return False
     if state.topology.is_main:
         keep_identity(root, folder)
-    state.scheduler.num_steps = 0  # megatron-core adds the checkpoint's to them
+    for part in parts_of(state):
+        part.scheduler.num_steps = 0  # megatron-core adds the checkpoint's to them
+        part.skipped_in_a_row = 0
     saved = load_checkpoint(folder, _trained(state))
-    state.step, state.skipped_in_a_row = int(saved["step"]), 0
+    state.step = int(saved["step"])
     state.rollbacks = len(rollbacks)
     if rollbacks:
-        rollback.lower_rate(state, rollbacks[saved.get("rollbacks", 0) :])
+        for part in parts_of(state):
+            rollback.lower_rate(part, rollbacks[saved.get("rollbacks", 0) :])
     state.producer = saved.get("producer")
     _check_data(state, saved["data"], folder)
     check_models_read(saved.get("models"), state.models, folder, same=state.config.checkpoint.same_models)
@@ -108,8 +111,14 @@ def go_on(state: TrainState) -> bool:
     return True
 
 
+def parts_of(state: TrainState) -> tuple[TrainState, ...]:
+    """What is trained: the policy (or the model of another stage), and the critic where there is one."""
+    return (state,) if state.critic is None else (state, state.critic)
+
+
 def _trained(state: TrainState) -> Trained:
-    return Trained(model=state.module, optimizer=state.optimizer, scheduler=state.scheduler)
+    critic = None if state.critic is None else _trained(state.critic)
+    return Trained(model=state.module, optimizer=state.optimizer, scheduler=state.scheduler, critic=critic)
 
 
 def _check_data(state: TrainState, saved: dict[str, Any], folder: Path) -> None:
@@ -155,7 +164,9 @@ def save(state: TrainState, *, score: float | None = None, producer: Mapping[str
         producer: RL, on the main rank: `RolloutProducer.state`.
     """
     started = time.monotonic()
-    synchronize_parameters(state.model)
+    for part in parts_of(state):
+        synchronize_parameters(part.model)
+    critic = state.critic
     content = {
         "config": state.config.model_dump(mode="json"),
         "working_directory": str(Path.cwd()),  # what relative paths of the configuration are relative to
@@ -164,6 +175,7 @@ def save(state: TrainState, *, score: float | None = None, producer: Mapping[str
         "parts": state.parts,
         "rollbacks": state.rollbacks,
         "score_layers": state.score_layers,
+        "critic": None if critic is None else {"path": str(critic.config.model.path), "layers": critic.score_layers},
         "weight_version": state.step,  # what the rollout servers call these weights
         "producer": producer,
         prompt_policy.FILE: _said(state),  # for `convert export`

@@ -5,6 +5,8 @@
           |            (or a Replay)      all ranks                                                      |
           `----------------------------------- push_weights <-------------------------------------------'
 
+With a critic (PPO) also `add_values` before the advantages, and `update_critic`.
+
 The main rank owns the servers and the reward; all ranks own the policy. Everything random is drawn from
 (run.seed, step), so a resumed run repeats what the uninterrupted one would have done (in flight: up to the moments at
 which responses switch weights, see `producer`).
@@ -34,6 +36,7 @@ from megatron_r1reward.reward.consistency import JudgeDownError
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.training import alarms, resume
+from megatron_r1reward.training.critic import add_critic, update_critic
 from megatron_r1reward.training.data_parallel import make_room_for_servers, synchronize_parameters
 from megatron_r1reward.training.heartbeat import RunControl
 from megatron_r1reward.training.loop import Stage, finish, run_to_end, set_threads
@@ -43,7 +46,14 @@ from megatron_r1reward.training.producer import RolloutProducer
 from megatron_r1reward.training.record import Recorder, Replay, origin_of
 from megatron_r1reward.training.rl_metrics import advantage_metrics, mismatch, step_metrics
 from megatron_r1reward.training.rollback import RollBackError, roll_back
-from megatron_r1reward.training.rollout_batch import Shards, add_advantages, add_log_probs, pack, share_out
+from megatron_r1reward.training.rollout_batch import (
+    Shards,
+    add_advantages,
+    add_log_probs,
+    add_values,
+    pack,
+    share_out,
+)
 from megatron_r1reward.training.state import TrainState, build_state
 from megatron_r1reward.training.step_sampler import StepSampler
 from megatron_r1reward.training.trained_policy import rl_policy
@@ -84,11 +94,13 @@ def train_step(state: TrainState, main: MainRank | None, timer: PhaseTimer) -> d
         scored, shards, metrics = take_rollouts(state, main)
     batch = pack(state, scored, shards)
     with timer.phase("log_probs"):
-        batch = add_log_probs(state, batch)
+        batch = add_values(state, add_log_probs(state, batch))
         batch = add_advantages(state, batch)
     metrics |= mismatch(state, batch) | advantage_metrics(state, batch)
     with timer.phase("update"):
-        metrics |= update_policy(state, batch)
+        metrics |= update_critic(state, batch)
+        if state.step >= state.config.critic.warmup_steps:
+            metrics |= update_policy(state, batch)
     state.step += 1
     with timer.phase("wait"):
         if main is not None:
@@ -149,9 +161,12 @@ def prepare(config: RunConfig, topology: Topology) -> TrainState:
             f"{topology.data_parallel_size} data-parallel ranks: every rank needs one"
         )
     config.sampling.check_for_rl()
-    updates = config.rl.steps * config.rl.optimizer_steps
+    updates = (config.rl.steps - config.critic.warmup_steps) * config.rl.optimizer_steps
     with_reference = config.algorithm.needs_reference
-    return build_state(config, topology, optimizer_steps=updates, with_reference=with_reference, sampled=True)
+    state = build_state(config, topology, optimizer_steps=updates, with_reference=with_reference, sampled=True)
+    if config.algorithm.needs_critic:
+        add_critic(state, topology)
+    return state
 
 
 def run(config: RunConfig, topology: Topology, services: Services | None) -> Path | None:

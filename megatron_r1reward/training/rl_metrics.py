@@ -163,12 +163,16 @@ def mismatch(state: TrainState, batch: RolloutBatch) -> dict[str, float]:
 
 
 def advantage_metrics(state: TrainState, batch: RolloutBatch) -> dict[str, float]:
-    """Statistics of the raw returns and the share of tokens the filter zeroed, by the sign of what it removed."""
+    """Statistics of the raw returns (with a critic: of its advantages) and the share of tokens the filter zeroed, by
+    the sign of what it removed."""
     local: dict[str, float] = {}
     if state.topology.is_last_stage and state.topology.tensor_parallel_rank == 0:
         assert batch.filtered is not None and batch.advantages is not None
         lengths = batch.cu_response.diff()
-        positive = (batch.rewards > batch.returns_mean).repeat_interleave(lengths)
+        earned_R = batch.rewards.repeat_interleave(lengths)
+        if batch.values is not None and batch.value_targets is not None:
+            earned_R = batch.value_targets - batch.values
+        positive = earned_R > batch.returns_mean
         judged = batch.filtered & batch.rewards.isfinite().repeat_interleave(lengths)  # masked ones are not
         local = {
             "tokens": batch.filtered.numel(),

@@ -20,13 +20,12 @@ import torch.nn.functional as F
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.loader import StagedSampler, seeded_sample
 from megatron_r1reward.data.stage_data import read_heldout, read_training_preferences, scored_examples
-from megatron_r1reward.model_folder.shape import load_shape
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training.data_parallel import synchronize_parameters
 from megatron_r1reward.training.loop import set_threads
 from megatron_r1reward.training.schedule import LossOutput, reduce_statistics, run_micro_batches, train_micro_batches
 from megatron_r1reward.training.sft import to_sequence
-from megatron_r1reward.training.state import TrainState
+from megatron_r1reward.training.state import TrainState, scalar_head_layers
 from megatron_r1reward.training.supervised import (
     SupervisedStage,
     check_batch,
@@ -122,22 +121,9 @@ def pairwise_accuracy(state: TrainState, pairs: Sequence[Preference]) -> float:
 
 
 def head_layers(config: RunConfig) -> int:
-    """Layers of the head to train: those that the folder has, else what the run file asks for.
-
-    Raises:
-        ValueError: the two differ.
-    """
-    there, wanted = load_shape(config.model.path).score_layers, config.reward_model.score_layers
-    if there and wanted is not None and wanted != there:
-        raise ValueError(
-            f"reward_model.score_layers is {wanted}, but the scalar head in {config.model.path} has {there}: remove "
-            "the key, or begin with a language model"
-        )
-    if there:
-        log.info("going on with the scalar head of %s (%d layers)", config.model.path, there)
-    elif config.checkpoint.init_from is None:
-        log.info("model.path %s is a language model: a new scalar head is drawn from run.seed", config.model.path)
-    return there or wanted or 1
+    """`scalar_head_layers` of this stage."""
+    new_head, wanted = config.checkpoint.init_from is None, config.reward_model.score_layers
+    return scalar_head_layers(config.model.path, wanted, key="reward_model.score_layers", new_head=new_head)
 
 
 def run(config: RunConfig, topology: Topology) -> Path | None:

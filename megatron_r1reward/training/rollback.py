@@ -109,7 +109,8 @@ def roll_back(state: TrainState, alarm: RollBackError) -> None:
 
 
 def lower_rate(state: TrainState, unseen: Sequence[Rollback]) -> None:
-    """Multiply the checkpoint's learning rate by the factors of the rollbacks that it has not seen."""
+    """Multiply the checkpoint's learning rate, the policy's or its critic's, by the factors of the rollbacks that it
+    has not seen."""
     factor, scheduler = math.prod(entry.factor for entry in unseen), state.scheduler
     scheduler.max_lr *= factor
     scheduler.min_lr *= factor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from megatron_r1reward.algorithm.advantages import normalize_and_filter
 from megatron_r1reward.algorithm.policy_loss import Aggregation, aggregation_weights
 from megatron_r1reward.algorithm.returns import (
     decoupled_rewards,
+    generalized_advantages,
     group_rewards,
     overlong_penalties,
     task_returns,
@@ -21,6 +23,7 @@ from megatron_r1reward.algorithm.returns import (
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.data.balance import ModelCost, spread_over_ranks
 from megatron_r1reward.reward.terms import term_values
+from megatron_r1reward.training.data_parallel import synchronize_parameters
 from megatron_r1reward.training.schedule import LossOutput, run_micro_batches
 from megatron_r1reward.training.state import TrainState
 from megatron_r1reward.types import PackedBatch, ScoredRollout
@@ -32,8 +35,8 @@ Shards = list[list[list[int]]]  # [mini-batch][data-parallel rank]: numbers of r
 @dataclass(frozen=True, kw_only=True)
 class RolloutBatch:
     """This data-parallel rank's N sequences and their R response tokens, back to back on a flat axis cut by
-    `cu_response`. `mini_batches` partition the sequences into optimizer steps. Log-probs and advantages exist on the
-    last pipeline stage."""
+    `cu_response`. `mini_batches` partition the sequences into optimizer steps. Log-probs, values and advantages exist
+    on the last pipeline stage."""
 
     sequences: tuple[TokenSequence, ...]
     mini_batches: tuple[tuple[int, ...], ...]
@@ -44,6 +47,8 @@ class RolloutBatch:
     old_log_probs: torch.Tensor | None = None  # float32 [R]
     reference_log_probs: torch.Tensor | None = None  # float32 [R]
     entropy: torch.Tensor | None = None  # float32 [R]
+    values: torch.Tensor | None = None  # float32 [R], the critic's before its first update on this batch
+    value_targets: torch.Tensor | None = None  # float32 [R], what it learns; NaN: masked
     advantages: torch.Tensor | None = None  # float32 [R]
     filtered: torch.Tensor | None = None  # bool [R]
     returns_mean: float = 0.0
@@ -90,15 +95,17 @@ def _check_versions(scored: Sequence[ScoredRollout], version: int) -> None:
 
 
 def _expected_idle(config: RunConfig, scored: Sequence[ScoredRollout]) -> list[bool]:
-    """Rollouts that the update will leave out, as far as rewards alone tell: a KL term in the reward is known later."""
-    if every_sequence_counts(config) or config.algorithm.kl_coefficient > 0:
+    """Rollouts that the update will leave out, as far as rewards alone tell: a KL term in the reward and what a critic
+    expects are known later."""
+    algorithm = config.algorithm
+    if every_sequence_counts(config) or algorithm.kl_coefficient > 0 or algorithm.needs_critic:
         return [False] * len(scored)
     lengths = torch.tensor([len(item.rollout.token_ids) for item in scored])
     returns_R = task_returns(
         compared_rewards(config, scored), torch.cat([lengths.new_zeros(1), lengths]).cumsum(0),
-        gamma=config.algorithm.gamma,
+        gamma=algorithm.gamma,
     )  # fmt: skip
-    useful_R = normalize_and_filter(returns_R, config.algorithm).advantages != 0
+    useful_R = normalize_and_filter(returns_R, algorithm).advantages != 0
     return [not bool(part.any()) for part in useful_R.split(lengths.tolist())]
 
 
@@ -198,13 +205,17 @@ def _collect(output_2R: torch.Tensor, batch: PackedBatch) -> LossOutput:
 
 def forward_log_probs(state: TrainState, batch: RolloutBatch, model: torch.nn.Module) -> torch.Tensor:
     """Log-probs and entropies of all response tokens under `model`: float32 [2, R]; empty before the last stage."""
+    return _forward(state, batch, model, torch.empty(2, int(batch.cu_response[-1])))
+
+
+def _forward(state: TrainState, batch: RolloutBatch, model: torch.nn.Module, output_KR: torch.Tensor) -> torch.Tensor:
+    """`output_KR` filled with what `model` says of every response token."""
     model.eval()
     micro_batches = state.packer.plan(batch.sequences, range(len(batch.sequences)))
     parts = run_micro_batches(state, batch.sequences, micro_batches, _collect, forward_only=True, model=model)
-    output_2R = torch.empty(2, int(batch.cu_response[-1]))
     for part in parts:
-        output_2R[:, batch.rows(part["indices"])] = part["output"]
-    return output_2R
+        output_KR[:, batch.rows(part["indices"])] = part["output"]
+    return output_KR
 
 
 def add_log_probs(state: TrainState, batch: RolloutBatch) -> RolloutBatch:
@@ -220,27 +231,39 @@ def add_log_probs(state: TrainState, batch: RolloutBatch) -> RolloutBatch:
     return replace(batch, reference_log_probs=forward_log_probs(state, batch, state.reference)[0])
 
 
+def add_values(state: TrainState, batch: RolloutBatch) -> RolloutBatch:
+    """What the critic, where there is one, expects at every response token, before its first update on this batch."""
+    critic = state.critic
+    if critic is None:
+        return batch
+    synchronize_parameters(critic.model)  # no push has finished the gathers that overlap
+    return replace(batch, values=_forward(critic, batch, critic.model, torch.empty(1, int(batch.cu_response[-1])))[0])
+
+
 def add_advantages(state: TrainState, batch: RolloutBatch) -> RolloutBatch:
-    """Returns, global normalization and filter."""
+    """Returns, or with a critic its advantages and targets; global normalization and filter."""
     if not state.topology.is_last_stage:
         return batch
     algorithm = state.config.algorithm
-    kl_tokens_R = None
+    kl_tokens_R, targets_R = None, None
     if algorithm.kl_coefficient > 0:
         assert batch.old_log_probs is not None and batch.reference_log_probs is not None
         kl_tokens_R = batch.old_log_probs - batch.reference_log_probs
-    returns_R = task_returns(
-        batch.rewards,
-        batch.cu_response,
-        kl_tokens_R=kl_tokens_R,
-        kl_coefficient=algorithm.kl_coefficient,
-        gamma=algorithm.gamma,
-    )
+    earned: dict[str, Any] = {
+        "kl_tokens_R": kl_tokens_R, "kl_coefficient": algorithm.kl_coefficient, "gamma": algorithm.gamma
+    }  # fmt: skip
+    if batch.values is None:
+        returns_R = task_returns(batch.rewards, batch.cu_response, **earned)
+    else:
+        returns_R, targets_R = generalized_advantages(
+            batch.rewards, batch.cu_response, batch.values, gae_lambda=algorithm.gae_lambda, **earned
+        )
     # On the device: its groups take no tensors of the host.
     returns_R = returns_R.to(state.topology.device)
     result = normalize_and_filter(returns_R, algorithm, group=_data_parallel_group(state))
     return replace(
         batch,
+        value_targets=targets_R,
         advantages=result.advantages.cpu(),
         filtered=result.filtered_mask.cpu(),
         returns_mean=result.mean,

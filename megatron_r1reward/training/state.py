@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from megatron_r1reward.kernels.lm_head import HeadOptions
 from megatron_r1reward.kernels.policy_loss.row_kernels import PolicyLossOptions
 from megatron_r1reward.model_folder.examine import load_tokenizer
 from megatron_r1reward.model_folder.prompt_policy import PromptPolicy
+from megatron_r1reward.model_folder.shape import load_shape
 from megatron_r1reward.model_folder.weight_table import WeightTable, adapt_table
 from megatron_r1reward.models.base import chunks_of, join_chunks, on_device
 from megatron_r1reward.models.head import configure_heads, with_head
@@ -37,6 +40,7 @@ from megatron_r1reward.training.data_parallel import (
     wrap_data_parallel,
 )
 
+log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -61,6 +65,7 @@ class TrainState:
     parts: dict[str, dict[str, str]] = field(default_factory=dict)  # the user's files, with text; kept in checkpoints
     rollbacks: int = 0  # of this run so far, `training.rollback`; kept in checkpoints
     reference: torch.nn.Module | None = None  # the frozen initial policy, only when the reward holds a KL term
+    critic: TrainState | None = None  # trained beside this one, `training.critic`; its steps are this one's
     described: PromptPolicy | None = None  # what the exported folder says about itself; None: it is no reward model
     producer: dict[str, Any] | None = None  # RL: of the checkpoint resumed from, `RolloutProducer.state`
     step: int = 0
@@ -141,6 +146,28 @@ def build_state(
         saver=CheckpointSaver(config.run.output_dir / "checkpoints", config.checkpoint, reach=steps_kept(config)),
         reference=reference,
     )
+
+
+def scalar_head_layers(folder: Path, wanted: int | None, *, key: str, new_head: bool = True) -> int:
+    """Layers of the scalar head to train: those that `folder` has, else `wanted`, what the run file's `key` asks for.
+
+    Args:
+        new_head: whether the first weights are the folder's, so that a head that it does not have is drawn.
+
+    Raises:
+        ValueError: the two differ.
+    """
+    there = load_shape(folder).score_layers
+    if there and wanted is not None and wanted != there:
+        raise ValueError(
+            f"{key} is {wanted}, but the scalar head in {folder} has {there}: remove the key, or begin with a language "
+            "model"
+        )
+    if there:
+        log.info("going on with the scalar head of %s (%d layers)", folder, there)
+    elif new_head:
+        log.info("%s is a language model: a new scalar head is drawn from run.seed", folder)
+    return there or wanted or 1
 
 
 def build_packer(

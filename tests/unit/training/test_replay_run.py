@@ -197,8 +197,8 @@ def test_where_the_samplers_log_probs_are_not_the_trainers(
         replay_config(tmp_path, tmp_path, **sections)
 
 
-# One of each kind: KL in the reward, KL in the loss, overlong shaping, the four losses, terms on their own.
-KINDS = ("released_code_constant_length", "reinforce_plus_plus", "grpo", "dapo", "gspo", "cispo", "sapo", "gdpo")
+# One of each kind: KL in the reward, KL in the loss, overlong shaping, the four losses, terms on their own, a critic.
+KINDS = ("released_code_constant_length", "reinforce_plus_plus", "grpo", "dapo", "gspo", "cispo", "sapo", "gdpo", "ppo")
 
 
 @pytest.mark.slow
