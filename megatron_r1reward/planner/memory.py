@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from megatron_r1reward.model_folder.shape import ModelShape, TextShape, VisionShape
 from megatron_r1reward.planner.devices import Device
@@ -261,10 +261,6 @@ class StateBytes:
     gradients: int
     optimizer: int
 
-    @property
-    def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer
-
 
 def buffer_elements(sizes: Iterable[tuple[int, int]], shards: int, *, distributed: bool) -> int:
     """Elements of a megatron-core gradient buffer of one bucket that holds `count` tensors of `numel` values for every
@@ -309,21 +305,15 @@ def trainer_memory(
     frozen: frozenset[str] = NONE,
     with_reference: bool = False,
     fused_loss: bool = False,
-    critic: ModelShape | None = None,
 ) -> list[StageMemory]:
-    """Peak bytes of one rank of every pipeline stage; `fused_loss` as for `stage_activations`. `critic` is trained
-    beside it, before the policy: only one of them has activations at a time."""
+    """Peak bytes of one rank of every pipeline stage; `fused_loss` as for `stage_activations`."""
     stages = []
     for stage in range(layout.pp):
-        own, *others = [
-            state_bytes(stage_tensors(model, layout, stage), layout, numerics.width, frozen)
-            for model in (shape, critic)
-            if model is not None
-        ]
+        state = state_bytes(stage_tensors(shape, layout, stage), layout, numerics.width, frozen)
         peak = max(
             (
                 stage_activations(
-                    model,
+                    shape,
                     layout,
                     numerics,
                     batch,
@@ -332,19 +322,17 @@ def trainer_memory(
                     frozen=frozen,
                     fused_loss=fused_loss,
                 )
-                for model in (shape, critic)
-                if model is not None
                 for batch in workload.largest
             ),
             key=lambda activations: activations.total,
         )
         stages.append(
             StageMemory(
-                parameters=own.parameters,
-                gradients=own.gradients,
-                optimizer=own.optimizer,
-                reference=own.parameters if with_reference else 0,
-                critic=sum(other.total for other in others),
+                parameters=state.parameters,
+                gradients=state.gradients,
+                optimizer=state.optimizer,
+                reference=state.parameters if with_reference else 0,
+                critic=0,
                 language_activations=peak.language,
                 vision_activations=peak.vision,
                 working=peak.working,
@@ -354,4 +342,15 @@ def trainer_memory(
                 + device.fragmentation * peak.total,
             )
         )
+    return stages
+
+
+def with_critic(policy: Sequence[StageMemory], critic: Sequence[StageMemory]) -> list[StageMemory]:
+    """A policy and the critic that is trained beside it, before the policy: both stay, but only one of them has
+    activations at a time."""
+    stages = []
+    for own, other in zip(policy, critic, strict=True):
+        larger = max(own, other, key=lambda stage: stage.total - stage.static)
+        kept = {name: getattr(own, name) for name in ("parameters", "gradients", "optimizer", "reference")}
+        stages.append(replace(larger, **kept, critic=other.static))
     return stages

@@ -11,7 +11,7 @@ from megatron_r1reward.planner import planned_layout as layouts
 from megatron_r1reward.planner import step_time
 from megatron_r1reward.planner.catalog import Model, find_critic, find_model
 from megatron_r1reward.planner.devices import Device, find_device
-from megatron_r1reward.planner.memory import GIB, Numerics, StageMemory, trainer_memory
+from megatron_r1reward.planner.memory import GIB, Numerics, StageMemory, trainer_memory, with_critic
 from megatron_r1reward.planner.parameters import all_tensors, by_component
 from megatron_r1reward.planner.planned_layout import Devices, Layout, Stage, planned_devices
 from megatron_r1reward.planner.server_memory import SLEEPING_BYTES, Server, generation_seconds, plan_server
@@ -107,8 +107,8 @@ def make_plan(config: RunConfig, stage: Stage) -> Plan:
     device = find_device(config.plan)
     devices = planned_devices(config, stage)
     critic = find_critic(config) if stage == "rl" else None
-    for shape in (model.shape, critic):
-        problem = layouts.check(shape, config.parallel, devices.trainer) if shape is not None else None
+    for shape in (model.shape, *([] if critic is None else [critic])):
+        problem = layouts.check(shape, config.parallel, devices.trainer)
         if problem is not None:
             raise ValueError(problem)
     layout = layouts.trainer_layout(model.shape, config.parallel, devices.trainer)
@@ -121,17 +121,20 @@ def make_plan(config: RunConfig, stage: Stage) -> Plan:
         )
     numerics = _numerics(config)
     parameters = by_component(all_tensors(model.shape))
+    frozen = frozen_components(config, set(parameters))
     memory = trainer_memory(
         model.shape,
         layout,
         numerics,
         workload,
         device,
-        frozen=frozen_components(config, set(parameters)),
+        frozen=frozen,
         with_reference=stage == "rl" and config.algorithm.needs_reference,
         fused_loss=has_fused_loss(config, stage),
-        critic=critic,
     )
+    if critic is not None:
+        beside = layouts.trainer_layout(critic, config.parallel, devices.trainer)
+        memory = with_critic(memory, trainer_memory(critic, beside, numerics, workload, device, frozen=frozen))
     servers, notes = _servers(config, stage, model, device)
     return Plan(
         stage=stage,
@@ -217,8 +220,9 @@ def _time(
         )
     phases["optimizer steps"] = workload.optimizer_steps * update.seconds
     if critic is not None:
-        of_one = step_time.update_time(critic, layout, workload, device, width=numerics.width, node=node)
-        values = step_time.log_prob_seconds(critic, layout, workload, device, width=numerics.width, node=node)
+        beside = layouts.trainer_layout(critic, config.parallel, layout.world)
+        of_one = step_time.update_time(critic, beside, workload, device, width=numerics.width, node=node)
+        values = step_time.log_prob_seconds(critic, beside, workload, device, width=numerics.width, node=node)
         phases["critic"] = values + workload.optimizer_steps * of_one.seconds
     if rollout is not None:
         size = sum(by_component(all_tensors(model.shape)).values()) * numerics.width

@@ -100,9 +100,9 @@ def language_flops(text: TextShape, layers: Iterable[int], *, tokens: float, len
     return 2 * active_per_token(text, layers) * tokens + scores
 
 
-def head_flops(text: TextShape, rows: float) -> float:
-    """The LM head on `rows` response tokens."""
-    return 2 * text.vocab * text.hidden * rows
+def head_flops(shape: ModelShape, rows: float) -> float:
+    """The LM head on `rows` response tokens; a scalar head is nothing beside it."""
+    return 0.0 if shape.score_layers else 2 * shape.text.vocab * shape.text.hidden * rows
 
 
 def vision_flops(tower: VisionShape, *, patches: float, frame: float) -> float:
@@ -122,7 +122,7 @@ def sequence_flops(shape: ModelShape, *, tokens: float, patches: float, frame: f
     return (
         language_flops(shape.text, range(shape.text.layers), tokens=tokens, length=tokens)
         + vision_flops(shape.vision, patches=patches, frame=frame)
-        + head_flops(shape.text, responses)
+        + head_flops(shape, responses)
     )
 
 
@@ -153,7 +153,7 @@ def stage_forward(shape: ModelShape, layout: Layout, batch: MicroBatch, frame: i
         over = ranks if layout.vision_replicated else layout.tp  # context ranks repeat a tensor-parallel tower
         other += vision_flops(shape.vision, patches=batch.patches, frame=frame) / over
     if stage == layout.pp - 1:
-        other += head_flops(shape.text, batch.responses) / layout.tp
+        other += head_flops(shape, batch.responses) / layout.tp
     return decoder, other
 
 
@@ -172,7 +172,7 @@ def _micro_batch_seconds(
     if train:
         work = 3 * work + (decoder if layout.recompute == "full" else 0.0)
         if stage == layout.pp - 1 and not fused_loss:  # linear_log_probs forms its logits again
-            work += head_flops(shape.text, workload.mean.responses) / layout.tp
+            work += head_flops(shape, workload.mean.responses) / layout.tp
     return work / (device.bf16_flops * device.compute_efficiency)
 
 

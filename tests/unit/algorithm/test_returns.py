@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_r1reward.algorithm.returns import Baseline, group_rewards, task_returns
+from megatron_r1reward.algorithm.returns import Baseline, generalized_advantages, group_rewards, task_returns
 
 REWARDS = torch.tensor([2.0, 0.5, 1.5])
 OFFSETS = torch.tensor([0, 3, 4, 9])
@@ -47,6 +47,45 @@ def test_a_broken_token_stays_inside_its_sequence() -> None:
     kl[5] = float("nan")
     returns = task_returns(REWARDS, OFFSETS, kl_tokens_R=kl, kl_coefficient=0.1)
     assert returns.isnan().tolist() == [False] * 4 + [True] * 2 + [False] * 3
+
+
+def equation_16(values: torch.Tensor, kl: torch.Tensor, beta: float, gamma: float, lam: float) -> torch.Tensor:
+    """A_t = sum_l (gamma lambda)^l delta_{t+l}, delta_t = r_t + gamma V(s_{t+1}) - V(s_t): arXiv 1506.02438, in its
+    words."""
+    found = []
+    for i, reward in enumerate(REWARDS.double().tolist()):
+        first, end = int(OFFSETS[i]), int(OFFSETS[i + 1])
+        deltas = []
+        for t in range(first, end):
+            earned = -beta * float(kl[t]) + (reward if t == end - 1 else 0.0)
+            following = float(values[t + 1]) if t + 1 < end else 0.0
+            deltas.append(earned + gamma * following - float(values[t]))
+        for t in range(len(deltas)):
+            found.append(sum((gamma * lam) ** step * delta for step, delta in enumerate(deltas[t:])))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("lam", [1.0, 0.95, 0.0])
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_generalized_advantages_are_equation_16(lam: float, gamma: float, beta: float) -> None:
+    torch.manual_seed(0)
+    values, kl = torch.randn(9), torch.randn(9)
+    earned = {"kl_tokens_R": kl, "kl_coefficient": beta, "gamma": gamma}
+    advantages, targets = generalized_advantages(REWARDS, OFFSETS, values, gae_lambda=lam, **earned)
+    expected = equation_16(values, kl, beta, gamma, lam)
+    torch.testing.assert_close(advantages.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(targets.double(), expected + values.double(), rtol=1e-6, atol=1e-6)
+    if lam == 1.0:
+        torch.testing.assert_close(targets, task_returns(REWARDS, OFFSETS, **earned))
+
+
+def test_a_masked_reward_and_a_broken_value_stay_inside_their_response() -> None:
+    values = torch.zeros(9)
+    values[6] = math.nan
+    rewards = torch.tensor([math.nan, 0.5, 1.5])
+    for found in generalized_advantages(rewards, OFFSETS, values, gae_lambda=0.95):
+        assert found.isnan().tolist() == [True] * 3 + [False] + [True] * 3 + [False] * 2
 
 
 def test_no_sequences() -> None:

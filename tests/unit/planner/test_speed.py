@@ -38,7 +38,7 @@ def test_vision_operations_by_hand():
 
 
 def test_the_head_runs_on_response_tokens_only():
-    assert head_flops(TEXT, 600) == 2 * 600 * 152_064 * 3584
+    assert head_flops(SEVEN.shape, 600) == 2 * 600 * 152_064 * 3584
 
 
 def test_tensor_parallel_volume_by_hand():
@@ -120,3 +120,27 @@ def test_times_add_up_and_move_as_they_should(make_config):
     )
     assert faster.time.phases["optimizer steps"] < plan.time.phases["optimizer steps"]
     assert asdict(faster.communication[0])["tensor_parallel"] < asdict(plan.communication[0])["tensor_parallel"]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_critic_is_a_second_model_with_an_optimizer(make_config, layers):
+    """Of the policy's size without its LM head: here not tied, so that is what it has less."""
+    keys = {"parallel.tensor_model_parallel_size": 4, "rollout.count": 3, "parallel.recompute": "full"}
+    plan = make_plan(make_config("Qwen2.5-VL-7B-Instruct", stage="rl", **keys), "rl")
+    ppo = {"algorithm.method": "ppo", "critic.score_layers": layers}
+    planned = make_plan(make_config("Qwen2.5-VL-7B-Instruct", stage="rl", **keys, **ppo), "rl")
+    assert planned.parameters == plan.parameters, "what is pushed and exported is the policy"
+    values = sum(plan.parameters.values())
+    without_head = 1 - plan.parameters["head"] / values
+    state = plan.peak.parameters + plan.peak.gradients + plan.peak.optimizer
+    assert planned.peak.critic == pytest.approx(without_head * state, rel=0.01)
+    assert planned.peak.total - plan.peak.total == planned.peak.critic
+    assert plan.peak.critic == 0
+    assert planned.peak.static - plan.peak.static == planned.peak.critic
+    both = plan.time.phases["log-probs"] + plan.time.phases["optimizer steps"]
+    assert 0.8 * both < planned.time.phases["critic"] < both
+    larger = make_plan(
+        make_config("Qwen2.5-VL-3B-Instruct", stage="rl", **keys, **ppo, **{"critic.path": "Qwen2.5-VL-7B-Instruct"}),
+        "rl",
+    )
+    assert larger.peak.critic == planned.peak.critic

@@ -14,11 +14,12 @@ from rollouts import prompt, rollout, scored
 
 from megatron_r1reward.algorithm.advantages import normalize_and_filter
 from megatron_r1reward.algorithm.policy_loss import aggregation_weights, policy_loss
-from megatron_r1reward.algorithm.returns import overlong_penalties, task_returns
+from megatron_r1reward.algorithm.returns import generalized_advantages, overlong_penalties, task_returns
 from megatron_r1reward.config.load import dump_config, load_config
 from megatron_r1reward.config.methods import METHODS, Method, describe
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.reward.terms import own_terms, reward_of
+from megatron_r1reward.training.critic import value_loss
 from megatron_r1reward.training.rollout_batch import compared_rewards
 
 REPOSITORY = Path(__file__).parents[3]
@@ -39,6 +40,7 @@ class Case:
     new: list[torch.Tensor]
     old: list[torch.Tensor]
     reference: list[torch.Tensor]
+    values: list[torch.Tensor]  # a critic's
     rewards: list[float]
     terms: list[tuple[float, ...]]  # weighted
 
@@ -81,6 +83,7 @@ def make_case(config: RunConfig, time: str) -> Case:
         new=[(o + d).requires_grad_() for o, d in zip(old, drift, strict=True)],
         old=old,
         reference=[o + 0.2 * torch.randn(len(o), dtype=torch.float64) for o in old],
+        values=[torch.rand(length).double() for length in LENGTHS],
         rewards=[sum(term) for term in terms],
         terms=terms,
     )
@@ -91,10 +94,15 @@ def ours(config: RunConfig, case: Case, time: str) -> tuple[torch.Tensor, torch.
     algorithm = config.algorithm
     cu_response = torch.tensor([0, *LENGTHS]).cumsum(0)
     new_R, old_R, reference_R = (torch.cat(parts) for parts in (case.new, case.old, case.reference))
-    returns_R = task_returns(
-        compared_rewards(config, items_of(config, time)), cu_response, kl_tokens_R=old_R - reference_R,
-        kl_coefficient=algorithm.kl_coefficient, gamma=algorithm.gamma,
-    )  # fmt: skip
+    rewards_N = compared_rewards(config, items_of(config, time))
+    earned: dict[str, Any] = {
+        "kl_tokens_R": old_R - reference_R, "kl_coefficient": algorithm.kl_coefficient, "gamma": algorithm.gamma
+    }  # fmt: skip
+    if algorithm.needs_critic:
+        values_R, gae_lambda = torch.cat(case.values), algorithm.gae_lambda
+        returns_R, _ = generalized_advantages(rewards_N, cu_response, values_R, gae_lambda=gae_lambda, **earned)
+    else:
+        returns_R = task_returns(rewards_N, cu_response, **earned)
     advantages_R = normalize_and_filter(returns_R, algorithm).advantages.double()
     result = policy_loss(
         new_R, old_R, advantages_R, algorithm, cu_response=cu_response, reference_log_probs_R=reference_R
@@ -243,6 +251,17 @@ def gdpo(case: Case) -> list[torch.Tensor]:
     return ppo(case, whitened(constant(case, total)))
 
 
+def gae(case: Case, lam: float) -> list[torch.Tensor]:
+    """arXiv 1506.02438 eq. 16: sum_l (gamma lambda)^l delta_{t+l}, gamma = 1; nothing follows the last token."""
+    found = []
+    for reward, values in zip(case.rewards, case.values, strict=True):
+        rewards = [0.0] * (len(values) - 1) + [reward]
+        deltas = [r + after - now for r, after, now in zip(rewards, [*values[1:], 0.0], values, strict=True)]
+        tails = [deltas[t:] for t in range(len(deltas))]
+        found.append(torch.stack([torch.stack([lam**n * d for n, d in enumerate(tail)]).sum() for tail in tails]))
+    return found
+
+
 Formula = Callable[[Case], list[torch.Tensor]]
 FORMULAS: dict[str, tuple[Formula, str]] = {
     "stable_reinforce": (stable, "sequences"),
@@ -264,6 +283,7 @@ FORMULAS: dict[str, tuple[Formula, str]] = {
     "cispo": (cispo, "tokens"),
     "sapo": (sapo, "sequences"),
     "gdpo": (gdpo, "sequences"),
+    "ppo": (lambda case: ppo(case, whitened(gae(case, 1.0))), "tokens"),
 }  # fmt: skip
 
 
@@ -303,6 +323,70 @@ def test_the_cases_tell_methods_apart() -> None:
         config = config_of(method)
         found.add(round(float(ours(config, make_case(config, "late"), "late")[1]), 9))
     assert len(found) == len(get_args(Method))
+
+
+@pytest.mark.parametrize("time", PARTS)
+def test_ppo_with_another_lambda_and_a_kl_in_the_reward(time: str) -> None:
+    """The penalty of a token is earned at that token: KL in the reward as in arXiv 1909.08593 eq. 2."""
+    config = config_of("ppo", gae_lambda=0.95, kl_coefficient=0.1)
+    case = make_case(config, time)
+    advantages = []
+    for plain, old, reference in zip(gae(case, 0.95), case.old, case.reference, strict=True):
+        penalties = -0.1 * (old - reference)
+        tails = [penalties[t:] for t in range(len(penalties))]
+        tails_sum = [sum(0.95**n * p for n, p in enumerate(tail)) for tail in tails]
+        advantages.append(plain + torch.tensor(tails_sum, dtype=torch.float64))
+    expected = torch.cat(ppo(case, whitened(advantages)))
+    torch.testing.assert_close(ours(config, case, time)[0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [0.2, 0.0])
+@pytest.mark.parametrize(("aggregation", "over"), [("token_mean", "tokens"), ("sequence_mean", "sequences")])
+def test_the_value_loss_is_the_clipped_one_of_the_implementations(clip: float, aggregation: str, over: str) -> None:
+    """0.5 max((V - G)^2, (clip(V, V_old +- eps) - G)^2), token by token, and its gradient."""
+    config = config_of("ppo", aggregation=aggregation)
+    case = make_case(config, "early")
+    torch.manual_seed(1)
+    new = [(v + 0.3 * torch.randn(len(v), dtype=torch.float64)).requires_grad_() for v in case.values]
+    targets = [v + torch.randn(len(v), dtype=torch.float64) for v in case.values]
+    expected, stopped = [], []
+    for now, before, target in zip(new, case.values, targets, strict=True):
+        tokens = []
+        for v, v_old, g in zip(now, before, target, strict=True):
+            moved = v_old + torch.clamp(v - v_old, -clip, clip) if clip else v
+            free, held = (v - g) ** 2, (moved - g) ** 2
+            tokens.append(0.5 * (free if free >= held else held))
+            stopped.append(bool(held > free))
+        expected.append(torch.stack(tokens))
+    per_token_R, clipped_R = value_loss(*(torch.cat(parts) for parts in (new, case.values, targets)), clip=clip)
+    torch.testing.assert_close(per_token_R, torch.cat(expected))
+    assert clipped_R.tolist() == stopped
+    assert any(stopped) == bool(clip)
+    weights = aggregation_weights(torch.tensor([0, *LENGTHS]).cumsum(0), config.algorithm)
+    total = (weights.weights.double() * per_token_R).sum() / weights.counts.sum()
+    theirs = batch_loss(expected, over)
+    torch.testing.assert_close(total, theirs, rtol=1e-6, atol=1e-8)
+    mine, gradients = torch.autograd.grad(total, new), torch.autograd.grad(theirs, new)
+    torch.testing.assert_close(torch.cat(mine), torch.cat(gradients), rtol=1e-5, atol=1e-9)
+    assert (torch.cat(mine)[torch.tensor(stopped)] == 0).all(), "what the clip decides has no gradient"
+
+
+@pytest.mark.parametrize(
+    ("sections", "reason"),
+    [
+        (
+            {"critic": {"lr": 1e-5}},
+            r"critic.lr 1e-05 means nothing without a critic: remove it, or set algorithm.method",
+        ),
+        ({"algorithm": {"gae_lambda": 0.9}}, "gae_lambda 0.9 means nothing to advantage_estimator 'returns'"),
+        ({"algorithm": {"method": "ppo", "samples_per_prompt": 4, "baseline": "group_mean"}}, "baseline 'group_mean'"),
+        ({"algorithm": {"method": "ppo"}, "critic": {"warmup_steps": 100}}, "none of the 100 steps"),
+    ],
+)
+def test_what_a_critic_does_not_go_with(sections: dict[str, Any], reason: str) -> None:
+    here: dict[str, Any] = {"run": {"output_dir": "o"}, "model": {"path": "p"}, "data": {"train": "t"}}
+    with pytest.raises(ValueError, match=reason):
+        RunConfig.model_validate(here | sections)
 
 
 @pytest.mark.parametrize("parts", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[3], [7, 0], [5, 1, 2], [6, 4]]])

@@ -173,3 +173,23 @@ def test_checkpoints_that_an_alarm_may_go_back_to_are_kept(tmp_path: Path) -> No
     gone = expired(tmp_path, CheckpointSection(keep_last=1), newest=newest, reach=3)
     assert [folder.name for folder in gone] == [f"step-{step:08d}" for step in range(1, 6)]
     assert len(expired(tmp_path, CheckpointSection(keep_last=1), newest=newest)) == 8
+
+
+def test_a_critic_goes_back_with_its_policy(
+    recorded: RunConfig, topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it expects before step 2 is the same again; then it learns at the lower rate, as the policy does."""
+    config = elsewhere(recorded, tmp_path, algorithm={"advantage_estimator": "gae"}, critic={"lr": 4 * RATE})
+    collapsing(monkeypatch, CAUSES["unparsable"][0], shown=("critic/value_mean", "critic/lr", "critic/loss"))
+    train_step, seen = rl.train_step, []
+
+    def step(state: Any, *given: Any) -> dict[str, float]:
+        metrics = train_step(state, *given)
+        seen.append((state.step, metrics["critic/value_mean"], metrics["critic/lr"]))
+        return metrics
+
+    monkeypatch.setattr(rl, "train_step", step)
+    rl.run(config, topology, None)
+    assert [number for number, _, _ in seen] == [1, 2, 3, 2, 3, 4]
+    assert seen[1][1] == seen[3][1] != seen[0][1]
+    assert [rate / RATE for _, _, rate in seen] == pytest.approx([4, 4, 4, 1, 1, 1])
