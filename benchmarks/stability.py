@@ -83,6 +83,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "gspo": ("algorithm.method=gspo", *_GROUP),
     "cispo": ("algorithm.method=cispo", *_GROUP),
     "sapo": ("algorithm.method=sapo", *_GROUP),
+    "ppo": ("algorithm.method=ppo",),
     # Ways out where the filter starves learning.
     "filter_released": ("algorithm.filter=released_code",),
     "filter_clamp": ("algorithm.filter=clamp",),
