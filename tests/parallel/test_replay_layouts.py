@@ -68,7 +68,7 @@ def test_the_same_layout_repeats_itself(alone: RunConfig, tmp_path: Path) -> Non
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def _run_that_collapses(config: RunConfig) -> None:
+def run_that_collapses(config: RunConfig) -> None:
     """What is measured after step 2 says that the model no longer answers, as long as the rate is what it was."""
     train_step, rate = rl.train_step, config.optimizer.lr
 
@@ -90,7 +90,7 @@ def went_back(folder: Path, parity_images: tuple[str, ...], tmp_path_factory: py
         health={"policy": "rollback", "patience": 1, "rollback_factor": 0.25, "max_rollbacks": 1},
     )  # fmt: skip
     write_made_up_record(config, parity_images, image_token_id=load_hf_config(folder).image_token_id)
-    run_ranks(_run_that_collapses, 1, config)
+    run_ranks(run_that_collapses, 1, config)
     return config
 
 
@@ -98,7 +98,11 @@ def went_back(folder: Path, parity_images: tuple[str, ...], tmp_path_factory: py
 def test_ranks_go_back_together(layout: dict[str, int], went_back: RunConfig, tmp_path: Path) -> None:
     """To the same checkpoint, each with its own part of the optimizer's state: what follows is one rank's training."""
     config = elsewhere(went_back, tmp_path, parallel=layout)
-    run_ranks(_run_that_collapses, 2, config)
+    run_ranks(run_that_collapses, 2, config)
+    check_both_went_back(went_back, config)
+
+
+def check_both_went_back(went_back: RunConfig, config: RunConfig) -> None:
     (then,), (now,) = (
         json.loads((run.run.output_dir / "checkpoints" / "rollbacks.json").read_text()) for run in (went_back, config)
     )
@@ -114,4 +118,6 @@ def test_ranks_go_back_together(layout: dict[str, int], went_back: RunConfig, tm
         for name in ("loss", "grad_norm", "lr", "health/rollbacks"):
             assert after[name] == pytest.approx(before[name], rel=1e-3, abs=1e-5), (before["step"], name)
     ours, theirs = weights(config), weights(went_back)
-    assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 1e-4
+    assert (
+        max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 2e-4
+    )  # a fifth of a step at this rate

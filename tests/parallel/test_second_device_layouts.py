@@ -1,7 +1,7 @@
 """Every layout on the second device: what a GPU would refuse fails here, and the numbers are those of a single CPU.
 
-Old log-probs, two policy steps, a step of SFT and the export for a push; whole stages with servers, checkpoints and
-resumes are in `test_second_device.py`.
+Old log-probs, two policy steps, a step of SFT and the export for a push; a run that goes back to a checkpoint. Whole
+stages with servers, checkpoints and resumes are in `test_second_device.py`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,13 @@ import numpy as np
 import parallel_parity as parity
 import pytest
 from forked_ranks import run_ranks
+from made_up_record import elsewhere
 from parity_layouts import LAYOUTS, SINGLE
+from test_replay_layouts import check_both_went_back, run_that_collapses, went_back  # noqa: F401  (a fixture)
 from test_second_device import ALLOWED_WAITS, WAITING_FOR_MAIN
 from updates import Updated, update_and_sft_step
+
+from megatron_r1reward.config.schema import RunConfig
 
 pytestmark = pytest.mark.parallel
 # Every layout once; the families share them, so that each takes part in each kind of parallelism.
@@ -63,6 +67,20 @@ def test_every_other_loss_trains_on_a_device_with_the_numbers_of_a_cpu(loss, nam
     family, layout, algorithm = "qwen2_5_vl", LAYOUTS[name], {"loss": loss}
     expected = run_ranks(update_and_sft_step, 1, families[family], parity_images, SINGLE, algorithm)[0]
     check(expected, run_ranks(_on_the_device, layout.ranks, families[family], parity_images, layout, algorithm))
+
+
+def _go_back_on_the_device(config: RunConfig) -> None:
+    import second_device
+
+    second_device.install()
+    with second_device.Rules():
+        run_that_collapses(config)
+
+
+def test_ranks_go_back_on_a_device_as_on_a_cpu(went_back, tmp_path) -> None:  # noqa: F811
+    config = elsewhere(went_back, tmp_path)
+    run_ranks(_go_back_on_the_device, 2, config)
+    check_both_went_back(went_back, config)
 
 
 def check(expected: Updated, ranks: list[tuple[Updated, set[str], set[str]]]) -> None:
