@@ -158,26 +158,35 @@ def folders_behind_links(root: Path, limit: int = 20_000) -> list[Path]:
     waiting = deque([home])
     while waiting and limit > 0:
         folder = waiting.popleft()
-        if folder in seen or not os.access(folder, os.R_OK):
+        if folder in seen:
             continue
         seen.add(folder)
-        with os.scandir(folder) as entries:
-            for entry in itertools.islice(entries, limit):
-                limit -= 1
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_symlink():
-                    target = Path(entry.path).resolve()
-                    if target.is_dir():
-                        waiting.append(target)
-                    elif Path(entry.name).suffix.lower() in suffixes:
-                        target = target.parent
-                    else:
-                        continue
-                    if not target.is_relative_to(home):
-                        found[target] = None
-                elif entry.is_dir():
+        try:
+            with os.scandir(folder) as listing:
+                entries = list(itertools.islice(listing, limit))
+        except OSError:  # closed to us
+            continue
+        limit -= len(entries)
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if not entry.is_symlink():
+                if entry.is_dir():
                     waiting.append(Path(entry.path))
+                continue
+            try:
+                target = Path(entry.path).resolve()
+                leads_to_folder = target.is_dir()
+            except (OSError, RuntimeError):  # into a folder that is closed to us; a loop of links
+                continue
+            if leads_to_folder:
+                waiting.append(target)
+            elif Path(entry.name).suffix.lower() in suffixes:
+                target = target.parent
+            else:
+                continue
+            if not target.is_relative_to(home):
+                found[target] = None
     return list(found)
 
 

@@ -439,6 +439,7 @@ def test_links_inside_the_root_are_followed_and_further_roots_are_named(root, tm
     with pytest.raises(ValueError, match=r"data\.image_roots takes further folders"):
         read_preferences(elsewhere)
     assert read_preferences(elsewhere, image_roots=[scratch]).preferences[0].image_paths == (str(scratch / "blob"),)
+    (root / "loop.png").symlink_to("loop.png")
     assert folders_behind_links(root) == [scratch]
 
 
