@@ -168,6 +168,7 @@ def export_folder(
     threads: int | None = None,
     dry_run: bool = False,
     progress: bool = True,
+    critic: bool = False,
 ) -> ConversionSummary:
     """Distributed checkpoint (imported, or saved by training) -> Hugging Face folder.
 
@@ -177,6 +178,7 @@ def export_folder(
     Args:
         template: the original folder; None: what the import kept, or the run's `model.path`.
         dtype: of all weights; None: the original tensors' own. `config.json` names it.
+        critic: the critic that a training checkpoint holds, in the place of its policy.
 
     Raises:
         ValueError: the checkpoint is damaged or of another model, `out` exists, or the disk is too small.
@@ -184,7 +186,7 @@ def export_folder(
     sources = Sources()
     if dtype is not None:
         check_dtype(dtype)
-    source = WeightSource(folder, sources, template=template)
+    source = WeightSource(folder, sources, template=template, critic=critic)
     if not source.is_distributed:
         raise ValueError(f"{folder} is a Hugging Face folder already: use import, merge or export --fp8")
     original = {t.meta.name: t.meta.dtype for f in source.template.weights.files for t in f.tensors}
@@ -197,7 +199,7 @@ def export_folder(
         source,
         {name: HfTensor(meta=meta, views=tensors[name].views) for name, meta in wanted.items()},
         sources=sources,
-        options={"export": source.description(), "dtype": dtype},
+        options={"export": source.description(), "dtype": dtype, "critic": critic},
         threads=threads or default_threads(),
         dry_run=dry_run,
         progress=progress,

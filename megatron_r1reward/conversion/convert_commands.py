@@ -65,21 +65,26 @@ def export(
     dtype: Dtype = None,
     threads: Threads = None,
     fp8: Annotated[bool, typer.Option("--fp8", help="FP8 weights for serving (compressed-tensors format)")] = False,
+    critic: Annotated[bool, typer.Option("--critic", help="PPO's critic in the place of the policy")] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Distributed checkpoint -> Hugging Face folder with the original's files, names and order."""
     with user_errors(level=logging.WARNING):
         if fp8 and (dtype is not None or dry_run):
             raise ValueError("--fp8 goes with neither --dtype nor --dry-run: leave them out")
+        if fp8 and critic:
+            raise ValueError("--critic exports what is trained on, and --fp8 what is served: leave one out")
         check_kind(checkpoint)
-        template_for(checkpoint, template=template)
+        template_for(checkpoint, template=template, critic=critic)
         from megatron_r1reward.conversion.convert import export_folder
         from megatron_r1reward.conversion.fp8_export import export_fp8
 
         if fp8:
             summary = export_fp8(checkpoint, out, template=template, threads=threads)
         else:
-            summary = export_folder(checkpoint, out, template=template, dtype=dtype, threads=threads, dry_run=dry_run)
+            summary = export_folder(
+                checkpoint, out, template=template, dtype=dtype, threads=threads, dry_run=dry_run, critic=critic
+            )
         _report(out, summary, dry_run)
 
 

@@ -65,6 +65,8 @@ def _distributed(folder: Path, facts: dict[str, Any]) -> list[TensorMeta]:
         state = read_json(folder / "state.json")
         facts |= {key: state[key] for key in ("layout", "weight_version", "data") if key in state}
         facts["head"] = head_name(state.get("score_layers", 0))
+        if state.get("critic"):
+            facts["critic"] = head_name(state["critic"]["layers"])
     try:
         template = template_of(folder)
     except ValueError as error:  # it can be looked at all the same

@@ -154,7 +154,8 @@ def _same_shape(entry: Entry, saved: Shape) -> bool:
 
 
 class TorchDistFolder:
-    """Lazy access to the parameters of a distributed checkpoint, however it was cut when it was saved.
+    """Lazy access to the parameters of a distributed checkpoint, however it was cut when it was saved; or to those of
+    the `critic` that it holds, under the names of any model.
 
     `.metadata` is a pickle, as megatron-core itself writes and reads it: open only checkpoints that you trust.
 
@@ -162,7 +163,7 @@ class TorchDistFolder:
         ValueError: the folder is no complete distributed checkpoint.
     """
 
-    def __init__(self, folder: Path, sources: Sources) -> None:
+    def __init__(self, folder: Path, sources: Sources, *, critic: bool = False) -> None:
         if not (folder / FORMAT_FILE).is_file() or not (folder / ".metadata").is_file():
             raise ValueError(f"{folder} is no complete distributed checkpoint: {FORMAT_FILE} or .metadata is missing")
         self.folder = folder
@@ -171,14 +172,17 @@ class TorchDistFolder:
             metadata = FileSystemReader(folder).read_metadata()
         except Exception as error:  # a torn pickle raises whatever its bytes lead to
             raise ValueError(f"{folder / '.metadata'} is damaged ({type(error).__name__}: {error})") from error
+        prefix = CRITIC if critic else ""
         self.tensors = {
-            key: entry
+            key.removeprefix(prefix): entry
             for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
+            if isinstance(entry, TensorStorageMetadata) and key.startswith(prefix)
         }
         self.storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         self._places: dict[tuple[str, tuple[int, ...]], _StorageInfo] = {
-            (index.fqn, tuple(index.offset)): info for index, info in self.storage.items() if index.offset is not None
+            (index.fqn.removeprefix(prefix), tuple(index.offset)): info
+            for index, info in self.storage.items()
+            if index.offset is not None and index.fqn.startswith(prefix)
         }
 
     def metas(self) -> list[TensorMeta]:

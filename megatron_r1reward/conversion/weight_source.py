@@ -92,13 +92,15 @@ def load_template(folder: Path) -> FolderTemplate:
     return FolderTemplate(folder=folder, side_files=sides, weights=weights)
 
 
-def template_for(folder: Path, *, template: Path | None = None, without_values: bool = False) -> FolderTemplate:
+def template_for(
+    folder: Path, *, template: Path | None = None, without_values: bool = False, critic: bool = False
+) -> FolderTemplate:
     """What a folder of either kind is to look like as a Hugging Face folder; see `WeightSource`, which begins with it.
 
     Raises:
         ValueError: as there, but for the tensors of a distributed checkpoint.
     """
-    place = template or (template_of(folder) if is_distributed(folder) else folder)
+    place = template or (template_of(folder, critic=critic) if is_distributed(folder) else folder)
     if without_values and not any(place.glob("*.safetensors")) and not (place / HEADERS).is_file():
         return FolderTemplate(folder=place, side_files=(), weights=planned_weights(place))
     return load_template(place)
@@ -126,10 +128,27 @@ def with_scalar_head(template: FolderTemplate, layers: int) -> FolderTemplate:
     return replace(template, weights=match_weights(template.folder, shape, files, index))
 
 
-def head_of(checkpoint: Path) -> int:
-    """Layers of the scalar head that a training checkpoint holds; 0 for an LM head, and for an import."""
+def head_of(checkpoint: Path, *, critic: bool = False) -> int:
+    """Layers of the scalar head of the model (or of the critic) that a training checkpoint holds; 0 for an LM head, and
+    for an import."""
     state = checkpoint / "state.json"
+    if critic:
+        return int(_critic_of(checkpoint)["layers"])
     return int(read_json(state).get("score_layers", 0)) if state.is_file() else 0
+
+
+def _critic_of(checkpoint: Path) -> dict[str, Any]:
+    """What a training checkpoint says about its critic: the folder that it began with, and its head.
+
+    Raises:
+        ValueError: there is none.
+    """
+    state = checkpoint / "state.json"
+    found = read_json(state).get("critic") if state.is_file() else None
+    if not found:
+        raise ValueError(f"{checkpoint} holds no critic: leave --critic out")
+    critic: dict[str, Any] = found
+    return critic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,19 +163,26 @@ class WeightSource:
     """The weights of a folder of either kind, under the names that the template's files use.
 
     `without_values` reads headers only; where there are no weight files, names and shapes follow from `config.json`.
+    `critic`: those of the critic that a training checkpoint holds beside the policy.
 
     Raises:
         ValueError: the folder is neither kind, damaged, or does not match its configuration or its template.
     """
 
     def __init__(
-        self, folder: Path, sources: Sources, *, template: Path | None = None, without_values: bool = False
+        self,
+        folder: Path,
+        sources: Sources,
+        *,
+        template: Path | None = None,
+        without_values: bool = False,
+        critic: bool = False,
     ) -> None:
-        self.folder = folder
+        self.folder, self.critic = folder, critic
         self.is_distributed = is_distributed(folder)
         self._sources = sources
-        self.template = template_for(folder, template=template, without_values=without_values)
-        layers = head_of(folder) if self.is_distributed else 0
+        self.template = template_for(folder, template=template, without_values=without_values, critic=critic)
+        layers = head_of(folder, critic=critic) if self.is_distributed else 0
         if layers and not self.template.weights.shape.score_layers:  # trained from a language model
             self.template = with_scalar_head(self.template, layers)
         self.table, self.on_disk = self.template.weights.table, self.template.weights.on_disk
@@ -164,7 +190,7 @@ class WeightSource:
         if self.is_distributed:
             from megatron_r1reward.conversion.torch_dist_folder import TorchDistFolder
 
-            self._dist = TorchDistFolder(folder, sources)
+            self._dist = TorchDistFolder(folder, sources, critic=critic)
             self._dist.check(self.table, where=f"{folder}, against the configuration in {self.template.folder}")
         self._places = {t.meta.name: t for f in self.template.weights.files for t in f.tensors}
         self._entries: dict[str, list[tuple[Entry, int]]] = {}
@@ -217,6 +243,8 @@ class WeightSource:
         state = self.folder / "state.json"
         if not self.is_distributed or not state.is_file():
             return {}
+        if self.critic:  # it is no reward model
+            return {prompt_policy.FILE: None, "README.md": None}
         tree = read_json(state)
         said = {name: tree[name] for name in (prompt_policy.FILE,) if name in tree}  # not in older checkpoints
         return {**said, "README.md": None} if said else {}
@@ -241,9 +269,9 @@ def weight_table_of_template(folder: Path, checkpoint: Path) -> WeightTable:
     return weight_table(shape)
 
 
-def template_of(checkpoint: Path) -> Path:
+def template_of(checkpoint: Path, *, critic: bool = False) -> Path:
     """The Hugging Face folder that a distributed checkpoint belongs to: what an import kept inside it, or the
-    `model.path` of the run that saved it.
+    `model.path` of the run that saved it; or the one that its critic began with.
 
     Raises:
         ValueError: it keeps none, or that folder is not there.
@@ -255,7 +283,7 @@ def template_of(checkpoint: Path) -> Path:
         raise ValueError(f"{checkpoint} keeps no Hugging Face files: name the original folder with --template")
     try:
         tree = json.loads(state.read_text())
-        path = Path(tree["config"]["model"]["path"])
+        path = Path(_critic_of(checkpoint)["path"] if critic else tree["config"]["model"]["path"])
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{state} is damaged ({error}): name the original folder with --template") from error
     started_in = tree.get("working_directory")

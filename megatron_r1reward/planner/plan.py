@@ -134,7 +134,8 @@ def make_plan(config: RunConfig, stage: Stage) -> Plan:
     )
     if critic is not None:
         beside = layouts.trainer_layout(critic, config.parallel, devices.trainer)
-        memory = with_critic(memory, trainer_memory(critic, beside, numerics, workload, device, frozen=frozen))
+        of_critic = trainer_memory(critic, beside, numerics, workload, device, frozen=frozen & VISION)
+        memory = with_critic(memory, of_critic)
     servers, notes = _servers(config, stage, model, device)
     return Plan(
         stage=stage,

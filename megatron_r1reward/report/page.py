@@ -77,6 +77,11 @@ RL_CURVES = (
         metrics={"rollout/answer_1_fraction": "answer 1", "rollout/unparsable_fraction": "no answer"},
         scale="share",
     ),
+    CurveSpec(
+        title="Critic",
+        note="share of the variance of what came that it expected, before the update",
+        metrics={"critic/explained_variance": "explained variance"},
+    ),
     _ENTROPY,
     _GRAD_NORM,
 )

@@ -52,7 +52,7 @@ def _config(config: RunConfig) -> RunConfig:
             "critic.path to the Hugging Face folder that it begins with"
         )
     changed = {
-        "model": config.model.model_copy(update={"path": section.path or config.model.path}),
+        "model": config.model.model_copy(update={"path": section.path or config.model.path, "freeze_language": False}),
         "optimizer": config.optimizer.model_copy(update={"lr": section.lr or config.optimizer.lr}),
         "checkpoint": config.checkpoint.model_copy(update={"init_from": None}),
     }

@@ -106,10 +106,16 @@ def test_the_critic_survives_conversion(whole: RunConfig, tmp_path: Path) -> Non
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (run / "critic" / "model.safetensors").read_bytes()
     checkpoint = run / "checkpoints" / "step-00000003"
     assert not list(verify(checkpoint))
-    assert inspect(checkpoint)["head"] == "lm"
-    export_folder(checkpoint, tmp_path / "policy", progress=False)
-    policy, exported = load_file(tmp_path / "policy" / "model.safetensors"), weights(whole, "hf")
-    assert all(torch.equal(policy[name], exported[name]) for name in exported)
+    assert (inspect(checkpoint)["head"], inspect(checkpoint)["critic"]) == ("lm", "scalar, two layers")
+    for folder in ("hf", "critic"):
+        export_folder(checkpoint, tmp_path / folder, progress=False, critic=folder == "critic")
+        found, expected = load_file(tmp_path / folder / "model.safetensors"), weights(whole, folder)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not list(verify(tmp_path / "critic"))
+    assert not (tmp_path / "critic" / "reward_model.json").exists()
+    with pytest.raises(ValueError, match="holds no critic: leave --critic out"):
+        export_folder(tmp_path / "megatron", tmp_path / "none", progress=False, critic=True)
 
 
 def test_others_go_on_with_the_critic(whole: RunConfig, topology: Topology, tmp_path: Path) -> None:

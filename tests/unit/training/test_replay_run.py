@@ -183,6 +183,7 @@ def test_samples_of_older_weights_have_no_log_probs_to_reuse(
         ("rollout", "dtype", "auto", "rollout.dtype 'auto' is not model.precision 'fp32': set it to 'float32'"),
         ("rollout", "quantization", "fp8", "rollout.quantization 'fp8' is another precision"),
         ("algorithm", "truncated_importance_sampling", 2.0, "would be 1 for all"),
+        ("critic", "warmup_steps", 1, "critic.warmup_steps 1 leaves out updates, which measure the gap"),
     ],
 )
 def test_where_the_samplers_log_probs_are_not_the_trainers(
@@ -192,7 +193,7 @@ def test_where_the_samplers_log_probs_are_not_the_trainers(
         "rl": {"train_batch_size": 8}, "rollout": {"dtype": "float32"}, "algorithm": {"old_log_probs": "sampler"}
     }  # fmt: skip
     replay_config(tmp_path, tmp_path, **sections)
-    sections[section] |= {key: value}
+    sections[section] = sections.get(section, {}) | {key: value}
     with pytest.raises(ValueError, match=reason):
         replay_config(tmp_path, tmp_path, **sections)
 
