@@ -86,6 +86,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/ranking.py --json $(RESULTS)/ranking.json # on a finished `make demo`
 	$(BIN)/python benchmarks/serving_throughput.py --json $(RESULTS)/serving_throughput.json # on a finished `make demo`
 	$(BIN)/python benchmarks/reward_kinds.py --json $(RESULTS)/reward_kinds.json # on a finished `make demo` and `rm`
+	$(BIN)/python benchmarks/methods_resume.py --json $(RESULTS)/methods_resume.json # on a finished `make demo`
 	$(BIN)/python benchmarks/stability.py --json $(RESULTS)/stability.json --pictures $(RESULTS) # on a finished `make demo`; half an hour of one core, resumes
 
 lint: $(STAMP)
