@@ -10,7 +10,8 @@ from http.server import BaseHTTPRequestHandler
 from local_server import LocalServer
 from waiting import Door
 
-Action = str | int | float  # a reply's text; an HTTP status to fail with; seconds to hang
+# A reply's text, or those of several choices; an HTTP status to fail with; seconds to hang
+Action = str | tuple[str, ...] | int | float
 HTML, BAD_JSON, WRONG_SHAPE = "<html>gateway</html>", "{broken json", '{"choices": []}'
 
 
@@ -51,7 +52,10 @@ class ScriptedServer(LocalServer):
             return 200, "application/json", completion("1")
         if action == HTML:
             return 200, "text/html", action
-        return 200, "application/json", action if action in (BAD_JSON, WRONG_SHAPE) else completion(action)
+        if action in (BAD_JSON, WRONG_SHAPE):
+            assert isinstance(action, str)
+            return 200, "application/json", action
+        return 200, "application/json", completion(action)
 
     def _handler(server: ScriptedServer) -> type[BaseHTTPRequestHandler]:  # noqa: N805
         class Handler(BaseHTTPRequestHandler):
@@ -81,7 +85,16 @@ class ScriptedServer(LocalServer):
         return Handler
 
 
-def completion(text: str) -> str:
-    message = {"role": "assistant", "content": text}
-    choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
-    return json.dumps({"id": "c", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
+def completion(said: str | tuple[str, ...]) -> str:
+    choices = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": text},
+            "finish_reason": "stop",
+            "logprobs": None,
+        }
+        for index, text in enumerate((said,) if isinstance(said, str) else said)
+    ]
+    usage = {"prompt_tokens": 1, "completion_tokens": 5 * len(choices), "total_tokens": 1 + 5 * len(choices)}
+    tree = {"id": "c", "object": "chat.completion", "created": 0, "model": "m", "choices": choices, "usage": usage}
+    return json.dumps(tree)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel
@@ -41,8 +41,9 @@ from megatron_r1reward.files import remove_leftovers, write_text
 from megatron_r1reward.judging.ask import ORDERS, AskOptions
 from megatron_r1reward.judging.judge_prompt import JudgePrompt
 from megatron_r1reward.judging.open_model import access_policy, open_model
-from megatron_r1reward.judging.scalar import read_rewards
-from megatron_r1reward.judging.served import is_scalar
+from megatron_r1reward.judging.rewards import read_rewards
+from megatron_r1reward.judging.served import kind_said
+from megatron_r1reward.model_folder.prompt_policy import Kind
 from megatron_r1reward.types import ModelAccess, Preference
 
 
@@ -74,17 +75,17 @@ class BenchOptions:
 class BenchResult:
     """`official` and `legacy` are the benchmark's own numbers, of greedy judgements; the others are of both orders.
 
-    `absent`: what a scalar reward model does not have, with the reason.
+    `absent`: what a scalar or pointwise reward model does not have, with the reason.
     """
 
     benchmark: str
-    kind: Literal["generative", "scalar"]
+    kind: Kind
     model: str
     rows: int
     unusable: int
     asked: int
     failed: Sequence[str]
-    calls: int  # answered; of a scalar reward model two for a pair
+    calls: int  # answered; of a model that reads one response two for a pair
     tokens: int  # generated; of a scalar reward model: read
     samples: int
     official: OfficialScore
@@ -112,9 +113,10 @@ def run_bench(benchmark: str, source: Path, out: Path, access: ModelAccess, opti
     rule = _rule(benchmark, options)
     if options.judge is not None:
         options.judge.check()  # before hours of asking
-    scalar = is_scalar(access_policy(access))
-    if scalar:
-        _check_scalar(options)
+    kind = kind_said(access_policy(access))
+    alone = kind != "generative"
+    if alone:
+        _check_alone(options, kind)
     prompt = JudgePrompt.load(options.prompt, verdict=options.verdict)
     request = _request_fields(options.request)
     out.mkdir(parents=True, exist_ok=True)
@@ -130,8 +132,8 @@ def run_bench(benchmark: str, source: Path, out: Path, access: ModelAccess, opti
     other = [part for part in (prompt.turns, request) if part]
     asking = Asking(
         asked_as=(name, access.max_tokens, options.seed, *other),
-        read=read_rewards if scalar else prompt.read,
-        orders=ORDERS[:1] if scalar else ORDERS,
+        read=read_rewards if alone else prompt.read,
+        orders=ORDERS[:1] if alone else ORDERS,
         samples=options.samples,
         temperature=options.temperature,
         seed=options.seed,
@@ -145,13 +147,13 @@ def run_bench(benchmark: str, source: Path, out: Path, access: ModelAccess, opti
     overall, categories = score_categories(rule, rows, judged, preferences, options.samples)
     result = BenchResult(
         benchmark=benchmark,
-        kind="scalar" if scalar else "generative",
+        kind=kind,
         model=access.model if access.model_name is None else access.model_name,
         rows=len(rows),
         unusable=len(rows) - len(preferences),
         asked=judged.asked,
         failed=judged.failed,
-        calls=(judged.asked - len(judged.failed)) * (2 if scalar else 1),
+        calls=(judged.asked - len(judged.failed)) * (2 if alone else 1),
         tokens=judged.tokens,
         samples=options.samples,
         official=official,
@@ -159,7 +161,7 @@ def run_bench(benchmark: str, source: Path, out: Path, access: ModelAccess, opti
         overall=overall,
         categories=categories,
         vote_budget=_curves(rows, judged, overall, out, access, options) if options.samples else None,
-        absent=ABSENT if scalar else {},
+        absent=ABSENT.get(kind, {}),
     )
     write_text(out / "bench.json", json.dumps(_fields(result), indent=2, default=_plain) + "\n")
     return result
@@ -181,14 +183,15 @@ def _curves(
     return vote_curves(rows, judged, overall, options.samples, options.seed, supported)
 
 
-def _check_scalar(options: BenchOptions) -> None:
-    """Raises ValueError for what a scalar reward model is not asked."""
-    default = BenchOptions()
-    for name in ("samples", "prompt", "verdict", "request", "judge"):
+def _check_alone(options: BenchOptions, kind: Kind) -> None:
+    """Raises ValueError for what a model is not asked that reads one response at a time."""
+    default, why = BenchOptions(), "gives a response one number and writes no text"
+    names = ["samples", "prompt", "verdict", "judge", "request"]
+    if kind == "pointwise":
+        names, why = names[:-1], "rates each response, and is asked for no verdicts about pairs"
+    for name in names:
         if getattr(options, name) != getattr(default, name):
-            raise ValueError(
-                f"--{name}: a scalar reward model gives a response one number and writes no text: leave it out"
-            )
+            raise ValueError(f"--{name}: a {kind} reward model {why}: leave it out")
 
 
 def _rule(benchmark: str, options: BenchOptions) -> Rule:

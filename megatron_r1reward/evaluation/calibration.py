@@ -113,9 +113,9 @@ def calibrate_folder(folder: Path, evaluation: Path) -> tuple[Calibration, ...]:
         ValueError: it says nothing about how it is asked, or the evaluation is of other weights or fitted none.
     """
     policy = own_policy(folder)
-    if policy.kind == "scalar":
+    if policy.reads_one_response:
         raise ValueError(
-            f"{folder} is a scalar reward model, which has no votes to calibrate: its calibration error is in "
+            f"{folder} is a {policy.kind} reward model, which has no votes to calibrate: its calibration error is in "
             f"{evaluation}"
         )
     try:

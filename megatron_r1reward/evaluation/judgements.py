@@ -11,8 +11,8 @@ not tell), speak of the stored order.
 verdict is read is no part of it: the texts are there and are read again. `judged` is what a consistency judge says
 about a sample, {"by", "consistent"}; missing: it was not asked, or did not say.
 
-The text of a scalar reward model is the two rewards. It is asked in the stored order alone: what it says of a response
-does not depend on the other one, so the line holds for both orders.
+The text of a scalar reward model is the two rewards, of a pointwise one also what it wrote. They are asked in the
+stored order alone: what they say of a response does not depend on the other one, so the line holds for both orders.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from megatron_r1reward.data.identity import ContentKeys
 from megatron_r1reward.evaluation.judged_votes import VoteJudge, ask_judge
 from megatron_r1reward.evaluation.result import JudgedSamples
 from megatron_r1reward.files import recover_jsonl, write_jsonl
-from megatron_r1reward.judging.ask import ORDERS, Item, Judgement, Order, Scores, as_shown
-from megatron_r1reward.judging.compare import judged_rewards, rewards_of, seed_of
+from megatron_r1reward.judging.ask import ORDERS, Item, Judgement, Order, as_shown
+from megatron_r1reward.judging.compare import Votes, rewards_of, seed_of
 from megatron_r1reward.judging.reward_model import RewardModel
+from megatron_r1reward.judging.rewards import Rates, Scores, judged_rewards
 from megatron_r1reward.reward.readers import Reader
 from megatron_r1reward.reward.rules import parse_response
 from megatron_r1reward.types import Label, Preference
@@ -54,7 +55,7 @@ class Asking:
     samples: int
     temperature: float
     seed: int
-    orders: tuple[Order, ...] = ORDERS  # of a scalar reward model the first: what it says holds in both
+    orders: tuple[Order, ...] = ORDERS  # of a model that reads one response the first: what it says holds in both
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,8 +221,8 @@ async def _ask(model: RewardModel, request: _Request, seed: int) -> dict[str, An
     """One judgement as a line of the record."""
     pair, order = request.preference.responses, request.order
     item = _item(request.preference)
-    if isinstance(model.model, Scores):
-        rewards = await rewards_of(model.model, item, pair)
+    if isinstance(model.model, Scores | Rates):
+        rewards = await rewards_of(model.model, item, pair, Votes(), seed=seed)
         said, tokens = judged_rewards(*rewards, order), sum(one.tokens for one in rewards)
     else:
         (said,) = await model.model.judge(

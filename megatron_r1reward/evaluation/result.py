@@ -167,10 +167,11 @@ class EvaluationResult(OrderAccuracy):
 
 
 class ScalarEvaluation(_Part):
-    """The same of a scalar reward model, which scores each response of a pair once: a tie counts 1/2, and both orders
-    are equal by construction. `absent`: keys of `EvaluationResult` that mean nothing here, with the reason."""
+    """The same of a scalar or pointwise reward model, which scores each response of a pair once: a tie counts 1/2, and
+    both orders are equal by construction. `absent`: keys of `EvaluationResult` that mean nothing here, with the
+    reason."""
 
-    kind: Literal["scalar"]
+    kind: Literal["scalar", "pointwise"]
     accuracy: float
     interval: Interval
     accuracy_by_order: Mapping[Order, float]
@@ -181,7 +182,8 @@ class ScalarEvaluation(_Part):
     calibration_error: float | None  # expected, of sigmoid(r_1 - r_2)
     calibration: tuple[CalibrationBin, ...]
     calls: int
-    tokens: int  # read
+    tokens: int  # read; of a pointwise model: generated
+    unrated: int = 0  # responses of a pointwise model without a rating, whose pairs are not right
     seconds: float  # of asking, the servers being ready
     absent: Mapping[str, str]
     weights: str | None = None
@@ -201,8 +203,8 @@ def parse_evaluation(text: str) -> EvaluationResult | ScalarEvaluation:
         ValueError: it is none.
     """
     tree = json.loads(text)
-    scalar = isinstance(tree, dict) and tree.get("kind") == "scalar"
-    return ScalarEvaluation.model_validate(tree) if scalar else EvaluationResult.model_validate(tree)
+    alone = isinstance(tree, dict) and tree.get("kind") in ("scalar", "pointwise")
+    return ScalarEvaluation.model_validate(tree) if alone else EvaluationResult.model_validate(tree)
 
 
 def one(name: str, estimate: Estimate, interval: str | None = None) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""Evaluation of a scalar reward model on preference pairs: each response scored once, the better one has the higher
-reward. What samples and texts are needed for is absent, and `ABSENT` says why."""
+"""Evaluation of a scalar or pointwise reward model on preference pairs: each response scored once, the better one has
+the higher reward. What samples and texts are needed for is absent, and `ABSENT` says why."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from megatron_r1reward.evaluation.evaluate import Generator, PromptSource, accur
 from megatron_r1reward.evaluation.judged_pair import JudgedPair
 from megatron_r1reward.evaluation.result import ORDERS, Counts, ScalarEvaluation
 from megatron_r1reward.evaluation.statistics import estimate_share
-from megatron_r1reward.judging.ask import Item, Scores, all_of
-from megatron_r1reward.judging.compare import of_rewards, rewards_of
+from megatron_r1reward.judging.ask import Item, all_of
+from megatron_r1reward.judging.compare import Votes, of_rewards, rewards_of
+from megatron_r1reward.judging.rewards import Rates, Scores, kind_of
 from megatron_r1reward.reward.rules import parse_rollout
 from megatron_r1reward.types import Preference
 
@@ -29,18 +30,23 @@ _CONCURRENT_PAIRS = 32
 _ONE_NUMBER = "a response has one number; asked again, it would be the same"
 _NO_TEXT = "it writes no text"
 _NO_ORDER = "each response is read alone: there is no order to prefer"
-ABSENT: Final[Mapping[str, str]] = {
-    "voting": _ONE_NUMBER,
-    "any_correct": _ONE_NUMBER,
-    "greedy": _ONE_NUMBER,
-    "vote_budget": _ONE_NUMBER,
-    "unparsable_rate": _NO_TEXT,
-    "format_rate": _NO_TEXT,
-    "mean_response_tokens": _NO_TEXT,
-    "transcripts": _NO_TEXT,
-    "contradiction": "there is no reasoning that could contradict the verdict",
-    "answer_1_rate": _NO_ORDER,
-    "pair_kinds": _NO_ORDER,
+_RATED = "each response is rated once, greedily; `score --votes` and `RewardModel` take the mean of several ratings"
+_ABSENT: Final[Mapping[str, tuple[str, str]]] = {  # of a scalar and of a pointwise reward model
+    "voting": (_ONE_NUMBER, _RATED),
+    "any_correct": (_ONE_NUMBER, _RATED),
+    "greedy": (_ONE_NUMBER, _RATED),
+    "vote_budget": (_ONE_NUMBER, _RATED),
+    "unparsable_rate": (_NO_TEXT, "it is `unrated`, a number of responses"),
+    "format_rate": (_NO_TEXT, "a rating is read or it is not: `unrated`"),
+    "mean_response_tokens": (_NO_TEXT, "they are `tokens` of `calls`"),
+    "transcripts": (_NO_TEXT, "they show verdicts about pairs"),
+    "contradiction": ("there is no reasoning that could contradict the verdict", "a rating is no verdict"),
+    "answer_1_rate": (_NO_ORDER, _NO_ORDER),
+    "pair_kinds": (_NO_ORDER, _NO_ORDER),
+}
+ABSENT: Final[Mapping[str, Mapping[str, str]]] = {
+    kind: {name: reasons[place] for name, reasons in _ABSENT.items()}
+    for place, kind in enumerate(("scalar", "pointwise"))
 }
 
 
@@ -52,19 +58,23 @@ class _Scored:
     p_right: dict[int, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     tokens: int = 0
+    unrated: int = 0
 
-    async def add(self, model: Scores, place: int, pair: Preference) -> None:
+    async def add(self, model: Scores | Rates, place: int, pair: Preference) -> None:
         try:
             item = Item.of(pair.question, pair.image_paths, pair.response_images)
-            first, second = await rewards_of(model, item, pair.responses)
+            first, second = await rewards_of(model, item, pair.responses, Votes(), seed=0)
         except (ValueError, RuntimeError) as error:
             self.problems.append(f"{pair.id}: {error}")
             return
         compared = of_rewards(*((first, second) if pair.known_label == 1 else (second, first)))
-        assert compared.probability is not None
+        self.tokens += first.tokens + second.tokens
+        self.unrated += first.unparsable + second.unparsable
+        if compared.probability is None:
+            self.right[place] = 0.0
+            return
         self.right[place] = {1: 1.0, 2: 0.0, None: 0.5}[compared.verdict]
         self.p_right[place] = compared.probability
-        self.tokens += first.tokens + second.tokens
 
 
 def sampled_rating_accuracy(
@@ -94,7 +104,7 @@ def sampled_rating_accuracy(
 
 
 def evaluate_scalar(
-    model: Scores,
+    model: Scores | Rates,
     run: Callable[[Coroutine[Any, Any, None]], None],
     preferences: Sequence[Preference],
     *,
@@ -102,7 +112,7 @@ def evaluate_scalar(
     shuffle_images: bool = False,
     progress: Callable[[], object] = lambda: None,
 ) -> ScalarEvaluation:
-    """Score both responses of every pair.
+    """Score both responses of every pair, a pointwise model greedily.
 
     A pair of which a request failed is left out, and counted in `Counts.failed`.
 
@@ -139,7 +149,7 @@ def evaluate_scalar(
     accuracy_P = np.array([scored.right[place] for place in places])
     pairs = [JudgedPair(preference=shown[place], samples={}, labels={}) for place in places]
     found = estimate_share(accuracy_P, [pair.item for pair in pairs])
-    error, bins = calibration(np.array([scored.p_right[place] for place in places]))
+    error, bins = calibration(np.array(list(scored.p_right.values())))
     counts = Counts(
         pairs=len(pairs),
         samples=2 * len(pairs),
@@ -147,7 +157,7 @@ def evaluate_scalar(
         without_partner=len(preferences) - len(shown),
     )
     return ScalarEvaluation(
-        kind="scalar",
+        kind="scalar" if isinstance(model, Scores) else "pointwise",
         accuracy=found.mean,
         interval=found.interval,
         accuracy_by_order=dict.fromkeys(ORDERS, found.mean),
@@ -159,7 +169,8 @@ def evaluate_scalar(
         calibration=bins,
         calls=counts.samples,
         tokens=scored.tokens,
+        unrated=scored.unrated,
         seconds=seconds,
-        absent=ABSENT,
+        absent=ABSENT[kind_of(model)],
         shuffled_images=shuffle_images,
     )

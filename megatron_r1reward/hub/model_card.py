@@ -88,7 +88,12 @@ _SCALAR = (
     "at the last token (`score.*` in the weights). The probability that one of two responses is better is the sigmoid "
     "of the difference. Trained with megatron_r1reward."
 )
-_USE_SCALAR = """## Use
+_POINTWISE = (
+    "A pointwise reward model: it reads a question, images and one response, reasons in `<think>` and rates the "
+    "response in `<answer>`, with a whole number from 1 to 10. Of two responses the one with the higher rating is the "
+    "better one. Trained with megatron_r1reward."
+)
+_USE_ALONE = """## Use
 
 With megatron_r1reward, which serves it with vLLM:
 
@@ -97,10 +102,9 @@ from megatron_r1reward import RewardModel
 
 with RewardModel.from_pretrained({name!r}) as model:
     print(model.score("Which?", ["The first.", "The second."], ["image.png"]))
-```
-
-The input is one user turn (images, then the question) and the response as the assistant's turn with the token that
-ends it."""
+```"""
+_INPUT_SCALAR = """The input is one user turn (images, then the question) and the response as the assistant's turn with
+the token that ends it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,8 +162,13 @@ def write_card(
 
 def card_text(policy: PromptPolicy, *, name: str, evaluations: Sequence[Evaluation], licence: str | None) -> str:
     """The card, Markdown with the Hub's metadata in front."""
-    scalar = policy.kind == "scalar"
-    meta = [] if scalar else ["library_name: transformers", "pipeline_tag: image-text-to-text"]
+    about = {"generative": _GENERATIVE, "pointwise": _POINTWISE, "scalar": _SCALAR}[policy.kind]
+    use = {
+        "generative": [_prompt(policy), _use(policy, name)],
+        "pointwise": [_prompt(policy), _USE_ALONE.format(name=name)],
+        "scalar": [_USE_ALONE.format(name=name), _INPUT_SCALAR],
+    }[policy.kind]
+    meta = [] if policy.kind == "scalar" else ["library_name: transformers", "pipeline_tag: image-text-to-text"]
     meta += ["tags:", *(f"- {tag}" for tag in ("reward-model", "preference", "r1-reward", "megatron"))]
     if licence is not None:
         meta.append(f"license: {licence}")
@@ -169,10 +178,10 @@ def card_text(policy: PromptPolicy, *, name: str, evaluations: Sequence[Evaluati
     parts = [
         "\n".join(["---", *meta, "---", _MARK]),
         "# " + name.rstrip("/").rpartition("/")[2],
-        _SCALAR if scalar else _GENERATIVE,
+        about,
         _training(policy),
         _scores(evaluations),
-        *([_USE_SCALAR.format(name=name)] if scalar else [_prompt(policy), _use(policy, name)]),
+        *use,
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -205,7 +214,10 @@ def _scores(evaluations: Sequence[Evaluation]) -> str:
         pairs = f"{result.data or evaluation.path.parent.name}, {result.counts.pairs} pairs"
         if isinstance(result, ScalarEvaluation):
             share = _share(result.accuracy, result.interval)
-            lines.append(f"| {pairs} | a number per response | {share} | {share} | {share} | by construction | |")
+            missing = f"{result.unrated} of {result.calls} ratings" if result.kind == "pointwise" else ""
+            lines.append(
+                f"| {pairs} | a number per response | {share} | {share} | {share} | by construction | {missing} |"
+            )
             continue
         lines.append(f"| {pairs} | sampled, one response | {_row(result)}")
         if result.greedy is not None:
@@ -234,11 +246,12 @@ def _share(value: float, interval: Interval) -> str:
 
 
 def _prompt(policy: PromptPolicy) -> str:
-    orders = (
-        "Ask in both orders of the responses: a verdict in one order alone measures the model's taste for a place, too."
-        if policy.orders == "both"
-        else "It may be asked in one order."
-    )
+    if policy.kind == "pointwise":
+        orders = "It reads one response."
+    elif policy.orders == "both":
+        orders = "Ask in both orders of the responses: one order alone measures the model's taste for a place, too."
+    else:
+        orders = "It may be asked in one order."
     pixels = "" if policy.pixels is None else f" Images are scaled to {policy.pixels[0]} to {policy.pixels[1]} pixels."
     return "\n".join(
         [

@@ -18,9 +18,9 @@ import json
 import math
 import warnings
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar, Union, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar, Union
 
 import openai
 from openai.types.chat import ChatCompletion
@@ -126,6 +126,13 @@ class Item:
             digest.update(hashlib.blake2b(part.encode("utf-8", "surrogatepass")).digest())
         return digest.hexdigest()
 
+    def alone(self, place: int) -> Item:
+        """What response `place`, 0 or 1, is given to, as the first response: without the images of the other one."""
+        if not any(self.response_images):
+            return self
+        images, (inside, other) = self.shown(ORDERS[place])
+        return replace(self, images=images[: len(images) - other], response_images=(inside, 0))
+
     def shown(self, order: Order) -> tuple[tuple[str, ...], tuple[int, int]]:
         """`images` and `response_images` where the responses stand in `order`."""
         if order == "12":
@@ -154,21 +161,6 @@ class Asks(Protocol):
     async def judge(
         self, item: Item, responses: tuple[str, str], *, order: Order, n: int, temperature: float, seed: int
     ) -> list[Judgement]: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reward:
-    """What a scalar reward model says about one response."""
-
-    value: float  # of its head, finite; differences are log-odds of the better response
-    tokens: int  # read: question, images and response
-
-
-@runtime_checkable
-class Scores(Protocol):
-    """What `compare` and `rank` need of a scalar reward model: `scalar.ScalarClient`."""
-
-    async def reward(self, item: Item, response: str) -> Reward: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +282,42 @@ class Endpoint:
             raise ModelUnavailableError(f"{client.base_url}: {type(error).__name__}: {error}") from error
 
 
-class ModelClient(Endpoint):
+class ChatClient(Endpoint):
+    """A model that answers chats; see `Endpoint`."""
+
+    async def _sampled(
+        self, item: Item, messages: list[dict[str, Any]], *, n: int, temperature: float, seed: int, **more: Any
+    ) -> ChatCompletion:
+        """`n` answers to a chat about `item`; raises as `ModelClient.judge`."""
+        if n < 1 or (temperature == 0 and n > 1):
+            raise ValueError(f"{n} samples at temperature {temperature:g}: greedy decoding has one; raise temperature")
+        request = {
+            "model": await self.model_name(),
+            "messages": messages,
+            "n": n,
+            "temperature": temperature,
+            "top_p": self.options.top_p,
+            "max_tokens": self.options.max_tokens,
+            "seed": seed,
+            **more,
+            **self.options.request_extra,
+        }
+        request = {key: value for key, value in request.items() if value is not None}
+
+        async def ask(client: openai.AsyncOpenAI) -> ChatCompletion:
+            completion: object = await client.chat.completions.create(**request)
+            # The client does not validate replies: a proxy's HTML page, or JSON of any shape, arrives as it is.
+            if not isinstance(completion, ChatCompletion) or not completion.choices:
+                raise ModelUnavailableError(f"{client.base_url}: not a chat completion: {str(completion)[:200]!r}")
+            return completion
+
+        completion = await self._asked(item, ask)
+        if len(completion.choices) != n:
+            raise ModelUnavailableError(f"asked for {n} samples, got {len(completion.choices)}")
+        return completion
+
+
+class ModelClient(ChatClient):
     """A generative model behind OpenAI-compatible servers; see `Endpoint`."""
 
     async def judge(
@@ -307,33 +334,11 @@ class ModelClient(Endpoint):
             ModelRefusedError: the server says that this request is wrong.
             ModelUnavailableError: no server answered.
         """
-        if n < 1 or (temperature == 0 and n > 1):
-            raise ValueError(f"{n} samples at temperature {temperature:g}: greedy decoding has one; raise temperature")
         shown = responses if order == "12" else (responses[1], responses[0])
         images, inside = item.shown(order)
-        request = {
-            "model": await self.model_name(),
-            "messages": self.options.prompt.messages(item.question, shown, images, response_images=inside),
-            "n": n,
-            "temperature": temperature,
-            "top_p": self.options.top_p,
-            "max_tokens": self.options.max_tokens,
-            "seed": seed,
-            **({"logprobs": True, "top_logprobs": _TOP_LOG_PROBS} if self.options.log_probs else {}),
-            **self.options.request_extra,
-        }
-        request = {key: value for key, value in request.items() if value is not None}
-
-        async def ask(client: openai.AsyncOpenAI) -> ChatCompletion:
-            completion: object = await client.chat.completions.create(**request)
-            # The client does not validate replies: a proxy's HTML page, or JSON of any shape, arrives as it is.
-            if not isinstance(completion, ChatCompletion) or not completion.choices:
-                raise ModelUnavailableError(f"{client.base_url}: not a chat completion: {str(completion)[:200]!r}")
-            return completion
-
-        completion = await self._asked(item, ask)
-        if len(completion.choices) != n:
-            raise ModelUnavailableError(f"asked for {n} samples, got {len(completion.choices)}")
+        messages = self.options.prompt.messages(item.question, shown, images, response_images=inside)
+        more = {"logprobs": True, "top_logprobs": _TOP_LOG_PROBS} if self.options.log_probs else {}
+        completion = await self._sampled(item, messages, n=n, temperature=temperature, seed=seed, **more)
         tokens = completion.usage.completion_tokens if completion.usage is not None else 0
         return [_judgement(choice, order, tokens // n, self.options.prompt) for choice in completion.choices]
 

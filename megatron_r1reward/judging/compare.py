@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
-from megatron_r1reward.judging.ask import ORDERS, Asks, Item, Judgement, Order, Reward, Scores, all_of
+from megatron_r1reward.judging.ask import ORDERS, Asks, Item, Judgement, Order, all_of
+from megatron_r1reward.judging.rewards import AnyModel, Rates, Reward, Scores, first_wins, judged_rewards, kind_of
 from megatron_r1reward.judging.votes import (
     Adaptive,
     Aggregator,
@@ -19,7 +18,7 @@ from megatron_r1reward.judging.votes import (
     probability,
     verdict,
 )
-from megatron_r1reward.model_folder.prompt_policy import PromptPolicy
+from megatron_r1reward.model_folder.prompt_policy import Kind, PromptPolicy
 from megatron_r1reward.types import Label
 
 
@@ -69,9 +68,16 @@ class Votes:
             return "greedy"
         return str(self.samples) if self.sampling_temperature == 1.0 else None
 
-    def check_scalar(self) -> None:
-        """Raises ValueError where something is said that a scalar reward model has not; orders and ways to count change
-        nothing there."""
+    def check_kind(self, kind: Kind) -> None:
+        """Raises ValueError where something is said that a model has not which reads one response at a time; orders and
+        ways to count change nothing there."""
+        if kind == "pointwise" and self.adaptive is not None:
+            raise ValueError(
+                "votes: adaptive sampling decides between two responses, and a pointwise reward model rates each: give "
+                "a number of votes, whose mean is taken"
+            )
+        if kind != "scalar":
+            return
         if self.samples > 1 or self.adaptive is not None or self.temperature is not None:
             raise ValueError(
                 "votes: a scalar reward model gives each response one number, and more votes would be copies of it: "
@@ -88,7 +94,8 @@ class Votes:
 class Comparison:
     """What the model says about two responses; 1 is the caller's first.
 
-    Of a scalar reward model: one judgement, whose text holds the two rewards; it has no orders to disagree in.
+    Of a scalar or pointwise reward model: one judgement, whose text holds the two rewards; it has no orders to disagree
+    in.
     """
 
     verdict: Label | None  # None: a tie, or no judgement could be read
@@ -133,7 +140,7 @@ def html_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object
 
 
 async def compare(
-    model: Asks | Scores,
+    model: AnyModel,
     item: Item,
     responses: tuple[str, str],
     votes: Votes,
@@ -141,18 +148,18 @@ async def compare(
     seed: int = 0,
     policy: PromptPolicy | None = None,
 ) -> Comparison:
-    """Ask for judgements of `responses` and count them; of a scalar reward model, for their two rewards.
+    """Ask for judgements of `responses` and count them; of a model that reads one response, for their two rewards.
 
     Args:
         policy: of the model's folder, for its calibration.
 
     Raises:
-        ValueError: `votes` mean nothing to a scalar reward model.
+        ValueError: `votes` mean nothing to a model of this kind.
         ModelRefusedError, ModelUnavailableError: see `ModelClient.judge`.
     """
-    if isinstance(model, Scores):
-        votes.check_scalar()
-        return of_rewards(*await rewards_of(model, item, responses))
+    votes.check_kind(kind_of(model))
+    if isinstance(model, Scores | Rates):
+        return of_rewards(*await rewards_of(model, item, responses, votes, seed=seed))
     if votes.adaptive is None:
         samples = [(order, votes.samples) for order in votes.orders]
         judgements = await _ask(model, item, responses, samples, votes, seed)
@@ -168,40 +175,38 @@ async def compare(
     return replace(found, calibrated=p)
 
 
-async def rewards_of(model: Scores, item: Item, responses: tuple[str, str]) -> tuple[Reward, Reward]:
-    """Of both responses; raises as `ScalarClient.reward`."""
-    first, second = await all_of(model.reward(item, one) for one in responses)
+async def rewards_of(
+    model: Scores | Rates, item: Item, responses: tuple[str, str], votes: Votes, *, seed: int
+) -> tuple[Reward, Reward]:
+    """Of both responses; raises as `reward_of`."""
+    first, second = await all_of(
+        reward_of(model, item.alone(place), one, votes, seed=seed) for place, one in enumerate(responses)
+    )
     return first, second
 
 
+async def reward_of(model: Scores | Rates, item: Item, response: str, votes: Votes, *, seed: int) -> Reward:
+    """Of one response; of a pointwise model the mean of `votes.samples` ratings. Raises as the model's client."""
+    if isinstance(model, Scores):
+        return await model.reward(item, response)
+    seed = seed_of(seed, item, (response, ""), ORDERS[0])
+    return await model.rate(item, response, n=votes.samples, temperature=votes.sampling_temperature, seed=seed)
+
+
 def of_rewards(first: Reward, second: Reward) -> Comparison:
-    """Bradley and Terry's: the difference of two rewards is the log-odds of the first response."""
-    p = chance(first.value - second.value)
-    said = judged_rewards(first, second, "12")
+    """See `first_wins`. A response without a rating leaves no verdict."""
+    p = first_wins(first, second)
+    said = judged_rewards(first, second, ORDERS[0])
+    decided = said.choice is not None
     return Comparison(
-        verdict=verdict(p),
+        verdict=said.choice,
         probability=p,
         calibrated=None,
         share=p,
-        counts=count([said]) if said.choice is not None else VoteCounts(first=0, second=0, unparsable=0),
-        orders_agree=None if said.choice is None else True,
+        counts=VoteCounts(first=int(said.choice == 1), second=int(said.choice == 2), unparsable=int(p is None)),
+        orders_agree=True if decided else None,
         judgements=(said,),
     )
-
-
-def judged_rewards(first: Reward, second: Reward, order: Order) -> Judgement:
-    """The rewards of the caller's responses as a judgement; `scalar.read_rewards` reads its text."""
-    p = chance(first.value - second.value)
-    shown = (first, second) if order == "12" else (second, first)
-    text = json.dumps({"rewards": [one.value for one in shown], "tokens": [one.tokens for one in shown]})
-    return Judgement(
-        order=order, choice=verdict(p), p_first=p, text=text, reasoning="", tokens=0, finish_reason="scored"
-    )
-
-
-def chance(odds: float) -> float:
-    """The logistic function: a probability from its log-odds."""
-    return 1.0 / (1.0 + math.exp(-odds)) if odds >= 0 else math.exp(odds) / (1.0 + math.exp(odds))
 
 
 def summarise(judgements: list[Judgement], aggregator: Aggregator) -> Comparison:

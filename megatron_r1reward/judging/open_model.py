@@ -12,7 +12,7 @@ from megatron_r1reward.hub_name import local_folder
 from megatron_r1reward.judging.ask import AskOptions
 from megatron_r1reward.judging.compare import Votes
 from megatron_r1reward.judging.reward_model import RewardModel
-from megatron_r1reward.judging.served import asked_by, is_scalar, policy_of
+from megatron_r1reward.judging.served import asked_by, policy_of
 from megatron_r1reward.model_folder.prompt_policy import PromptPolicy
 from megatron_r1reward.types import ModelAccess
 
@@ -50,8 +50,7 @@ def open_model(
     if policy is not None:
         if votes is not None:
             policy.check_orders(votes.both_orders, "--one-order")
-            if is_scalar(policy):
-                votes.check_scalar()
+            votes.check_kind(policy.kind)
         asked_by(policy, options)
     if access.remote:
         urls, key = access.model.split(","), os.environ.get(access.api_key_variable)

@@ -2,7 +2,8 @@
 
     candidates --schedule--> pairs of a round --compare, concurrently--> wins --Bradley-Terry--> strengths, rewards
 
-A scalar reward model needs no pairs: N candidates are N calls, and their rewards are the strengths (`_rank_rewards`).
+A scalar or pointwise reward model needs no pairs: N candidates are N calls, and their rewards are the strengths
+(`_rank_rewards`).
 
 A schedule proposes pairs round by round from what is known so far. Whatever was asked, cycles and ties included, the
 strengths are the maximum a posteriori of a Bradley-Terry model whose prior keeps candidates that never lost finite;
@@ -20,8 +21,10 @@ from typing import Final, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_r1reward.judging.ask import Asks, Item, Scores, all_of
-from megatron_r1reward.judging.compare import Comparison, Votes, compare, html_table, of_rewards
+from megatron_r1reward.judging.ask import Item, all_of
+from megatron_r1reward.judging.compare import Comparison, Votes, compare, html_table, of_rewards, reward_of
+from megatron_r1reward.judging.rewards import UNRATED, AnyModel, Rates, Scores, kind_of
+from megatron_r1reward.model_folder.prompt_policy import Kind
 
 Schedule = Literal["swiss", "all_pairs", "knockout", "circular", "pivot"]
 SCHEDULES: Final = get_args(Schedule)
@@ -37,17 +40,18 @@ class Ranking:
 
     order: tuple[int, ...]  # indices, the best first
     # Mean probability of winning against another candidate, in (0, 1), their mean 1/2; of a scalar reward model the
-    # values of its head, which do not depend on the other candidates
+    # values of its head, of a pointwise one mean ratings (0: none could be read), which depend on no other candidate
     rewards: tuple[float, ...]
     strengths: tuple[float, ...]  # Bradley-Terry, in log-odds, mean 0
-    standard_errors: tuple[float, ...]  # of the strengths; 0 of a scalar reward model, which does not tell
+    # Of the strengths; of mean ratings over several votes; 0 where one number is all there is
+    standard_errors: tuple[float, ...]
     confidence: float  # posterior probability that order[0] is the strongest
     comparisons: Mapping[Pair, Comparison]  # by indices (i, j): i was the first response
-    calls: int  # judgements; of a scalar reward model: responses that it read
+    calls: int  # judgements; of a scalar reward model: responses that it read; of a pointwise one: ratings
     ties: int  # comparisons without a verdict though votes exist
-    unparsable: int  # judgements without a verdict
+    unparsable: int  # judgements without a verdict, or a rating
     cycles: int  # triples a over b over c over a
-    kind: Literal["generative", "scalar"] = "generative"
+    kind: Kind = "generative"
 
     @property
     def best(self) -> int:
@@ -153,7 +157,7 @@ def fit_strengths(wins: Floats) -> tuple[Floats, Floats]:
 
 
 async def rank(
-    model: Asks | Scores,
+    model: AnyModel,
     item: Item,
     candidates: Sequence[str],
     votes: Votes,
@@ -163,8 +167,8 @@ async def rank(
     budget: int | None = None,
     seed: int = 0,
 ) -> Ranking:
-    """Compare candidates by a schedule and rank them. Candidates with equal text are one candidate. A scalar reward
-    model scores each, whatever the schedule is.
+    """Compare candidates by a schedule and rank them. Candidates with equal text are one candidate. A scalar or
+    pointwise reward model scores each, whatever the schedule is.
 
     Args:
         rounds: of the Swiss system; None: log2 of the number of candidates, rounded up.
@@ -172,18 +176,18 @@ async def rank(
         seed: of seats, pivot and samples.
 
     Raises:
-        ValueError: fewer than two candidates (a scalar reward model: none), a budget below one comparison, or votes,
-            rounds or a budget for a scalar reward model.
+        ValueError: fewer than two candidates (one that scores each: none), a budget below one comparison, or votes,
+            rounds or a budget that mean nothing to a model of this kind.
         ModelRefusedError, ModelUnavailableError: see `ModelClient.judge`.
     """
-    if isinstance(model, Scores):
-        votes.check_scalar()
+    votes.check_kind(kind := kind_of(model))
+    if isinstance(model, Scores | Rates):
         for name, given in (("rounds", rounds), ("budget", budget)):
             if given is not None:
                 raise ValueError(
-                    f"{name} {given}: a scalar reward model compares no pairs, N candidates cost N calls: leave it out"
+                    f"{name} {given}: a {kind} reward model compares no pairs, N candidates cost N calls: leave it out"
                 )
-        return await _rank_rewards(model, item, candidates)
+        return await _rank_rewards(model, item, candidates, votes, seed)
     if len(candidates) < 2:
         raise ValueError(f"{len(candidates)} candidates: a model that compares needs at least two")
     if budget is not None and budget < votes.calls:
@@ -207,17 +211,20 @@ async def rank(
     return _ranking(candidates, texts, wins, met, generator)
 
 
-async def _rank_rewards(model: Scores, item: Item, candidates: Sequence[str]) -> Ranking:
+async def _rank_rewards(
+    model: Scores | Rates, item: Item, candidates: Sequence[str], votes: Votes, seed: int
+) -> Ranking:
     """By the value of each. The comparisons are those of neighbours in the order, which follow from it; the confidence
     is the best one's share in Luce's choice among all, with two candidates the probability of the better one."""
     if not candidates:
         raise ValueError("no candidates: give at least one")
     texts = list(dict.fromkeys(candidates))
-    found = await all_of(model.reward(item, text) for text in texts)
-    values = np.array([one.value for one in found])
+    found = await all_of(reward_of(model, item, text, votes, seed=seed) for text in texts)
+    values = np.array([UNRATED if one.value is None else one.value for one in found])
     order = [int(index) for index in np.argsort(-values, kind="stable")]
     place = {text: index for index, text in enumerate(texts)}
-    own = values[[place[text] for text in candidates]]
+    where = [place[text] for text in candidates]
+    own = values[where]
     first_seen = {index: candidates.index(text) for index, text in enumerate(texts)}
     pairs = sorted(_pair(i, j) for i, j in pairwise(order))
     met = {(first_seen[i], first_seen[j]): of_rewards(found[i], found[j]) for i, j in pairs}
@@ -225,14 +232,14 @@ async def _rank_rewards(model: Scores, item: Item, candidates: Sequence[str]) ->
         order=tuple(int(index) for index in np.argsort(-own, kind="stable")),
         rewards=tuple(map(float, own)),
         strengths=tuple(map(float, own - own.mean())),
-        standard_errors=(0.0,) * len(own),
+        standard_errors=tuple(found[index].error for index in where),
         confidence=float(1.0 / np.exp(values - values.max()).sum()),
         comparisons=met,
-        calls=len(texts),
-        ties=sum(comparison.verdict is None for comparison in met.values()),
-        unparsable=0,
+        calls=len(texts) * votes.samples,
+        ties=sum(one.verdict is None and one.probability is not None for one in met.values()),
+        unparsable=sum(one.unparsable for one in found),
         cycles=0,
-        kind="scalar",
+        kind=kind_of(model),
     )
 
 

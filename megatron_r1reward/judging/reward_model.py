@@ -24,12 +24,14 @@ from typing import Any, TypeVar
 
 from megatron_r1reward.config.schema import ServerSection
 from megatron_r1reward.hub_name import local_folder
-from megatron_r1reward.judging.ask import AskOptions, Asks, ImageInput, Item, ModelClient, Scores
+from megatron_r1reward.judging.ask import AskOptions, ImageInput, Item, ModelClient
 from megatron_r1reward.judging.compare import Comparison, Votes, compare
+from megatron_r1reward.judging.pointwise import RatingClient
 from megatron_r1reward.judging.rank import Ranking, Schedule, rank
+from megatron_r1reward.judging.rewards import AnyModel
 from megatron_r1reward.judging.scalar import ScalarClient
-from megatron_r1reward.judging.served import asked_by, is_scalar, policy_of, serve_folder
-from megatron_r1reward.model_folder.prompt_policy import PromptPolicy
+from megatron_r1reward.judging.served import asked_by, kind_said, policy_of, serve_folder
+from megatron_r1reward.model_folder.prompt_policy import Kind, PromptPolicy
 from megatron_r1reward.network.event_loop import EventLoopThread
 from megatron_r1reward.servers.command import sees_gpu
 
@@ -37,10 +39,10 @@ T = TypeVar("T")
 
 
 class RewardModel:
-    """A trained reward model, generative or scalar; close it, or use it as a context manager."""
+    """A trained reward model, generative, pointwise or scalar; close it, or use it as a context manager."""
 
     def __init__(
-        self, model: Asks | Scores, loop: EventLoopThread, cleanup: ExitStack, policy: PromptPolicy | None = None
+        self, model: AnyModel, loop: EventLoopThread, cleanup: ExitStack, policy: PromptPolicy | None = None
     ) -> None:
         """Use `connect` or `from_pretrained`. `model` belongs to `loop`; `cleanup` is closed with this object."""
         self._model, self._loop, self._cleanup = model, loop, cleanup
@@ -73,8 +75,12 @@ class RewardModel:
             stack.callback(loop.close)
             urls = [url] if isinstance(url, str) else list(url)
             asked = asked_by(policy, options or AskOptions())
-            kind = ScalarClient if is_scalar(policy) else ModelClient
-            client = kind(urls, model=model, api_key=api_key, options=asked)
+            kinds: dict[Kind, type[ModelClient | RatingClient | ScalarClient]] = {
+                "generative": ModelClient,
+                "pointwise": RatingClient,
+                "scalar": ScalarClient,
+            }
+            client = kinds[kind_said(policy)](urls, model=model, api_key=api_key, options=asked)
             stack.callback(lambda: loop.run(client.aclose()))
             return cls(client, loop, stack.pop_all(), policy)
 
@@ -138,8 +144,8 @@ class RewardModel:
 
         Args:
             images: paths, bytes, PIL images or data URLs.
-            votes: judgements in each of the two orders (1: greedy), or `Votes` for everything else. A scalar reward
-                model has one number for each response.
+            votes: judgements in each of the two orders (1: greedy), or `Votes` for everything else. A pointwise reward
+                model rates each response so many times; a scalar one has one number for each.
 
         Raises:
             ValueError: not two responses, an image that cannot be read, the model refuses the request (too long), or
@@ -183,8 +189,8 @@ class RewardModel:
             budget: judgements at most.
 
         Raises:
-            ValueError: fewer than two candidates, a budget below one comparison; of a scalar reward model: none, or
-                rounds or a budget; else as `compare`.
+            ValueError: fewer than two candidates, a budget below one comparison; of a scalar or pointwise reward
+                model: none, or rounds or a budget; else as `compare`.
             ModelUnavailableError: no server answered.
         """
         return self._loop.run(self._rank(question, candidates, images, votes, schedule, rounds, budget, seed))
@@ -199,7 +205,7 @@ class RewardModel:
         self, question: str, responses: Sequence[str], images: Sequence[ImageInput] = (), **options: Any
     ) -> tuple[float, ...]:
         """One number per response: its mean probability of winning against the others, in (0, 1); of a scalar reward
-        model the value of its head, any number, also for a single response.
+        model the value of its head, any number, of a pointwise one its mean rating, also for a single response.
 
         Args:
             options: as for `rank`.
@@ -289,7 +295,7 @@ class RewardModel:
         return chosen
 
     @property
-    def model(self) -> Asks | Scores:
+    def model(self) -> AnyModel:
         """What makes the requests; belongs to the model's own loop, see `run`."""
         return self._model
 

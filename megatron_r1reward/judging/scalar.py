@@ -9,16 +9,13 @@ tokenizes the response for itself: one that begins with a line break may differ 
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
 import openai
 
-from megatron_r1reward.judging.ask import Endpoint, Item, ModelRefusedError, ModelUnavailableError, Reward
-from megatron_r1reward.judging.compare import chance
-from megatron_r1reward.judging.votes import verdict
-from megatron_r1reward.types import Label
+from megatron_r1reward.judging.ask import Endpoint, Item, ModelRefusedError, ModelUnavailableError
+from megatron_r1reward.judging.rewards import Reward
 
 
 class ScalarClient(Endpoint):
@@ -52,18 +49,9 @@ class ScalarClient(Endpoint):
 def _reward(reply: Any, route: str) -> Reward:
     try:
         (value,) = reply["data"][0]["probs"]
-        found = Reward(value=float(value), tokens=int(reply["usage"]["prompt_tokens"]))
+        value, tokens = float(value), int(reply["usage"]["prompt_tokens"])
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ModelUnavailableError(f"{route}: not the reward of one response: {str(reply)[:200]!r}") from error
-    if not math.isfinite(found.value):
-        raise ModelUnavailableError(f"{route}: the reward is {found.value}")
-    return found
-
-
-def read_rewards(text: str) -> Label | None:
-    """The verdict of a judgement that `compare.judged_rewards` made, as its responses were shown; None: a tie."""
-    try:
-        first, second = json.loads(text)["rewards"]
-        return verdict(chance(first - second))
-    except (ValueError, KeyError, TypeError):
-        return None
+    if not math.isfinite(value):
+        raise ModelUnavailableError(f"{route}: the reward is {value}")
+    return Reward(value=value, tokens=tokens)

@@ -1,7 +1,7 @@
 """A reward model on servers that are supervised here: a server that dies or hangs is mended, its requests are not lost.
 
 judge --router--> the server that knows the item, or the least busy --ModelClient--> judgements
-    reward --router--> the same --ScalarClient--> the reward of one response
+    reward, rate --router--> the same --ScalarClient, RatingClient--> the reward of one response
              failure: told to the supervisor (which quarantines, probes, restarts), asked again elsewhere
 """
 
@@ -29,11 +29,12 @@ from megatron_r1reward.judging.ask import (
     ModelClient,
     ModelUnavailableError,
     Order,
-    Reward,
 )
+from megatron_r1reward.judging.pointwise import RatingClient
+from megatron_r1reward.judging.rewards import Reward
 from megatron_r1reward.judging.scalar import ScalarClient
 from megatron_r1reward.model_folder.beside_weights import check_files, end_of_turn
-from megatron_r1reward.model_folder.prompt_policy import FILE, PromptPolicy, read_policy
+from megatron_r1reward.model_folder.prompt_policy import FILE, Kind, PromptPolicy, read_policy
 from megatron_r1reward.model_folder.scalar_folder import is_scalar_folder
 from megatron_r1reward.reward.readers import policy_reader
 from megatron_r1reward.servers.command import sees_gpu
@@ -147,9 +148,24 @@ class ServedScalar(Served[ScalarClient]):
         return await self._asked(item, lambda client: client.reward(item, response))
 
 
+class ServedPointwise(Served[RatingClient]):
+    """One that rates single responses."""
+
+    client = RatingClient
+
+    async def rate(self, item: Item, response: str, *, n: int, temperature: float, seed: int) -> Reward:
+        """See `RatingClient.rate`; raises NoServerError as well."""
+        return await self._asked(
+            item, lambda client: client.rate(item, response, n=n, temperature=temperature, seed=seed)
+        )
+
+
+AnyServed = ServedModel | ServedScalar | ServedPointwise
+
+
 def serve_folder(
     folder: Path, section: ServerSection, *, count: int, log_dir: Path, options: AskOptions, report: Report | None
-) -> ServedModel | ServedScalar:
+) -> AnyServed:
     """Serve a Hugging Face folder on this machine by `count` servers; returns when all have completed a request.
 
     The folder is asked as it says itself: its template takes the place of that of `options`.
@@ -194,14 +210,24 @@ def serve_folder(
 
 def served_by(
     group: ServerGroup, *, model: str | None = SERVED_NAME, options: AskOptions, policy: PromptPolicy | None
-) -> ServedModel | ServedScalar:
+) -> AnyServed:
     """The model of these servers, of the kind that its folder says, asked as that says; see `asked_by`."""
-    kind = ServedScalar if is_scalar(policy) else ServedModel
-    return kind(group, model=model, options=asked_by(policy, options), policy=policy)
+    kinds: dict[Kind, type[AnyServed]] = {
+        "generative": ServedModel,
+        "pointwise": ServedPointwise,
+        "scalar": ServedScalar,
+    }
+    return kinds[kind_said(policy)](group, model=model, options=asked_by(policy, options), policy=policy)
+
+
+def kind_said(policy: PromptPolicy | None) -> Kind:
+    """Of the model; a folder that says nothing compares."""
+    return "generative" if policy is None else policy.kind
 
 
 def is_scalar(policy: PromptPolicy | None) -> bool:
-    return policy is not None and policy.kind == "scalar"
+    """Whether servers need the route of a scalar head; the other kinds answer chats."""
+    return kind_said(policy) == "scalar"
 
 
 def policy_of(folder: str | Path) -> PromptPolicy | None:
@@ -270,7 +296,7 @@ def endpoints(
     options: AskOptions,
     model: str | None,
     policy: PromptPolicy | None = None,
-) -> ServedModel | ServedScalar:
+) -> AnyServed:
     """Supervised use of running vLLM servers: those that fail are left out until they complete a request again.
 
     Args:

@@ -21,8 +21,7 @@ from megatron_r1reward.config.schema import RunConfig, ServerSection
 from megatron_r1reward.hub_name import local_folder
 from megatron_r1reward.judging.ask import AskOptions
 from megatron_r1reward.judging.served import (
-    ServedModel,
-    ServedScalar,
+    AnyServed,
     endpoints,
     is_scalar,
     policy_of,
@@ -160,7 +159,7 @@ class _Offer:
 
 
 def _run(
-    served: ServedModel | ServedScalar,
+    served: AnyServed,
     offer: _Offer,
     *,
     what: str,

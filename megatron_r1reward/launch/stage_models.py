@@ -78,11 +78,12 @@ def check_settings(config: RunConfig, stage: Stage) -> None:
         if config.rl.replay is not None:
             return
     elif stage == "eval":
-        if is_scalar_folder(config.model.path):
+        kind = "scalar" if is_scalar_folder(config.model.path) else kind_of(config)
+        if kind != "generative":
             if config.evaluation.judge_filtered_votes:
                 raise ValueError(
-                    f"evaluation.judge_filtered_votes: the scalar reward model in {config.model.path} writes no "
-                    "reasoning that a judge could read: set it to false"
+                    f"evaluation.judge_filtered_votes: the {kind} reward model in {config.model.path} writes no "
+                    "reasoning about a pair that a judge could read: set it to false"
                 )
             return
         key, samples = "evaluation.samples", config.evaluation.samples
@@ -157,6 +158,9 @@ def _asked_otherwise(config: RunConfig) -> Iterator[str]:
     if policy is not None and policy.kind == "scalar":
         if template is not None or parser is not None:
             yield "it is a scalar reward model, to which [prompt] means nothing: remove the section"
+        return
+    if policy is not None and policy.kind != kind_of(config):
+        yield f"its {FILE} says kind {policy.kind!r}, and prompt.kind or rl.pairing {kind_of(config)!r}: remove it"
         return
     if any(_part_problems(config, "eval")):
         return  # said there

@@ -17,9 +17,10 @@ from megatron_r1reward.data.stage_data import image_folders
 from megatron_r1reward.evaluation.judged_votes import VoteJudge
 from megatron_r1reward.hub_name import model_name
 from megatron_r1reward.judging.ask import AskOptions
-from megatron_r1reward.judging.served import ServedScalar, asked_by, policy_of
+from megatron_r1reward.judging.served import ServedModel, ServedPointwise, ServedScalar, is_scalar, served_by
 from megatron_r1reward.launch.addresses import components
 from megatron_r1reward.model_folder.examine import load_tokenizer
+from megatron_r1reward.model_folder.prompt_policy import PromptPolicy
 from megatron_r1reward.network.tokens import TOKEN_VARIABLE, token_from
 from megatron_r1reward.reward.consistency import ConsistencyJudge
 from megatron_r1reward.reward.verdict_cache import VerdictCache
@@ -104,9 +105,11 @@ def open_evaluation_pool(config: RunConfig, *, supervised: bool = False) -> Iter
 
 
 @contextmanager
-def open_evaluation_scalar(config: RunConfig, *, supervised: bool = False) -> Iterator[ServedScalar]:
-    """`model.path`, a scalar reward model, behind those servers."""
-    policy, section = policy_of(config.model.path), config.rollout
+def open_evaluation_alone(
+    config: RunConfig, policy: PromptPolicy, *, supervised: bool = False
+) -> Iterator[ServedScalar | ServedPointwise]:
+    """`model.path`, which reads one response at a time and is asked by `policy`, behind those servers."""
+    section = config.rollout
     name = None if section.urls else POLICY  # there the first that they list
     servers: list[VllmServer] = []
     if not supervised and not section.urls:
@@ -129,12 +132,17 @@ def open_evaluation_scalar(config: RunConfig, *, supervised: bool = False) -> It
             servers=_components(config, "eval", "rollout") if supervised and not section.urls else servers,
             served_name=name,
             status_file=_live_dir(config) / "rollout-servers.json",
-            scalar=True,
+            scalar=is_scalar(policy),
         )
         stack.callback(group.close)
         group.wait_until_ready()
-        options = AskOptions(concurrency=section.max_concurrency, timeout_s=section.request_timeout_s)
-        served = ServedScalar(group, model=name, options=asked_by(policy, options), policy=policy)
+        options = AskOptions(
+            max_tokens=config.sampling.max_tokens,
+            concurrency=section.max_concurrency,
+            timeout_s=section.request_timeout_s,
+        )
+        served = served_by(group, model=name, options=options, policy=policy)
+        assert not isinstance(served, ServedModel), "it compares"
         stack.callback(lambda: group.loop.run(served.aclose()))
         yield served
 

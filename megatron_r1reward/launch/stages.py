@@ -35,17 +35,19 @@ from megatron_r1reward.evaluation.result import EvaluationResult, ScalarEvaluati
 from megatron_r1reward.evaluation.scalar_evaluation import evaluate_scalar, sampled_rating_accuracy
 from megatron_r1reward.evaluation.vote_budget import NO_JUDGE
 from megatron_r1reward.files import write_jsonl, write_text
+from megatron_r1reward.judging.served import policy_of
 from megatron_r1reward.launch.addresses import connected
 from megatron_r1reward.launch.stage_models import check_models
 from megatron_r1reward.launch.stage_servers import (
     open_annotator,
+    open_evaluation_alone,
     open_evaluation_judge,
     open_evaluation_pool,
-    open_evaluation_scalar,
     open_judge,
     open_rl_services,
 )
 from megatron_r1reward.model_folder.examine import load_tokenizer
+from megatron_r1reward.model_folder.prompt_policy import PromptPolicy
 from megatron_r1reward.model_folder.scalar_folder import is_scalar_folder
 from megatron_r1reward.processes import quick_imports
 from megatron_r1reward.reward.readers import parser_of, reader_of
@@ -235,8 +237,8 @@ def evaluate(config: RunConfig, *, supervised: bool = False) -> None:
     output = config.run.output_dir
     output.mkdir(parents=True, exist_ok=True)
     section = config.evaluation
-    if is_scalar_folder(config.model.path):
-        _write_evaluation(config, _evaluate_scalar(config, supervised=supervised))
+    if (alone := _asked_alone(config)) is not None:
+        _write_evaluation(config, _evaluate_alone(config, alone, supervised=supervised))
         return
     pairs = _heldout(config)
     with (
@@ -280,12 +282,21 @@ def _write_evaluation(config: RunConfig, result: EvaluationResult | ScalarEvalua
     log.info("%d pairs: accuracy %.1f %% [%.1f, %.1f]", result.counts.pairs, *shares)
 
 
-def _evaluate_scalar(config: RunConfig, *, supervised: bool) -> ScalarEvaluation:
-    """Of a scalar reward model; the keys about samples mean nothing to it, and `absent` says why."""
-    pairs, section = _heldout(config, scalar=True), config.evaluation
+def _asked_alone(config: RunConfig) -> PromptPolicy | None:
+    """How a model is asked that reads one response at a time; None: it compares."""
+    if is_scalar_folder(config.model.path):
+        return policy_of(config.model.path)
+    if kind_of(config) == "pointwise":
+        return PromptPolicy(kind="pointwise", template=template_of(config), orders="any")
+    return None
+
+
+def _evaluate_alone(config: RunConfig, policy: PromptPolicy, *, supervised: bool) -> ScalarEvaluation:
+    """Of a scalar or pointwise reward model; the keys about samples mean nothing to it, and `absent` says why."""
+    pairs, section = _heldout(config, scalar=policy.kind == "scalar"), config.evaluation
     controls = (False, True) if section.shuffled_images_control else (False,)
     with (
-        open_evaluation_scalar(config, supervised=supervised) as served,
+        open_evaluation_alone(config, policy, supervised=supervised) as served,
         tqdm(total=len(pairs) * len(controls), desc="evaluate", unit="pair", dynamic_ncols=True) as progress,
     ):
         result, *control = (

@@ -108,8 +108,12 @@ def _markdown(result: BenchResult) -> Iterator[str]:
         f"requests failed, {result.official.without_verdict} rows without a verdict."
     )
     yield from _official("Benchmark's own rule", result.official)
-    if result.kind == "scalar":
-        yield from ("", f"A scalar reward model: {result.calls} responses scored, {result.tokens} tokens read.")
+    if result.kind != "generative":
+        done = "read" if result.kind == "scalar" else "generated"
+        yield from (
+            "",
+            f"A {result.kind} reward model: {result.calls} responses scored, {result.tokens} tokens {done}.",
+        )
         yield from ("What it does not have:", "")
         yield from (f"- {name}: {reason}" for name, reason in result.absent.items())
     if result.legacy is not None:

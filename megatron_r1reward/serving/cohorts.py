@@ -4,8 +4,8 @@ A pairwise model needs at least two responses to the same question. Samples are 
 cohort is ranked when it has `size` samples, or `deadline_s` after its first one came, with those that are there. What
 cannot be ranked (a sample that stays alone, one that the service refuses, a model that does not answer) is met by the
 failure policy, counted (`/metrics`) and logged: "neutral" gives the reward of a draw, "raise" an error to the caller.
-There is no silent constant. A refused sample keeps its place in the cohort and costs the others nothing. A scalar
-reward model needs no cohort: its buffer has `size` 1, and nothing waits.
+There is no silent constant. A refused sample keeps its place in the cohort and costs the others nothing. A scalar or
+pointwise reward model needs no cohort: its buffer has `size` 1, and nothing waits.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class CohortBuffer:
     Args:
         rank: rewards of several responses, e.g. through the service's own ranking.
         limits: of what is taken.
-        size: G, the samples that a trainer draws per prompt; 1: each has a reward of its own (a scalar reward model).
+        size: G, the samples that a trainer draws per prompt; 1: each has a reward of its own.
         deadline_s: how long the first sample of a cohort waits for the others.
     """
 

@@ -26,7 +26,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 
-from megatron_r1reward.judging.ask import Scores
+from megatron_r1reward.judging.rewards import kind_of
 from megatron_r1reward.serving import wire
 from megatron_r1reward.serving.cohorts import CohortBuffer, NoRewardError, Policy
 from megatron_r1reward.serving.service import RewardService
@@ -115,11 +115,12 @@ def cohorts_of(service: RewardService, *, size: int, deadline_s: float, on_failu
     """A cohort buffer whose groups are ranked by the service; its counts are in the service's metrics.
 
     Raises:
-        ValueError: the size or the time cannot be meant, or a scalar reward model is to give the reward of a draw.
+        ValueError: the size or the time cannot be meant, or a model without one is to give the reward of a draw.
     """
-    if isinstance(service.backend.model, Scores):
+    kind = kind_of(service.backend.model)
+    if kind != "generative":
         if on_failure == "neutral":
-            raise ValueError('on_failure "neutral": a scalar reward model has no reward of a draw: use "raise"')
+            raise ValueError(f'on_failure "neutral": a {kind} reward model has no reward of a draw: use "raise"')
         size = 1
     elif size < 2:
         raise ValueError(f"cohorts of {size}: a model that compares needs at least two responses")

@@ -29,9 +29,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
 
-from megatron_r1reward.judging.ask import Asks, Item, ModelUnavailableError, Scores
+from megatron_r1reward.judging.ask import Item, ModelUnavailableError
 from megatron_r1reward.judging.compare import compare
 from megatron_r1reward.judging.rank import rank
+from megatron_r1reward.judging.rewards import AnyModel
 from megatron_r1reward.model_folder.prompt_policy import PromptPolicy
 from megatron_r1reward.network.event_loop import EventLoopThread
 from megatron_r1reward.servers.group import NoServerError
@@ -101,7 +102,7 @@ class Telemetry(Collector):
 class Backend:
     """The model and the event loop that it belongs to; whether a server can answer now, and the state of each."""
 
-    model: Asks | Scores
+    model: AnyModel
     loop: EventLoopThread
     ready: Callable[[], bool] = lambda: True
     servers: Callable[[], Sequence[ServerStatus]] = lambda: ()
@@ -208,7 +209,7 @@ def build_app(service: RewardService, *, token: str | None) -> FastAPI:
 
     app = FastAPI(
         title="megatron_r1reward",
-        description="A multimodal reward model, generative or scalar: compare, rank, score.",
+        description="A multimodal reward model, generative, pointwise or scalar: compare, rank, score.",
         lifespan=lifespan,
         docs_url=None,  # its page loads scripts from the network; /openapi.json is the description
         redoc_url=None,

@@ -19,6 +19,7 @@ from megatron_r1reward.judging.ask import Item, image_url
 from megatron_r1reward.judging.compare import Comparison, Votes
 from megatron_r1reward.judging.rank import Ranking, Schedule
 from megatron_r1reward.judging.votes import Adaptive, Aggregator
+from megatron_r1reward.model_folder.prompt_policy import Kind
 from megatron_r1reward.types import Label
 
 # The prompt's headings, the tags of an answer, and special tokens of the chat format.
@@ -81,7 +82,7 @@ class RankRequest(HowToAsk):
     """The order of several responses, with a reward for each."""
 
     question: str
-    responses: Annotated[list[str], Field(min_length=1, description="at least two; of a scalar reward model one")]
+    responses: Annotated[list[str], Field(min_length=1, description="at least two; of a model that scores each, one")]
     images: Annotated[list[str], Field(description="data URLs, or paths under the service's image roots")] = []
     schedule: Schedule = "swiss"
     rounds: Annotated[int, Field(ge=1)] | None = None
@@ -124,10 +125,13 @@ class OneComparison(CompareAnswer):
 
 
 class RankAnswer(BaseModel):
-    kind: Literal["generative", "scalar"]
+    kind: Kind
     order: list[int]
     rewards: Annotated[
-        list[float], Field(description="mean probability of winning; of a scalar reward model the value of its head")
+        list[float],
+        Field(
+            description="mean probability of winning; of a scalar reward model its value, of a pointwise one ratings"
+        ),
     ]
     strengths: list[float]
     standard_errors: list[float]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,8 +20,12 @@ from waiting import wait_until
 from megatron_r1reward import RewardModel, Votes
 from megatron_r1reward.cli import app
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.judging.ask import AskOptions, ModelRefusedError
+from megatron_r1reward.data.prompt import IMAGE_TOKEN, POINTWISE_TEMPLATE, PromptBuilder
+from megatron_r1reward.judging.ask import AskOptions, Item, ModelRefusedError
+from megatron_r1reward.judging.judge_prompt import JudgePrompt
 from megatron_r1reward.judging.served import ServedModel
+from megatron_r1reward.model_folder.examine import load_tokenizer
+from megatron_r1reward.model_folder.prompt_policy import FILE, PromptPolicy
 from megatron_r1reward.network.tokens import bearer
 from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.rollout.pool import SERVED_NAME, RolloutPool
@@ -176,6 +182,43 @@ def generated(pool: RolloutPool) -> float:
     wanted = [line for line in text.splitlines() if line.startswith("vllm:generation_tokens_total{")]
     assert wanted
     return sum(float(line.split()[-1]) for line in wanted)
+
+
+def test_a_pointwise_model_is_asked_as_it_is_trained(
+    shared_pool: RolloutPool, tiny_folder: Path, image_paths: tuple[str, ...], tmp_path: Path
+) -> None:
+    """On the chat route of the same servers: the tokens of a request are those of the trainer's prompt. One call a
+    response and vote; without a readable rating there is no verdict."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    (folder / FILE).write_text(PromptPolicy(kind="pointwise", template=POINTWISE_TEMPLATE, orders="any").to_json())
+    ((url, token),) = shared_pool.group.endpoints()
+    tokenizer = load_tokenizer(folder)
+    builder = PromptBuilder(tokenizer, 4096, template=POINTWISE_TEMPLATE)
+    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)  # the server shows one for each patch
+    asked = JudgePrompt(template=POINTWISE_TEMPLATE)
+    for pair in scalar_pairs(image_paths):
+        item = Item.of(pair.question, pair.image_paths)
+        for place, response in enumerate(pair.responses):
+            chat = asked.messages(item.question, (response, ""), item.images)
+            body = {"model": SERVED_NAME, "messages": chat}
+            read = httpx.post(f"{url}/tokenize", json=body, headers=bearer(token), timeout=PATIENCE_S).json()
+            once = [token for token, after in pairwise([*read["tokens"], -1]) if (token, after) != (image, image)]
+            assert once == list(builder.build(pair, swapped=place == 1).token_ids)
+
+    def connect(options: AskOptions) -> RewardModel:
+        return RewardModel.connect(url, model=SERVED_NAME, api_key=token, options=options, folder=folder)
+
+    with connect(AskOptions(max_tokens=8)) as model:
+        compared = model.compare("Which?", ("a", "b"), image_paths[:2])
+        assert (compared.verdict, compared.counts.unparsable) == (None, 1), "random weights say no rating"
+    form = {"structured_outputs": {"regex": "<think>[a-z]{1,8}</think><answer>([1-9]|10)</answer>"}}
+    with connect(AskOptions(max_tokens=48, request_extra={"extra_body": form})) as model:
+        ranking, again = (model.rank("Which?", ["a", "b", "c"], image_paths[:2], votes=4) for _ in range(2))
+    assert (ranking.kind, ranking.calls, ranking.unparsable) == ("pointwise", 12, 0)
+    assert all(1.0 <= reward <= 10.0 for reward in ranking.rewards)
+    assert ranking.best == max(range(3), key=ranking.rewards.__getitem__)
+    assert again.rewards == ranking.rewards
 
 
 @pytest.fixture(scope="module")

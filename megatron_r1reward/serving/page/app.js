@@ -90,7 +90,7 @@ const percent = (share) => share === null ? "unknown" : `${Math.round(100 * shar
 
 function showRanking(texts, ranking) {
   const list = make("ol", { className: "ranking" });
-  const scalar = ranking.kind === "scalar";  // any numbers; shown between the lowest and the highest
+  const scalar = ranking.kind !== "generative";  // any numbers; shown between the lowest and the highest
   const lowest = scalar ? Math.min(...ranking.rewards) : 0;
   const range = scalar ? Math.max(...ranking.rewards) - lowest || 1 : 1;
   ranking.order.forEach((index, place) => {
@@ -136,7 +136,7 @@ async function submit(event) {
   say("Comparing …");
   try {
     const ranking = await ask("/v1/rank", body);
-    const scalar = ranking.kind === "scalar";
+    const scalar = ranking.kind !== "generative";
     const disagreements = ranking.comparisons.filter((comparison) => comparison.orders_agree === false).length;
     at("result").replaceChildren(
       make("h2", { textContent: `Answer ${ranking.order[0] + 1} is the best` }),

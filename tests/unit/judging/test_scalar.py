@@ -11,10 +11,10 @@ import pytest
 from running_service import Running
 
 from megatron_r1reward.evaluation.scalar_evaluation import ABSENT, evaluate_scalar
-from megatron_r1reward.judging.ask import AskOptions, Item, ModelUnavailableError, Reward
+from megatron_r1reward.judging.ask import AskOptions, Item, ModelUnavailableError
 from megatron_r1reward.judging.compare import Votes, compare
 from megatron_r1reward.judging.rank import rank
-from megatron_r1reward.judging.scalar import read_rewards
+from megatron_r1reward.judging.rewards import Reward, read_rewards
 from megatron_r1reward.judging.served import asked_by, policy_of
 from megatron_r1reward.judging.votes import Adaptive
 from megatron_r1reward.model_folder.config_reader import CONFIG
@@ -127,9 +127,9 @@ def test_an_evaluation_counts_right_pairs_and_says_what_it_lacks() -> None:
     assert (found.counts.pairs, found.counts.failed, found.calls, found.tokens) == (3, 1, 6, 60)
     assert {name: one.accuracy for name, one in found.by_category.items()} == {"x": 0.5, "y": 0.5}
     assert found.interval[0] < 0.5 < found.interval[1]
-    assert {"voting", "any_correct", "contradiction", "unparsable_rate"} <= set(found.absent) == set(ABSENT)
+    assert {"voting", "any_correct", "contradiction", "unparsable_rate"} <= set(found.absent) == set(ABSENT["scalar"])
     tree = json.loads(found.to_json())
-    assert not set(tree) & set(ABSENT)
+    assert not set(tree) & set(ABSENT["scalar"])
     with pytest.raises(ValueError, match="none of 1 pairs was scored"):
         evaluate_scalar(Head(), asyncio.run, pairs[3:], seed=0)
 
