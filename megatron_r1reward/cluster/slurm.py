@@ -157,9 +157,19 @@ def expand(hostlist: str) -> list[str]:
 
 
 def is_running(job_id: str) -> bool:
-    """Whether a job still holds nodes; False for one that Slurm has forgotten."""
+    """Whether a job still holds nodes; False for one that Slurm has forgotten.
+
+    Raises:
+        ValueError: Slurm does not say.
+    """
     query = ["squeue", "-h", "-j", job_id, "-t", "running,completing,configuring,suspended", "-o", "%i"]
-    return bool(commands.run(query, timeout_s=_TIMEOUT_S).stdout.strip())
+    done = commands.run(query, timeout_s=_TIMEOUT_S)
+    if done.problem is not None and "Invalid job id" not in done.problem:
+        raise ValueError(
+            f"whether job {job_id} still runs is not known (squeue: {done.problem}): ask again when Slurm answers, or "
+            "choose another run.output_dir"
+        )
+    return bool(done.stdout.strip())
 
 
 def silent_nodes(nodes: Sequence[tuple[int | None, str]], timeout_s: float) -> tuple[str, ...]:

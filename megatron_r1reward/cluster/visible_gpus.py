@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from megatron_r1reward.cluster import commands
 
+log = logging.getLogger(__name__)
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -15,6 +17,8 @@ def count_gpus(environment: Mapping[str, str]) -> int:
     if outer is not None:
         return len([name for name in outer.split(",") if name.strip() and name.strip() != "-1"])
     listing = commands.run(["nvidia-smi", "-L"], timeout_s=60)
+    if listing.problem is not None and not listing.missing:
+        log.warning("nvidia-smi -L: %s: this machine counts as one without GPUs", listing.problem)
     return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import megatron_r1reward
+from megatron_r1reward.cluster import commands
 from megatron_r1reward.evaluation.result import EvaluationResult
 from megatron_r1reward.files import write_text
 from megatron_r1reward.report.inputs import RunFiles, read_run
@@ -93,8 +93,5 @@ def _installed(*distributions: str) -> str:
 def _commit() -> str | None:
     """The git commit of the installed source; None when it is not a checkout, or there is no git."""
     command = ["git", "-C", str(Path(megatron_r1reward.__file__).parent), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    done = commands.run(command, timeout_s=10)
+    return done.stdout.strip() if done.problem is None else None

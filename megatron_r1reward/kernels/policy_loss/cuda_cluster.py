@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_r1reward.files import atomic_path
 from megatron_r1reward.kernels.policy_loss.row_kernels import (
     LOG2_E,
     LogitRows,
@@ -152,12 +153,10 @@ def build(output: Path | None = None) -> str:
     if nvcc is None:
         raise ValueError(f"nvcc is missing: {HOW_TO_GET_NVCC}")
     target = output or path()
-    temporary = target.with_suffix(f".{os.getpid()}.so")
-    result = subprocess.run(command(nvcc, temporary), capture_output=True, text=True, check=False)
-    if result.returncode:
-        temporary.unlink(missing_ok=True)
-        raise ValueError(f"{' '.join(command(nvcc, target))} failed:\n{result.stderr}")
-    temporary.replace(target)
+    with atomic_path(target) as temporary:
+        result = subprocess.run(command(nvcc, temporary), capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise ValueError(f"{' '.join(command(nvcc, target))} failed:\n{result.stderr}")
     return result.stderr
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_r1reward.cluster.placement import Node, Placement, Site
-from megatron_r1reward.cluster.slurm import SlurmJob, parse_jobs
+from megatron_r1reward.cluster.slurm import SlurmJob, is_running, parse_jobs
 from megatron_r1reward.cluster.step_environment import clean_environment
 from megatron_r1reward.config.schema import ClusterSection
 from megatron_r1reward.launch.slurm_steps import SlurmLauncher, first_failure
@@ -127,3 +127,24 @@ def test_a_cancelled_job_is_not_queued_again(monkeypatch) -> None:
     timed_out, asked = a_job_that_scontrol_shows(monkeypatch, "JobState=COMPLETING Reason=TimeLimit")
     timed_out.requeue()
     assert ("scontrol", "requeue", "9") in asked
+
+
+@pytest.mark.parametrize(
+    ("squeue", "runs"),
+    [
+        ("echo 9", True),
+        ("true", False),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", False),
+        ("echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1", None),
+    ],
+)
+def test_a_job_counts_as_gone_only_when_slurm_says_so(squeue: str, runs: bool | None, tmp_path, monkeypatch) -> None:
+    """Two supervisors would write into one run directory otherwise."""
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\n{squeue}\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    if runs is None:
+        with pytest.raises(ValueError, match=r"whether job 9 still runs is not known .*contact slurm controller"):
+            is_running("9")
+    else:
+        assert is_running("9") is runs
