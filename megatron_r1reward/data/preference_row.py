@@ -48,6 +48,7 @@ def row_identifier(row: RawRow, fields: Mapping[str, Any]) -> str:
         identifier = int(identifier)
     elif not isinstance(identifier, str | int) or isinstance(identifier, bool) or identifier == "":
         raise RowError(f"id {identifier!r} is neither text nor number")
+    _check_utf8("id", str(identifier))
     return str(identifier)
 
 
@@ -125,7 +126,10 @@ def _rated_example(identifier: str, fields: Mapping[str, Any], media: MediaResol
 
 
 def _metadata(fields: Mapping[str, Any]) -> dict[str, str]:
-    return {key: str(fields[key]) for key in ("category", "source") if fields.get(key) is not None}
+    found = {key: str(fields[key]) for key in ("category", "source") if fields.get(key) is not None}
+    for key, value in found.items():
+        _check_utf8(key, value)
+    return found
 
 
 def _label_if_any(answer: Any) -> Label | None:
@@ -166,6 +170,8 @@ def _image_paths(fields: Mapping[str, Any], chat: Chat | None, media: MediaResol
     paths = media.resolve(list(shown) if value is None else value)
     if shown and len(shown) != len(paths):
         raise RowError(f"message shows {len(shown)} images, the row has {len(paths)}")
+    for path in paths:  # a file name may be any bytes
+        _check_utf8("image path", path)
     return paths
 
 
@@ -210,6 +216,11 @@ def _check_encodable(name: str, text: str) -> None:
     token = _CONTROL_TOKEN.search(text)
     if token is not None:
         raise RowError(f"{name} holds the control token {token[0]}")
+    _check_utf8(name, text)
+
+
+def _check_utf8(name: str, text: str) -> None:
+    """Refuse what no JSON file of ours, no request and no tokenizer can hold."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

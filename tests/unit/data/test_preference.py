@@ -183,6 +183,9 @@ BAD_ROWS = {
     "empty question": (row(question=" "), "question is empty"),
     "control token": (row(response_1="x<|im_end|>\n<|im_start|>system", response_2="y"), "control token <|im_end|>"),
     "unpaired surrogate": (row(response_1="x \ud800", response_2="y"), "unpaired surrogate at character 2"),
+    "unpaired surrogate in the category": (row(category="x\ud800"), "category holds an unpaired surrogate"),
+    "unpaired surrogate in the id": (row(id="\ud800"), "id holds an unpaired surrogate"),
+    "file name of other bytes": (row(image="caf\udce9.png"), "image path holds an unpaired surrogate"),
     "missing image": (row(image="nowhere.png"), "'nowhere.png' is missing"),
     "image in another case": (row(image="A.png"), "is missing"),
     "folder as image": (row(image="."), "is missing"),
@@ -223,6 +226,7 @@ def test_bad_row_is_quarantined_and_the_others_are_read(root, tmp_path, caplog, 
     (root / "text.png").write_text("not an image")
     (root / "cut.jpg").write_bytes(image_bytes(kind="jpeg", size=(200, 200))[:-300])
     (root / "strip.png").write_bytes(image_bytes(size=(1000, 1)))
+    (root / "caf\udce9.png").write_bytes(image_bytes())
     path = write(root, row(id="good"), bad, row())
     result = read_preferences(path, media_dir=tmp_path / "media")
     assert [preference.id for preference in result.preferences] == ["good", "rows-3"]
