@@ -31,15 +31,22 @@ class ServerCallError(RuntimeError):
     """A server did not answer, or refused."""
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args: Any) -> None:
+        """Somebody else is there: none of the other calls would follow."""
+
+
 def unhealthy(url: str, *, attempts: int = _ATTEMPTS) -> str | None:
     """None when the server at `url` answers /health; else what happened instead, at the last of several attempts."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # cluster nodes are not behind the proxy
+    # Cluster nodes are not behind the proxy.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
     problem = "not asked"
     for attempt in range(attempts):
         if attempt:
             time.sleep(_PAUSE_S)
         try:
-            with opener.open(url + HEALTH, timeout=_TIMEOUT_S):
+            with opener.open(url + HEALTH, timeout=_TIMEOUT_S) as answer:
+                answer.read()
                 return None
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             problem = str(error) or type(error).__name__

@@ -85,7 +85,10 @@ class ControlPlane:
             )
         except ServerCallError as error:
             raise WeightPushError(str(error)) from error
-        return response.json() if response.content else None
+        try:
+            return response.json() if response.content else None
+        except ValueError as error:
+            raise WeightPushError(f"{method} {target.url}{path} answered no JSON: {response.text[:100]}") from error
 
 
 def _outcome(call: Future[Any]) -> Any:

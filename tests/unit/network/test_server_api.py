@@ -19,6 +19,8 @@ from megatron_r1reward.network.server_api import (
     open_client,
     unhealthy,
 )
+from megatron_r1reward.weight_sync import WeightPushError
+from megatron_r1reward.weight_sync.admin_api import ControlPlane, Target
 
 DONE = threading.Event()
 
@@ -28,6 +30,17 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.path == "/hang":
             DONE.wait()
+            return
+        if self.path == "/elsewhere/health":
+            self.send_response(302)
+            self.send_header("Location", "/page")
+            self.end_headers()
+            return
+        if self.path in ("/page", "/cut/health"):
+            self.send_response(200)
+            self.send_header("Content-Length", "4" if self.path == "/page" else "40")
+            self.end_headers()
+            self.wfile.write(b"page")
             return
         allowed = self.headers.get("Authorization") == "Bearer s3cret"
         status = 401 if not allowed else {"/broken": 500, "/moved": 302}.get(self.path, 200)
@@ -98,6 +111,19 @@ def test_nobody_there_is_said_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_server_that_refuses_is_not_healthy(server: str) -> None:
     assert unhealthy(server, attempts=1) == "HTTP Error 401: Unauthorized"  # vLLM's /health asks for no token
+
+
+def test_who_sends_us_elsewhere_or_breaks_off_is_not_healthy(server: str) -> None:
+    assert unhealthy(f"{server}/elsewhere", attempts=1) == "HTTP Error 302: Found"
+    assert "IncompleteRead" in str(unhealthy(f"{server}/cut", attempts=1))
+
+
+def test_an_answer_that_is_no_json_is_that_servers_failure(server: str) -> None:
+    control = ControlPlane([Target(name="a", url=server)], timeout_s=60)
+    (answer,) = control.call("/page", method="GET").values()
+    control.close()
+    assert isinstance(answer, WeightPushError)
+    assert str(answer) == f"GET {server}/page answered no JSON: page"
 
 
 def test_a_closed_client_is_no_crash(server: str) -> None:
