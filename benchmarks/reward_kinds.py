@@ -1,12 +1,13 @@
 """Kinds of reward models on the same held-out data: how often each is right, and what that costs.
 
-Every model judges the same held-out pairs (greedily; a generative one in both orders) and ranks the same eight answers
+Every model judges the same held-out pairs (greedily; one that compares in both orders) and ranks the same eight answers
 to questions about held-out images, one of them right. Calls are requests to a server, tokens are generated ones: a
 scalar model generates none. Seconds are of asking, two servers being ready; they are written with --seconds only, which
-is meant for a machine that does nothing else.
+is meant for a machine that does nothing else. A pointwise model is trained as docs/algorithm.md says.
 
     make demo && r1reward rm recipes/demo/rm.toml
-    python benchmarks/reward_kinds.py [--model runs/demo/rl/hf --model runs/demo/rm/hf] [--json FILE] [--seconds]
+    python benchmarks/reward_kinds.py [--model runs/demo/rl/hf --model runs/demo/rm/hf --model runs/pointwise/rl/hf]
+                                      [--json FILE] [--seconds]
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from megatron_r1reward.data.preference import read_preferences
 from megatron_r1reward.demo.digits import write_candidates
 from megatron_r1reward.evaluation.judged_pair import JudgedPair
 from megatron_r1reward.evaluation.statistics import Estimate, estimate_share
-from megatron_r1reward.judging.ask import AskOptions, Scores
+from megatron_r1reward.judging.ask import AskOptions
 from megatron_r1reward.judging.compare import Comparison
 from megatron_r1reward.judging.rank import Ranking
 from megatron_r1reward.judging.reward_model import RewardModel
+from megatron_r1reward.judging.rewards import kind_of
 from megatron_r1reward.types import Preference
 
 CANDIDATES = 8
@@ -42,22 +44,22 @@ def measure(folder: Path, pairs: Sequence[Preference], rows: Sequence[dict[str, 
     """The row of one model."""
     options = AskOptions(max_tokens=64)
     with RewardModel.from_pretrained(folder, servers=2, max_model_len=1024, options=options, report=print) as model:
-        scalar = isinstance(model.model, Scores)
+        kind = kind_of(model.model)
         compared, pair_seconds = model.run(_timed([_compare(model, pair) for pair in pairs]))
         ranked, best_seconds = model.run(_timed([_rank(model, row, root) for row in rows]))
-    right = [_share(one.verdict, pair.label) for one, pair in zip(compared, pairs, strict=True)]
+    right = [_share(one, pair.label) for one, pair in zip(compared, pairs, strict=True)]
     items = [JudgedPair(preference=pair, samples={}, labels={}).item for pair in pairs]
     first = [row["right"] == one.best for one, row in zip(ranked, rows, strict=True)]
     return {
         "model": folder.parent.name,
-        "kind": "scalar" if scalar else "generative",
+        "kind": kind,
         "weights": model_identity(folder),
         **_interval("accuracy", estimate_share(right, items)),
-        "calls per pair": 2.0 if scalar else float(np.mean([len(one.judgements) for one in compared])),
+        "calls per pair": float(np.mean([len(one.judgements) for one in compared])) if kind == "generative" else 2.0,
         "tokens per pair": float(np.mean([one.tokens for one in compared])),
         **_interval("best of 8", estimate_share(np.array(first, dtype=float))),
         "calls per image": float(np.mean([one.calls for one in ranked])),
-        "tokens per image": float(np.mean([_tokens(one) for one in ranked])),
+        "tokens per image": 0.0 if kind == "scalar" else float(np.mean([one.tokens for one in ranked])),
         "seconds of pairs": pair_seconds,
         "seconds of images": best_seconds,
     }
@@ -81,13 +83,11 @@ async def _rank(model: RewardModel, row: dict[str, Any], root: Path) -> Ranking:
     return await model.arank(row["question"], row["responses"], [root / image for image in row["images"]])
 
 
-def _share(verdict: int | None, label: int | None) -> float:
-    """A tie counts 1/2."""
-    return 0.5 if verdict is None else float(verdict == label)
-
-
-def _tokens(ranking: Ranking) -> int:
-    return sum(comparison.tokens for comparison in ranking.comparisons.values())
+def _share(found: Comparison, label: int | None) -> float:
+    """A tie counts 1/2, and what cannot be read nothing."""
+    if found.verdict is None:
+        return 0.0 if found.probability is None else 0.5
+    return float(found.verdict == label)
 
 
 def _interval(name: str, found: Estimate) -> dict[str, float]:

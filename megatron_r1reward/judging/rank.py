@@ -52,6 +52,7 @@ class Ranking:
     unparsable: int  # judgements without a verdict, or a rating
     cycles: int  # triples a over b over c over a
     kind: Kind = "generative"
+    tokens: int = 0  # generated; of a scalar reward model: read
 
     @property
     def best(self) -> int:
@@ -240,6 +241,7 @@ async def _rank_rewards(
         unparsable=sum(one.unparsable for one in found),
         cycles=0,
         kind=kind_of(model),
+        tokens=sum(one.tokens for one in found),
     )
 
 
@@ -277,6 +279,7 @@ def _ranking(
         ties=sum(item.verdict is None and item.probability is not None for item in met.values()),
         unparsable=sum(item.counts.unparsable for item in met.values()),
         cycles=_cycles(wins),
+        tokens=sum(comparison.tokens for comparison in met.values()),
     )
 
 

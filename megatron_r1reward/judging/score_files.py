@@ -236,6 +236,7 @@ def ranking_json(ranking: Ranking) -> dict[str, Any]:
         "standard_errors": list(ranking.standard_errors),
         "comparisons": comparisons,
         "calls": ranking.calls,
+        "tokens": ranking.tokens,
         "ties": ranking.ties,
         "unparsable": ranking.unparsable,
         "cycles": ranking.cycles,

@@ -104,7 +104,7 @@ def test_n_candidates_are_n_calls_and_several_votes_their_mean(model: RewardMode
     texts = ["bad", "good", "silent", "fair", "bad", "equal"]
     once = model.rank("Which?", texts, schedule="all_pairs")
     assert (once.kind, once.order, once.rewards) == ("pointwise", (1, 3, 5, 0, 4, 2), (2.0, 9.0, 0.0, 5.0, 2.0, 5.0))
-    assert (once.calls, len(rater.requests), once.unparsable, once.ties) == (5, 5, 1, 1)
+    assert (once.calls, len(rater.requests), once.unparsable, once.ties, once.tokens) == (5, 5, 1, 1, 25)
     assert once.standard_errors == (0.0,) * 6
     several = model.rank("Which?", ["bad", "good"], votes=3)
     assert several.rewards == pytest.approx((5 / 3, 9.0))

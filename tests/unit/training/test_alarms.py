@@ -54,6 +54,7 @@ CAUSES = {
     "unparsable": ({"rollout/unparsable_fraction": 1.0}, "hold no answer: train the format in SFT"),
     "same answer, 1": ({"rollout/answer_1_fraction": 1.0}, "nearly all are the same: keep data.swap='random'"),
     "same answer, 2": ({"rollout/answer_1_fraction": 0.0}, "0.0 % of the answers are 1"),
+    "same rating": ({"rating/commonest_fraction": 0.99}, "99.0 % of the ratings are the same number"),
     "cut off": ({"response/truncated_fraction": 0.99}, "cut off: raise sampling.max_tokens"),
     "entropy": ({"entropy": 0.0}, "raise algorithm.entropy_coefficient"),
     "entropy is no number": ({"entropy": math.nan}, "entropy is nan"),
