@@ -14,7 +14,6 @@ from statistics import fmean
 import torch
 
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.training.policy_update import counted, no_loss, optimizer_steps
 from megatron_r1reward.training.rollout_batch import RolloutBatch
 from megatron_r1reward.training.schedule import Loss, LossOutput, reduce_statistics
@@ -22,7 +21,7 @@ from megatron_r1reward.training.state import TrainState, build_state, scalar_hea
 from megatron_r1reward.types import PackedBatch
 
 
-def add_critic(state: TrainState, topology: Topology) -> None:
+def add_critic(state: TrainState) -> None:
     """Build the critic of `state`, as `[critic]` says.
 
     Raises:
@@ -32,7 +31,7 @@ def add_critic(state: TrainState, topology: Topology) -> None:
     own = _config(config)
     layers = scalar_head_layers(own.model.path, config.critic.score_layers, key="critic.score_layers")
     updates = config.rl.steps * config.rl.optimizer_steps
-    critic = build_state(own, topology, optimizer_steps=updates, score_layers=layers)
+    critic = build_state(own, state.topology, optimizer_steps=updates, score_layers=layers)
     _check_alike(state, critic)
     critic.packer = replace(critic.packer, last_token_only=False)
     critic.saver = state.saver  # one checkpoint holds both

@@ -165,7 +165,7 @@ def prepare(config: RunConfig, topology: Topology) -> TrainState:
     with_reference = config.algorithm.needs_reference
     state = build_state(config, topology, optimizer_steps=updates, with_reference=with_reference, sampled=True)
     if config.algorithm.needs_critic:
-        add_critic(state, topology)
+        add_critic(state)
     return state
 
 

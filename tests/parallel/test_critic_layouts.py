@@ -90,7 +90,7 @@ def test_the_layout_changes_between_two_steps(alone: RunConfig, tmp_path: Path) 
 def one_step(folder: Path, images: tuple[str, ...], layout: Layout, budget: int) -> dict[str, float]:
     sections = {"algorithm": {"method": "ppo", "gae_lambda": 0.9}, "critic": {"score_layers": 2}}
     state, sequences = parity.build(folder, images, layout, budget, **sections)
-    add_critic(state, state.topology)
+    add_critic(state)
     batch = rollout_batch(state, sequences)
     rewards = torch.tensor([float(one.response_length % 2) for one in batch.sequences])
     batch = add_advantages(state, add_values(state, replace(batch, rewards=rewards)))
