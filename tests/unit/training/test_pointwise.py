@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up_record import elsewhere, replay_config, write_made_up_record
 from PIL import Image
 from pydantic import TypeAdapter
 from rollouts import rollout
@@ -16,7 +17,7 @@ from test_both_orders import BATCH, config_of, rows
 from test_step_sampler import Builder, Pool, asked
 from transformers import AutoTokenizer
 
-from megatron_r1reward.config.schema import RewardSection, RunConfig
+from megatron_r1reward.config.schema import ParallelSection, RewardSection, RunConfig
 from megatron_r1reward.data.curriculum import Curriculum
 from megatron_r1reward.data.loader import PromptLoader
 from megatron_r1reward.data.preference import read_sft_examples
@@ -24,12 +25,16 @@ from megatron_r1reward.data.prompt import POINTWISE_TEMPLATE, TEMPLATE, PromptBu
 from megatron_r1reward.data.stage_data import RowLimits, kind_of, template_of
 from megatron_r1reward.evaluation.scalar_evaluation import sampled_rating_accuracy
 from megatron_r1reward.launch.stage_models import check_settings
-from megatron_r1reward.model_folder.prompt_policy import FILE, PromptPolicy
+from megatron_r1reward.model_folder.prompt_policy import FILE, PromptPolicy, read_policy
+from megatron_r1reward.models.registry import load_hf_config
 from megatron_r1reward.monitor.metrics import check_metrics
 from megatron_r1reward.monitor.timers import Timeline
+from megatron_r1reward.parallel import setup
 from megatron_r1reward.reward.readers import reader_of
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.reward.terms import orderings
+from megatron_r1reward.training import rl
+from megatron_r1reward.training.record import Recorder, origin_of
 from megatron_r1reward.training.rl_metrics import rollout_metrics
 from megatron_r1reward.training.rollout_batch import compared_rewards
 from megatron_r1reward.training.step_sampler import StepRollouts, StepSampler
@@ -264,3 +269,48 @@ def test_rows_with_a_rating_are_the_cold_start(tmp_path: Path) -> None:
     assert policy is not None and (policy.kind, policy.orders) == ("pointwise", "any")
     with pytest.raises(ValueError, match=r"a pointwise model learns: set prompt.kind = 'pointwise'"):
         read_sft_examples(path, quarantine=tmp_path / "q.jsonl")
+
+
+@pytest.mark.slow
+def test_the_trainer_takes_steps_on_ratings(tiny_folder: Path, image_paths: tuple[str, ...], tmp_path: Path) -> None:
+    """From a record whose texts are ratings, groups of two responses: micro-batches change rounding only (which Adam's
+    first steps enlarge), and the folder says what it has become."""
+    rl_keys = {"pairing": "pointwise", "steps": 2, "rollout_batch_size": 4, "train_batch_size": 2}
+    config = replay_config(
+        tmp_path / "whole", tiny_folder, rl=rl_keys | {"replay": tmp_path / "record"}, reward={"use_judge": False},
+        algorithm={"method": "grpo", "samples_per_prompt": 2, "mismatch_alarm": 100.0, "mismatch_share_alarm": 1.0},
+    )  # fmt: skip
+    assert config.rl.replay is not None
+    image = load_hf_config(tiny_folder).image_token_id
+    recorder = Recorder(config.rl.replay, origin_of(config, {"made": "up"}), resumed_step=None)
+    scorer = RewardScorer(config.reward, None, pointwise=True)
+    made_up = replay_config(tmp_path, tiny_folder, rl=rl_keys | {"replay": tmp_path / "other"},
+                            reward={"use_judge": False}, algorithm={"samples_per_prompt": 2})  # fmt: skip
+    for batch in write_made_up_record(made_up, image_paths, image_token_id=image):
+        rollouts = []
+        for place, item in enumerate(batch.scored):
+            pair, swapped = divmod(place // 2, 2)
+            prompt = replace(item.rollout.prompt, group=f"{pair}", swapped=bool(swapped), label=2 if swapped else 1)
+            said = f"<think>x</think><answer>{(9, 4, 5, 2)[place % 4]}</answer>"
+            rollouts.append(replace(item.rollout, prompt=prompt, text=said))
+        scored, counts = scorer.score(rollouts)
+        assert [one.result_reward for one in scored] == [1.0, 0.5, 0.5, 1.0] * 2
+        recorder.write(replace(batch, scored=tuple(scored), counts=counts))
+    topology = setup.initialize(ParallelSection(), seed=0)
+    try:
+        small = elsewhere(config, tmp_path / "small", data={"token_budget": 120})
+        folders = [rl.run(one, topology, None) for one in (config, small)]
+    finally:
+        setup.shutdown()
+    metrics = [
+        [json.loads(line) for line in (one.run.output_dir / "metrics.jsonl").read_text().splitlines()]
+        for one in (config, small)
+    ]
+    for whole, parts, tolerance in zip(*metrics, (1e-4, 1e-2), strict=True):
+        assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=tolerance) and whole["grad_norm"] > 0
+        assert (whole["rating/mean"], whole["reward/result"]) == (5.0, 0.75)
+    assert folders[0] is not None
+    policy = read_policy(folders[0])
+    assert policy is not None and (policy.kind, policy.stages[-1].settings["response_order"]) == (
+        "pointwise", "one at a time",
+    )  # fmt: skip
