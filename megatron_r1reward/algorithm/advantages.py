@@ -13,6 +13,7 @@ from megatron_r1reward.config.schema import AlgorithmSection
 # Constants of the released code's filter: a half-width around the raw mean, and an absolute bound.
 RELEASED_HALF_WIDTH = 3.0
 RELEASED_BOUND = 10.0
+EPS = 1e-8  # floor of the variance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class AdvantageResult:
     advantages: Tensor  # float32 [R]; exactly 0 where filtered
     filtered_mask: Tensor  # bool [R]; filtered tokens stay in the loss denominator
     mean: float  # of the raw returns over all action tokens of the global batch
-    std: float  # population standard deviation, floored at sqrt(eps)
+    std: float  # population standard deviation, floored at sqrt(EPS)
 
 
 def normalize_and_filter(
@@ -30,9 +31,8 @@ def normalize_and_filter(
     config: AlgorithmSection,
     *,
     group: dist.ProcessGroup | None = None,
-    eps: float = 1e-8,
 ) -> AdvantageResult:
-    """Standardise returns, z = (G - mu) / sqrt(max(var, eps)), and zero the tokens that the filter rejects.
+    """Standardise returns, z = (G - mu) / sqrt(max(var, EPS)), and zero the tokens that the filter rejects.
 
     mu and var are token-weighted population statistics over all action tokens of the rollout batch, accumulated in
     float64. They are taken once per rollout batch and are not re-estimated after filtering (paper sec. 4.2; the
@@ -55,14 +55,13 @@ def normalize_and_filter(
     Args:
         returns_R: float [R], this rank's action tokens; R may be 0.
         group: ranks that hold disjoint parts of the batch (data-parallel); None: this rank holds all of it.
-        eps: floor of the variance.
     """
     finite_R = returns_R.isfinite()
     raw_R = torch.where(finite_R, returns_R, 0.0).double()
     count = _global_sum(finite_R.sum(), group).clamp(min=1)
     mean = _global_sum(raw_R.sum(), group) / count
     centred_R = torch.where(finite_R, raw_R - mean, 0.0)
-    std = (_global_sum(centred_R.square().sum(), group) / count).clamp(min=eps).sqrt()
+    std = (_global_sum(centred_R.square().sum(), group) / count).clamp(min=EPS).sqrt()
 
     # Judged in the precision that trains: z = -3 exactly, a tenth of the batch wrong, is inside the paper's bound.
     z_R = (centred_R / std).float()

@@ -20,6 +20,8 @@ from megatron_r1reward.model_folder.weight_table import Entry, WeightTable, glob
 from megatron_r1reward.models.head import fresh_score
 from megatron_r1reward.types import TensorMeta
 
+_SHARD_BYTES = 5 << 30  # of a file, as on the Hub
+
 
 class HfReader:
     """Lazy access to the tensors of a model folder, by the names of its weight table, `table`.
@@ -91,7 +93,6 @@ def save_hf_folder(
     template: Path,
     write: bool,
     texts: Mapping[str, str | None] | None = None,
-    shard_bytes: int = 5 << 30,
 ) -> None:
     """Write a checkpoint folder with `template`'s config, tokenizer and processor files, but for `texts`: other
     content by file name, None for a file that is left out.
@@ -107,7 +108,7 @@ def save_hf_folder(
     staging = out.with_name(out.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    files = _shards(metas, shard_bytes)
+    files = _shards(metas)
     stream = iter(tensors)
     for file in files:
         with (staging / file.name).open("wb") as handle:
@@ -126,12 +127,12 @@ def save_hf_folder(
     publish_folder(staging, out)
 
 
-def _shards(metas: Sequence[TensorMeta], shard_bytes: int) -> list[st.SafetensorsFile]:
+def _shards(metas: Sequence[TensorMeta]) -> list[st.SafetensorsFile]:
     """The customary file names; a tensor above the limit has a file of its own."""
     groups: list[list[TensorMeta]] = [[]]
     size = 0
     for meta in metas:
-        if groups[-1] and size + meta.num_bytes > shard_bytes:
+        if groups[-1] and size + meta.num_bytes > _SHARD_BYTES:
             groups.append([])
             size = 0
         groups[-1].append(meta)

@@ -136,14 +136,12 @@ def describe(parallel: ParallelSection) -> str:
     return ", ".join(parts) or "one rank per replica (all sizes 1)"
 
 
-def check_layout(shape: ModelShape, parallel: ParallelSection, world_size: int | None = None) -> None:
+def check_layout(shape: ModelShape, parallel: ParallelSection) -> None:
     """ValueError with the reason and the nearest legal layout when `parallel` does not fit the model."""
-    problem = layout_problem(shape, parallel, world_size)
+    problem = layout_problem(shape, parallel)
     if problem is not None:
-        raise ValueError(
-            f"{problem}. The nearest legal layout: {describe(nearest_layout(shape, parallel, world_size))}"
-        )
-    problem = expert_problem(shape, parallel, world_size)
+        raise ValueError(f"{problem}. The nearest legal layout: {describe(nearest_layout(shape, parallel))}")
+    problem = expert_problem(shape, parallel)
     if problem is not None:
         raise ValueError(problem)
 

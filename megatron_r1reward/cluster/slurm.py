@@ -26,13 +26,13 @@ _PER_NODE = re.compile(r"^\s*Nodes=(\S+) CPU_IDs=(\S+) Mem=\S+ GRES=(\S*)", re.M
 _GPUS = re.compile(r"gpu(?::[^:,(]+)?:(\d+)")
 
 
-def run_tool(*command: str, timeout_s: float = _TIMEOUT_S) -> str:
+def run_tool(*command: str) -> str:
     """Standard output of a Slurm command.
 
     Raises:
         ValueError: it failed or did not answer; the message is Slurm's.
     """
-    done = commands.run(command, timeout_s=timeout_s)
+    done = commands.run(command, timeout_s=_TIMEOUT_S)
     if done.missing:
         raise ValueError(f"{command[0]} is not on PATH: Slurm's commands are needed where the job script runs")
     if done.problem is not None:

@@ -22,7 +22,6 @@ def merge_folders(
     weights: Sequence[float] | None = None,
     template: Path | None = None,
     threads: int | None = None,
-    progress: bool = True,
 ) -> ConversionSummary:
     """sum_i w_i * folder_i as a Hugging Face folder in the first one's files and dtypes.
 
@@ -62,7 +61,7 @@ def merge_folders(
         options=options,
         threads=threads or default_threads(),
         dry_run=False,
-        progress=progress,
+        progress=True,
     )
     sources.close()
     return summary

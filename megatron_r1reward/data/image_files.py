@@ -45,6 +45,7 @@ _DATA_URL = re.compile(r"data:[^,]*;base64,(?P<payload>.*)", re.DOTALL)
 _BASE64_IMAGE = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk|SUkq|TU0A|AAAA)[A-Za-z0-9+/\s]{24,}={0,2}\s*")
 _LONG_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{256,}={0,2}\s*")
 _SHOWN = 100  # characters of a path in a message
+_ENTRIES = 20_000  # of folders that are looked through for links
 
 
 class MediaResolver:
@@ -148,14 +149,14 @@ class MediaResolver:
         return _write_by_content(content, self.media_dir, "jpeg" if suffix == "mpo" else suffix)
 
 
-def folders_behind_links(root: Path, limit: int = 20_000) -> list[Path]:
+def folders_behind_links(root: Path) -> list[Path]:
     """Folders outside of `root` that links to folders or image files in it lead to, as download caches have them.
 
-    Looks at no more than `limit` entries, nearest first, and into no hidden folder.
+    Looks at no more than `_ENTRIES` entries, nearest first, and into no hidden folder.
     """
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO")}
     home, found, seen = root.resolve(), dict[Path, None](), set[Path]()
-    waiting = deque([home])
+    waiting, limit = deque([home]), _ENTRIES
     while waiting and limit > 0:
         folder = waiting.popleft()
         if folder in seen:

@@ -107,7 +107,6 @@ def read_sft_examples(
     image_roots: Sequence[Path] = (),
     media_dir: Path | None = None,
     quarantine: Path | None = None,
-    verify_images: bool = True,
     fits: Callable[[SftExample], str] | None = None,
     max_frames: int = MAX_FRAMES,
     rated: str | None = None,
@@ -120,7 +119,7 @@ def read_sft_examples(
     media = MediaResolver((image_root or fixed_folder(path), *image_roots), media_dir, max_frames=max_frames)
     source = RowSource(path=path, rows=iterate_rows(path))
     parse = partial(parse_sft_example, rated=rated)
-    examples, accounting = _read(source, parse, media, quarantine, verify_images, fits)
+    examples, accounting = _read(source, parse, media, quarantine, True, fits)
     return SftReadResult(examples=examples, **accounting)
 
 

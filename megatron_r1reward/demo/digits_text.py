@@ -23,7 +23,6 @@ AnswerT = TypeVar("AnswerT")
 PLACES = {"position": ("left", "right"), "position_of_three": ("left", "middle", "right")}
 SUPPORTED = "supported"
 CONTRADICTIONS = ("verdict_flipped", "response_flipped", "finding_flipped")
-KINDS = (SUPPORTED, *CONTRADICTIONS)
 _TRIES = 1000
 
 

@@ -35,8 +35,9 @@ def gpus_expected(environment: Mapping[str, str]) -> bool:
     return "SLURM_JOB_ID" in environment and bool(environment.get("CUDA_VISIBLE_DEVICES"))
 
 
-def check_node(environment: Mapping[str, str] = os.environ, *, several_nodes: bool = False) -> list[Finding]:
+def check_node(*, several_nodes: bool = False) -> list[Finding]:
     """All that can be said about this node on its own, except packages and storage."""
+    environment = os.environ
     findings, driver = machine.check_driver(gpus_expected=gpus_expected(environment))
     if driver:
         torch_findings, seen = packages.check_torch(environment)
@@ -178,7 +179,7 @@ def check_reachable(address: str) -> Finding:
     return ok("nodes.connect", f"the first node can be reached ({address})")
 
 
-def check_canary(folder: Path, name: str, patience_s: float = _CANARY_PATIENCE_S) -> Finding:
+def check_canary(folder: Path, name: str) -> Finding:
     """The file that the first node wrote is seen here."""
     started = time.monotonic()
     while True:
@@ -188,10 +189,10 @@ def check_canary(folder: Path, name: str, patience_s: float = _CANARY_PATIENCE_S
                 break
         except OSError:
             pass
-        if time.monotonic() - started > patience_s:
+        if time.monotonic() - started > _CANARY_PATIENCE_S:
             return error(
                 "storage.shared",
-                f"a file that another node wrote to {folder} is not seen here within {patience_s:.0f} s",
+                f"a file that another node wrote to {folder} is not seen here within {_CANARY_PATIENCE_S:.0f} s",
                 "put the run directory on a file system that all nodes mount under the same path; inside a container "
                 "mount it there",
             )

@@ -67,9 +67,7 @@ def estimate_share(values: ArrayLike, items: Sequence[Hashable] | None = None) -
     return Estimate(mean=share, low=max(0.0, centre - half), high=min(1.0, centre + half))
 
 
-def estimate_mean(
-    values: ArrayLike, items: Sequence[Hashable] | None = None, *, seed: int, resamples: int = RESAMPLES
-) -> Estimate:
+def estimate_mean(values: ArrayLike, items: Sequence[Hashable] | None = None, *, seed: int) -> Estimate:
     """The mean of any values with a BCa bootstrap interval over items (Efron, JASA 82, 1987); arguments as above.
 
     When all items have the same mean the interval has no width: resampling cannot know what others would have shown.
@@ -88,7 +86,7 @@ def estimate_mean(
         vectorized=True,
         method="BCa",
         confidence_level=CONFIDENCE,
-        n_resamples=resamples,
+        n_resamples=RESAMPLES,
         batch=500,  # bounds the memory: 500 resamples at a time
         random_state=np.random.default_rng(seed),
     ).confidence_interval

@@ -35,22 +35,6 @@ IMAGE_TOKEN = "<|image_pad|>"
 _ONE_MODEL = "take both from one model"
 
 
-def examine_folder(folder: Path, *, weights: bool = True, trainable: bool = True) -> ModelShape:
-    """What a model computes, when everything that a stage needs of its folder is there and fits together.
-
-    Args:
-        weights: look at the weight files too; False where the weights come from elsewhere.
-        trainable: the weights are about to be trained, so quantized ones are refused.
-
-    Raises:
-        ValueError: what is missing or does not fit, all of it.
-    """
-    problems = list(folder_problems(folder, weights=weights, trainable=trainable))
-    if problems:
-        raise ValueError(f"model folder {folder} cannot be used: " + "; ".join(problems))
-    return load_shape(folder)
-
-
 def _missing(folder: Path) -> str:
     try:
         local_folder(folder)
@@ -62,8 +46,13 @@ def _missing(folder: Path) -> str:
 def folder_problems(
     folder: Path, *, weights: bool = True, trainable: bool = True, scalar: bool = False
 ) -> Iterator[str]:
-    """One line per thing that is wrong with the folder of a model of our families; see `examine_folder`. `scalar`: a
-    scalar head in place of the LM head is no mistake."""
+    """One line per thing that is wrong with the folder of a model of our families, of what a stage needs of it.
+
+    Args:
+        weights: look at the weight files too; False where the weights come from elsewhere.
+        trainable: the weights are about to be trained, so quantized ones are refused.
+        scalar: a scalar head in place of the LM head is no mistake.
+    """
     if not folder.is_dir():
         yield _missing(folder)
         return

@@ -110,9 +110,9 @@ def read_file(path: Path) -> SafetensorsFile:
     return parsed
 
 
-def build_file(name: str, metas: list[TensorMeta], metadata: Mapping[str, str] | None = None) -> SafetensorsFile:
+def build_file(name: str, metas: list[TensorMeta]) -> SafetensorsFile:
     """The layout of a new file that holds `metas` in this order."""
-    tree: dict[str, object] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    tree: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for meta in metas:
         tree[meta.name] = {

@@ -63,7 +63,6 @@ def inspect_source(
     rows: int = 20,
     limits: RowLimits | None = None,
     against: Sequence[str] = (),
-    console: Console | None = None,
 ) -> dict[str, str]:
     """Write `page`, one HTML file, print its figures, and return them.
 
@@ -92,7 +91,7 @@ def inspect_source(
     template = Environment(autoescape=True).from_string(_PAGE)
     picture = balance_url(read.account["balance"])
     write_text(page, template.render(title=title, statistics=statistics, rows=shown, picture=picture))
-    _print(console or Console(), title, statistics, shown)
+    _print(Console(), title, statistics, shown)
     return statistics
 
 

@@ -89,10 +89,10 @@ class CohortBuffer:
             self._close(key, cohort)
         return await future
 
-    async def group(self, question: str, responses: Sequence[str], images: Sequence[str] = ()) -> list[float]:
+    async def group(self, question: str, responses: Sequence[str]) -> list[float]:
         """Rewards of a whole group that came together; raises as `reward`."""
         self.counts.update(samples=len(responses), cohorts=1)
-        cohort = _Cohort(question=question, images=tuple(images))
+        cohort = _Cohort(question=question, images=())
         futures: list[asyncio.Future[float]] = [asyncio.get_running_loop().create_future() for _ in responses]
         for response, future in zip(responses, futures, strict=True):
             self._join(cohort, response, future)

@@ -71,14 +71,13 @@ def _end(report: ExitReport) -> list[str]:
     return lines
 
 
-def show(status: RunStatus, console: Console, *, now: float | None = None) -> None:
+def show(status: RunStatus, console: Console) -> None:
     """One page: state, progress, where it runs, servers, metrics, earlier lives, why it stopped."""
-    now = time.time() if now is None else now
     style = _STYLE[status.state]
     meaning = f" ({_MEANING[status.state]})" if status.state in _MEANING else ""
     title = f"{status.run_dir}{f'  {status.stage}' if status.stage else ''}"
     console.print(f"[bold]{escape(title)}[/]  [{style}]{status.state}[/]{escape(meaning)}", highlight=False)
-    lines = _progress(status) + _place(status, now)
+    lines = _progress(status) + _place(status, time.time())
     if status.silent_s is not None and status.state in ("running", "starting", "silent"):
         lines.append(f"trainer: {status.phase}, last sign of life {duration(status.silent_s)} ago")
     lines += [f"{server.component} is ready at {server.url}" for server in status.servers]

@@ -11,7 +11,7 @@ from folders import write_folder
 
 from megatron_r1reward.config.schema import RunConfig
 from megatron_r1reward.launch.stage_models import check_models
-from megatron_r1reward.model_folder.examine import examine_folder, folder_problems, load_tokenizer, served_problems
+from megatron_r1reward.model_folder.examine import folder_problems, load_tokenizer, served_problems
 
 
 @pytest.mark.parametrize(
@@ -30,8 +30,7 @@ def test_what_is_missing_stops_every_stage(missing: tuple[str, ...], words: str,
     assert list(folder_problems(folder)) == []
     for name in missing:
         (folder / name).unlink()
-    with pytest.raises(ValueError, match=words):
-        examine_folder(folder)
+    assert words in "; ".join(folder_problems(folder))
     tree = {"run": {"output_dir": "x"}, "model": {"path": str(folder)}, "data": {"train": "x"}}
     for stage in ("sft", "rl", "eval"):
         with pytest.raises(ValueError, match=words):
