@@ -3,7 +3,8 @@
 Every model judges the same held-out pairs (greedily; one that compares in both orders) and ranks the same eight answers
 to questions about held-out images, one of them right. Calls are requests to a server, tokens are generated ones: a
 scalar model generates none. Seconds are of asking, two servers being ready; they are written with --seconds only, which
-is meant for a machine that does nothing else. A pointwise model is trained as docs/algorithm.md says.
+is meant for a machine that does nothing else: the load of the last minute stands beside them. A pointwise model is
+trained as docs/algorithm.md says.
 
     make demo && r1reward rm recipes/demo/rm.toml
     python benchmarks/reward_kinds.py [--model runs/demo/rl/hf --model runs/demo/rm/hf --model runs/pointwise/rl/hf]
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -62,6 +64,7 @@ def measure(folder: Path, pairs: Sequence[Preference], rows: Sequence[dict[str, 
         "tokens per image": 0.0 if kind == "scalar" else float(np.mean([one.tokens for one in ranked])),
         "seconds of pairs": pair_seconds,
         "seconds of images": best_seconds,
+        "load": os.getloadavg()[0],
     }
 
 
@@ -112,7 +115,7 @@ def main() -> None:
         table = [measure(folder, pairs, rows, root) for folder in folders]
     if not options.seconds:
         for row in table:
-            del row["seconds of pairs"], row["seconds of images"]
+            del row["seconds of pairs"], row["seconds of images"], row["load"]
     print_table([name for name in table[0] if name != "weights"], table)
     write_json(options.json, "reward_kinds", table, pairs=len(pairs), images=len(rows), candidates=CANDIDATES)
     for row in table:
