@@ -26,7 +26,7 @@ CRUMBS = {
     "servers.vllm_scalar": "models named to vLLM's registry as strings; imported by its processes only",
     "network.breaker": "an idea of its own: the judge's client is its user today",
     "network.guard": "users name it to vLLM servers of their own (docs/run-files.md)",
-    # Present crumbs: each goes into its user, and its line goes with it.
+    # Programs: what a process imports before anything else.
     "launch.step_main": "what every rank of a job step imports first: as little as possible",
     "servers.vllm_main": "the program of a server's process, started with -m",
 }
