@@ -93,16 +93,19 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 STRESSES: Mapping[str, tuple[str, ...]] = {
     "late": ("optimizer.lr=1e-4",),  # from the trained model, on rows that it is right about, at a third of the rate
     "rate": ("optimizer.lr=3e-3", "optimizer.clip_grad=1e9"),  # ten times the demo's, gradients as they come
+    "late_rate": ("optimizer.lr=3e-3", "optimizer.clip_grad=1e9"),  # both: a trained model is ruined
     "none": (),
     "epochs": ("rl.epochs_per_batch=4",),
     "stale": (f"asynchrony.max_staleness={LAG}",),
 }
 HALF = ("rate", "epochs")  # with half of the steps
+LATE = ("late", "late_rate")  # from the trained model
 # By default. A part of the method is left out where it acts: elsewhere the run without it is the same run.
 CELLS: Mapping[str, tuple[str, ...]] = {
     "late": ("stable_reinforce", "without_filter", "filter_clamp"),
-    "rate": ("stable_reinforce", "without_preclip", "reinforce_plus_plus", "grpo"),
-    "none": ("stable_reinforce", "without_consistency", "reinforce_plus_plus", "grpo"),
+    "rate": ("stable_reinforce", "without_preclip", "reinforce_plus_plus", "ppo", "grpo", "gspo", "cispo", "sapo"),
+    "late_rate": ("stable_reinforce", "reinforce_plus_plus", "ppo", "grpo"),
+    "none": ("stable_reinforce", "without_consistency", "reinforce_plus_plus", "ppo", "grpo", "gspo", "cispo", "sapo"),
     "epochs": ("stable_reinforce", "reinforce_plus_plus"),
     "stale": ("stable_reinforce", "reinforce_plus_plus"),
 }
@@ -133,7 +136,7 @@ class Bench:
 
     def overrides(self, cell: Cell) -> list[str]:
         """Of the run file; all but where the cell writes."""
-        late = cell.stress == "late"
+        late = cell.stress in LATE
         easy = late and cell.method != "harder_rows"
         data = self.demo / "data"
         steps = self.steps // 2 if cell.stress in HALF else self.steps
@@ -278,7 +281,7 @@ def write_pools(bench: Bench, cell: Cell) -> None:
     bench.work.mkdir(parents=True, exist_ok=True)
     lines = (bench.demo / "data" / "pool.jsonl").read_text().splitlines()[: bench.rows]
     pool.write_text("\n".join(lines) + "\n")
-    if cell.stress != "late" or late.exists():
+    if cell.stress not in LATE or late.exists():
         return
     config = bench.config(cell)
     rows = read_preferences(pool, image_root=config.data.image_root).preferences

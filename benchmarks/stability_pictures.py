@@ -21,6 +21,7 @@ Cells = Sequence[Mapping[str, Any]]
 _TITLES = {
     "none": "the demo's settings",
     "late": "late, on what it knows",
+    "late_rate": "late, 10 times the rate",
     "epochs": "4 epochs per batch",
     "rate": "10 times the rate, no gradient clip",
     "stale": "samples 4 steps old",

@@ -37,7 +37,6 @@ class Health:
     ) -> None:
         self._section, self._algorithm, self._speaks = section, algorithm, speaks
         self._lasting: Counter[str] = Counter()  # cause -> steps in a row
-        self._right: list[float] = []  # of the last `patience` steps
         self._best, self._rollouts = 0.0, rollouts
         self.began = 0
 
@@ -61,21 +60,22 @@ class Health:
         return f"{reason}; start again with other settings, or set health.policy='warn' to go on"
 
     def _fallen(self, right: float) -> dict[str, str]:
-        """Whether fewer samples are right than there were, by more than `max_fall` and three standard errors of the
-        difference between this step and the best `patience` steps in a row."""
-        patience, best, found = self._section.patience, self._best, {}
-        if self._rollouts:
-            error = math.sqrt(best * (1 - best) * (1 + 1 / patience) / self._rollouts)
-            if best - right > max(self._section.max_fall, 3 * error):
-                found["fallen"] = (
-                    f"{_percent(right)} of the samples are right, {_percent(best)} were (health.max_fall "
-                    f"{self._section.max_fall:g}): lower optimizer.lr or rl.epochs_per_batch, use fresher samples, go "
-                    "back to an earlier checkpoint"
-                )
-        self._right = [*self._right, right][-patience:]
-        if len(self._right) == patience:
-            self._best = max(best, sum(self._right) / patience)
-        return found
+        """Whether fewer samples are right than in the best step, by more than `max_fall` and by more than four standard
+        errors of the difference between two steps: the best of 200 steps is a lucky one, but less than one in a
+        thousand such runs has five steps in a row that are so far below it by chance."""
+        if not self._rollouts:
+            return {}
+        best, self._best = self._best, max(self._best, right)
+        pooled = (best + right) / 2
+        error = math.sqrt(2 * pooled * (1 - pooled) / self._rollouts)
+        if best - right <= max(self._section.max_fall, 4 * error):
+            return {}
+        text = (
+            f"{_percent(right)} of the samples are right, {_percent(best)} were (health.max_fall "
+            f"{self._section.max_fall:g}): lower optimizer.lr or rl.epochs_per_batch, use fresher samples, go back to "
+            "an earlier checkpoint"
+        )
+        return {"fallen": text}
 
 
 def steps_ahead(config: RunConfig) -> int:
