@@ -11,7 +11,7 @@ from typing import Any
 from scipy import stats
 
 from megatron_r1reward.config.schema import RunConfig
-from megatron_r1reward.training.alarms import causes
+from megatron_r1reward.training.alarms import Health
 
 COIN = 0.58  # greedy accuracy that a coin stays below in 99 of 100 evaluations of 200 judgements
 
@@ -19,7 +19,9 @@ COIN = 0.58  # greedy accuracy that a coin stays below in 99 of 100 evaluations 
 def summarise(rows: Sequence[Mapping[str, float | None]], config: RunConfig) -> dict[str, Any]:
     """What the steps of a run come to. A figure that was not finite is None in `rows`, and NaN here."""
     steps = [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
-    alarms = Counter(name for step in steps for name, _ in causes(step, config.health, config.algorithm))
+    rollouts = config.rl.rollout_batch_size * config.algorithm.samples_per_prompt
+    health = Health(config.health, config.algorithm, rollouts=rollouts, speaks=False)
+    alarms = Counter(name for step in steps for name in health.look(step))
 
     def column(name: str) -> list[float]:
         return [step[name] for step in steps]

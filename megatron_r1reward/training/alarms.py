@@ -42,7 +42,7 @@ class Health:
 
     def check(self, metrics: Mapping[str, float], step: int) -> str | None:
         """Why the run should stop after step `step`; None: it may go on."""
-        found = dict(causes(metrics, self._section, self._algorithm)) | self._fallen(metrics["reward/result"])
+        found = self.look(metrics)
         self._lasting = Counter({cause: self._lasting[cause] + 1 for cause in found})
         patience = self._section.patience
         for cause, text in found.items():
@@ -58,6 +58,10 @@ class Health:
         if self._section.policy == "rollback":
             return reason
         return f"{reason}; start again with other settings, or set health.policy='warn' to go on"
+
+    def look(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """What is wrong with the next step: cause to what is seen and what to change. Once for each step, in order."""
+        return dict(causes(metrics, self._section, self._algorithm)) | self._fallen(metrics["reward/result"])
 
     def _fallen(self, right: float) -> dict[str, str]:
         """Whether fewer samples are right than in the best step, by more than `max_fall` and by more than four standard
