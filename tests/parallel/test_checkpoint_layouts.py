@@ -162,7 +162,7 @@ def test_a_vocabulary_that_tensor_parallelism_does_not_divide(tmp_path: Path) ->
         export_folder(saved, tmp_path / f"back-{ranks}", template=hf, progress=False)
         assert digests(tmp_path / f"back-{ranks}") == digests(hf)
     for output in outputs[1:]:
-        torch.testing.assert_close(output, outputs[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(output, outputs[0], atol=5e-5, rtol=0)  # float32 sums in another order
 
 
 @pytest.mark.parametrize("name", MEMBERS)
