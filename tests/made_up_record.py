@@ -78,7 +78,8 @@ def replay_config(folder: Path, model: Path, **changed: dict[str, Any]) -> RunCo
         "run": {"output_dir": folder / "run"},
         "model": {"path": model, "precision": "fp32"},
         "data": {"train": folder / "gone.jsonl", "token_budget": 2048},
-        "optimizer": {"lr": 1e-3, "schedule": "constant", "warmup_fraction": 0.0},
+        # eps: where a gradient is rounding, Adam's first step would be the rate times the sign of a rounding error.
+        "optimizer": {"lr": 1e-3, "schedule": "constant", "warmup_fraction": 0.0, "eps": 1e-5},
         "rl": {"steps": 3, "rollout_batch_size": 8, "train_batch_size": 4, "replay": folder / "record"},
         "algorithm": {"mismatch_alarm": 100.0, "mismatch_share_alarm": 1.0},
         "checkpoint": {"save_every": 100},
