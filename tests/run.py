@@ -51,10 +51,14 @@ class Suite:
     memory_gib: float
 
 
-_HEAVY = tuple(f"tests/unit/{room}" for room in HEAVY_ROOMS)
+# Rooms whose tests wait for servers and processes of their own.
+WAITING_ROOMS = ("judging", "launch", "network", "reward", "rollout", "servers", "serving", "weight_sync")
+_HEAVY, _WAITING = (tuple(f"tests/unit/{room}" for room in rooms) for rooms in (HEAVY_ROOMS, WAITING_ROOMS))
+_REST = ("tests/unit", *(f"--ignore={folder}" for folder in (*_HEAVY, *_WAITING)))
 UNITS = (
     Suite(name="unit-torch", arguments=_HEAVY, memory_gib=3),
-    Suite(name="unit", arguments=("tests/unit", *(f"--ignore={folder}" for folder in _HEAVY)), memory_gib=2),
+    Suite(name="unit-waits", arguments=_WAITING, memory_gib=2),
+    Suite(name="unit", arguments=_REST, memory_gib=2),
 )
 # Whole runs of the pipeline, and servers that die: each as long as half of all other tests with servers.
 _RUNS, _FAULTS = "tests/e2e/test_pipeline.py", "tests/e2e/test_faults.py"
@@ -258,7 +262,7 @@ def main() -> int:
     parser.add_argument("--fast", action="store_true", help="unit tests of under a second, without ranks and servers")
     options, extra = parser.parse_known_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    suites, at_once = (UNITS, 2) if options.fast else (ALL, AT_ONCE)
+    suites, at_once = (UNITS, len(UNITS)) if options.fast else (ALL, AT_ONCE)
     extra = ["-m", "not slow", *extra] if options.fast else extra
     folder = ROOT / "build" / "tests"
     folder.mkdir(parents=True, exist_ok=True)
