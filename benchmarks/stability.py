@@ -102,7 +102,7 @@ HALF = ("rate", "epochs")  # with half of the steps
 LATE = ("late", "late_rate")  # from the trained model
 # By default. A part of the method is left out where it acts: elsewhere the run without it is the same run.
 CELLS: Mapping[str, tuple[str, ...]] = {
-    "late": ("stable_reinforce", "without_filter", "filter_clamp"),
+    "late": ("stable_reinforce", "without_filter", "filter_clamp", "dynamic_sampling", "harder_rows"),
     "rate": ("stable_reinforce", "without_preclip", "reinforce_plus_plus", "ppo", "grpo", "gspo", "cispo", "sapo"),
     "late_rate": ("stable_reinforce", "reinforce_plus_plus", "ppo", "grpo"),
     "none": ("stable_reinforce", "without_consistency", "reinforce_plus_plus", "ppo", "grpo", "gspo", "cispo", "sapo"),
