@@ -26,6 +26,7 @@ from megatron_r1reward.processes import die_with_parent
 SCRATCH_PREFIX = "r1reward-server-"
 KEEPER_GRACE_S = 10.0  # from SIGTERM to SIGKILL; a starter that waits longer than this need not kill anything itself
 _ORPHAN_GRACE_S = 3.0  # nobody waits for what an orphan still has to say
+_DYING_S = 10.0  # from SIGKILL to the end of who gets it, on a busy machine
 _TICK_S = 0.2
 _LOOK_INTERVAL_S = 2.0  # how often shared memory is noted, for the case that its owner is killed
 _SHARED_MEMORY = Path("/dev/shm")
@@ -165,6 +166,15 @@ def remove_unmapped(paths: Iterable[Path]) -> None:
             left -= shared_memory_mapped(pid)
     for path in left:
         path.unlink(missing_ok=True)
+
+
+def remove_of_killed(group: int, paths: Iterable[Path]) -> None:
+    """`remove_unmapped`, once no process of the killed process group `group` has shared memory mapped: a signal that
+    was sent has not yet ended who gets it."""
+    deadline = time.monotonic() + _DYING_S
+    while shared_memory_of(group) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    remove_unmapped(paths)
 
 
 def _all_processes() -> list[int]:

@@ -18,7 +18,7 @@ from megatron_r1reward.model_folder.scalar_folder import is_scalar_folder
 from megatron_r1reward.network.server_api import ServerCallError, call, open_client, unhealthy
 from megatron_r1reward.network.tokens import new_token
 from megatron_r1reward.servers.command import WeightTransport, sees_gpu, server_command, server_environment
-from megatron_r1reward.servers.keeper import KEEPER_GRACE_S, ScratchFolder, remove_unmapped, shared_memory_of
+from megatron_r1reward.servers.keeper import KEEPER_GRACE_S, ScratchFolder, remove_of_killed, shared_memory_of
 from megatron_r1reward.servers.member import Report, ServerError
 
 _ERROR = re.compile(r"\b\w+(?:Error|Exception|Interrupt): .*")
@@ -287,7 +287,7 @@ class VllmServer:
             process.wait()
             assert process.stdin is not None
             process.stdin.close()
-            remove_unmapped(shared_memory)
+            remove_of_killed(process.pid, shared_memory)
             self._shared_memory = frozenset()
             assert self._scratch is not None
             self._scratch.remove()

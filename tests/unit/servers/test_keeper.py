@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import sys
+import threading
 import time
+import uuid
 from pathlib import Path
 
 import psutil
@@ -15,6 +18,7 @@ from orphans import MARK, Starter
 from waiting import wait_until
 
 from megatron_r1reward.config.schema import ServerSection
+from megatron_r1reward.servers.keeper import remove_of_killed, remove_unmapped
 from megatron_r1reward.servers.process import VllmServer
 
 # Starts like vLLM at its worst: SIGTERM ends it at first, then it is swallowed; workers that leave the process group,
@@ -133,3 +137,23 @@ def test_the_exit_code_is_the_programs(tmp_path: Path) -> None:
         wait_until(lambda: not made.alive)  # noqa: B023
         assert made.returncode == code
         made.close()
+
+
+def test_shared_memory_of_a_killed_group_goes_when_its_last_process_does(tmp_path: Path) -> None:
+    """Who was sent SIGKILL may still be there when the leader of its group is gone."""
+    memory = Path("/dev/shm") / f"r1reward-test-{uuid.uuid4().hex}"
+    memory.write_bytes(b"x" * 4096)
+    program = "import mmap, sys; f = open(sys.argv[1], 'r+b'); m = mmap.mmap(f.fileno(), 0); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, memory],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+    ) as member:  # fmt: skip
+        assert member.stdout is not None
+        member.stdout.readline()
+        remove_unmapped([memory])
+        assert memory.exists(), "it is in use"
+        removing = threading.Thread(target=remove_of_killed, args=(member.pid, [memory]))
+        removing.start()
+        os.killpg(member.pid, signal.SIGKILL)
+    removing.join()
+    assert not memory.exists()
