@@ -9,13 +9,13 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 _PR_SET_PDEATHSIG = 1
-# transformers imports scikit-learn, and with it pandas and SciPy, for a kind of assisted generation that nothing here
-# asks for: a tenth of a program's start.
-_UNUSED = ("sklearn",)
+# transformers imports scikit-learn and pandas for a kind of assisted generation, and SciPy for boxes of detectors, and
+# vLLM SciPy for audio; nothing here asks for these: a tenth of a program's start.
+_UNUSED = ("sklearn", "scipy")
 
 
 def die_with_parent(parent: int) -> None:
@@ -27,16 +27,15 @@ def die_with_parent(parent: int) -> None:
 
 
 @contextmanager
-def quick_imports(*, without: Sequence[str] = ()) -> Iterator[None]:
+def quick_imports() -> Iterator[None]:
     """For the imports of a program's start, in its main thread: the cyclic garbage collector has a holiday, and what
-    libraries would import for nothing (`_UNUSED`, and the packages of `without`) is not there for them; whoever needs
-    it imports it later.
+    libraries would import for nothing (`_UNUSED`) is not there for them; whoever needs it imports it later.
 
     Importing torch, transformers and vLLM makes a million objects that stay, and the collector searches them again and
     again: a tenth of the time. What is there at the end it never looks at again (`gc.freeze`), so a later full
     collection is short, and a forked child shares these pages.
     """
-    hidden = [name for name in (*_UNUSED, *without) if name not in sys.modules]
+    hidden = [name for name in _UNUSED if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: there is no such module
     gc.disable()
     try:

@@ -30,7 +30,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from types import FrameType
 from typing import Any
 
@@ -123,6 +122,10 @@ class DeviceTensor(torch.Tensor):
 
 class Rules(TorchDispatchMode):
     """While it is active in a thread, factories make device tensors where asked, and operators are checked."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the detour takes a tenth of a test's time
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _execute(func, args, kwargs or {})
@@ -225,24 +228,27 @@ def _in_host_group(args: Any, kwargs: Any) -> bool:
     return False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Operator:
     """What the schema of an operator says: torch makes it anew at each question, a fifth of a test's time."""
 
     name: str
     overload: str
+    collective: bool
     pointwise: bool
+    may_wait: bool  # the host for the device: whether it does depends on the arguments
     changes_sizes: bool  # of the tensor object that it is given
     written: tuple[tuple[int, str], ...]  # places and names of the arguments that it writes
 
     @staticmethod
-    @cache
     def of(func: Any) -> _Operator:
         schema = func._schema
         return _Operator(
             name=schema.name,
             overload=schema.overload_name,
+            collective=schema.name.startswith("c10d::"),
             pointwise=torch.Tag.pointwise in func.tags or schema.name in _LIKE_POINTWISE,
+            may_wait=schema.name in _COPIES | _ANSWERS_THE_HOST | _INDEXED | _INDEX_WRITES,
             changes_sizes=torch.Tag.inplace_view in func.tags,
             written=tuple(
                 (number, argument.name)
@@ -255,63 +261,72 @@ class _Operator:
         return [args[number] if number < len(args) else kwargs.get(name) for number, name in self.written]
 
 
+_operators: dict[int, _Operator] = {}  # by the identity of torch's object, which lives as long as the process
+
+
 def _execute(func: Any, args: Any, kwargs: Any) -> Any:
-    """Check, count, compute on the host's values, and put the result on the side where it belongs."""
-    operator = _Operator.of(func)
+    """Check, count, compute on the host's values, and put the result on the side where it belongs.
+
+    Run for each operator of a step: what an operator cannot need is not asked.
+    """
+    operator = _operators.get(id(func))
+    if operator is None:
+        operator = _operators[id(func)] = _Operator.of(func)
     tensors: list[torch.Tensor] = []
-    _collect(args, tensors)
-    _collect(kwargs, tensors)
-    _check(operator, args, kwargs, tensors)
-    any_ours = any(isinstance(t, DeviceTensor) for t in tensors)
-    wanted = kwargs.get("device")
-    on_device = any_ours if wanted is None else torch.device(wanted).type == DEVICE.type
-    if (any_ours or on_device) and _waits_for_device(operator.name, args, kwargs, on_device):
+    host_args, host_kwargs = _on_the_host(args, tensors), kwargs
+    if kwargs:
+        host_kwargs = _on_the_host(kwargs, tensors)
+    ours = 0
+    for tensor in tensors:
+        ours += type(tensor) is DeviceTensor
+    if operator.collective or 0 < ours < len(tensors):
+        _check(operator, args, kwargs, tensors)
+    on_device = ours > 0
+    if kwargs:
+        wanted = kwargs.get("device")
+        if wanted is not None:
+            on_device = torch.device(wanted).type == DEVICE.type
+            if on_device:
+                host_kwargs["device"] = HOST
+        if kwargs.get("pin_memory"):
+            host_kwargs["pin_memory"] = False
+    if operator.may_wait and (ours or on_device) and _waits_for_device(operator.name, args, kwargs, on_device):
         _count_wait(operator.name)
-    if wanted is not None and on_device:
-        kwargs = kwargs | {"device": HOST}
-    if kwargs.get("pin_memory"):
-        kwargs = kwargs | {"pin_memory": False}
-    result = _call(func, operator, _mapped(_to_host, args), _mapped(_to_host, kwargs))
-    written = _written(operator, args, kwargs)
+    result = _call(func, operator, host_args, host_kwargs)
+    written = _written(operator, args, kwargs) if operator.written else {}
     if operator.changes_sizes:
         for tensor in written.values():
             torch._C.TensorBase.data.__set__(tensor, DeviceTensor(tensor.host))  # type: ignore[attr-defined]
-    if not on_device:
-        return result
-
-    def outward(value: torch.Tensor) -> torch.Tensor:
-        if isinstance(value, DeviceTensor):
-            return value
-        given = written.get(id(value))
-        return DeviceTensor(value) if given is None else given
-
-    return _mapped(outward, result)
+    return _outward(result, written) if on_device else result
 
 
-def _to_host(value: torch.Tensor) -> torch.Tensor:
-    return value.host if isinstance(value, DeviceTensor) else value
-
-
-def _collect(value: Any, found: list[torch.Tensor]) -> None:
-    """The tensors among an operator's arguments, which are nested in lists, tuples and dicts only (torch's own trees
-    take a third of a test's time)."""
+def _on_the_host(value: Any, found: list[torch.Tensor]) -> Any:
+    """An operator's arguments with the values of device tensors, and the tensors among them. They are nested in lists,
+    tuples and dicts only (torch's own trees take a third of a test's time)."""
+    kind = type(value)
+    if kind is DeviceTensor:
+        found.append(value)
+        return value.host
+    if kind is tuple or kind is list:
+        return kind([_on_the_host(item, found) for item in value])
     if isinstance(value, torch.Tensor):
         found.append(value)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _collect(item, found)
-    elif isinstance(value, dict):
-        for item in value.values():
-            _collect(item, found)
+    elif kind is dict or isinstance(value, dict):
+        return {key: _on_the_host(item, found) for key, item in value.items()}
+    elif isinstance(value, (list, tuple)):  # e.g. torch.Size
+        return kind([_on_the_host(item, found) for item in value])
+    return value
 
 
-def _mapped(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+def _outward(value: Any, written: dict[int, DeviceTensor]) -> Any:
+    """A result on the device: in-place operators return the tensors that they were given."""
     if isinstance(value, torch.Tensor):
-        return change(value)
+        if type(value) is DeviceTensor:
+            return value
+        given = written.get(id(value)) if written else None
+        return DeviceTensor(value) if given is None else given
     if isinstance(value, (list, tuple)):
-        return type(value)([_mapped(change, item) for item in value])
-    if isinstance(value, dict):
-        return {key: _mapped(change, item) for key, item in value.items()}
+        return type(value)([_outward(item, written) for item in value])
     return value
 
 

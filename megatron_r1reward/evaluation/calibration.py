@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
-from scipy.optimize import minimize_scalar
 
 from megatron_r1reward.data.identity import model_identity
 from megatron_r1reward.evaluation.result import CalibrationBin, EvaluationResult, FittedCalibration
@@ -57,6 +56,8 @@ def _bins(confidence: Floats, right: Floats) -> Iterator[CalibrationBin]:
 def fit_temperature(p_right: Floats) -> float:
     """The temperature under which the right responses are likeliest; within [0.05, 20]. `p_right` [M], none NaN."""
     odds = np.log(p_right) - np.log1p(-p_right)
+    from scipy.optimize import minimize_scalar  # takes a third of a second
+
     found = minimize_scalar(
         lambda log_t: float(np.logaddexp(0.0, -odds / math.exp(log_t)).mean()), bounds=_RANGE, method="bounded"
     )

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import hypergeom
 
 from megatron_r1reward.types import Label
 
@@ -65,6 +64,8 @@ def voting_accuracy(votes: Votes, k: int) -> Floats:
     Raises:
         ValueError: k is not in [1, samples].
     """
+    from scipy.stats import hypergeom  # takes half a second: stages without an evaluation do without
+
     _check_k(k, votes.samples)
     voters = (votes.right + votes.wrong)[:, None]  # [U, 1]
     drawn = np.arange(1, k + 1)[None, :]  # [1, k]: how many of the k samples vote; none at all is wrong
@@ -85,6 +86,8 @@ def any_correct(votes: Votes, k: int) -> Floats:
     Raises:
         ValueError: k is not in [1, samples].
     """
+    from scipy.stats import hypergeom
+
     _check_k(k, votes.samples)
     return np.asarray(hypergeom.sf(0, votes.samples, votes.right, k), dtype=np.float64)
 

@@ -18,8 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from scipy.stats import beta
-
 from megatron_r1reward.judging.ask import ORDERS, Judgement, Order
 from megatron_r1reward.types import Label
 
@@ -135,6 +133,8 @@ class Adaptive:
         votes = count(judgements)
         if votes.voters == 0:
             return False
+        from scipy.stats import beta  # takes half a second
+
         above = float(beta.sf(0.5, votes.first + _PRIOR, votes.second + _PRIOR))
         return max(above, 1.0 - above) >= self.confidence
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import ssl
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from megatron_r1reward.network.tokens import bearer
@@ -53,18 +55,25 @@ def unhealthy(url: str, *, attempts: int = _ATTEMPTS) -> str | None:
     return problem
 
 
+@cache
+def tls() -> ssl.SSLContext:
+    """The machine's certificates, for every client of this process: reading them takes longer than ten requests."""
+    return ssl.create_default_context()
+
+
 def open_client(*, timeout_s: float) -> httpx.Client:
     """For `call`. A connection for each call: a server closes it after answering 500, and the next on it would fail."""
     import httpx
 
-    return httpx.Client(timeout=timeout_s, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
+    limits = httpx.Limits(max_keepalive_connections=0)
+    return httpx.Client(timeout=timeout_s, trust_env=False, limits=limits, verify=tls())
 
 
 def open_async_client() -> httpx.AsyncClient:
     """For `call_async`."""
     import httpx
 
-    return httpx.AsyncClient(trust_env=False, timeout=None)
+    return httpx.AsyncClient(trust_env=False, timeout=None, verify=tls())
 
 
 def call(

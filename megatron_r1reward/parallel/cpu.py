@@ -46,10 +46,15 @@ def _called_from_megatron() -> bool:
     return "/megatron/core/" in frame.f_code.co_filename
 
 
+_WITH_A_DEVICE = frozenset({torch.Tensor.pin_memory, torch.Tensor.cuda, torch.Tensor.to, torch.Tensor.type})
+
+
 class _CudaMeansCpu(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if not kwargs and func not in _WITH_A_DEVICE:  # nearly all of the hundred thousands of calls of a step
+            return func(*args)
         kwargs = kwargs or {}
         if kwargs:
             if _names_cuda(kwargs.get("device")):

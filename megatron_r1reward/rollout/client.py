@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import ssl
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from megatron_r1reward.config.schema import SamplingSection
+from megatron_r1reward.network.server_api import tls
 from megatron_r1reward.network.tokens import bearer
 from megatron_r1reward.types import Prompt, Rollout, WeightSpan
 
@@ -217,7 +217,6 @@ class _Connections:
     def __init__(self, *, headers: Mapping[str, str], connect_timeout_s: float) -> None:
         self._headers = dict(headers)
         self._timeout = httpx.Timeout(None, connect=connect_timeout_s)
-        self._tls = ssl.create_default_context()  # shared: building one takes longer than a request
         self._idle: list[httpx.AsyncClient] = []
 
     @asynccontextmanager
@@ -230,7 +229,7 @@ class _Connections:
             self._idle.append(http)
 
     def _new(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(headers=self._headers, timeout=self._timeout, verify=self._tls, trust_env=False)
+        return httpx.AsyncClient(headers=self._headers, timeout=self._timeout, verify=tls(), trust_env=False)
 
     async def aclose(self) -> None:
         for http in self._idle:

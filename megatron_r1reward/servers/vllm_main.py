@@ -16,8 +16,6 @@ from megatron_r1reward.processes import quick_exit, quick_imports
 from megatron_r1reward.servers.keeper import keep
 
 FORK_FLAG = "--fork-engine-core"
-# vLLM resamples audio with it, and transformers matches boxes of detectors: a tenth of the imports.
-_UNUSED = ("scipy",)
 
 
 def _fork_engine_core() -> None:
@@ -29,7 +27,7 @@ def _fork_engine_core() -> None:
 
 
 def main() -> None:
-    with quick_imports(without=_UNUSED):
+    with quick_imports():
         if FORK_FLAG in sys.argv:
             sys.argv.remove(FORK_FLAG)
             _fork_engine_core()

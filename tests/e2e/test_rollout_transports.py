@@ -17,6 +17,7 @@ from reference import PATIENCE_S, SERVER, Reference
 
 from megatron_r1reward.config.schema import SamplingSection
 from megatron_r1reward.demo.tiny_models import write_tiny_checkpoint
+from megatron_r1reward.network.server_api import call, open_client
 from megatron_r1reward.network.tokens import bearer
 from megatron_r1reward.rollout.banned import banned_token_ids
 from megatron_r1reward.rollout.open_pool import build_transport
@@ -94,7 +95,8 @@ def prompts(reference: Reference, image_paths: tuple[str, ...]) -> list[Prompt]:
 
 def says(pool: RolloutPool, route: str) -> object:
     (member,) = pool.group.members
-    return httpx.get(f"{member.url}{route}", headers=bearer(member.bearer_token), timeout=PATIENCE_S).json()
+    with open_client(timeout_s=PATIENCE_S) as client:
+        return call(client, "GET", f"{member.url}{route}", token=member.bearer_token).json()
 
 
 @pytest.mark.parametrize("name", SECTIONS)

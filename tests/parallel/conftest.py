@@ -9,6 +9,8 @@ import parallel_parity as parity
 import pytest
 from forked_ranks import run_ranks
 from parity_layouts import SINGLE
+from PIL import Image
+from transformers import AutoImageProcessor
 
 
 @pytest.fixture(scope="session")
@@ -18,11 +20,14 @@ def parity_images(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny checkpoint folder per family, written in the parent: ranks only read it."""
+    """A tiny checkpoint folder per family, written in the parent: ranks only read it. What reading imports is imported
+    here, once for all ranks."""
     folders = {}
     for name in parity.FAMILIES:
         folders[name] = tmp_path_factory.mktemp(name) / "tiny"
         parity.write_family(name, folders[name])
+        AutoImageProcessor.from_pretrained(folders[name])
+    Image.init()
     return folders
 
 
