@@ -266,4 +266,4 @@ def server_environment(
 
 
 def _forks_engine_core(section: VllmSection, on_cpu: bool) -> bool:
-    return on_cpu and section.num_threads == 1 and section.tensor_parallel_size == 1
+    return on_cpu and section.num_threads == 1
