@@ -13,7 +13,6 @@ import matplotlib
 import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.stats import binom
 
 from megatron_r1reward.report.charts import COLOURS, STYLE
 
@@ -106,6 +105,8 @@ def voting_rows(demo: Path) -> list[dict[str, Any]]:
 
 def majority(share: float, votes: int) -> float:
     """How often most of so many independent votes are right; a tie counts half."""
+    from scipy.stats import binom
+
     tie = float(binom.pmf(votes // 2, votes, share)) if votes % 2 == 0 else 0.0
     return float(binom.sf(votes // 2, votes, share)) + tie / 2
 

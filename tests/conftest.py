@@ -6,15 +6,26 @@ keeps two cores from fighting.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from megatron_r1reward.processes import quick_imports
+
 TESTS = Path(__file__).parent
 # Tests that run Triton's interpreter, which must be chosen before anything imports Triton (torch does, late).
 KERNEL_TESTS = ("unit/kernels", "parallel", "gpu")
+
+
+# Until all tests are collected. What they import stays, and the collector never searches it again, neither here nor in
+# forked ranks: a test that collects pays for its own objects only. Whoever needs SciPy or scikit-learn imports it in
+# the test.
+_imports = ExitStack()
+_imports.enter_context(quick_imports())
 
 
 # The conftests of folders that are named on the command line are read before `pytest_configure`, and import torch.
@@ -42,6 +53,14 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if any(_asked(config, TESTS / folder) for folder in KERNEL_TESTS):
         import interpreted_triton  # noqa: F401
+
+
+def pytest_collection_finish() -> None:
+    _imports.close()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries count their objects at the end of the interpreter
 
 
 def pytest_runtest_setup() -> None:

@@ -6,10 +6,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from megatron_r1reward.files import atomic_path
 
@@ -29,9 +29,15 @@ class DigitSources:
         return frozenset(index for pictures in self.by_digit for index in pictures)
 
 
+def _scans() -> Any:
+    from sklearn.datasets import load_digits  # takes seconds, and only who makes the data needs it
+
+    return load_digits()
+
+
 def split_sources(seed: int) -> tuple[DigitSources, DigitSources]:
     """Training and held-out pictures: disjoint, with the same share of every digit held out."""
-    labels = load_digits().target
+    labels = _scans().target
     rng = random.Random(f"sources/{seed}")
     train, heldout = [], []
     for digit in range(10):
@@ -56,7 +62,7 @@ class PictureStore:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._pictures = load_digits().images  # float64 [1797, 8, 8], ink from 0 to FULL_INK
+        self._pictures = _scans().images  # float64 [1797, 8, 8], ink from 0 to FULL_INK
         self._stored: set[str] = set()
 
     def __len__(self) -> int:

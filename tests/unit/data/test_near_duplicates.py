@@ -7,7 +7,6 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from megatron_r1reward.data.near_duplicates import (
     Seen,
@@ -26,6 +25,8 @@ def row(question: str, first: str = "a", second: str = "b", label: int = 1) -> P
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
+    from sklearn.datasets import load_digits
+
     grey = (load_digits().images[:200] * 255 / 16).astype(np.uint8)
     return [Image.fromarray(one).resize((56, 56), Image.Resampling.BICUBIC).convert("RGB") for one in grey]
 

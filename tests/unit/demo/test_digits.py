@@ -10,7 +10,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from megatron_r1reward.data.preference import read_preferences, read_sft_examples
 from megatron_r1reward.data.prompt import POINTWISE_TEMPLATE, split_message_text
@@ -28,6 +27,13 @@ JUDGE_FILES = ("judge_sft", "judge_heldout")
 def built(tmp_path_factory):
     out = tmp_path_factory.mktemp("digits")
     return out, build_digits(out, seed=3, **SIZES)
+
+
+def scans():
+    """The pictures that it is made of, and what they show."""
+    from sklearn.datasets import load_digits
+
+    return load_digits()
 
 
 def rows_of(out, name):
@@ -69,7 +75,7 @@ def claim_in(response):
 @pytest.mark.parametrize("name", PREFERENCE_FILES)
 def test_labels_agree_with_the_digits_that_the_image_was_made_of(built, name):
     out, _ = built
-    labels = load_digits().target
+    labels = scans().target
     for row in rows_of(out, name):
         right = truth(row["question"], [int(labels[index]) for index in sources_of(row)])
         claims = [claim_in(row["response_1"]), claim_in(row["response_2"])]
@@ -127,7 +133,7 @@ def test_texts_do_not_reveal_the_right_answer(category):
 
 def test_targets_have_the_strict_format_and_state_the_digits_first(built):
     out, _ = built
-    labels = load_digits().target
+    labels = scans().target
     lengths = []
     for row in rows_of(out, "sft"):
         match = re.fullmatch(r"<think>(.+)</think><answer>([12])</answer>", row["response"], re.DOTALL)
@@ -187,7 +193,7 @@ def test_readers_take_every_file(built):
 
 def test_pictures_are_the_real_digits_enlarged_with_full_contrast(tmp_path):
     store = PictureStore(tmp_path)
-    pictures = load_digits().images
+    pictures = scans().images
     with Image.open(tmp_path / store.store((5, 17, 200))) as image:
         assert (image.size, image.mode) == ((168, 56), "RGB")
         pixels = np.asarray(image)
@@ -272,7 +278,7 @@ def test_pairs_without_a_better_response_for_training(built, tmp_path):
     ours = [one for one in read.preferences if one.label is None]
     assert len(ours) == 80
     assert {one.image_paths for one in ours} <= {one.image_paths for one in read.preferences if one.label is not None}
-    labels = load_digits().target
+    labels = scans().target
     for row in rows_of(tmp_path, "pool_unlabelled"):
         right = truth(row["question"], [int(labels[index]) for index in sources_of(row)])
         claims = [claim_in(row["response_1"]), claim_in(row["response_2"])]

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from scipy.stats import binom
 
 from megatron_r1reward.evaluation.statistics import estimate_mean, estimate_share
 
@@ -34,6 +33,8 @@ def exact_coverage(items: int, share: float) -> float:
     right = np.arange(items + 1)
     found = [estimate_share([1.0] * int(r) + [0.0] * (items - int(r))) for r in right]
     covered = np.array([estimate.low <= share <= estimate.high for estimate in found])
+    from scipy.stats import binom
+
     return float(binom.pmf(right[covered], items, share).sum())
 
 

@@ -5,7 +5,6 @@ import math
 
 import numpy as np
 import pytest
-from scipy.optimize import minimize
 from simulated_judge import SimulatedJudge
 
 from megatron_r1reward.judging.ask import Item
@@ -53,6 +52,8 @@ def test_strengths_are_the_maximum_of_the_penalised_likelihood() -> None:
     def loss(strengths: np.ndarray) -> float:
         difference = strengths[:, None] - strengths[None, :]
         return float((wins * np.logaddexp(0, -difference)).sum() + (strengths**2).sum() / 8)
+
+    from scipy.optimize import minimize
 
     best = minimize(loss, np.zeros(6), tol=1e-12).x
     strengths, covariance = fit_strengths(wins)
