@@ -38,9 +38,8 @@ SCENARIOS: dict[str, Callable[[Bench], Any]] = {
         stories.node_lost,
         recipe_runs.nemo_slurm,
         stories.out_of_time_then_cancelled,
-        stories.rl_heterogeneous,
-        recipe_runs.nemo_local,
         stories.rl_servers_hang_and_die,
+        recipe_runs.nemo_local,
         stories.rl_colocated_server_dies,
         stories.rl_local,
         stories.served_and_drained,
@@ -51,7 +50,7 @@ SCENARIOS: dict[str, Callable[[Bench], Any]] = {
     )
 }
 COMPARED = ("preempted", "node_lost", "out_of_time_then_cancelled")
-COMPARED += ("rl_local", "rl_heterogeneous", "rl_servers_hang_and_die", "rl_colocated_server_dies")
+COMPARED += ("rl_local", "rl_servers_hang_and_die", "rl_colocated_server_dies")
 # Whose end a scenario begins with or is compared with.
 NEEDS = {**dict.fromkeys(COMPARED, "reference"), "nemo_local": "nemo_slurm", "served_and_drained": "reference"}
 
@@ -106,6 +105,7 @@ def cluster(possible: None) -> Iterator[Cluster]:
     folder.chmod(0o755)  # MUNGE's socket must be reachable for all users; pytest's own folders are private
     environment = {**os.environ, "SLURM_TEST_DIR": str(folder / "cluster"), "NODES": str(NODES), "DBD": "1"}
     environment |= {"PYXIS": "1", "PORT_BASE": str(_free_port_base()), "CPUS": "16", "MEM": "32000"}
+    environment["GPUS"] = "8"  # per node, so that no job waits for another
     if Path("/sys/fs/cgroup/freezer/slurm_n1").exists():  # another cluster of this kind is running
         environment["PROCTRACK"] = "linuxproc"
     config = folder / "cluster" / "etc" / "slurm.conf"

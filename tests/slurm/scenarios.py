@@ -284,13 +284,17 @@ def rl_colocated_server_dies(bench: Bench) -> Colocated:
 
 
 def rl_servers_hang_and_die(bench: Bench) -> Job:
-    """The only rollout server hangs while the judge's vLLM dies; later the rollout server's whole step is killed."""
+    """Trainer and rollout server on one kind of node, the judge on another. After three steps that nobody disturbs the
+    only rollout server hangs while the judge's vLLM dies; later the rollout server's whole step is killed."""
     bench.wait_for_hard_set()
-    limits = ("rollout.health_interval_s=1", "rollout.health_failures=2", "judge.health_interval_s=1")
-    limits += ("rollout.health_timeout_s=30", "judge.health_timeout_s=30")  # a busy machine is no hang
+    options = ("--oversubscribe", "--nodes=2", "--gpus-per-node=3", "--cpus-per-task=6", "--mem=4000", "--time=20")
+    options += (*NOT_THE_DOOMED, ":", "--nodes=1", "--gpus-per-node=1", "--cpus-per-task=2", "--mem=4000")
+    overrides = ("rl.steps=8", "cluster.judge_het_group=1", "cluster.trainer_nodes=2", "cluster.ranks_per_node=2")
+    overrides += ("rollout.health_interval_s=1", "rollout.health_failures=2", "judge.health_interval_s=1")
+    overrides += ("rollout.health_timeout_s=30", "judge.health_timeout_s=30")  # a busy machine is no hang
     with _with_servers:
-        job = bench.rl("rl-mended", "rl.steps=6", "cluster.ranks_per_node=1", *limits)
-        job.wait_step(1)
+        job = bench.rl("rl-mended", *overrides, options=options)
+        job.wait_step(3)
         job.kill_one(signal.SIGKILL, "megatron_r1reward.servers.vllm_main", "judge")
         for pid in job.processes("megatron_r1reward.servers.vllm_main", "policy"):
             os.kill(pid, signal.SIGSTOP)
@@ -299,13 +303,3 @@ def rl_servers_hang_and_die(bench: Bench) -> Job:
         for pid in job.processes("server", "rollout"):
             os.kill(pid, signal.SIGKILL)
         return job.wait()
-
-
-def rl_heterogeneous(bench: Bench) -> Job:
-    """Trainer and rollout server on one kind of node, the judge on another."""
-    bench.wait_for_hard_set()
-    options = ("--oversubscribe", "--nodes=2", "--gpus-per-node=3", "--cpus-per-task=6", "--mem=4000", "--time=20")
-    options += (*NOT_THE_DOOMED, ":", "--nodes=1", "--gpus-per-node=1", "--cpus-per-task=2", "--mem=4000")
-    overrides = ("cluster.judge_het_group=1", "cluster.trainer_nodes=2", "cluster.ranks_per_node=2")
-    with _with_servers:
-        return bench.rl("rl-het", *overrides, options=options).wait()
