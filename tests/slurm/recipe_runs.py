@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs import REPOSITORY, Job, tool, until
-from scenarios import NOT_THE_DOOMED, ONE_SERVER, TOKEN, Bench
+from scenarios import NO_JUDGE, NOT_THE_DOOMED, ONE_SERVER, TOKEN, Bench
 
 from megatron_r1reward.network.server_api import unhealthy
 
@@ -84,8 +84,8 @@ def nemo_local(bench: Bench) -> Experiment:
 
 
 def nemo_slurm_fails(bench: Bench) -> Experiment:
-    return _pipeline(bench, "slurm", "nemo-slurm-fails", "sft:model.path=nowhere", "rl:reward.use_judge=false")
+    return _pipeline(bench, "slurm", "nemo-slurm-fails", "sft:model.path=nowhere", f"rl:{NO_JUDGE}")
 
 
 def nemo_local_fails(bench: Bench) -> Experiment:
-    return _pipeline(bench, "local", "nemo-local-fails", "sft:model.path=nowhere", "rl:reward.use_judge=false")
+    return _pipeline(bench, "local", "nemo-local-fails", "sft:model.path=nowhere", f"rl:{NO_JUDGE}")

@@ -31,6 +31,7 @@ THREE_NODES = ("--oversubscribe", "--nodes=3", "--gpus-per-node=2", "--cpus-per-
 THREE_NODES += NOT_THE_DOOMED
 # The steps of jobs that have two lives; the reference takes more of them.
 RESUMED = (f"sft.steps={RESUMED_STEPS}",)
+NO_JUDGE = "reward.use_judge=false"
 TOKEN = {"R1REWARD_SERVER_TOKEN": "of-all-jobs-that-share-a-judge"}
 _with_servers = threading.Semaphore(2)  # of the stages with a rollout server and a judge, for the memory
 
@@ -184,18 +185,19 @@ def node_lost(bench: Bench) -> Job:
 
 
 def rl_local(bench: Bench) -> Path:
-    """The same run file without Slurm."""
+    """The same run file without Slurm. Without a judge: what it says is worth nothing here, so losses are the same."""
     bench.wait_for_hard_set()
     output = bench.folder / "rl-local"
     command = [sys.executable, "-m", "megatron_r1reward.cli", "launch", "--local", "rl", bench.folder / "rl.toml"]
     with _with_servers:
-        code, text = bench.program(*command, f"run.output_dir={output}")
+        code, text = bench.program(*command, f"run.output_dir={output}", NO_JUDGE)
     assert code == 0, text[-3000:]
     return output
 
 
 def rl_server_does_not_start(bench: Bench) -> Job:
-    return bench.rl("rl-no-start", f"model.path={bench.folder}/model", 'rollout.extra_args=["--no-such"]').wait()
+    overrides = (f"model.path={bench.folder}/model", 'rollout.extra_args=["--no-such"]', NO_JUDGE)
+    return bench.rl("rl-no-start", *overrides).wait()
 
 
 @dataclass(frozen=True, kw_only=True)

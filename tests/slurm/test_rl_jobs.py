@@ -141,6 +141,7 @@ def test_a_service_is_found_asked_and_drained(ended: Service) -> None:
 @pytest.mark.scenario("rl_local")
 def test_the_same_run_file_gives_the_same_losses_without_slurm(ended: Path, finished: Job) -> None:
     rows = {row["step"]: row for row in map(json.loads, (ended / "metrics.jsonl").read_text().splitlines())}
+    assert all(row["reward/consistency"] == 0 for row in finished.rows().values()), "it has a judge"
     assert_same_training(rows, finished.rows())
 
 
