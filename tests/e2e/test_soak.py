@@ -18,7 +18,7 @@ def test_nothing_is_lost_or_left_over(tmp_path: Path) -> None:
     """In a process of its own, whose descriptors, children and temporary folder are the run's only."""
     with tempfile.TemporaryDirectory(prefix="soak-") as scratch:  # a short path: it will hold sockets
         done = subprocess.run(
-            [sys.executable, str(SOAK), "--steps", "8", "--fault-every", "2", "--seed", "10", "--check"],
+            [sys.executable, str(SOAK), "--steps", "7", "--fault-every", "3", "--seed", "10", "--check"],
             cwd=tmp_path, env=os.environ | {"TMPDIR": scratch}, capture_output=True, text=True, timeout=2600,
             check=False,
         )  # fmt: skip
