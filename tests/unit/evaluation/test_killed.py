@@ -99,7 +99,7 @@ class Gate(ScriptedServer):
     """Answers as many requests as it may, and lets the others wait; those of a client that was killed get nothing."""
 
     def __init__(self) -> None:
-        self._may, self._life, self._changed = 0, 0, threading.Condition()
+        self._may, self._dead, self._changed = 0, False, threading.Condition()
         super().__init__([""])
 
     def let(self, number: int) -> None:
@@ -108,19 +108,32 @@ class Gate(ScriptedServer):
             self._changed.notify_all()
 
     def client_died(self) -> None:
+        """Until nothing of it is left: what it sent, and nobody has read yet, must not be taken for the next one's."""
+        self._refuse()
+        wait_until(lambda: not self._connected())
         with self._changed:
-            self._may, self._life = 0, self._life + 1
+            self._dead = False
+
+    def _refuse(self) -> None:
+        with self._changed:
+            self._may, self._dead = 0, True
             self._changed.notify_all()
 
+    def _connected(self) -> bool:
+        """Also what waits to be accepted."""
+        open_ones = (psutil.CONN_SYN_RECV, psutil.CONN_ESTABLISHED, psutil.CONN_CLOSE_WAIT)
+        port = self._http.server_address[1]
+        found = psutil.net_connections(kind="tcp4")
+        return any(one.laddr and one.laddr.port == port and one.status in open_ones for one in found)
+
     def stop(self) -> None:
-        self.client_died()
+        self._refuse()
         super().stop()
 
     def _reply(self, body: dict) -> tuple[int, str, str]:
         with self._changed:
-            life = self._life
-            self._changed.wait_for(lambda: self._life != life or self._may > 0)
-            if self._life != life:
+            self._changed.wait_for(lambda: self._dead or self._may > 0)
+            if self._dead:
                 return 503, "application/json", "{}"
             self._may -= 1
             self.requests.append(body)
