@@ -80,6 +80,8 @@ class Inputs:
 
 @pytest.fixture(scope="module")
 def inputs(parity_images: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    import scipy.stats  # noqa: F401  (once, for all ranks that evaluate)
+
     folder = Path(parity_images[0]).parent
     answers = ("The image shows 7.", "Response 1 is better.")
     chosen = []
