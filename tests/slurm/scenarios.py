@@ -166,8 +166,11 @@ def crashed_in_a_chain(bench: Bench) -> tuple[Job, Job]:
     ids = bench.cluster.chain(*files, *overrides, folder=folder, options=options)
     parent, child = (Job(id=ids[stage], run=run, folder=folder) for stage in ("sft", "eval"))
     parent.wait_step(2)
-    parent.kill_one(signal.SIGSEGV, "worker", "sft", procid=3)
-    return parent.wait(), child.wait()
+    with parent.held("worker", "sft"):  # else a peer that lost its connection may be heard before the one that crashed
+        for number in (signal.SIGSEGV, signal.SIGCONT):
+            parent.kill_one(number, "worker", "sft", procid=3)
+        ended = parent.wait()
+    return ended, child.wait()
 
 
 def node_lost(bench: Bench) -> Job:
