@@ -193,7 +193,7 @@ def _check(operator: _Operator, args: Any, kwargs: Any, tensors: list[torch.Tens
     name = operator.name
     ours = [t for t in tensors if isinstance(t, DeviceTensor)]
     theirs = [t for t in tensors if not isinstance(t, DeviceTensor) and t.device.type == "cpu"]
-    if name.startswith("c10d::"):
+    if operator.collective:
         if _in_host_group(args, kwargs):
             return
         collectives[_place()] += 1
@@ -273,12 +273,8 @@ def _execute(func: Any, args: Any, kwargs: Any) -> Any:
     if operator is None:
         operator = _operators[id(func)] = _Operator.of(func)
     tensors: list[torch.Tensor] = []
-    host_args, host_kwargs = _on_the_host(args, tensors), kwargs
-    if kwargs:
-        host_kwargs = _on_the_host(kwargs, tensors)
-    ours = 0
-    for tensor in tensors:
-        ours += type(tensor) is DeviceTensor
+    host_args, host_kwargs = _on_the_host(args, tensors), _on_the_host(kwargs, tensors)
+    ours = sum(type(tensor) is DeviceTensor for tensor in tensors)
     if operator.collective or 0 < ours < len(tensors):
         _check(operator, args, kwargs, tensors)
     on_device = ours > 0
@@ -311,7 +307,7 @@ def _on_the_host(value: Any, found: list[torch.Tensor]) -> Any:
         return kind([_on_the_host(item, found) for item in value])
     if isinstance(value, torch.Tensor):
         found.append(value)
-    elif kind is dict or isinstance(value, dict):
+    elif isinstance(value, dict):
         return {key: _on_the_host(item, found) for key, item in value.items()}
     elif isinstance(value, (list, tuple)):  # e.g. torch.Size
         return kind([_on_the_host(item, found) for item in value])

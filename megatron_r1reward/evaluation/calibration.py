@@ -55,9 +55,9 @@ def _bins(confidence: Floats, right: Floats) -> Iterator[CalibrationBin]:
 
 def fit_temperature(p_right: Floats) -> float:
     """The temperature under which the right responses are likeliest; within [0.05, 20]. `p_right` [M], none NaN."""
-    odds = np.log(p_right) - np.log1p(-p_right)
     from scipy.optimize import minimize_scalar  # takes a third of a second
 
+    odds = np.log(p_right) - np.log1p(-p_right)
     found = minimize_scalar(
         lambda log_t: float(np.logaddexp(0.0, -odds / math.exp(log_t)).mean()), bounds=_RANGE, method="bounded"
     )
