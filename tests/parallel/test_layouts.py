@@ -1,5 +1,8 @@
 """Every layout gives the loss, log-probs and gradients of a single process over two optimizer steps, and so does every
-way to cut a batch into micro-batches and ranks."""
+way to cut a batch into micro-batches and ranks.
+
+Every family in every layout runs once: here, or on the second device. `benchmarks/parallel_parity.py` has them all.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import pytest
 import torch
 from forked_ranks import run_ranks
 from parity_layouts import EP2, LAYOUTS, Layout
+from updates import ON_THE_SECOND_DEVICE
 
 from megatron_r1reward.models.qwen2_5_vl.rotary import PackedMultimodalRotary
 from megatron_r1reward.parallel import setup
@@ -21,7 +25,10 @@ from megatron_r1reward.training.sft import cross_entropy
 
 pytestmark = pytest.mark.parallel
 CASES = [
-    (family, name) for family in parity.FAMILIES for name, layout in LAYOUTS.items() if parity.applies(family, layout)
+    (family, name)
+    for family in parity.FAMILIES
+    for name, layout in LAYOUTS.items()
+    if parity.applies(family, layout) and family != ON_THE_SECOND_DEVICE[name]
 ]
 
 

@@ -64,9 +64,8 @@ WAITING_FOR_MAIN = {"training/rl.py::take_rollouts", "training/heartbeat.py::sto
 COMPARED = ("sft/loss", "loss", "grad_norm", "entropy", "ratio/mean", "mismatch/mean_abs", "advantage/std",
             "advantage/filtered_fraction", "heldout/accuracy")  # fmt: skip
 CASES: dict[str, tuple[str, Layout]] = {
-    "one rank, plain optimizer": ("qwen2_5_vl", Layout(ranks=1, parallel=PLAIN)),
     "one rank, experts": ("qwen3_vl_moe", Layout(ranks=1, parallel={})),
-    "DP2": ("qwen2_5_vl", Layout(ranks=2, parallel=PLAIN)),
+    "DP2, plain optimizer": ("qwen2_5_vl", Layout(ranks=2, parallel=PLAIN)),
 }
 
 

@@ -1,7 +1,8 @@
 """Every layout on the second device: what a GPU would refuse fails here, and the numbers are those of a single CPU.
 
 Old log-probs, two policy steps, a step of SFT and the export for a push; a run that goes back to a checkpoint. Whole
-stages with servers, checkpoints and resumes are in `test_second_device.py`.
+stages with servers, checkpoints and resumes are in `test_second_device.py`; the families that a layout does not have
+here, in `test_layouts.py`.
 """
 
 from __future__ import annotations
@@ -16,26 +17,11 @@ from made_up_record import elsewhere
 from parity_layouts import LAYOUTS, SINGLE
 from test_replay_layouts import check_both_went_back, run_that_collapses, went_back  # noqa: F401  (a fixture)
 from test_second_device import ALLOWED_WAITS, WAITING_FOR_MAIN
-from updates import Updated, update_and_sft_step
+from updates import ON_THE_SECOND_DEVICE, Updated, update_and_sft_step
 
 from megatron_r1reward.config.schema import RunConfig
 
 pytestmark = pytest.mark.parallel
-# Every layout once; the families share them, so that each takes part in each kind of parallelism.
-FAMILY_OF = {
-    "PP2": "qwen3_vl",
-    "CP2 images sharded": "qwen3_vl",
-    "CP2 selective recompute": "qwen3_vl",
-    "TP2 full recompute": "qwen3_vl",
-    "PP2 vision balanced": "qwen3_vl",
-    "TP2+SP": "qwen3_vl_moe",
-    "CP2xDP2 overlap": "qwen3_vl",
-    "TP2+SPxPP2 VPP2": "qwen3_vl",
-}
-CASES = {
-    name: (FAMILY_OF.get(name, "qwen3_vl_moe" if layout.needs_experts else "qwen2_5_vl"), layout)
-    for name, layout in LAYOUTS.items()
-}
 
 
 def _on_the_device(*arguments: object) -> tuple[Updated, set[str], set[str]]:
@@ -53,9 +39,9 @@ def on_one_cpu(families: dict[str, Path], parity_images: tuple[str, ...]) -> dic
     return {family: run_ranks(update_and_sft_step, 1, families[family], *arguments)[0] for family in families}
 
 
-@pytest.mark.parametrize("name", CASES, ids=lambda name: name.replace(" ", "_"))
+@pytest.mark.parametrize("name", LAYOUTS, ids=lambda name: name.replace(" ", "_"))
 def test_a_layout_trains_on_a_device_with_the_numbers_of_a_cpu(name, families, parity_images, on_one_cpu) -> None:
-    family, layout = CASES[name]
+    family, layout = ON_THE_SECOND_DEVICE[name], LAYOUTS[name]
     assert parity.applies(family, layout)
     ranks = run_ranks(_on_the_device, layout.ranks, families[family], parity_images, layout, {})
     check(on_one_cpu[family], ranks)

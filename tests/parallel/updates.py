@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import parallel_parity as parity
 import torch
-from parity_layouts import Layout
+from parity_layouts import LAYOUTS, Layout
 
 from megatron_r1reward.algorithm.policy_loss import aggregation_weights
 from megatron_r1reward.checkpoint.weight_exporter import export_hf_tensors
@@ -19,6 +19,22 @@ from megatron_r1reward.training.schedule import reduce_statistics, train_micro_b
 from megatron_r1reward.training.sft import cross_entropy
 from megatron_r1reward.training.state import TrainState
 
+# The family that trains in a layout on the second device (`test_second_device_layouts.py`); all take part in each kind
+# of parallelism. The other families are compared on the CPU (`test_layouts.py`).
+_ON_THE_SECOND_DEVICE = {
+    "PP2": "qwen3_vl",
+    "CP2 images sharded": "qwen3_vl",
+    "CP2 selective recompute": "qwen3_vl",
+    "TP2 full recompute": "qwen3_vl",
+    "PP2 vision balanced": "qwen3_vl",
+    "TP2+SP": "qwen3_vl_moe",
+    "CP2xDP2 overlap": "qwen3_vl",
+    "TP2+SPxPP2 VPP2": "qwen3_vl",
+}
+ON_THE_SECOND_DEVICE = {
+    name: _ON_THE_SECOND_DEVICE.get(name, "qwen3_vl_moe" if layout.needs_experts else "qwen2_5_vl")
+    for name, layout in LAYOUTS.items()
+}
 ACTIVE = (0, 2, 6)  # of eight sequences in two mini-batches: under DP2 all of rank 0, and the second step has one
 
 

@@ -41,7 +41,6 @@ SCENARIOS: dict[str, Callable[[Bench], Any]] = {
         stories.rl_servers_hang_and_die,
         recipe_runs.nemo_local,
         stories.rl_colocated_server_dies,
-        stories.rl_local,
         stories.served_and_drained,
         stories.crashed_in_a_chain,
         recipe_runs.nemo_slurm_fails,
@@ -50,9 +49,10 @@ SCENARIOS: dict[str, Callable[[Bench], Any]] = {
     )
 }
 COMPARED = ("preempted", "node_lost", "out_of_time_then_cancelled")
-COMPARED += ("rl_local", "rl_servers_hang_and_die", "rl_colocated_server_dies")
-# Whose end a scenario begins with or is compared with.
-NEEDS = {**dict.fromkeys(COMPARED, "reference"), "nemo_local": "nemo_slurm", "served_and_drained": "reference"}
+COMPARED += ("rl_servers_hang_and_die", "rl_colocated_server_dies")
+# Whose ends a scenario begins with or is compared with.
+NEEDS: dict[str, tuple[str, ...]] = dict.fromkeys((*COMPARED, "served_and_drained"), ("reference",))
+NEEDS["nemo_local"] = ("reference", "nemo_slurm")
 
 
 TIMELINE = pytest.StashKey[list[str]]()
@@ -181,8 +181,7 @@ def running(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Any]]]:
     asked = {marker.args[0] for item in request.session.items if (marker := item.get_closest_marker("scenario"))}
     if not recipe_runs.LAUNCHER.exists():
         asked = {name for name in asked if not name.startswith("nemo")}
-    while missing := {NEEDS[name] for name in asked if name in NEEDS} - asked:
-        asked |= missing
+    asked |= {needed for name in asked for needed in NEEDS.get(name, ())}
     if not asked:
         yield {}
         return

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs import REPOSITORY, Job, tool, until
-from scenarios import NO_JUDGE, NOT_THE_DOOMED, ONE_SERVER, TOKEN, Bench
+from scenarios import NO_JUDGE, NOT_THE_DOOMED, ONE_SERVER, TOKEN, WITH_SERVERS, Bench
 
 from megatron_r1reward.network.server_api import unhealthy
 
@@ -79,8 +79,13 @@ def nemo_slurm(bench: Bench) -> WithSharedJudge:
 
 
 def nemo_local(bench: Bench) -> Experiment:
-    """Without RL, whose local run is a story of its own (`rl_local`)."""
-    return _pipeline(bench, "local", "nemo-local", stages=("sft", "eval"))
+    """RL with the run file, model and samples of slurm/pipeline.sh's. Without a judge: what it says is worth nothing
+    there, so losses are the same."""
+    bench.wait_for_hard_set()
+    same = (f"model.path={bench.folder}/reference/hf", f"data.select={bench.folder}/annotate/hard.json", NO_JUDGE)
+    rl = [f"rl:{override}" for override in (*same, "run.local_ranks=4")]
+    with WITH_SERVERS:
+        return _pipeline(bench, "local", "nemo-local", *rl, stages=("sft", "rl"))
 
 
 def nemo_slurm_fails(bench: Bench) -> Experiment:

@@ -33,7 +33,7 @@ THREE_NODES += NOT_THE_DOOMED
 RESUMED = (f"sft.steps={RESUMED_STEPS}",)
 NO_JUDGE = "reward.use_judge=false"
 TOKEN = {"R1REWARD_SERVER_TOKEN": "of-all-jobs-that-share-a-judge"}
-_with_servers = threading.Semaphore(2)  # of the stages with a rollout server and a judge, for the memory
+WITH_SERVERS = threading.Semaphore(2)  # of the stages with a rollout server and a judge, for the memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ def reference(bench: Bench) -> Chain:
     files = [folder / f"{stage}.toml" for stage in ("sft", "annotate", "rl", "eval")]
     options = {"sft": (*TWO_NODES, *NOT_THE_DOOMED, "--nodelist=n1,n2"), "select": ONE_SERVER}
     options |= {"rl": THREE_NODES, "eval": ONE_SERVER}
-    with _with_servers:  # no other could start before the cold start has ended
+    with WITH_SERVERS:  # no other could start before the cold start has ended
         ids = bench.cluster.chain(*files, folder=folder, options=options)
         outputs = {"sft": "reference", "select": "annotate", "rl": "rl", "eval": "evaluation"}
         sft, selection, rl, evaluation = (
@@ -187,17 +187,6 @@ def node_lost(bench: Bench) -> Job:
         bench.cluster.chaos("start-node", lost[1:])
 
 
-def rl_local(bench: Bench) -> Path:
-    """The same run file without Slurm. Without a judge: what it says is worth nothing here, so losses are the same."""
-    bench.wait_for_hard_set()
-    output = bench.folder / "rl-local"
-    command = [sys.executable, "-m", "megatron_r1reward.cli", "launch", "--local", "rl", bench.folder / "rl.toml"]
-    with _with_servers:
-        code, text = bench.program(*command, f"run.output_dir={output}", NO_JUDGE)
-    assert code == 0, text[-3000:]
-    return output
-
-
 def rl_server_does_not_start(bench: Bench) -> Job:
     overrides = (f"model.path={bench.folder}/model", 'rollout.extra_args=["--no-such"]', NO_JUDGE)
     return bench.rl("rl-no-start", *overrides).wait()
@@ -226,7 +215,7 @@ def served_and_drained(bench: Bench) -> Service:
         "responses": ["The digit is 7.", "The digit is 3."],
         "images": [f"data:image/png;base64,{base64.b64encode(image).decode()}"],
     }
-    with _with_servers, ThreadPoolExecutor(1) as other:
+    with WITH_SERVERS, ThreadPoolExecutor(1) as other:
         job = bench.cluster.submit(
             "serve.sh",
             bench.folder / "serve.toml",
@@ -279,7 +268,7 @@ def rl_colocated_server_dies(bench: Bench) -> Colocated:
     """The rollout server sleeps on the trainer's GPUs; the judge, elsewhere, dies after three steps, and that is once
     more than is allowed."""
     bench.wait_for_hard_set()
-    with _with_servers:
+    with WITH_SERVERS:
         job = bench.rl("rl-colocated", "rl.steps=500", "cluster.layout=colocated", "judge.max_restarts=0")
         job.wait_step(3)
         trainer = job.gpus("worker", "rl")
@@ -297,7 +286,7 @@ def rl_servers_hang_and_die(bench: Bench) -> Job:
     overrides = ("rl.steps=8", "cluster.judge_het_group=1", "cluster.trainer_nodes=2", "cluster.ranks_per_node=2")
     overrides += ("rollout.health_interval_s=1", "rollout.health_failures=2", "judge.health_interval_s=1")
     overrides += ("rollout.health_timeout_s=30", "judge.health_timeout_s=30")  # a busy machine is no hang
-    with _with_servers:
+    with WITH_SERVERS:
         job = bench.rl("rl-mended", *overrides, options=options)
         job.wait_step(3)
         job.kill_one(signal.SIGKILL, "megatron_r1reward.servers.vllm_main", "judge")

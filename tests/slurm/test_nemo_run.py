@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from jobs import is_listening, tool
 from recipe_runs import LAUNCHER, Experiment, WithSharedJudge
+from scenarios import Chain
+from test_rl_jobs import assert_same_training
 
 from megatron_r1reward.status.read import read_status
 
@@ -59,8 +61,10 @@ def test_the_local_executor_gives_the_same_losses(ended: Experiment, running: di
     on_slurm: WithSharedJudge = running["nemo_slurm"].result()
     got, expected = rows(ended.out, "sft"), rows(on_slurm.experiment.out, "sft")
     assert [row["sft/loss"] for row in got] == pytest.approx([row["sft/loss"] for row in expected], rel=1e-6)
-    assert json.loads((ended.out / "eval" / "evaluation.json").read_text())["counts"]["pairs"] == 2
-    assert [read_status(ended.out / stage).state for stage in ("sft", "eval")] == ["done", "done"]
+    chain: Chain = running["reference"].result()
+    assert all(row["reward/consistency"] == 0 for row in chain.rl.rows().values()), "it has a judge"
+    assert_same_training({int(row["step"]): row for row in rows(ended.out, "rl")}, chain.rl.rows())
+    assert [read_status(ended.out / stage).state for stage in ("sft", "rl")] == ["done", "done"]
 
 
 def assert_the_chain_stopped(experiment: Experiment) -> None:

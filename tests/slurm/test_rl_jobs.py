@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,13 +135,6 @@ def test_a_service_is_found_asked_and_drained(ended: Service) -> None:
     assert not job.run.address("serve").exists(), "nobody shall take it for a service"
     assert not is_listening(ended.url)
     assert_servers_are_gone(job)
-
-
-@pytest.mark.scenario("rl_local")
-def test_the_same_run_file_gives_the_same_losses_without_slurm(ended: Path, finished: Job) -> None:
-    rows = {row["step"]: row for row in map(json.loads, (ended / "metrics.jsonl").read_text().splitlines())}
-    assert all(row["reward/consistency"] == 0 for row in finished.rows().values()), "it has a judge"
-    assert_same_training(rows, finished.rows())
 
 
 @pytest.mark.scenario("rl_servers_hang_and_die")
