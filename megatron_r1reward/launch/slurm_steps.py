@@ -29,7 +29,12 @@ if [ "$SLURM_PROCID" = 0 ]; then printf "%s.%s\\n" "$2" "$SLURM_STEP_ID" >"$1.tm
 if [ -n "$3" ]; then CUDA_VISIBLE_DEVICES=$(printf %s "$CUDA_VISIBLE_DEVICES" | cut -d, -f"$3"); fi
 shift 3; exec "$@"
 """
-_FIRST_FAILURE = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.*)")
+_FAILURE = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.*)")
+_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+_SIGNALS = {
+    str(signal.strsignal(number)): number
+    for number in (*_CRASHES, signal.SIGKILL, signal.SIGABRT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+}  # srun's words for them
 _PROBE_TIMEOUT_S = 30.0
 
 
@@ -79,20 +84,21 @@ class SlurmStep:
 
 
 def first_failure(messages: str) -> StepEnd | None:
-    """The first task that srun reports as failed; its own exit code is the largest of all, so often a victim's."""
-    for match in _FIRST_FAILURE.finditer(messages):
+    """The task that failed by itself, as far as srun's messages tell; its own exit code is the largest of all, so often
+    a victim's. That is the first one, unless another crashed in a way that the end of a peer brings about in nobody:
+    whoever lost its connection to it may have left before Slurm had seen it die."""
+    crashes, others = [], []
+    for match in _FAILURE.finditer(messages):
         node, tasks, what = match.groups()
+        task = f"task {tasks} on {node}"
         if exited := re.match(r"Exited with exit code (\d+)", what):
-            code = int(exited[1])
-        else:
-            names = {"Killed": 9, "Segmentation fault": 11, "Aborted": 6, "Bus error": 7, "Illegal instruction": 4}
-            names |= {"Terminated": 15, "User defined signal 1": 10, "User defined signal 2": 12}
-            number = next((number for text, number in names.items() if what.startswith(text)), None)
-            if number is None:
-                continue
-            code = 128 + number
-        return StepEnd(code=code, what=f"task {tasks} on {node} {name_of(code)}")
-    return None
+            others.append(StepEnd(code=int(exited[1]), what=f"{task} {name_of(int(exited[1]))}"))
+        elif what.startswith("Out Of Memory"):
+            crashes.append(StepEnd(code=128 + signal.SIGKILL, what=f"{task} ran out of memory: raise the job's --mem"))
+        elif number := next((number for text, number in _SIGNALS.items() if what.startswith(text)), None):
+            ends = crashes if number in _CRASHES else others
+            ends.append(StepEnd(code=128 + number, what=f"{task} {name_of(128 + number)}"))
+    return next(iter(crashes + others), None)
 
 
 class SlurmLauncher:

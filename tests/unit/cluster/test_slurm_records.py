@@ -55,6 +55,12 @@ def test_the_first_failing_task_is_the_cause() -> None:
     assert first_failure("srun: error: n1: tasks 0,2: Exited with exit code 13\n") == StepEnd(
         code=13, what="task 0,2 on n1 exited with code 13"
     )
+    late = "srun: error: n1: task 0: Exited with exit code 1\nsrun: error: n2: task 3: Segmentation fault\n"
+    assert first_failure(late) == StepEnd(code=139, what="task 3 on n2 was killed by SIGSEGV")
+    killed = "srun: error: n1: task 0: Killed\nsrun: error: n2: task 3: Out Of Memory\n"
+    assert first_failure(killed) == StepEnd(code=137, what="task 3 on n2 ran out of memory: raise the job's --mem")
+    aborted = "srun: error: n1: task 0: Exited with exit code 1\nsrun: error: n2: task 3: Aborted (core dumped)\n"
+    assert first_failure(aborted) == StepEnd(code=1, what="task 0 on n1 exited with code 1"), "peers may abort"
     assert first_failure("srun: error: Unable to create step: Invalid node name\n") is None
 
 
