@@ -11,8 +11,10 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from megatron_r1reward.config.schema import AlgorithmSection, HealthSection, RunConfig
+from megatron_r1reward.monitor.sinks import read_rows
 
 log = logging.getLogger(__name__)
 
@@ -29,15 +31,22 @@ class Health:
 
     Args:
         rollouts: of a step, which say how much its share of right samples is worth; 0: that share is not followed.
+        best: the largest share of right samples before the first step that will be checked (`best_so_far`).
         speaks: whether this rank writes warnings: when a cause begins, and at every `patience`-th step that it lasts.
     """
 
     def __init__(
-        self, section: HealthSection, algorithm: AlgorithmSection, *, rollouts: int = 0, speaks: bool = True
+        self,
+        section: HealthSection,
+        algorithm: AlgorithmSection,
+        *,
+        rollouts: int = 0,
+        best: float = 0.0,
+        speaks: bool = True,
     ) -> None:
         self._section, self._algorithm, self._speaks = section, algorithm, speaks
         self._lasting: Counter[str] = Counter()  # cause -> steps in a row
-        self._best, self._rollouts = 0.0, rollouts
+        self._best, self._rollouts = best, rollouts
         self.began = 0
 
     def check(self, metrics: Mapping[str, float], step: int) -> str | None:
@@ -80,6 +89,16 @@ class Health:
             "an earlier checkpoint"
         )
         return {"fallen": text}
+
+
+def best_so_far(metrics: Path, step: int) -> float:
+    """The share of right samples in the best step up to `step`, which a run goes on from, by its file of metrics.
+
+    Raises:
+        ValueError: a line of the file is not a row.
+    """
+    rows = read_rows(metrics) if step and metrics.exists() else []
+    return max((row.get("reward/result", 0.0) for row in rows if row["step"] <= step), default=0.0)
 
 
 def steps_ahead(config: RunConfig) -> int:

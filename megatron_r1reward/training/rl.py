@@ -238,14 +238,15 @@ def log_method(config: RunConfig) -> None:
 
 def _stage(state: TrainState, main: MainRank | None) -> Stage:
     """This stage to the loop that it shares with SFT."""
-    config = state.config
-
+    config, topology = state.config, state.topology
     rollouts = 0 if config.data.curriculum else config.rl.rollout_batch_size * config.algorithm.samples_per_prompt
-    health = alarms.Health(config.health, config.algorithm, rollouts=rollouts, speaks=state.topology.is_main)
+    metrics_file = config.run.output_dir / "metrics.jsonl"
+    best = topology.decided_by_main(lambda: alarms.best_so_far(metrics_file, state.step))
+    health = alarms.Health(config.health, config.algorithm, rollouts=rollouts, best=best, speaks=topology.is_main)
 
     def step(timer: PhaseTimer) -> dict[str, float]:
         metrics = train_step(state, main, timer)
-        if state.topology.is_main:
+        if topology.is_main:
             alarms.check(metrics, config.algorithm, state.step)
         if config.health.policy == "rollback":
             metrics["health/rollbacks"] = float(state.rollbacks)

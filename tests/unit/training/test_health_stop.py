@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,34 @@ from megatron_r1reward.training import alarms, resume, rl
 from megatron_r1reward.training.loop import run_to_end
 
 STEP = FINE | LEARNING | {"reward/mean": 1.0}
+CONTROL: Any = SimpleNamespace(
+    **dict.fromkeys(("finished_step", "saving", "saved"), lambda *given: None), stop_requested=lambda: False
+)
+
+
+def state_of(folder: Path, policy: str, *, is_main: bool, step: int = 0) -> Any:
+    config = RunConfig.model_validate(
+        {
+            "run": {"output_dir": folder}, "model": {"path": folder}, "data": {"train": folder / "train.jsonl"},
+            "rl": {"steps": 6}, "checkpoint": {"save_every": 100}, "health": {"policy": policy, "patience": 2},
+        }
+    )  # fmt: skip
+    saver = SimpleNamespace(close=lambda: None, poll=lambda: None)
+    topology = SimpleNamespace(world_size=1, is_main=is_main, rank=0, decided_by_main=lambda decide: decide())
+    return SimpleNamespace(config=config, step=step, topology=topology, saver=saver)
+
+
+def without_training(monkeypatch: pytest.MonkeyPatch, changed: Callable[[int], Mapping[str, float]]) -> list[int]:
+    """Steps are learning but for what is `changed` in them; the steps after which the run is saved."""
+    saved: list[int] = []
+
+    def step(state: Any, main: Any, timer: Any) -> dict[str, float]:
+        state.step += 1
+        return {**STEP, **changed(state.step)}
+
+    monkeypatch.setattr(rl, "train_step", step)
+    monkeypatch.setattr(resume, "save", lambda state, **options: saved.append(state.step))
+    return saved
 
 
 @pytest.mark.parametrize("is_main", [True, False])
@@ -22,28 +52,26 @@ def test_the_run_saves_and_stops(
     policy: str, last: int, is_main: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every rank decides by itself, from metrics that are the same everywhere."""
-    config = RunConfig.model_validate(
-        {
-            "run": {"output_dir": tmp_path}, "model": {"path": tmp_path}, "data": {"train": tmp_path / "train.jsonl"},
-            "rl": {"steps": 6}, "checkpoint": {"save_every": 100}, "health": {"policy": policy, "patience": 2},
-        }
-    )  # fmt: skip
-    saver = SimpleNamespace(close=lambda: None, poll=lambda: None)
-    topology = SimpleNamespace(world_size=1, is_main=is_main, rank=0, from_main=lambda value: value)
-    state: Any = SimpleNamespace(config=config, step=0, topology=topology, saver=saver)
-    saved: list[int] = []
-
-    def step(state: Any, main: Any, timer: Any) -> dict[str, float]:
-        state.step += 1
-        return STEP | (CAUSES["no spread"][0] if state.step > 1 else {})
-
-    monkeypatch.setattr(rl, "train_step", step)
-    monkeypatch.setattr(resume, "save", lambda state, **options: saved.append(state.step))
-    nothing = lambda *given: None  # noqa: E731
-    control: Any = SimpleNamespace(finished_step=nothing, stop_requested=lambda: False, saving=nothing, saved=nothing)
+    state = state_of(tmp_path, policy, is_main=is_main)
+    saved = without_training(monkeypatch, lambda step: CAUSES["no spread"][0] if step > 1 else {})
     if policy == "warn":
-        assert run_to_end(state, rl._stage(state, None), control)
+        assert run_to_end(state, rl._stage(state, None), CONTROL)
     else:
         with pytest.raises(alarms.SignalGoneError, match=r"saved after step 3; .*nothing to learn from for 2 steps"):
-            run_to_end(state, rl._stage(state, None), control)
+            run_to_end(state, rl._stage(state, None), CONTROL)
     assert saved == [last]
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_a_run_that_goes_on_knows_its_best_step(is_main: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those up to the checkpoint; the main rank has the file, the others hear of it."""
+    rows = [{"step": 1, "reward/result": 0.9}, {"step": 2, "reward/result": 0.8}, {"step": 3, "reward/result": 1.0}]
+    if is_main:
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    state = state_of(tmp_path, "stop", is_main=is_main, step=2)
+    if not is_main:
+        state.topology.decided_by_main = lambda decide: 0.9
+    saved = without_training(monkeypatch, lambda step: {"reward/result": 0.2})
+    with pytest.raises(alarms.SignalGoneError, match=r"got worse for 2 steps: 20.0 % of the samples are right, 90.0 %"):
+        run_to_end(state, rl._stage(state, None), CONTROL)
+    assert saved == [4]
