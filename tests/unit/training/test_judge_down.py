@@ -25,7 +25,9 @@ def state_at(step: int, tmp_path: Path) -> Any:
         }
     )
     saver = SimpleNamespace(close=lambda: None, poll=lambda: None)
-    topology = SimpleNamespace(world_size=1, is_main=True, rank=0, from_main=lambda value: value)
+    topology = SimpleNamespace(
+        world_size=1, is_main=True, rank=0, from_main=lambda value: value, decided_by_main=lambda decide: decide()
+    )
     return SimpleNamespace(config=config, step=step, topology=topology, saver=saver)
 
 
