@@ -166,6 +166,7 @@ def test_requests_that_failed_fail_the_command_and_are_asked_again(always_first,
     assert json.loads((tmp_path / "out" / "bench.json").read_text())["rows"] == 4
 
 
+@pytest.mark.slow
 def test_one_set_of_judgements_answers_greedy_voting_and_every_category(always_first, rows, tmp_path) -> None:
     out = tmp_path / "out"
     assert bench(rows, out, always_first.url, "--samples", "3").exit_code == 0
@@ -204,6 +205,7 @@ class TellingModel(ScriptedServer):
         return 200, "application/json", json.dumps(answer)
 
 
+@pytest.mark.slow
 def test_votes_are_weighted_by_what_the_answers_token_says(rows, tmp_path) -> None:
     model, out = TellingModel([""]), tmp_path / "out"
     try:
@@ -241,6 +243,7 @@ class SeeingJudge(ScriptedServer):
         return "0" if "Odd." in str(body["messages"]) else "1"
 
 
+@pytest.mark.slow
 def test_a_judge_is_asked_once_about_each_sample_and_its_votes_are_left_out(rows, tmp_path) -> None:
     out, model, judge = tmp_path / "out", SeeingModel([""]), SeeingJudge([""])
     try:

@@ -179,6 +179,7 @@ def test_an_evaluation_counts_what_has_no_rating(model: RewardModel, folder: Pat
         calibrate_folder(folder, tmp_path / "evaluation.json")
 
 
+@pytest.mark.slow
 def test_the_commands_take_it(rater: Rater, folder: Path, tmp_path: Path, command: Callable[..., str]) -> None:
     rows = tmp_path / "in.jsonl"
     rows.write_text(json.dumps({"question": "Which?", "responses": ["bad", "good", "fair"]}) + "\n")

@@ -47,6 +47,7 @@ def test_triton_kernels_on_the_installed_triton(tmp_path: Path) -> None:
     assert_no_spills(report)
 
 
+@pytest.mark.slow
 def test_triton_kernels_on_triton_3_6(tmp_path: Path) -> None:
     if not TRITON_36.exists():
         pytest.skip(f"needs triton 3.6: pip install --no-deps --target {TRITON_36.relative_to(ROOT)} triton==3.6.0")

@@ -27,6 +27,7 @@ def test_the_launcher_needs_no_torch():
     assert done.stdout.strip() == "None None"
 
 
+@pytest.mark.slow
 def test_dry_run_of_the_pipeline_on_slurm(tmp_path):
     stages = [f"--{stage}=recipes/demo/{stage}.toml" for stage in ("sft", "rl", "eval")]
     slurm = [f"--slurm={setting}" for setting in ("account=team", "partition=gpu", "rl.nodes=4", "rl.gpus_per_node=8")]
@@ -42,12 +43,14 @@ def test_dry_run_of_the_pipeline_on_slurm(tmp_path):
     assert not list(tmp_path.glob("experiments/*/*"))  # a dry run leaves nothing
 
 
+@pytest.mark.slow
 def test_dry_run_on_this_machine(tmp_path):
     done = recipe(tmp_path, "rl_stage.py", "--run=recipes/demo/rl.toml", "--dry-run", "rl.steps=5")
     assert done.returncode == 0, done.stderr
     assert "launch --local rl" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -81,6 +84,7 @@ print("ok")
 """
 
 
+@pytest.mark.slow
 def test_factories(tmp_path):
     environment = {**os.environ, "NEMORUN_HOME": str(tmp_path)}
     command = [str(LAUNCHER), "-c", FACTORIES]
