@@ -97,7 +97,7 @@ def best_so_far(metrics: Path, step: int) -> float:
     Raises:
         ValueError: a line of the file is not a row.
     """
-    rows = read_rows(metrics) if step and metrics.exists() else []
+    rows = read_rows(metrics) if metrics.exists() else []
     return max((row.get("reward/result", 0.0) for row in rows if row["step"] <= step), default=0.0)
 
 

@@ -21,7 +21,8 @@ from megatron_r1reward.training.state import TrainState
 
 # The family that trains in a layout on the second device (`test_second_device_layouts.py`); all take part in each kind
 # of parallelism. The other families are compared on the CPU (`test_layouts.py`).
-_ON_THE_SECOND_DEVICE = {
+ON_THE_SECOND_DEVICE = {
+    **{name: "qwen3_vl_moe" if layout.needs_experts else "qwen2_5_vl" for name, layout in LAYOUTS.items()},
     "PP2": "qwen3_vl",
     "CP2 images sharded": "qwen3_vl",
     "CP2 selective recompute": "qwen3_vl",
@@ -30,10 +31,6 @@ _ON_THE_SECOND_DEVICE = {
     "TP2+SP": "qwen3_vl_moe",
     "CP2xDP2 overlap": "qwen3_vl",
     "TP2+SPxPP2 VPP2": "qwen3_vl",
-}
-ON_THE_SECOND_DEVICE = {
-    name: _ON_THE_SECOND_DEVICE.get(name, "qwen3_vl_moe" if layout.needs_experts else "qwen2_5_vl")
-    for name, layout in LAYOUTS.items()
 }
 ACTIVE = (0, 2, 6)  # of eight sequences in two mini-batches: under DP2 all of rank 0, and the second step has one
 
