@@ -34,10 +34,9 @@ SCENARIOS: dict[str, Callable[[Bench], Any]] = {
     story.__name__: story
     for story in (
         stories.reference,
-        stories.preempted,
+        stories.preempted_out_of_time_then_cancelled,
         stories.node_lost,
         recipe_runs.nemo_slurm,
-        stories.out_of_time_then_cancelled,
         stories.rl_servers_hang_and_die,
         recipe_runs.nemo_local,
         stories.rl_colocated_server_dies,
@@ -48,7 +47,7 @@ SCENARIOS: dict[str, Callable[[Bench], Any]] = {
         recipe_runs.nemo_local_fails,
     )
 }
-COMPARED = ("preempted", "node_lost", "out_of_time_then_cancelled")
+COMPARED = ("preempted_out_of_time_then_cancelled", "node_lost")
 COMPARED += ("rl_servers_hang_and_die", "rl_colocated_server_dies")
 # Whose ends a scenario begins with or is compared with.
 NEEDS: dict[str, tuple[str, ...]] = dict.fromkeys((*COMPARED, "served_and_drained"), ("reference",))

@@ -95,6 +95,12 @@ class Job:
         address = Address.read(self.run.address(server))
         return -1 if address is None else address.start
 
+    def saved_step(self, life: int) -> int:
+        """The checkpoint with which a life that was told to stop has ended."""
+        report = ExitReport.read(self.run.logs(life) / "exit.json")
+        assert report is not None and report.saved_step is not None, (report, self.output())
+        return report.saved_step
+
     def report(self) -> ExitReport:
         report = ExitReport.read(self.run.exit_report)
         assert report is not None, f"no exit.json\n{self.output()}"

@@ -122,53 +122,50 @@ def reference(bench: Bench) -> Chain:
     return Chain(sft=sft, selection=selection, rl=rl, evaluation=evaluation.wait(), conversion=conversion.wait())
 
 
-def preempted(bench: Bench) -> Job:
-    """On the nodes of the reference job, at the same time, in a container whose mounts alone lead to the data."""
-    container = {
+def preempted_out_of_time_then_cancelled(bench: Bench) -> Job:
+    """On the nodes of the reference job, at the same time, in a container whose mounts alone lead to the data. Before
+    each of its ends the trainer stands still, so the story does not depend on how fast this machine is."""
+    settings = {
         "cluster.container_image": "any.sqsh",
         "cluster.container_python": sys.executable,
         "cluster.container_mounts": json.dumps([f"{bench.folder}/data:{bench.folder}/mounted"]),
         "data.train": f"{bench.folder}/mounted/sft.jsonl",
-        "checkpoint.save_every": "1000",  # only the request saves
+        "sft.steps": "1000",
+        "checkpoint.save_every": "1000",  # only the requests save
+        "cluster.walltime_margin_s": "120",
     }
-    overrides = [f"{key}={value}" for key, value in container.items()]
-    job = bench.sft("preempted", *RESUMED, *overrides, options=(*NOT_THE_DOOMED, "--nodelist=n1,n2"))
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    options = (*NOT_THE_DOOMED, "--nodelist=n1,n2", "--signal=B:USR1@1")
+    job = bench.sft("three-lives", *overrides, options=options)
     job.wait_step(3)
-    with job.held("worker", "sft"):  # otherwise a fast trainer, beside slow tests, would be done before the signal
+    with job.held("worker", "sft"):
         tool("scancel", "-b", "-s", "USR1", job.id)
         until(job.run.stop.exists, "request to save")
-    return job.wait()
-
-
-def out_of_time_then_cancelled(bench: Bench) -> Job:
-    """The limit comes near while the trainer stands still, so the story does not depend on how fast this machine is."""
-    overrides = ("sft.steps=1000", "checkpoint.save_every=1000", "cluster.walltime_margin_s=120")
-    job = bench.sft("out-of-time", *overrides, options=(*NOT_THE_DOOMED, "--signal=B:USR1@1"))
-    job.wait_step(3)
+    until(lambda: job.restarts == 1, "requeue after the preemption", every_s=1.0)
+    job.wait_step(job.saved_step(0) + 2)
     with job.held("worker", "sft"):
         tool("scontrol", "update", f"JobId={job.id}", "EndTime=now+150")
         until(job.run.stop.exists, "request to save before the time limit")
-    until(lambda: job.restarts == 1, "requeue at the time limit", every_s=1.0)
+    until(lambda: job.restarts == 2, "requeue at the time limit", every_s=1.0)
     tool("scontrol", "update", f"JobId={job.id}", "TimeLimit=20")
-    job.wait_step(RESUMED_STEPS + 1)
+    job.wait_step(job.saved_step(1) + 2)
     tool("scancel", job.id)
     return job.wait()
 
 
 def crashed_in_a_chain(bench: Bench) -> tuple[Job, Job]:
-    """slurm/pipeline.sh: the first stage loses one of two ranks of a node, the second must not wait for ever."""
+    """slurm/pipeline.sh: the first stage loses the rank of its second node, the second must not wait for ever."""
     folder = bench.folder / "chain"
     folder.mkdir()
     run = RunDir(root=folder / "run")
     files = (bench.folder / "sft.toml", "-", "-", bench.folder / "eval.toml")
     options = {"sft": (*TWO_NODES, *NOT_THE_DOOMED), "eval": ONE_SERVER}
-    overrides = (f"run.output_dir={run.root}", "cluster.ranks_per_node=2")
-    ids = bench.cluster.chain(*files, *overrides, folder=folder, options=options)
+    ids = bench.cluster.chain(*files, f"run.output_dir={run.root}", folder=folder, options=options)
     parent, child = (Job(id=ids[stage], run=run, folder=folder) for stage in ("sft", "eval"))
     parent.wait_step(2)
     with parent.held("worker", "sft"):  # else a peer that lost its connection may be heard before the one that crashed
         for number in (signal.SIGSEGV, signal.SIGCONT):
-            parent.kill_one(number, "worker", "sft", procid=3)
+            parent.kill_one(number, "worker", "sft", procid=1)
         ended = parent.wait()
     return ended, child.wait()
 
@@ -283,7 +280,7 @@ def rl_servers_hang_and_die(bench: Bench) -> Job:
     bench.wait_for_hard_set()
     options = ("--oversubscribe", "--nodes=2", "--gpus-per-node=3", "--cpus-per-task=6", "--mem=4000", "--time=20")
     options += (*NOT_THE_DOOMED, ":", "--nodes=1", "--gpus-per-node=1", "--cpus-per-task=2", "--mem=4000")
-    overrides = ("rl.steps=8", "cluster.judge_het_group=1", "cluster.trainer_nodes=2", "cluster.ranks_per_node=2")
+    overrides = ("rl.steps=6", "cluster.judge_het_group=1", "cluster.trainer_nodes=2", "cluster.ranks_per_node=2")
     overrides += ("rollout.health_interval_s=1", "rollout.health_failures=2", "judge.health_interval_s=1")
     overrides += ("rollout.health_timeout_s=30", "judge.health_timeout_s=30")  # a busy machine is no hang
     with WITH_SERVERS:
