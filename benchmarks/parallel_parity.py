@@ -30,7 +30,6 @@ from forked_ranks import run_ranks  # noqa: E402
 from parity_layouts import LAYOUTS, SINGLE, Layout  # noqa: E402
 from reporting import print_table, write_json  # noqa: E402
 
-from megatron_r1reward.checkpoint.weight_exporter import export_hf_tensors  # noqa: E402
 from megatron_r1reward.config.schema import RunConfig  # noqa: E402
 from megatron_r1reward.demo.tiny_models import TinyQwen3Spec, TinySpec, write_tiny_checkpoint  # noqa: E402
 from megatron_r1reward.models.base import chunks_of  # noqa: E402
@@ -143,7 +142,7 @@ def export_gradients(state: TrainState) -> dict[str, np.ndarray]:
         weights[parameter] = parameter.data
         gradient = parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter)
         parameter.data = gradient.to(parameter.dtype).clone()
-    named = {n: g.numpy().copy() for n, g in export_hf_tensors(state.module, state.table, state.topology)}
+    named = {n: g.numpy().copy() for n, g in state.exporter.tensors()}
     for parameter, data in weights.items():
         parameter.data = data
     return named

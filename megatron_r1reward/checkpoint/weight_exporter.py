@@ -74,6 +74,7 @@ class WeightExporter:
         }
         self._leaders = {kind: dist.get_global_rank(group, 0) for kind, group in self._groups.items()}
         self._announced = self._announce(table)
+        self._fulls = {entry.megatron: self._full(entry) for entry in table}  # without values: nothing is allocated
         self._buckets = list(self._plan(table, bucket_bytes))
         self.metas = self._metas(table)
 
@@ -115,7 +116,7 @@ class WeightExporter:
         for entry in table:
             announced = self._announced[entry.megatron]
             ours = (announced.owner, entry.expert is not None, announced.dtype)
-            num_bytes = self._full(entry).numel() * announced.dtype.itemsize
+            num_bytes = self._fulls[entry.megatron].numel() * announced.dtype.itemsize
             if key is not None and (ours != key or size + num_bytes > bucket_bytes):
                 yield _Bucket(entries=tuple(pending), owner=key[0], is_expert=key[1], dtype=key[2])
                 pending, size = [], 0
@@ -130,7 +131,7 @@ class WeightExporter:
         found: dict[str, TensorMeta] = {}
         for entry in table:
             dtype = str(self._announced[entry.megatron].dtype).removeprefix("torch.")
-            for name, part in zip(entry.hf, entry.layout.split(self._full(entry)), strict=True):
+            for name, part in zip(entry.hf, entry.layout.split(self._fulls[entry.megatron]), strict=True):
                 experts[name] = experts.get(name, 0) + 1
                 shape = (experts[name], *part.shape) if entry.stacked else tuple(part.shape)
                 found[name] = TensorMeta(name=name, dtype=dtype, shape=shape)
@@ -169,7 +170,7 @@ class WeightExporter:
                 flight.shards = [torch.empty_like(flat) for _ in range(group.size())]
                 flight.work = dist.all_gather(flight.shards, flat, group=group, async_op=True)
         elif self._topology.rank == MAIN_RANK:
-            size = sum(self._full(entry).numel() for entry in bucket.entries)
+            size = sum(self._fulls[entry.megatron].numel() for entry in bucket.entries)
             flight.received = torch.empty(size, dtype=bucket.dtype, device=self._topology.device)
             flight.work = dist.irecv(flight.received, src=bucket.owner)
         return flight
@@ -185,7 +186,7 @@ class WeightExporter:
             return ()
         if rank == MAIN_RANK and bucket.owner != MAIN_RANK:
             assert flight.received is not None
-            fulls = [self._full(entry) for entry in bucket.entries]
+            fulls = [self._fulls[entry.megatron] for entry in bucket.entries]
             flat = flight.received.split([full.numel() for full in fulls])
             return [(e, x.view(f.shape)) for e, x, f in zip(bucket.entries, flat, fulls, strict=True)]
         full_tensors = self._unshard(flight)

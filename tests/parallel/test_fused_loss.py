@@ -14,7 +14,6 @@ from forked_ranks import run_ranks
 from parity_layouts import LAYOUTS, SINGLE, Layout
 
 from megatron_r1reward.algorithm.policy_loss import aggregation_weights
-from megatron_r1reward.checkpoint.weight_exporter import export_hf_tensors
 from megatron_r1reward.training.policy_update import update_policy
 from megatron_r1reward.training.rollout_batch import RolloutBatch, forward_log_probs
 
@@ -59,7 +58,7 @@ def _two_updates(folder: Path, images: tuple[str, ...], layout: Layout, algorith
     for _ in range(2):
         result = update_policy(state, batch)
         metrics.append([result[name] for name in METRICS])
-    return metrics, {n: w.numpy().copy() for n, w in export_hf_tensors(state.module, state.table, topology)}
+    return metrics, {n: w.numpy().copy() for n, w in state.exporter.tensors()}
 
 
 @pytest.fixture(scope="module")

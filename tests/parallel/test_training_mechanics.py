@@ -15,7 +15,6 @@ from parity_layouts import CP2, OVERLAP, PP2, SHARDED, TP2, VPP2, Layout
 
 from megatron_r1reward.checkpoint.dist import Trained, load_checkpoint
 from megatron_r1reward.checkpoint.saver import CheckpointSaver
-from megatron_r1reward.checkpoint.weight_exporter import export_hf_tensors
 from megatron_r1reward.config.schema import CheckpointSection, ParallelSection
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.training.schedule import LossOutput, reduce_statistics, train_micro_batches
@@ -28,7 +27,7 @@ PLAIN_SINGLE = Layout(ranks=1, parallel={})
 
 
 def weights_of(state: TrainState) -> dict[str, np.ndarray]:
-    return {n: w.numpy().copy() for n, w in export_hf_tensors(state.module, state.table, state.topology)}
+    return {n: w.numpy().copy() for n, w in state.exporter.tensors()}
 
 
 def train(state: TrainState, sequences: list, indices: list[int], loss=cross_entropy) -> tuple[dict, bool, float]:

@@ -11,7 +11,6 @@ import torch
 from parity_layouts import LAYOUTS, Layout
 
 from megatron_r1reward.algorithm.policy_loss import aggregation_weights
-from megatron_r1reward.checkpoint.weight_exporter import export_hf_tensors
 from megatron_r1reward.training.data_parallel import synchronize_parameters
 from megatron_r1reward.training.policy_update import update_policy
 from megatron_r1reward.training.rollout_batch import RolloutBatch, forward_log_probs
@@ -87,10 +86,9 @@ def update_and_sft_step(
     statistics, _ = train_micro_batches(state, sequences, plan, cross_entropy)
     total = reduce_statistics(state, statistics)
     synchronize_parameters(state.model)
-    tensors = export_hf_tensors(state.module, state.table, topology)
     return Updated(
         metrics=metrics,
         sft_loss=total["loss"] / total["tokens"],
-        weights={name: weight.cpu().numpy().copy() for name, weight in tensors},
+        weights={name: weight.cpu().numpy().copy() for name, weight in state.exporter.tensors()},
         ran=len(ran),
     )
