@@ -29,7 +29,7 @@ from megatron_r1reward.model_folder.scalar_folder import is_scalar_folder, scala
 from megatron_r1reward.model_folder.shape import ModelShape, load_shape
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 IMAGE_TOKEN = "<|image_pad|>"
 _ONE_MODEL = "take both from one model"
@@ -164,8 +164,11 @@ def _processor_problems(folder: Path, shape: ModelShape | None) -> Iterator[str]
             yield f"the image processor's {key} is {settings[key]}, the model's is {size}: {_ONE_MODEL}"
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: Path, config: PretrainedConfig | None = None) -> PreTrainedTokenizerFast:
     """The folder's tokenizer, with the folder's chat template, wherever that is kept.
+
+    Args:
+        config: the folder's, where it is loaded already; else transformers loads it.
 
     Raises:
         ValueError: the files are missing or damaged.
@@ -176,7 +179,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     problems = list(damaged_files(folder)) or list(_tokenizer_problems(folder, shape))
     if problems:
         raise ValueError(f"model folder {folder} cannot be used: " + "; ".join(problems))
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = chat_template(folder)
     return tokenizer

@@ -130,7 +130,7 @@ def build_state(
     optimizer = get_megatron_optimizer(_optimizer_config(config, dtype), chunks_of(model))
     configs.language.finalize_model_grads_func = finalize_gradients
     configs.language.grad_scale_func = optimizer.scale_loss
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(config.model.path, hf_config)
     return TrainState(
         config=config,
         topology=topology,

@@ -20,12 +20,13 @@ from family import (
     reference_model,
 )
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from megatron_r1reward.checkpoint.hf_model_io import HfReader
 from megatron_r1reward.checkpoint.weight_exporter import export_hf_tensors
 from megatron_r1reward.config.schema import ParallelSection
 from megatron_r1reward.demo.tiny_models import write_tiny_checkpoint
-from megatron_r1reward.models.registry import family_of
+from megatron_r1reward.models.registry import family_of, load_hf_config
 from megatron_r1reward.parallel import setup
 from megatron_r1reward.types import Sequence
 
@@ -41,6 +42,12 @@ def member(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("member") / "checkpoint"
     write_tiny_checkpoint(folder, corpus=CORPUS, spec=MEMBERS[request.param], init_std=0.15)
     return Member(folder)
+
+
+def test_the_configuration_is_the_one_that_transformers_loads(member: Member) -> None:
+    loaded, theirs = load_hf_config(member.folder), AutoConfig.from_pretrained(member.folder, local_files_only=True)
+    assert type(loaded) is type(theirs)
+    assert (loaded.to_dict(), loaded.name_or_path) == (theirs.to_dict(), theirs.name_or_path)
 
 
 @pytest.fixture(scope="module")
