@@ -6,6 +6,7 @@ keeps two cores from fighting.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
@@ -60,7 +61,8 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_unconfigure() -> None:
-    gc.unfreeze()  # libraries count their objects at the end of the interpreter
+    # Libraries count their objects at the end of the interpreter; before that, pytest collects five times.
+    atexit.register(gc.unfreeze)
 
 
 def pytest_runtest_setup() -> None:

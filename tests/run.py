@@ -184,7 +184,7 @@ def environment(mark: str) -> dict[str, str]:
 def start(suite: Suite, folder: Path, mark: str, extra: list[str]) -> Outcome:
     report = folder / f"{suite.name}.xml"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", f"--junit-xml={report}", "-o", "junit_family=xunit1"]
+    command = [sys.executable, str(ROOT / "tests" / "suite.py"), f"--junit-xml={report}", "-o", "junit_family=xunit1"]
     process = subprocess.Popen(
         [*command, *suite.arguments, *extra],
         cwd=ROOT,

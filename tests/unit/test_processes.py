@@ -82,3 +82,32 @@ def test_what_is_imported_for_nothing_is_not_there_for_the_time_of_the_imports()
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+FRAMES = """
+import resource
+from megatron_r1reward.processes import on_one_stack
+
+def leaf():
+    a = b = c = d = e = f = g = h = i = j = k = l = m = n = o = p = q = r = s = t = u = v = w = x = y = z = None
+
+def faults(depth):
+    if depth:
+        return faults(depth - 1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(1000):
+        leaf()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def most():
+    return max(faults(depth) for depth in range(300))
+
+print({call})
+"""
+
+
+@pytest.mark.parametrize(("call", "maps_memory_in_a_loop"), [("most()", True), ("on_one_stack(most)", False)])
+def test_calls_at_no_depth_map_memory_again_and_again(call: str, maps_memory_in_a_loop: bool) -> None:
+    program = FRAMES.format(call=call)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (int(done.stdout) >= 1000) == maps_memory_in_a_loop
