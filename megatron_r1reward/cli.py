@@ -158,7 +158,7 @@ def servers(run_dir: Annotated[Path, typer.Argument(help="run directory of a sta
     with user_errors():
         from megatron_r1reward.servers.member import status_table
 
-        typer.echo(status_table(run_dir / "live"))
+        typer.echo(status_table(RunDir(root=run_dir).live))
 
 
 @app.command()

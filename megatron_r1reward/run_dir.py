@@ -11,6 +11,7 @@
     RUN/live/run.json                  who runs here now, where, until when: `RunInfo`             (supervisor)
     RUN/live/<component>.step          "<job>.<step>" of Slurm or "pid <n>", plain text            (each component)
     RUN/live/<component>.address.json  where a ready server listens: `Address`                     (each server)
+    RUN/live/<kind>-servers.json       state of each server, for `r1reward servers`                (who uses servers)
     RUN/live/<server>.end.json         the server ended, and how: `ServerEnd`                      (supervisor)
     RUN/live/<server>.order.json       start it again, end it, give it up: `ServerOrder`           (who uses servers)
     RUN/live/trainer.heartbeat.json    progress: `Heartbeat`                                       (trainer's main rank)
@@ -216,6 +217,10 @@ class RunDir:
         return self.root / "exit.json"
 
     @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
     def done(self) -> Path:
         return self.root / "DONE"
 
@@ -228,8 +233,14 @@ class RunDir:
     def logs(self, life: int) -> Path:
         return self.root / f"logs-{life}"
 
+    def life_report(self, life: int) -> Path:
+        return self.logs(life) / "exit.json"
+
     def log(self, life: int, component: str) -> Path:
         return self.logs(life) / f"{component}.log"
+
+    def servers(self, kind: str) -> Path:
+        return self.live / f"{kind}-servers.json"
 
     def server_end(self, component: str) -> Path:
         return self.live / f"{component}.end.json"

@@ -19,17 +19,7 @@ class RatingClient(ChatClient):
     """A pointwise reward model behind OpenAI-compatible servers; see `Endpoint`."""
 
     async def rate(self, item: Item, response: str, *, n: int, temperature: float, seed: int) -> Reward:
-        """Sample `n` ratings of `response`.
-
-        Args:
-            temperature: 0 is greedy, and then n must be 1.
-            seed: samples of one request differ by their index; the same seed asks for the same samples again.
-
-        Raises:
-            ValueError: n and temperature do not go together.
-            ModelRefusedError: the server says that this request is wrong.
-            ModelUnavailableError: no server answered.
-        """
+        """Sample `n` ratings of `response`; arguments and errors as `ModelClient.judge`."""
         inside = item.response_images  # of the first response, see `Item.alone`
         messages = self.options.prompt.messages(item.question, (response, ""), item.images, response_images=inside)
         completion = await self._sampled(item, messages, n=n, temperature=temperature, seed=seed)

@@ -66,7 +66,7 @@ def _turns_without_progress(run: RunDir, life: int, heartbeat: Heartbeat | None)
         return 0
     turns = 1
     for number in range(life - 1, -1, -1):
-        earlier = ExitReport.read(run.logs(number) / "exit.json")
+        earlier = ExitReport.read(run.life_report(number))
         if earlier is None or earlier.outcome != "requeue" or saved not in (None, earlier.saved_step):
             break
         turns += 1
@@ -89,7 +89,7 @@ def write_report(end: LifeEndedError, run: RunDir, info: RunInfo, heartbeat: Hea
         step=heartbeat.step if heartbeat is not None else None,
         saved_step=heartbeat.saved_step if heartbeat is not None else None,
     )
-    report.write(run.logs(info.life) / "exit.json")
+    report.write(run.life_report(info.life))
     report.write(run.exit_report)
     return report
 

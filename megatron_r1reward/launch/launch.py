@@ -60,7 +60,7 @@ def launch(stage: Stage, run_file: Path, overrides: Sequence[str], *, local: boo
         # Also what goes wrong before anything is started must be found where one looks for it.
         reason = f"{type(error).__name__}: {error}"
         report = ExitReport(outcome="failed", code=2, reason=reason, life=life, time=time.time())
-        report.write(run.logs(life) / "exit.json")
+        report.write(run.life_report(life))
         report.write(run.exit_report)
         raise
     finally:
@@ -158,7 +158,7 @@ def _watcher(config: RunConfig, stage: Stage, token: str) -> Callable[[], Closea
             name="judge",
             servers=components(config, stage, "judge", token=token),
             served_name=config.judge.model or "judge",
-            status_file=RunDir(root=config.run.output_dir).live / "judge-servers.json",
+            status_file=RunDir(root=config.run.output_dir).servers("judge"),
         )
 
     return watch
@@ -190,7 +190,7 @@ def _claim(run: RunDir, job: SlurmJob | None) -> None:
         ValueError: another supervisor is at work in this run directory.
     """
     earlier = RunInfo.read(run.run_info)
-    if earlier is not None and not (run.logs(earlier.life) / "exit.json").exists() and _is_alive(earlier, job):
+    if earlier is not None and not run.life_report(earlier.life).exists() and _is_alive(earlier, job):
         who = f"job {earlier.job_id}" if earlier.job_id else f"process {earlier.pid} on {earlier.host}"
         raise ValueError(f"{run.root} is in use by {who}: wait for it, end it, or choose another run.output_dir")
     shutil.rmtree(run.live, ignore_errors=True)

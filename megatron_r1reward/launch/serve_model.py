@@ -126,7 +126,7 @@ def serve_stage(config: RunConfig) -> None:
         served = endpoints(config.rollout, config.rollout.urls, options=options, model=None, policy=policy)
     else:
         servers = components(config, "serve", "rollout", token=token_from(TOKEN_VARIABLE))
-        status = run.live / "rollout-servers.json"
+        status = run.servers("rollout")
         group = ServerGroup(
             config.rollout,
             name="rollout",

@@ -26,6 +26,7 @@ from megatron_r1reward.reward.consistency import ConsistencyJudge
 from megatron_r1reward.reward.verdict_cache import VerdictCache
 from megatron_r1reward.rollout.open_pool import open_rollout_pool
 from megatron_r1reward.rollout.pool import RolloutPool
+from megatron_r1reward.run_dir import RunDir
 from megatron_r1reward.servers.build import SERVED_NAME as POLICY
 from megatron_r1reward.servers.build import judge_server, rollout_server, rollout_servers
 from megatron_r1reward.servers.component import ComponentServer
@@ -91,7 +92,7 @@ def _open_judge(
             name="judge",
             servers=running or started,
             served_name=section.model or "judge",
-            status_file=_live_dir(config) / "judge-servers.json",
+            status_file=RunDir(root=config.run.output_dir).servers("judge"),
         )
         with closing(group):
             yield ConsistencyJudge(section, group.endpoints, cache=verdicts), group
@@ -131,7 +132,7 @@ def open_evaluation_alone(
             urls=section.urls,
             servers=_components(config, "eval", "rollout") if supervised and not section.urls else servers,
             served_name=name,
-            status_file=_live_dir(config) / "rollout-servers.json",
+            status_file=RunDir(root=config.run.output_dir).servers("rollout"),
             scalar=is_scalar(policy),
         )
         stack.callback(group.close)
@@ -172,7 +173,7 @@ def open_annotator(config: RunConfig, *, supervised: bool = False) -> Iterator[t
         return
     if supervised:
         (running,) = _components(config, "annotate", "rollout")
-        status = _live_dir(config) / "rollout-servers.json"
+        status = RunDir(root=config.run.output_dir).servers("rollout")
         section, name = config.rollout, config.annotate.model
         with closing(ServerGroup(section, name="rollout", servers=[running], served_name=name, status_file=status)):
             yield f"{running.url}/v1", running.token or "none"
@@ -226,7 +227,7 @@ def _open_pool(config: RunConfig, stage: Stage, supervised: bool) -> RolloutPool
         in_flight=takes_weights and config.asynchrony.mode == "in_flight",
         sampled_log_probs=takes_weights and config.sampling.tempered,
         sleep_level=config.cluster.sleep_level if takes_weights and config.cluster.layout == "colocated" else None,
-        status_file=_live_dir(config) / "rollout-servers.json",
+        status_file=RunDir(root=config.run.output_dir).servers("rollout"),
         progress=log.info,
         components=_components(config, stage, "rollout") if supervised else (),
         gpu_ids={} if supervised else _rollout_gpus(config, stage),
@@ -240,7 +241,3 @@ def _rollout_gpus(config: RunConfig, stage: Stage) -> dict[int, tuple[int, ...]]
 
 def _log_dir(config: RunConfig) -> Path:
     return config.run.output_dir / "logs"
-
-
-def _live_dir(config: RunConfig) -> Path:
-    return config.run.output_dir / "live"

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from megatron_r1reward.files import write_jsonl, write_text
 from megatron_r1reward.monitor.metrics import check_metrics
+from megatron_r1reward.run_dir import RunDir
 
 # What fits on one line and tells whether a run is healthy, in this order.
 HEADLINE = (
@@ -178,7 +179,7 @@ def build_monitor(config: MonitorSettings, output_dir: Path, stage: str, *, resu
     """
     sinks: list[MetricSink] = [
         ConsoleSink(stage, every=config.console_every),
-        JsonlSink(output_dir / "metrics.jsonl", resumed_step=resumed_step),
+        JsonlSink(RunDir(root=output_dir).metrics, resumed_step=resumed_step),
     ]
     if config.tensorboard:
         sinks.append(TensorBoardSink(output_dir / "tensorboard", resumed_step=resumed_step))

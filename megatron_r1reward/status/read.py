@@ -68,7 +68,7 @@ def read_status(run_dir: Path, *, now: float | None = None) -> RunStatus:
     last = ExitReport.read(run.exit_report)
     queue_state = _queue_state(info)
     state = _state(run, info, heartbeat, last, queue_state, now)
-    rows = last_rows(run_dir / "metrics.jsonl")
+    rows = last_rows(run.metrics)
     rate = _rate(rows)
     step, total = _steps(heartbeat, rows)
     log = _last_log(run, info) if state in ("died", "silent") else None
@@ -163,7 +163,7 @@ def _queue_state(info: RunInfo | None) -> str | None:
 
 
 def _lives(run: RunDir) -> tuple[ExitReport, ...]:
-    reports = (ExitReport.read(run.logs(life) / "exit.json") for life in run.lives())
+    reports = (ExitReport.read(run.life_report(life)) for life in run.lives())
     return tuple(report for report in reports if report is not None)
 
 

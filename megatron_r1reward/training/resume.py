@@ -17,6 +17,7 @@ from megatron_r1reward.files import write_text
 from megatron_r1reward.model_folder import prompt_policy
 from megatron_r1reward.model_folder.config_reader import CONFIG
 from megatron_r1reward.model_folder.scalar_folder import scalar_config
+from megatron_r1reward.run_dir import RunDir
 from megatron_r1reward.training import rollback
 from megatron_r1reward.training.data_parallel import synchronize_parameters
 from megatron_r1reward.training.heartbeat import RunControl
@@ -86,11 +87,12 @@ def go_on(state: TrainState) -> bool:
     rollbacks = rollback.history(root, state.topology)
     folder = find_checkpoint_together(root)
     if folder is None:
-        if state.topology.is_main and (state.config.run.output_dir / "metrics.jsonl").exists():
+        run = RunDir(root=state.config.run.output_dir)
+        if state.topology.is_main and run.metrics.exists():
             log.warning(
                 "%s has metrics but no checkpoint: the earlier start ended before its first save; training begins at "
-                "step 0, its metrics are kept as metrics.jsonl.previous",
-                state.config.run.output_dir,
+                "step 0, its metrics are kept as %s.previous",
+                *(run.root, run.metrics.name),
             )
         return False
     if state.topology.is_main:
@@ -209,4 +211,4 @@ def mark_done(state: TrainState, **result: object) -> None:
     """The last file of a finished stage."""
     if state.topology.is_main:
         done = json.dumps({"step": state.step, **result}, default=str)
-        write_text(state.config.run.output_dir / "DONE", done, durable=True)
+        write_text(RunDir(root=state.config.run.output_dir).done, done, durable=True)

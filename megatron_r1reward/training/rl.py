@@ -35,6 +35,7 @@ from megatron_r1reward.parallel.setup import Topology
 from megatron_r1reward.reward.consistency import JudgeDownError
 from megatron_r1reward.reward.score import RewardScorer
 from megatron_r1reward.rollout.pool import RolloutPool
+from megatron_r1reward.run_dir import RunDir
 from megatron_r1reward.training import alarms, resume
 from megatron_r1reward.training.critic import add_critic, update_critic
 from megatron_r1reward.training.data_parallel import make_room_for_servers, synchronize_parameters
@@ -240,8 +241,8 @@ def _stage(state: TrainState, main: MainRank | None) -> Stage:
     """This stage to the loop that it shares with SFT."""
     config, topology = state.config, state.topology
     rollouts = 0 if config.data.curriculum else config.rl.rollout_batch_size * config.algorithm.samples_per_prompt
-    metrics_file = config.run.output_dir / "metrics.jsonl"
-    best = topology.decided_by_main(lambda: alarms.best_so_far(metrics_file, state.step))
+    run = RunDir(root=config.run.output_dir)
+    best = topology.decided_by_main(lambda: alarms.best_so_far(run.metrics, state.step))
     health = alarms.Health(config.health, config.algorithm, rollouts=rollouts, best=best, speaks=topology.is_main)
 
     def step(timer: PhaseTimer) -> dict[str, float]:

@@ -97,7 +97,7 @@ class Job:
 
     def saved_step(self, life: int) -> int:
         """The checkpoint with which a life that was told to stop has ended."""
-        report = ExitReport.read(self.run.logs(life) / "exit.json")
+        report = ExitReport.read(self.run.life_report(life))
         assert report is not None and report.saved_step is not None, (report, self.output())
         return report.saved_step
 

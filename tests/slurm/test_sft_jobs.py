@@ -30,7 +30,7 @@ def assert_same_training(job: Job, reference: Job, *, at_least: int) -> None:
 
 
 def life(job: Job, number: int) -> ExitReport:
-    report = ExitReport.read(job.run.logs(number) / "exit.json")
+    report = ExitReport.read(job.run.life_report(number))
     assert report is not None
     return report
 

@@ -69,7 +69,7 @@ def end(run: RunDir, outcome: str, *, life: int = 0, **fields) -> ExitReport:
     report = ExitReport(
         outcome=outcome, code=codes[outcome], reason=f"because {outcome}", life=life, time=NOW, step=37, **fields
     )
-    report.write(run.logs(life) / "exit.json")
+    report.write(run.life_report(life))
     report.write(run.exit_report)
     return report
 
