@@ -127,3 +127,9 @@ def test_the_tests_of_a_light_room_import_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=run.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_time_says_how_fast_the_cores_were() -> None:
+    """Half of the time a neighbour has half of a core."""
+    assert run.speed([0.03, 0.06] * 50, 100.0).endswith("75% of the speed that they had at best, at which it were 75 s")
+    assert run.speed([0.05], 10.0).endswith("100% of the speed that they had at best, at which it were 10 s")
