@@ -12,7 +12,7 @@ from megatron_r1reward.cluster.placement import ServerKind, Stage
 from megatron_r1reward.conversion.convert_commands import app as convert_app
 from megatron_r1reward.data_commands import app as data_app
 from megatron_r1reward.hub.hub_commands import app as hub_app
-from megatron_r1reward.processes import on_one_stack, quick_exit, quick_imports
+from megatron_r1reward.processes import quick_imports, run_program
 from megatron_r1reward.run_dir import EXIT_REQUEUE, RunDir
 from megatron_r1reward.run_files import Overrides, RunFile, here_or_shipped, shipped
 from megatron_r1reward.use_commands import bench, calibrate, score, serve, serve_labels
@@ -258,8 +258,7 @@ def doctor(
 
 
 def main() -> None:
-    with quick_exit():
-        on_one_stack(app)
+    run_program(app)
 
 
 if __name__ == "__main__":

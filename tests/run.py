@@ -157,8 +157,8 @@ def speed(loops: list[float], busy: float) -> str:
     """What a shared machine does to a time: a virtual core whose neighbour works does half as much in a second, and no
     counter of the kernel tells. The best tenth is what the cores can do."""
     best = sorted(loops)[len(loops) // 10]
-    share = best * sum(1 / loop for loop in loops) / len(loops)
-    return f"at {min(share, 1):.0%} of the speed that they had at best, at which it were {min(share, 1) * busy:.0f} s"
+    share = min(best * sum(1 / loop for loop in loops) / len(loops), 1.0)
+    return f"at {share:.0%} of the speed that they had at best, at which it were {share * busy:.0f} s"
 
 
 def available() -> float:

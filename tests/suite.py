@@ -8,8 +8,7 @@ import sys
 
 import pytest
 
-from megatron_r1reward.processes import on_one_stack, quick_exit
+from megatron_r1reward.processes import run_program
 
 if __name__ == "__main__":
-    with quick_exit():
-        sys.exit(on_one_stack(pytest.main))
+    run_program(lambda: sys.exit(pytest.main()))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron_r1reward.processes import on_one_stack, quick_exit, quick_imports
+from megatron_r1reward.processes import quick_imports, run_program
 from megatron_r1reward.servers.keeper import keep
 
 FORK_FLAG = "--fork-engine-core"
@@ -40,5 +40,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     keep()
-    with quick_exit():
-        on_one_stack(main)
+    run_program(main)

@@ -95,11 +95,17 @@ class Job:
         address = Address.read(self.run.address(server))
         return -1 if address is None else address.start
 
+    def life(self, number: int) -> ExitReport:
+        """How one of its lives has ended."""
+        report = ExitReport.read(self.run.life_report(number))
+        assert report is not None, f"no exit.json of life {number}\n{self.output()}"
+        return report
+
     def saved_step(self, life: int) -> int:
         """The checkpoint with which a life that was told to stop has ended."""
-        report = ExitReport.read(self.run.life_report(life))
-        assert report is not None and report.saved_step is not None, (report, self.output())
-        return report.saved_step
+        step = self.life(life).saved_step
+        assert step is not None, self.output()
+        return step
 
     def report(self) -> ExitReport:
         report = ExitReport.read(self.run.exit_report)

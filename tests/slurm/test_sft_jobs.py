@@ -12,8 +12,6 @@ from run_files import RESUMED_STEPS, SFT_STEPS
 from safetensors.torch import load_file
 from scenarios import Chain
 
-from megatron_r1reward.run_dir import ExitReport
-
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 COMPARED = ("sft/loss", "grad_norm", "lr", "entropy")
 
@@ -27,12 +25,6 @@ def assert_same_training(job: Job, reference: Job, *, at_least: int) -> None:
     for step in list(got)[:SFT_STEPS]:
         for name in COMPARED:
             assert got[step][name] == pytest.approx(expected[step][name], rel=1e-6), (step, name)
-
-
-def life(job: Job, number: int) -> ExitReport:
-    report = ExitReport.read(job.run.life_report(number))
-    assert report is not None
-    return report
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +55,7 @@ def test_a_conversion_job_exports_the_same_weights(ended: Chain) -> None:
 
 @pytest.mark.scenario("preempted_out_of_time_then_cancelled")
 def test_usr1_saves_requeues_and_resumes_at_the_exact_step_also_in_a_container(ended: Job, undisturbed: Job) -> None:
-    first = life(ended, 0)
+    first = ended.life(0)
     assert (first.outcome, first.code) == ("requeue", 75)
     assert first.saved_step == first.step
     assert first.step is not None and 3 <= first.step < SFT_STEPS - 4, "the next life is compared, too"
@@ -75,12 +67,13 @@ def test_two_jobs_on_the_same_nodes_do_not_disturb_each_other(ended: Job, undist
     (start, end, nodes), (other_start, other_end, other_nodes) = ended.lives()[0], undisturbed.lives()[0]
     assert nodes == other_nodes == "n[1-2]"
     assert max(start, other_start) < min(end, other_end), "they ran at the same time"
+    assert_same_training(ended, undisturbed, at_least=3)
 
 
 @pytest.mark.scenario("preempted_out_of_time_then_cancelled")
 def test_the_time_limit_is_met_with_a_save_and_another_turn(ended: Job, undisturbed: Job) -> None:
     assert ended.restarts == 2, ended.output()
-    first, second = life(ended, 0), life(ended, 1)
+    first, second = ended.life(0), ended.life(1)
     assert (second.outcome, second.code) == ("requeue", 75)
     assert "the time limit is" in second.reason
     assert second.saved_step == second.step
