@@ -48,21 +48,24 @@ def on_one_stack(function: Callable[[], T]) -> T:
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """For the imports of a program's start, in its main thread: the cyclic garbage collector has a holiday, and what
-    libraries would import for nothing (`_UNUSED`) is not there for them; whoever needs it imports it later.
+    """For imports of big libraries, in the main thread: the cyclic garbage collector has a holiday, and what libraries
+    would import for nothing (`_UNUSED`) is not there for them; whoever needs it imports it later.
 
     Importing torch, transformers and vLLM makes a million objects that stay, and the collector searches them again and
     again: a tenth of the time. What is there at the end it never looks at again (`gc.freeze`), so a later full
     collection is short, and a forked child shares these pages.
     """
+    before, enabled = len(sys.modules), gc.isenabled()
     hidden = [name for name in _UNUSED if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: there is no such module
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
-        gc.enable()
+        if len(sys.modules) > before + len(hidden):  # else garbage alone would stay
+            gc.freeze()
+        if enabled:
+            gc.enable()
         for name in hidden:
             sys.modules.pop(name, None)
 

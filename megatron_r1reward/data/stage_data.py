@@ -28,6 +28,7 @@ from megatron_r1reward.data.prompt import (
 from megatron_r1reward.data.rows import fixed_folder
 from megatron_r1reward.model_folder.prompt_policy import FIELDS, check_template, read_policy
 from megatron_r1reward.model_folder.scalar_folder import is_scalar_folder
+from megatron_r1reward.processes import quick_imports
 from megatron_r1reward.types import Preference
 from megatron_r1reward.user_parts import read_part
 
@@ -281,13 +282,15 @@ class RowLimits:
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        from transformers import AutoTokenizer
+        with quick_imports():
+            from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.model, local_files_only=True)
 
     @cached_property
     def _processor(self) -> Any:
-        from transformers import AutoImageProcessor
+        with quick_imports():
+            from transformers import AutoImageProcessor
 
         return AutoImageProcessor.from_pretrained(self.model, local_files_only=True)
 

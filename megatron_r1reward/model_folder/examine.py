@@ -27,6 +27,7 @@ from megatron_r1reward.model_folder.folder_weights import read_folder_weights
 from megatron_r1reward.model_folder.other_folder import instead_of_model
 from megatron_r1reward.model_folder.scalar_folder import is_scalar_folder, scalar_problem
 from megatron_r1reward.model_folder.shape import ModelShape, load_shape
+from megatron_r1reward.processes import quick_imports
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
@@ -173,7 +174,8 @@ def load_tokenizer(folder: Path, config: PretrainedConfig | None = None) -> PreT
     Raises:
         ValueError: the files are missing or damaged.
     """
-    from transformers import AutoTokenizer
+    with quick_imports():  # half of transformers
+        from transformers import AutoTokenizer
 
     shape = load_shape(folder)
     problems = list(damaged_files(folder)) or list(_tokenizer_problems(folder, shape))

@@ -20,6 +20,7 @@ from megatron_r1reward.model_folder.prompt_policy import FILE, PromptPolicy
 from megatron_r1reward.model_folder.scalar_folder import scalar_config
 from megatron_r1reward.model_folder.shape import load_shape
 from megatron_r1reward.model_folder.weight_table import score_entries
+from megatron_r1reward.network.server_api import tls
 from megatron_r1reward.network.tokens import bearer
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.types import Prompt, Rollout, TensorMeta
@@ -107,7 +108,9 @@ class Reference:
 def requests_running(pool: RolloutPool, number: int = 0) -> float:
     """Sequences that a server of the pool is sampling at this moment."""
     member = pool.group.members[number]
-    metrics = httpx.get(f"{member.url}/metrics", headers=bearer(member.bearer_token), timeout=PATIENCE_S).text
+    metrics = httpx.get(
+        f"{member.url}/metrics", headers=bearer(member.bearer_token), timeout=PATIENCE_S, verify=tls()
+    ).text
     return sum(
         float(line.split()[-1]) for line in metrics.splitlines() if line.startswith("vllm:num_requests_running{")
     )

@@ -9,6 +9,8 @@ from typing import Any
 
 import httpx
 
+from megatron_r1reward.network.server_api import tls
+
 CLIENTS = 64
 Request = tuple[str, dict[str, Any]]  # route and body
 
@@ -18,7 +20,7 @@ def mixed_requests(images: Sequence[str]) -> list[Request]:
     made: list[Request] = []
     for number, shape in zip(range(CLIENTS), itertools.cycle(range(4)), strict=False):
         words = " ".join(f"word {number}" for _ in range((1, 12, 3, 6)[shape]))
-        answers = [f"It is {number} {place}. {words}" for place in range((2, 2, 3, 5)[shape])]
+        answers = [f"It is {number} {place}. {words}" for place in range((2, 2, 3, 4)[shape])]
         body = {"question": f"Which, {number}?", "responses": answers, "images": list(images[: shape % 3])}
         if shape == 1:
             made.append(("/v1/batch", {"tasks": [{"compare": body}, {"rank": body | {"schedule": "all_pairs"}}]}))
@@ -33,7 +35,7 @@ def ask_all(
     """Every request by a client of its own, `at_once` of them at a time; `after` is told how many are answered."""
 
     def ask(request: Request) -> httpx.Response:
-        return httpx.post(f"{url}{request[0]}", json=request[1], timeout=600, trust_env=False)
+        return httpx.post(f"{url}{request[0]}", json=request[1], timeout=600, trust_env=False, verify=tls())
 
     with ThreadPoolExecutor(at_once) as clients:
         asked = [clients.submit(ask, request) for request in requests]

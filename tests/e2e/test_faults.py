@@ -54,7 +54,7 @@ SECTION = SERVER.model_copy(
         "max_restarts": 5,
     }
 )
-LONG = SamplingSection(max_tokens=300)
+LONG = SamplingSection(max_tokens=160)
 TOLERANCE = 1e-3
 READY_S = 1200.0
 
@@ -218,16 +218,6 @@ def go_on(group: int) -> None:
         os.killpg(group, signal.SIGCONT)
 
 
-def test_its_worker_killed(setup: Setup) -> None:
-    pid = setup.servers[1].pid
-    assert pid is not None
-    restarts = setup.pool.status()[1].restarts
-    (worker,) = [p for p in psutil.Process(pid).children(recursive=True) if "EngineCore" in " ".join(p.cmdline())]
-    result = generate_and_break(setup, 1, lambda: (worker.kill(), go_on(pid)))
-    setup.check(result, 4)
-    wait_until(lambda: setup.pool.status()[1].restarts > restarts)
-
-
 def test_hanging(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGSTOP: the process is there and its port accepts connections."""
     # Only here: a busy machine lets a healthy server look like a hanging one.
@@ -348,7 +338,8 @@ def test_judge_is_killed(setup: Setup) -> None:
 
 
 def test_the_reward_service_loses_no_request_and_answers_as_before(setup: Setup, image_paths: tuple[str, ...]) -> None:
-    """64 clients at once, over two servers of which one is killed: every answer is the one of a quiet service."""
+    """64 clients at once, over two servers of which one loses its engine process: every answer is the one of a quiet
+    service."""
     group = setup.pool.group
     form = {"structured_outputs": {"regex": "<think>ok</think><answer>[12]</answer>"}}
     asked = AskOptions(max_tokens=48, request_extra={"extra_body": form})
@@ -364,7 +355,9 @@ def test_the_reward_service_loses_no_request_and_answers_as_before(setup: Setup,
             if done == CLIENTS // 8:
                 member = max(group.members, key=lambda member: member.outstanding)
                 assert member.outstanding > 0
-                os.killpg(setup.servers[group.members.index(member)].pid, signal.SIGKILL)  # type: ignore[arg-type]
+                api = psutil.Process(setup.servers[group.members.index(member)].pid)
+                (engine,) = [p for p in api.children(recursive=True) if "EngineCore" in " ".join(p.cmdline())]
+                engine.kill()
                 busiest.append(member)
 
         loud = ask_all(service.url, requests, at_once=CLIENTS, after=kill)

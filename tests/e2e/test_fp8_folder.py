@@ -61,7 +61,7 @@ def test_vllm_serves_the_quantized_weights(
     with open_rollout_pool(
         SERVER, model_path=folder, tokenizer=reference.tokenizer, log_dir=tmp_path / "logs", media_roots=[Path("/")]
     ) as pool:
-        result = pool.generate(prompts, SamplingSection(max_tokens=24), n=4, seed=0)
+        result = pool.generate(prompts, SamplingSection(max_tokens=8), n=4, seed=0)
     assert not result.failed
     quantized, original = (mean_gap(model, result.rollouts) for model in (served, reference))
     print(f"mean log-prob gap: to the quantized model {quantized:.4f} nats, to the original {original:.4f}")

@@ -126,6 +126,7 @@ def test_servers_that_hang_and_die_in_the_middle_of_a_run(finished: Path, tmp_pa
         "data.train": finished / "data" / "pool.jsonl",
         "data.select": finished / "annotate" / "hard.json",
         "evaluation.data": finished / "data" / "heldout.jsonl",
+        "run.local_ranks": 1,
         "rl.steps": 5,
         "rl.rollout_batch_size": 16,
         "rl.train_batch_size": 8,

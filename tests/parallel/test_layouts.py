@@ -1,7 +1,9 @@
 """Every layout gives the loss, log-probs and gradients of a single process over two optimizer steps, and so does every
 way to cut a batch into micro-batches and ranks.
 
-Every family in every layout runs once: here, or on the second device. `benchmarks/parallel_parity.py` has them all.
+Every family in every layout of two ranks runs once: here, or on the second device. Layouts of four ranks combine
+these: each is for one family here and for another one on the second device. `benchmarks/parallel_parity.py` has all
+families in all layouts.
 """
 
 from __future__ import annotations
@@ -24,12 +26,17 @@ from megatron_r1reward.training.schedule import run_micro_batches
 from megatron_r1reward.training.sft import cross_entropy
 
 pytestmark = pytest.mark.parallel
-CASES = [
-    (family, name)
-    for family in parity.FAMILIES
-    for name, layout in LAYOUTS.items()
-    if parity.applies(family, layout) and family != ON_THE_SECOND_DEVICE[name]
-]
+
+
+def _families(name: str) -> list[str]:
+    """Those that run here in a layout."""
+    layout = LAYOUTS[name]
+    others = [family for family in parity.FAMILIES if parity.applies(family, layout)]
+    others.remove(ON_THE_SECOND_DEVICE[name])
+    return others if layout.ranks == 2 else others[-1:]
+
+
+CASES = [(family, name) for name in LAYOUTS for family in _families(name)]
 
 
 @pytest.mark.parametrize(("family", "name"), CASES, ids=lambda value: value.replace(" ", "_"))

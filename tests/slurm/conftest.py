@@ -39,7 +39,6 @@ SCENARIOS: dict[str, Callable[[Bench], Any]] = {
         recipe_runs.nemo_slurm,
         stories.rl_servers_hang_and_die,
         recipe_runs.nemo_local,
-        stories.rl_colocated_server_dies,
         stories.served_and_drained,
         stories.crashed_in_a_chain,
         recipe_runs.nemo_slurm_fails,
@@ -47,8 +46,7 @@ SCENARIOS: dict[str, Callable[[Bench], Any]] = {
         recipe_runs.nemo_local_fails,
     )
 }
-COMPARED = ("preempted_out_of_time_then_cancelled", "node_lost")
-COMPARED += ("rl_servers_hang_and_die", "rl_colocated_server_dies")
+COMPARED = ("preempted_out_of_time_then_cancelled", "node_lost", "rl_servers_hang_and_die")
 # Whose ends a scenario begins with or is compared with.
 NEEDS: dict[str, tuple[str, ...]] = dict.fromkeys((*COMPARED, "served_and_drained"), ("reference",))
 NEEDS["nemo_local"] = ("reference", "nemo_slurm")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs import REPOSITORY, Job, tool, until
+from jobs import REPOSITORY, Job, until
 from scenarios import NO_JUDGE, NOT_THE_DOOMED, ONE_SERVER, TOKEN, WITH_SERVERS, Bench
 
 from megatron_r1reward.network.server_api import unhealthy
@@ -59,12 +60,14 @@ class WithSharedJudge:
 
 
 def nemo_slurm(bench: Bench) -> WithSharedJudge:
-    """On the cluster; the RL stage uses the server of a slurm/judge.sh job, which outlives it until it is cancelled."""
+    """On the cluster; the RL stage uses the server of a slurm/judge.sh job, which outlives it until the server dies,
+    and that is once more than is allowed."""
     output = bench.folder / "shared-judge"
     judge = bench.cluster.submit(
         "judge.sh",
         bench.folder / "rl-unselected.toml",
         f"run.output_dir={output}",
+        "judge.max_restarts=0",
         output=output,
         options=ONE_SERVER,
         environment=TOKEN,
@@ -74,7 +77,7 @@ def nemo_slurm(bench: Bench) -> WithSharedJudge:
     experiment = _pipeline(bench, "slurm", "nemo-slurm", "rl:rl.steps=2", shared, environment=TOKEN)
     address = judge.run.addresses("judge")[0]
     problem = unhealthy(address.url.replace(address.host, f"127.0.0.{10 + int(address.host[1:])}"), attempts=1)
-    tool("scancel", judge.id)
+    judge.kill_one(signal.SIGKILL, "megatron_r1reward.servers.vllm_main", "judge")
     return WithSharedJudge(experiment=experiment, judge=judge.wait(), judge_problem_afterwards=problem)
 
 

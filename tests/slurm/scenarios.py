@@ -261,31 +261,21 @@ class Colocated:
     rollout: set[tuple[str, str]]
 
 
-def rl_colocated_server_dies(bench: Bench) -> Colocated:
-    """The rollout server sleeps on the trainer's GPUs; the judge, elsewhere, dies after three steps, and that is once
-    more than is allowed."""
+def rl_servers_hang_and_die(bench: Bench) -> Colocated:
+    """The rollout server sleeps on the trainer's GPUs, the judge is on another kind of node. After three steps that
+    nobody disturbs the only rollout server hangs while the judge's vLLM dies; later the rollout server's whole step is
+    killed."""
     bench.wait_for_hard_set()
-    with WITH_SERVERS:
-        job = bench.rl("rl-colocated", "rl.steps=500", "cluster.layout=colocated", "judge.max_restarts=0")
-        job.wait_step(3)
-        trainer = job.gpus("worker", "rl")
-        rollout = job.gpus("server", "rollout")
-        job.kill_one(signal.SIGKILL, "megatron_r1reward.servers.vllm_main", "judge")
-        return Colocated(job=job.wait(), trainer=trainer, rollout=rollout)
-
-
-def rl_servers_hang_and_die(bench: Bench) -> Job:
-    """Trainer and rollout server on one kind of node, the judge on another. After three steps that nobody disturbs the
-    only rollout server hangs while the judge's vLLM dies; later the rollout server's whole step is killed."""
-    bench.wait_for_hard_set()
-    options = ("--oversubscribe", "--nodes=2", "--gpus-per-node=3", "--cpus-per-task=6", "--mem=4000", "--time=20")
+    options = ("--oversubscribe", "--nodes=2", "--gpus-per-node=2", "--cpus-per-task=6", "--mem=4000", "--time=20")
     options += (*NOT_THE_DOOMED, ":", "--nodes=1", "--gpus-per-node=1", "--cpus-per-task=2", "--mem=4000")
-    overrides = ("rl.steps=6", "cluster.judge_het_group=1", "cluster.trainer_nodes=2", "cluster.ranks_per_node=2")
+    overrides = ("rl.steps=6", "cluster.layout=colocated", "cluster.judge_het_group=1")
+    overrides += ("cluster.trainer_nodes=2", "cluster.ranks_per_node=2")
     overrides += ("rollout.health_interval_s=1", "rollout.health_failures=2", "judge.health_interval_s=1")
     overrides += ("rollout.health_timeout_s=30", "judge.health_timeout_s=30")  # a busy machine is no hang
     with WITH_SERVERS:
         job = bench.rl("rl-mended", *overrides, options=options)
         job.wait_step(3)
+        trainer, rollout = job.gpus("worker", "rl"), job.gpus("server", "rollout")
         job.kill_one(signal.SIGKILL, "megatron_r1reward.servers.vllm_main", "judge")
         for pid in job.processes("megatron_r1reward.servers.vllm_main", "policy"):
             os.kill(pid, signal.SIGSTOP)
@@ -293,4 +283,4 @@ def rl_servers_hang_and_die(bench: Bench) -> Job:
         until(lambda: job.started("rollout-0") == 1, f"rollout-0 of job {job.id} started again\n{job.output()}")
         for pid in job.processes("server", "rollout"):
             os.kill(pid, signal.SIGKILL)
-        return job.wait()
+        return Colocated(job=job.wait(), trainer=trainer, rollout=rollout)

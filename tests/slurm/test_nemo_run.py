@@ -47,11 +47,20 @@ def test_every_stage_was_a_job_of_its_own(ended: WithSharedJudge) -> None:
 
 @pytest.mark.scenario("nemo_slurm")
 def test_a_judge_job_is_shared_and_outlives_those_that_ask_it(ended: WithSharedJudge) -> None:
-    judge = ended.judge
     answered = rows(ended.experiment.out, "rl")
     assert sum(row["judge/asked"] - row["judge/not_tried"] for row in answered) > 0, answered
     assert ended.judge_problem_afterwards is None
-    assert (judge.state, judge.report().outcome, judge.report().code) == ("CANCELLED", "cancelled", 143)
+
+
+@pytest.mark.scenario("nemo_slurm")
+def test_a_server_that_cannot_be_mended_is_named_as_the_cause(ended: WithSharedJudge) -> None:
+    judge = ended.judge
+    assert (judge.state, judge.exit_code) == ("FAILED", 137), judge.output()  # 128 + SIGKILL
+    report = judge.report()
+    assert (report.outcome, report.code, report.component) == ("failed", 137, "judge-0")
+    assert "failed: judge-0" in judge.output().strip().splitlines()[-1]
+    # Where the step ended for Slurm before its watcher saw it, the supervisor asks the node whether it is there.
+    assert judge.accounting().keys() - {"probe"} == {"job", "batch", "judge-0"}
     assert not any(is_listening(address.url) for address in judge.run.addresses("judge"))
 
 

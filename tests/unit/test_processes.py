@@ -57,15 +57,19 @@ def test_an_error_is_the_last_thing_that_is_said() -> None:
     assert ends("raise KeyboardInterrupt")[1] == [*COMMON, "was taken apart"]
 
 
-def test_imports_collect_nothing_and_what_they_leave_is_never_searched() -> None:
+def test_imports_collect_nothing_and_what_they_leave_is_never_searched(monkeypatch: pytest.MonkeyPatch) -> None:
     collections = sum(generation["collections"] for generation in gc.get_stats())
-    frozen = gc.get_freeze_count()
+    before = gc.get_freeze_count()
     try:
         with quick_imports():
+            monkeypatch.setitem(sys.modules, "imported_just_now", sys)
             kept = [[number] for number in range(100_000)]
             assert sum(generation["collections"] for generation in gc.get_stats()) == collections
         assert gc.isenabled()
-        assert gc.get_freeze_count() >= frozen + len(kept)
+        assert (frozen := gc.get_freeze_count()) >= before + len(kept)
+        with quick_imports():
+            more = [[number] for number in range(100_000)]
+        assert gc.get_freeze_count() < frozen + len(more), "nothing was imported: what is there may be garbage"
     finally:
         gc.unfreeze()
 
