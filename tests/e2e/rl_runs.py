@@ -14,7 +14,7 @@ from megatron_r1reward.rollout.accounting import Accounting
 from megatron_r1reward.rollout.pool import RolloutPool
 from megatron_r1reward.training import rl
 
-STEPS, BATCH = 5, 6
+STEPS, BATCH = 4, 6
 
 
 def config(output: Path, model: Path, data: Path, mode: str, /, **changed: dict[str, Any]) -> RunConfig:
