@@ -54,12 +54,12 @@ class Suite:
 # Rooms whose tests wait for servers and processes of their own.
 WAITING_ROOMS = ("judging", "launch", "network", "reward", "rollout", "servers", "serving", "weight_sync")
 _HEAVY, _WAITING = (tuple(f"tests/unit/{room}" for room in rooms) for rooms in (HEAVY_ROOMS, WAITING_ROOMS))
-_REST = ("tests/unit", *(f"--ignore={folder}" for folder in (*_HEAVY, *_WAITING, *TRAINING)))
-_LIGHT_UNITS = (
+_REST = ("tests/unit", *(f"--ignore={folder}" for folder in (*_HEAVY, *TRAINING)))
+UNITS = (
+    Suite(name="unit-torch", arguments=_HEAVY + TRAINING, memory_gib=3),
     Suite(name="unit-waits", arguments=_WAITING, memory_gib=2),
-    Suite(name="unit", arguments=_REST, memory_gib=2),
+    Suite(name="unit", arguments=(*_REST, *(f"--ignore={folder}" for folder in _WAITING)), memory_gib=2),
 )
-UNITS = (Suite(name="unit-torch", arguments=_HEAVY + TRAINING, memory_gib=3), *_LIGHT_UNITS)
 # Whole runs of the pipeline, and servers that die: each as long as half of all other tests with servers.
 _RUNS, _FAULTS = "tests/e2e/test_pipeline.py", "tests/e2e/test_faults.py"
 # The longest first: a suite begins when there is a place and memory for it.
@@ -68,11 +68,10 @@ ALL = (
     Suite(name="runs", arguments=(_RUNS,), memory_gib=4),
     Suite(name="servers", arguments=("tests/e2e", f"--ignore={_RUNS}", f"--ignore={_FAULTS}"), memory_gib=4),
     Suite(name="ranks", arguments=("tests/parallel",), memory_gib=4),
+    Suite(name="unit", arguments=(*_REST, "tests/browser"), memory_gib=2),
     Suite(name="unit-training", arguments=TRAINING, memory_gib=3),
     Suite(name="unit-torch", arguments=_HEAVY, memory_gib=3),
     Suite(name="faults", arguments=(_FAULTS,), memory_gib=4),
-    *_LIGHT_UNITS,
-    Suite(name="browser", arguments=("tests/browser",), memory_gib=2),
     Suite(name="gpu", arguments=("tests/gpu",), memory_gib=2),  # the only ones that see GPUs
 )
 LOOK_EVERY_S = 15  # at the speed of the cores

@@ -1,4 +1,4 @@
-"""The recipes through NeMo-Run: SFT -> RL -> evaluation as one experiment, on the cluster and on this machine."""
+"""The recipes through NeMo-Run: stages as one experiment, on the cluster and on this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs import REPOSITORY, Job, until
-from scenarios import NO_JUDGE, NOT_THE_DOOMED, ONE_SERVER, TOKEN, WITH_SERVERS, Bench
+from scenarios import NO_JUDGE, NOT_THE_DOOMED, ONE_SERVER, TOKEN, VLLM, WITH_SERVERS, Bench
 
 from megatron_r1reward.network.server_api import unhealthy
 
@@ -74,10 +74,11 @@ def nemo_slurm(bench: Bench) -> WithSharedJudge:
     )
     until(lambda: judge.run.addresses("judge"), f"address of the judge\n{judge.output()}")
     shared = f"rl:cluster.shared_judge={output}"
-    experiment = _pipeline(bench, "slurm", "nemo-slurm", "rl:rl.steps=2", shared, environment=TOKEN)
+    stages = ("sft", "rl")  # an evaluation as a job is in the chain of slurm/pipeline.sh
+    experiment = _pipeline(bench, "slurm", "nemo-slurm", "rl:rl.steps=2", shared, stages=stages, environment=TOKEN)
     address = judge.run.addresses("judge")[0]
     problem = unhealthy(address.url.replace(address.host, f"127.0.0.{10 + int(address.host[1:])}"), attempts=1)
-    judge.kill_one(signal.SIGKILL, "megatron_r1reward.servers.vllm_main", "judge")
+    judge.kill_one(signal.SIGKILL, VLLM, "judge")
     return WithSharedJudge(experiment=experiment, judge=judge.wait(), judge_problem_afterwards=problem)
 
 

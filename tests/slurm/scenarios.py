@@ -32,6 +32,7 @@ THREE_NODES += NOT_THE_DOOMED
 # The steps of jobs that have two lives; the reference takes more of them.
 RESUMED = (f"sft.steps={RESUMED_STEPS}",)
 NO_JUDGE = "reward.use_judge=false"
+VLLM = "megatron_r1reward.servers.vllm_main"
 TOKEN = {"R1REWARD_SERVER_TOKEN": "of-all-jobs-that-share-a-judge"}
 WITH_SERVERS = threading.Semaphore(2)  # of the stages with a rollout server and a judge, for the memory
 
@@ -263,8 +264,8 @@ class Colocated:
 
 def rl_servers_hang_and_die(bench: Bench) -> Colocated:
     """The rollout server sleeps on the trainer's GPUs, the judge is on another kind of node. After three steps that
-    nobody disturbs the only rollout server hangs while the judge's vLLM dies; later the rollout server's whole step is
-    killed."""
+    nobody disturbs the only rollout server hangs while the judge's whole step is killed; later the rollout server's
+    is."""
     bench.wait_for_hard_set()
     options = ("--oversubscribe", "--nodes=2", "--gpus-per-node=2", "--cpus-per-task=6", "--mem=4000", "--time=20")
     options += (*NOT_THE_DOOMED, ":", "--nodes=1", "--gpus-per-node=1", "--cpus-per-task=2", "--mem=4000")
@@ -276,9 +277,9 @@ def rl_servers_hang_and_die(bench: Bench) -> Colocated:
         job = bench.rl("rl-mended", *overrides, options=options)
         job.wait_step(3)
         trainer, rollout = job.gpus("worker", "rl"), job.gpus("server", "rollout")
-        job.kill_one(signal.SIGKILL, "megatron_r1reward.servers.vllm_main", "judge")
-        for pid in job.processes("megatron_r1reward.servers.vllm_main", "policy"):
-            os.kill(pid, signal.SIGSTOP)
+        for number, words in ((signal.SIGKILL, ("server", "judge")), (signal.SIGSTOP, (VLLM, "policy"))):
+            for pid in job.processes(*words):
+                os.kill(pid, number)
         # At once, before steps go on: a run without its rollout server waits for the next start of the judge, too.
         until(lambda: job.started("rollout-0") == 1, f"rollout-0 of job {job.id} started again\n{job.output()}")
         for pid in job.processes("server", "rollout"):
