@@ -29,7 +29,7 @@ class _QuietServer(ThreadingHTTPServer):
 
 
 class FakeVllm(LocalServer):
-    """Answers every generate request according to `fault`; routes in `refused` answer 500.
+    """Answers every generate request according to `fault`; routes in `refused` answer 500, those in `hanging` nothing.
 
     Generate requests are behind `door` until their answer is sent: a client that has it finds them gone. Asleep it
     cannot generate, and takes no weights before their memory is back.
@@ -39,6 +39,7 @@ class FakeVllm(LocalServer):
         self.fault = fault
         self.door = Door()
         self.refused: set[str] = set()
+        self.hanging: set[str] = set()
         self.refusal = 500
         self.version = "default"
         self.keeps_version = False
@@ -108,6 +109,10 @@ class FakeVllm(LocalServer):
                 url = urlsplit(self.path)
                 path, query = url.path, parse_qs(url.query)
                 fake.calls.append(f"{method} {self.path}")
+                if path in fake.hanging:
+                    fake._stopping.wait(FOR_EVER_S)
+                    self.close_connection = True
+                    return
                 if path != "/inference/v1/generate":
                     status, text = fake._administer(path, query, body)
                 else:

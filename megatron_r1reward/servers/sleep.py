@@ -127,7 +127,7 @@ class Colocation:
 
     vLLM's sleep mode frees the KV cache and either moves the weights to host memory (level 1) or drops them (level 2:
     every push must then bring all tensors). A server that does not fall asleep is killed, if it is ours, and started
-    again after the next push. While the servers sleep nothing is recovered: a restarted server would take the memory
+    again by the next push. While the servers sleep nothing is recovered: a restarted server would take the memory
     that the trainer is using. The waking itself is part of `push.WeightPush`: weights' memory -> push -> KV cache.
     """
 
@@ -167,13 +167,15 @@ class Colocation:
         if self.machine.phase == "asleep":
             self._measure()
         self.machine.go("waking")
+        # The memory is theirs again. A server that hangs from here on is started again at once, as in other layouts:
+        # what waits for its answer fails then, instead of waiting for a push's whole time limit.
+        self._group.loop.run(self._group.supervisor.allow_recoveries())
         try:
             yield
         except BaseException:
             self.machine.go("unfit")
             raise
         self.machine.go("ready")
-        self._group.loop.run(self._group.supervisor.allow_recoveries())
 
     def metrics(self) -> dict[str, float]:
         """GB that were free while the servers slept: when they had fallen asleep, and when the trainer was done."""

@@ -215,6 +215,52 @@ def test_nobody_is_brought_back_while_the_trainer_has_the_memory(fake_vllm: Make
     assert [fake.resident for fake in fakes] == [MEMORY, MEMORY]
 
 
+class Ours:
+    """A server that is ours: its first life may hang, a restart ends that life and begins one that is well."""
+
+    token = None
+
+    def __init__(self, first: FakeVllm, second: FakeVllm) -> None:
+        self._lives = [first, second]
+
+    @property
+    def url(self) -> str:
+        return self._lives[0].url
+
+    alive = True
+
+    def restart(self, reason: str = "") -> None:
+        self._lives.pop(0).stop()
+
+    def wait_ready(self) -> None: ...
+
+    def stop(self, *, grace_s: float = 0.0) -> None:
+        raise AssertionError("it fell asleep")
+
+    def give_up(self, reason: str) -> None:
+        raise AssertionError(reason)
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.slow
+def test_a_server_that_hangs_during_a_push_is_started_again_before_the_push_gives_up(fake_vllm: MakeFake) -> None:
+    """Not after `push_timeout_s`: the trainer waits for nothing that will not come."""
+    lives = fake_vllm(), fake_vllm()
+    section = SECTION.model_copy(update={"health_timeout_s": 0.3, "health_failures": 2, "push_timeout_s": 3600.0})
+    pool = RolloutPool(
+        section, servers=[Ours(*lives)], tokenizer=Words(), banned_ids=(), transport=Silent(), sleep_level=1
+    )
+    with pool:
+        push(pool, 1)
+        pool.sleep()
+        lives[0].hanging |= {"/finish_weight_update", "/health"}
+        push(pool, 2)
+        wait_until(lambda: pool.status()[0].state == "ready")
+        assert (pool.status()[0].restarts, lives[1].version, lives[1].resident) == (1, "2", MEMORY)
+        assert len(pool.generate(prompts(1), SAMPLING, seed=0).rollouts) == 1
+
+
 def test_memory_is_measured_asleep_and_before_waking(fake_vllm: MakeFake, make_pool: MakePool) -> None:
     free = iter([3_000_000_000, 43_000_000_000, 41_000_000_000])
     pool = make_pool(fake_vllm())
