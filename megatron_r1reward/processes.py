@@ -55,14 +55,14 @@ def quick_imports() -> Iterator[None]:
     again: a tenth of the time. What is there at the end it never looks at again (`gc.freeze`), so a later full
     collection is short, and a forked child shares these pages.
     """
-    before, enabled = len(sys.modules), gc.isenabled()
     hidden = [name for name in _UNUSED if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: there is no such module
+    before, enabled = len(sys.modules), gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if len(sys.modules) > before + len(hidden):  # else garbage alone would stay
+        if len(sys.modules) > before:  # else garbage alone would stay
             gc.freeze()
         if enabled:
             gc.enable()

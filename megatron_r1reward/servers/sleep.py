@@ -128,7 +128,8 @@ class Colocation:
     vLLM's sleep mode frees the KV cache and either moves the weights to host memory (level 1) or drops them (level 2:
     every push must then bring all tensors). A server that does not fall asleep is killed, if it is ours, and started
     again by the next push. While the servers sleep nothing is recovered: a restarted server would take the memory
-    that the trainer is using. The waking itself is part of `push.WeightPush`: weights' memory -> push -> KV cache.
+    that the trainer is using. The waking itself is part of `protocol.WeightPush`: weights' memory -> push -> KV
+    cache.
     """
 
     def __init__(self, group: ServerGroup, level: SleepLevel, *, memory: DeviceMemory | None = None) -> None:

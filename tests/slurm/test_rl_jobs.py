@@ -140,7 +140,9 @@ def test_a_service_is_found_asked_and_drained(ended: Service) -> None:
 @pytest.mark.scenario("rl_servers_hang_and_die")
 def test_the_judge_may_be_in_another_group_of_a_heterogeneous_job(ended: Colocated, finished: Job) -> None:
     judge = ended.job.run.addresses("judge")[0]
-    assert judge.host not in {node for node, _ in ended.trainer}
+    trainer = re.search(r"trainer: 4 task\(s\) on (\S+),", ended.job.output())
+    assert trainer is not None
+    assert judge.host not in trainer[1].split(",")
     assert ended.job.rows()[3]["servers/restarts"] == 0
     assert_same_training(ended.job.rows(), finished.rows())
 
@@ -152,6 +154,7 @@ def test_a_colocated_server_sleeps_on_the_gpus_of_the_trainer(ended: Colocated, 
     assert ended.rollout == {(node, gpu)}
     ranks = dict(ended.trainer)[node].split(",")  # not 0 and 1 where another job has one of them
     assert len(ranks) == 2 and gpu == ranks[0]
+    assert node_and_gpu(ended.job, "judge-0")[0] not in {node for node, _ in ended.trainer}
     log = ended.job.run.log(0, "trainer").read_text(errors="replace")
     assert log.count("servers are asleep") >= 3, "in every step"
     assert all(ended.job.rows()[step]["servers/free_asleep_gb"] > 0 for step in (1, 2, 3))
